@@ -1,0 +1,139 @@
+/* The public C interface of libpjrt_mpi_cuda.so.
+ *
+ * The library is a PJRT plugin: load it, call GetPjrtApi() (pjrt_c_api.h) and use the table as any
+ * PJRT plugin's. This header adds what it has beyond PJRT: custom-call targets, create options and
+ * a few functions. A complete program is tests/c/client.c.
+ *
+ * Licensed under the Apache License, Version 2.0.
+ */
+#ifndef MPI_CUDA_H_
+#define MPI_CUDA_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---------------------------------------------------------------------------------------------
+ * Custom calls (XLA typed FFI, api_version 4). All must have has_side_effect = true.
+ *
+ * Operands: the data sent (x), where the operation sends any, then any number of tokens.
+ * Results: the data received (y), where it receives any, then any number of tokens.
+ * A token is an s32[] or an XLA token. Operations run in the order in which tokens chain them; XLA
+ * may reorder operations that are not chained. Between programs the order is that of their launch.
+ *
+ * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits.
+ *
+ *   target               data operand -> result     attributes
+ *   mpi_cuda_allgather   x -> y (size, *x)          comm
+ *   mpi_cuda_allreduce   x -> y as x                comm, op
+ *   mpi_cuda_alltoall    x (size, ...) -> y as x    comm
+ *   mpi_cuda_barrier     none                       comm
+ *   mpi_cuda_bcast       x -> y as x                comm, root
+ *   mpi_cuda_gather      x -> y (size, *x) on the root, as x elsewhere    comm, root
+ *   mpi_cuda_recv        none -> y                  comm, source, recvtag, status
+ *   mpi_cuda_reduce      x -> y as x                comm, op, root
+ *   mpi_cuda_scan        x -> y as x                comm, op
+ *   mpi_cuda_scatter     x (size, *y) on the root, as y elsewhere -> y    comm, root
+ *   mpi_cuda_send        x -> none                  comm, dest, tag
+ *   mpi_cuda_sendrecv    x -> y                     comm, dest, tag, source, recvtag, status
+ *
+ * Where a rank receives nothing (bcast on the root, gather and reduce elsewhere), y is x.
+ * Defaults: comm MPI_CUDA_COMM_DEFAULT, op MPI_CUDA_SUM, root and dest 0, tag 0,
+ * source MPI_CUDA_ANY_SOURCE, recvtag MPI_CUDA_ANY_TAG, status 0 (none).
+ */
+
+/* Communicators by number: programs never hold an MPI handle. Others: mpi_cuda_comm(). */
+enum {
+  MPI_CUDA_COMM_WORLD = 0,   /* through a private duplicate */
+  MPI_CUDA_COMM_DEFAULT = 1, /* another private duplicate of the world */
+  MPI_CUDA_COMM_SELF = 2
+};
+
+/* Reductions (MPI 4.0, section 6.9.2), the values of the attribute op. */
+enum {
+  MPI_CUDA_SUM = 0,
+  MPI_CUDA_PROD = 1,
+  MPI_CUDA_MIN = 2,
+  MPI_CUDA_MAX = 3,
+  MPI_CUDA_LAND = 4,
+  MPI_CUDA_LOR = 5,
+  MPI_CUDA_LXOR = 6,
+  MPI_CUDA_BAND = 7,
+  MPI_CUDA_BOR = 8,
+  MPI_CUDA_BXOR = 9
+};
+
+enum {
+  MPI_CUDA_ANY_SOURCE = -1, /* attribute source */
+  MPI_CUDA_ANY_TAG = -1,    /* attribute recvtag */
+  MPI_CUDA_PROC_NULL = -2   /* attributes source and dest */
+};
+
+/* ---------------------------------------------------------------------------------------------
+ * Create options of PJRT_Client_Create. Each has the name of an environment variable in lower case
+ * without MPI_CUDA_, and wins over it: topology, mpi, shim_dir, singleton, warn_after, log
+ * (docs/configuration.md). Values are strings, integers or booleans. Which inner plugin is wrapped
+ * is decided when the library is asked for its table, so by the environment alone.
+ */
+
+/* ---------------------------------------------------------------------------------------------
+ * Functions. Those that return an int return 0, or -1 and leave a text for mpi_cuda_last_error().
+ */
+
+/* Text of the last error of this thread; valid until its next call. */
+const char *mpi_cuda_last_error(void);
+
+/* Joins the world if that has not happened (collective over the ranks of the job), and tells rank
+ * and size in it and the MPI family: "openmpi", "mpich" or "none". */
+int mpi_cuda_start(int *rank, int *size, const char **family);
+
+/* The number of a communicator for the attribute comm, and rank and size in it; -1 on error.
+ * handle: the MPI_Comm's bits, zero-extended. name: for messages. Nothing collective happens. */
+int64_t mpi_cuda_comm(uint64_t handle, const char *name, int *rank, int *size);
+
+/* The number of an MPI_Status for the attribute status; it must outlive all programs with it. */
+int64_t mpi_cuda_status(void *status);
+
+/* Waits until everything dispatched so far has ended; -1 if an operation failed and nobody read
+ * its error. */
+int mpi_cuda_wait(void);
+
+/* Number of launches with operations that have not ended. */
+int mpi_cuda_in_flight(void);
+
+/* Ends the whole job at once with a non-zero status. */
+void mpi_cuda_abort(int code);
+
+/* Waits for everything and finalizes MPI if this library initialised it. Call once, last. */
+void mpi_cuda_shutdown(void);
+
+/* Registers an XLA FFI handler (XLA_FFI_Handler *, any FFI version) under a custom-call target;
+ * null makes calls of that target fail by name. */
+int mpi_cuda_register_ffi_target(const char *name, void *handler);
+
+/* An array given to a host callback. */
+typedef struct {
+  int dtype; /* XLA_FFI_DataType */
+  int rank;
+  const int64_t *dims; /* outermost first */
+  void *data;          /* row-major */
+} mpi_cuda_array;
+
+/* Calls a host callback of the framework, by the pointer it attached to the launch. in_place is 1
+ * for callbacks that write into their results themselves. Returns 0, or 1 with a text in error. */
+typedef int (*mpi_cuda_trampoline)(void *callback, int in_place, int num_args,
+                                   const mpi_cuda_array *args, int num_rets,
+                                   const mpi_cuda_array *rets, char *error,
+                                   size_t error_capacity);
+
+/* Installs the function that calls host callbacks; null removes it. */
+void mpi_cuda_set_trampoline(mpi_cuda_trampoline trampoline);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* MPI_CUDA_H_ */

@@ -1,0 +1,252 @@
+//! One MPI behind the contract of [`mpi_shim_abi`]; built once per MPI family.
+//!
+//! Uses the raw layer of the `mpi` crate: its safe layer finalizes MPI when dropped and aborts on
+//! errors, and both belong to the engine here.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ptr;
+
+use mpi::ffi;
+use mpi_shim_abi::{ABI_VERSION, CommDeleted, ShimApi, ShimOp, ShimReceived};
+
+mod execute;
+mod handle;
+
+use handle::{comm_from_bits, comm_to_bits};
+
+static API: ShimApi = ShimApi {
+    abi_version: ABI_VERSION,
+    library_version,
+    state,
+    init,
+    thread_level,
+    finalize,
+    abort,
+    comm_world,
+    comm_self,
+    comm_dup,
+    comm_free,
+    comm_info,
+    node_rank,
+    comm_watch,
+    execute: execute_op,
+    error_string,
+};
+
+/// Returns the function table; it lives as long as the library.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_shim() -> *const ShimApi {
+    &API
+}
+
+/// MPI's code for success (MPI 4.0, section 9.4).
+const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
+
+/// Evaluates MPI calls in order and returns the first failure.
+macro_rules! attempt {
+    ($($call:expr;)+) => {{
+        $(
+            let code = $call;
+            if code != SUCCESS {
+                return code;
+            }
+        )+
+        SUCCESS
+    }};
+}
+pub(crate) use attempt;
+
+unsafe extern "C" fn library_version(text: *mut c_char, capacity: usize) {
+    let mut buffer = [0 as c_char; ffi::MPI_MAX_LIBRARY_VERSION_STRING as usize + 1];
+    let mut length = 0;
+    // SAFETY: the buffer holds MPI_MAX_LIBRARY_VERSION_STRING; callable before MPI_Init.
+    unsafe { ffi::MPI_Get_library_version(buffer.as_mut_ptr(), &mut length) };
+    // SAFETY: the caller promises `capacity` writable bytes.
+    unsafe { copy_text(&buffer, text, capacity) };
+}
+
+/// # Safety
+/// `to` must be valid for `capacity` bytes; `from` must hold a NUL.
+unsafe fn copy_text(from: &[c_char], to: *mut c_char, capacity: usize) {
+    if capacity == 0 {
+        return;
+    }
+    // SAFETY: `from` holds a NUL (zero-initialised, one longer than MPI writes).
+    let bytes = unsafe { CStr::from_ptr(from.as_ptr()) }.to_bytes();
+    let length = bytes.len().min(capacity - 1);
+    // SAFETY: `length` is below `capacity`, and the buffers do not overlap.
+    unsafe {
+        ptr::copy_nonoverlapping(bytes.as_ptr().cast(), to, length);
+        *to.add(length) = 0;
+    }
+}
+
+unsafe extern "C" fn state() -> c_int {
+    let (mut started, mut ended) = (0, 0);
+    // SAFETY: both are callable at any time.
+    unsafe {
+        ffi::MPI_Initialized(&mut started);
+        ffi::MPI_Finalized(&mut ended);
+    }
+    if ended != 0 {
+        2
+    } else {
+        c_int::from(started != 0)
+    }
+}
+
+unsafe extern "C" fn init() -> c_int {
+    let mut provided = 0;
+    // SAFETY: the engine calls this once, when `state` says 0. Null arguments: MPI 4.0, 11.2.1.
+    unsafe {
+        ffi::MPI_Init_thread(
+            ptr::null_mut(),
+            ptr::null_mut(),
+            ffi::MPI_THREAD_MULTIPLE as c_int,
+            &mut provided,
+        )
+    }
+}
+
+unsafe extern "C" fn thread_level() -> c_int {
+    let mut level = 0;
+    // SAFETY: MPI is initialised.
+    unsafe { ffi::MPI_Query_thread(&mut level) };
+    let levels = [
+        ffi::MPI_THREAD_SINGLE,
+        ffi::MPI_THREAD_FUNNELED,
+        ffi::MPI_THREAD_SERIALIZED,
+        ffi::MPI_THREAD_MULTIPLE,
+    ];
+    levels
+        .iter()
+        .position(|&known| known as c_int == level)
+        .unwrap_or(0) as c_int
+}
+
+unsafe extern "C" fn finalize() -> c_int {
+    // SAFETY: the engine calls this once, after its last operation.
+    unsafe { ffi::MPI_Finalize() }
+}
+
+unsafe extern "C" fn abort(code: c_int) {
+    // SAFETY: MPI is initialised and not finalized; callable while other threads wait.
+    unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code) };
+}
+
+unsafe extern "C" fn comm_world() -> u64 {
+    // SAFETY: a constant of the linked MPI.
+    comm_to_bits(unsafe { ffi::RSMPI_COMM_WORLD })
+}
+
+unsafe extern "C" fn comm_self() -> u64 {
+    // SAFETY: a constant of the linked MPI.
+    comm_to_bits(unsafe { ffi::RSMPI_COMM_SELF })
+}
+
+unsafe extern "C" fn comm_dup(comm: u64, new: *mut u64) -> c_int {
+    let mut made = comm_from_bits(comm);
+    // SAFETY: `comm` is a live communicator and `new` is writable, as the caller promises.
+    unsafe {
+        attempt! {
+            ffi::MPI_Comm_dup(comm_from_bits(comm), &mut made);
+            ffi::MPI_Comm_set_errhandler(made, ffi::RSMPI_ERRORS_RETURN);
+        };
+        *new = comm_to_bits(made);
+    }
+    SUCCESS
+}
+
+unsafe extern "C" fn comm_free(comm: u64) -> c_int {
+    let mut comm = comm_from_bits(comm);
+    // SAFETY: the engine frees only what it duplicated.
+    unsafe { ffi::MPI_Comm_free(&mut comm) }
+}
+
+unsafe extern "C" fn comm_info(
+    comm: u64,
+    rank: *mut c_int,
+    size: *mut c_int,
+    inter: *mut c_int,
+) -> c_int {
+    let comm = comm_from_bits(comm);
+    // SAFETY: the pointers are writable and the communicator is live, as the caller promises.
+    unsafe {
+        attempt! {
+            ffi::MPI_Comm_rank(comm, rank);
+            ffi::MPI_Comm_size(comm, size);
+            ffi::MPI_Comm_test_inter(comm, inter);
+        }
+    }
+}
+
+unsafe extern "C" fn node_rank(comm: u64, rank: *mut c_int) -> c_int {
+    let mut node = comm_from_bits(comm);
+    // SAFETY: collective over a communicator of the engine's, at start; `rank` is writable.
+    unsafe {
+        attempt! {
+            ffi::MPI_Comm_split_type(
+                comm_from_bits(comm),
+                ffi::MPI_COMM_TYPE_SHARED as c_int,
+                0,
+                ffi::RSMPI_INFO_NULL,
+                &mut node,
+            );
+            ffi::MPI_Comm_rank(node, rank);
+            ffi::MPI_Comm_free(&mut node);
+        }
+    }
+}
+
+/// What a watched communicator carries as its attribute.
+struct Watch {
+    number: i64,
+    deleted: CommDeleted,
+}
+
+unsafe extern "C" fn on_delete(
+    _comm: ffi::MPI_Comm,
+    _key: c_int,
+    attribute: *mut c_void,
+    _extra: *mut c_void,
+) -> c_int {
+    // SAFETY: `comm_watch` put a boxed Watch there, and MPI calls this once (MPI 4.0, 7.7.2).
+    let watch = unsafe { Box::from_raw(attribute.cast::<Watch>()) };
+    (watch.deleted)(watch.number);
+    SUCCESS
+}
+
+unsafe extern "C" fn comm_watch(comm: u64, number: i64, deleted: CommDeleted) -> c_int {
+    let mut key = 0;
+    let watch = Box::into_raw(Box::new(Watch { number, deleted }));
+    // A null copy function is MPI_COMM_NULL_COPY_FN in both families: duplicates are not watched.
+    // SAFETY: the communicator is live; ownership of `watch` goes to the attribute.
+    unsafe {
+        attempt! {
+            ffi::MPI_Comm_create_keyval(
+                handle::null_copy_fn(),
+                Some(on_delete),
+                &mut key,
+                ptr::null_mut(),
+            );
+            ffi::MPI_Comm_set_attr(comm_from_bits(comm), key, watch.cast());
+            ffi::MPI_Comm_free_keyval(&mut key);
+            ffi::MPI_Comm_set_errhandler(comm_from_bits(comm), ffi::RSMPI_ERRORS_RETURN);
+        }
+    }
+}
+
+unsafe extern "C" fn execute_op(op: *const ShimOp, received: *mut ShimReceived) -> c_int {
+    // SAFETY: the engine passes a checked operation whose buffers outlive the call.
+    unsafe { execute::execute(&*op, &mut *received) }
+}
+
+unsafe extern "C" fn error_string(code: c_int, text: *mut c_char, capacity: usize) {
+    let mut buffer = [0 as c_char; ffi::MPI_MAX_ERROR_STRING as usize + 1];
+    let mut length = 0;
+    // SAFETY: the buffer holds MPI_MAX_ERROR_STRING; the caller promises `capacity` bytes.
+    unsafe {
+        ffi::MPI_Error_string(code, buffer.as_mut_ptr(), &mut length);
+        copy_text(&buffer, text, capacity);
+    }
+}

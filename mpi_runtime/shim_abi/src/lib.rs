@@ -1,0 +1,172 @@
+//! The C contract between the engine (`mpi_runtime`) and an MPI shim.
+//!
+//! A shim is a shared library built against one MPI. It exports [`ENTRY_POINT`], which returns a
+//! [`ShimApi`]: plain C functions over plain structs, so that the engine never sees an MPI type.
+//! MPI handles travel as the 64 bits mpi4py's `_handleof` shows (a pointer in Open MPI, an
+//! integer in MPICH).
+//!
+//! What a shim promises: no function panics or aborts; every MPI failure comes back as the MPI
+//! error code, whose text is [`ShimApi::error_string`]; only [`ShimApi::execute`] may wait on a
+//! peer, except for [`ShimApi::comm_dup`], [`ShimApi::init`] and [`ShimApi::finalize`], which are
+//! collective at start and end.
+
+use std::ffi::{c_char, c_int, c_void};
+
+/// Name of the exported function, of type [`Entry`].
+pub const ENTRY_POINT: &str = "mpi_cuda_shim";
+/// Version of this contract; the engine refuses a shim with another.
+pub const ABI_VERSION: u32 = 1;
+/// Type of the function named [`ENTRY_POINT`].
+pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
+
+/// `MPI_ANY_SOURCE` and `MPI_ANY_TAG` as the engine writes them; each MPI has its own values.
+pub const ANY: i32 = i32::MIN;
+/// `MPI_PROC_NULL` as the engine writes it.
+pub const PROC_NULL: i32 = i32::MIN + 1;
+
+/// Kinds of operations; the same numbers on both sides of the contract.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Kind {
+    Allgather,
+    Allreduce,
+    Alltoall,
+    Barrier,
+    Bcast,
+    Gather,
+    Recv,
+    Reduce,
+    Scan,
+    Scatter,
+    Send,
+    Sendrecv,
+}
+
+/// Element types MPI reduces or moves (MPI 4.0, section 3.2.2).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Datatype {
+    Bool,
+    I8,
+    I16,
+    I32,
+    I64,
+    U8,
+    U16,
+    U32,
+    U64,
+    F32,
+    F64,
+    C64,
+    C128,
+}
+
+/// Predefined reductions (MPI 4.0, section 6.9.2).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Reduction {
+    Sum,
+    Prod,
+    Min,
+    Max,
+    Land,
+    Lor,
+    Lxor,
+    Band,
+    Bor,
+    Bxor,
+}
+
+/// One operation, ready for MPI: checked, its communicator a handle, its buffers host memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ShimOp {
+    /// What to do.
+    pub kind: Kind,
+    /// Element type of what is sent (and received, except by `Sendrecv`).
+    pub datatype: Datatype,
+    /// Element type received by `Sendrecv`.
+    pub recv_datatype: Datatype,
+    /// Reduction, of the reducing kinds.
+    pub reduction: Reduction,
+    /// Communicator handle.
+    pub comm: u64,
+    /// Elements sent; for gathering and scattering kinds, per rank.
+    pub count: i32,
+    /// Elements received; for gathering and scattering kinds, per rank.
+    pub recv_count: i32,
+    /// Root, destination or `PROC_NULL`.
+    pub dest: i32,
+    /// Source, `ANY` or `PROC_NULL`.
+    pub source: i32,
+    /// Tag of what is sent.
+    pub send_tag: i32,
+    /// Tag of what is received, or `ANY`.
+    pub recv_tag: i32,
+    /// What is sent.
+    pub send: *const c_void,
+    /// Where to receive; may be null where this rank receives nothing.
+    pub recv: *mut c_void,
+    /// The user's `MPI_Status`, or null.
+    pub status: *mut c_void,
+}
+
+/// What a receive saw.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ShimReceived {
+    /// Rank that sent; −1 if nothing was received.
+    pub source: i32,
+    /// Tag it was sent with.
+    pub tag: i32,
+    /// Bytes that arrived; −1 if unknown.
+    pub bytes: i64,
+}
+
+/// Called when MPI deletes the communicator registered under `number`.
+pub type CommDeleted = extern "C" fn(number: i64);
+
+/// The function table of a shim.
+#[repr(C)]
+pub struct ShimApi {
+    /// [`ABI_VERSION`] of the shim.
+    pub abi_version: u32,
+    /// `MPI_Get_library_version`, NUL-terminated.
+    pub library_version: unsafe extern "C" fn(text: *mut c_char, capacity: usize),
+    /// 0: not initialised, 1: initialised, 2: finalized.
+    pub state: unsafe extern "C" fn() -> c_int,
+    /// `MPI_Init_thread` with `MPI_THREAD_MULTIPLE`.
+    pub init: unsafe extern "C" fn() -> c_int,
+    /// Thread level: 0 single, 1 funneled, 2 serialized, 3 multiple.
+    pub thread_level: unsafe extern "C" fn() -> c_int,
+    /// `MPI_Finalize`.
+    pub finalize: unsafe extern "C" fn() -> c_int,
+    /// `MPI_Abort` on the world communicator.
+    pub abort: unsafe extern "C" fn(code: c_int),
+    /// The handle of `MPI_COMM_WORLD`.
+    pub comm_world: unsafe extern "C" fn() -> u64,
+    /// The handle of `MPI_COMM_SELF`.
+    pub comm_self: unsafe extern "C" fn() -> u64,
+    /// `MPI_Comm_dup`, with errors returned.
+    pub comm_dup: unsafe extern "C" fn(comm: u64, new: *mut u64) -> c_int,
+    /// `MPI_Comm_free`.
+    pub comm_free: unsafe extern "C" fn(comm: u64) -> c_int,
+    /// Rank and size; `inter` is 1 for an intercommunicator.
+    pub comm_info: unsafe extern "C" fn(
+        comm: u64,
+        rank: *mut c_int,
+        size: *mut c_int,
+        inter: *mut c_int,
+    ) -> c_int,
+    /// Number of lower ranks on this node (`MPI_Comm_split_type` with `MPI_COMM_TYPE_SHARED`).
+    pub node_rank: unsafe extern "C" fn(comm: u64, rank: *mut c_int) -> c_int,
+    /// Calls `deleted(number)` when the communicator is freed.
+    pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
+    /// Executes an operation and waits until its buffers may be used again.
+    pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
+    /// `MPI_Error_string`, NUL-terminated.
+    pub error_string: unsafe extern "C" fn(code: c_int, text: *mut c_char, capacity: usize),
+}

@@ -1,0 +1,185 @@
+//! What happens to an operation: it waits for its turn, is checked, entered in the pending table,
+//! executed, and its result checked. [`Engine::execute`] is the one place where this process
+//! waits on a peer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mpi_shim_abi::{Kind, PROC_NULL, ShimReceived};
+use parking_lot::Mutex;
+
+use crate::alone;
+use crate::check;
+use crate::communicators::{Communicator, Communicators};
+use crate::error::OperationError;
+use crate::operation::Operation;
+use crate::order::{Order, Ticket};
+use crate::pending::{self, PendingTable};
+use crate::shim::Shim;
+
+/// Executes operations in order. One per process.
+pub struct Engine {
+    shim: Option<Shim>,
+    /// The communicators by number.
+    pub communicators: Communicators,
+    order: Order,
+    pending: Arc<PendingTable>,
+    /// Errors of operations that nobody may have read yet.
+    unread: Mutex<Vec<OperationError>>,
+}
+
+impl Engine {
+    /// An engine over `shim`, or alone in the world; warns after `warn_after`.
+    pub fn new(shim: Option<Shim>, rank: i32, warn_after: Duration) -> Engine {
+        let pending = Arc::new(PendingTable::default());
+        pending::watch(&pending, rank, warn_after);
+        Engine {
+            shim,
+            communicators: Communicators::default(),
+            order: Order::default(),
+            pending,
+            unread: Mutex::default(),
+        }
+    }
+
+    /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.
+    pub fn execute(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), OperationError> {
+        self.order.wait_turn(ticket);
+        self.run(op)
+            .inspect_err(|error| self.unread.lock().push(error.clone()))
+    }
+
+    fn run(&self, op: &Operation<'_>) -> Result<(), OperationError> {
+        let Some(comm) = self.communicators.get(op.comm) else {
+            return Err(OperationError {
+                operation: op.to_string(),
+                rank: -1,
+                comm: format!("communicator {}", op.comm),
+                size: 0,
+                reason: "no communicator has this number in this process; a compiled program was \
+                         loaded from another run, or the number was never registered"
+                    .into(),
+            });
+        };
+        let failed = |reason: String| OperationError {
+            operation: op.to_string(),
+            rank: comm.rank,
+            comm: comm.name.to_owned(),
+            size: comm.size,
+            reason,
+        };
+        let shim_op = check::prepare(op, &comm).map_err(failed)?;
+        let _pending = self.pending.enter(op, comm.name);
+        let Some(shim) = &self.shim else {
+            return alone::execute(op).map_err(failed);
+        };
+        let received = shim.execute(&shim_op).map_err(|error| failed(error.0))?;
+        if check::returns_input(op, &comm) {
+            alone::copy_through(op);
+        }
+        check_received(op, &received).map_err(failed)
+    }
+
+    /// Takes the ticket of a new launch.
+    pub fn issue_ticket(&self) -> Ticket {
+        self.order.issue()
+    }
+
+    /// Ends a launch; without this, later launches wait forever.
+    pub fn retire(&self, ticket: Ticket) {
+        self.order.retire(ticket);
+    }
+
+    /// Waits until the launches dispatched so far have ended.
+    pub fn wait_idle(&self) {
+        self.order.wait_idle();
+    }
+
+    /// Number of launches that have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.order.in_flight()
+    }
+
+    /// The first error nobody has read; forgets all of them.
+    pub fn take_unread_error(&self) -> Option<OperationError> {
+        let mut unread = self.unread.lock();
+        let first = unread.first().cloned();
+        unread.clear();
+        first
+    }
+
+    /// Somebody has read an error with this text.
+    pub fn mark_read(&self, text: &str) {
+        let mut unread = self.unread.lock();
+        if !unread.is_empty() {
+            unread.retain(|error| !text.contains(&error.to_string()));
+        }
+    }
+
+    /// The number of the user's communicator `handle`, which is registered at first use.
+    /// Nothing collective happens: it is used as it is.
+    pub fn register(
+        &self,
+        handle: u64,
+        name: &str,
+        deleted: mpi_shim_abi::CommDeleted,
+    ) -> Result<i64, String> {
+        if let Some(number) = self.communicators.find(handle) {
+            return Ok(number);
+        }
+        let Some(shim) = &self.shim else {
+            return Err("communicators need an MPI, and this process runs without one".into());
+        };
+        let (rank, size, inter) = shim.comm_info(handle).map_err(|error| error.0)?;
+        if inter {
+            return Err("intercommunicators are not supported; use an intracommunicator".into());
+        }
+        let number = self.communicators.add(Communicator {
+            // Few communicators live as long as the process; their names may.
+            name: String::leak(name.to_owned()),
+            handle,
+            user_handle: handle,
+            rank,
+            size,
+            freed: false,
+        });
+        shim.comm_watch(handle, number, deleted)
+            .map_err(|error| error.0)?;
+        Ok(number)
+    }
+
+    /// The user frees communicator `number`: waits for our operations, then refuses later ones.
+    pub fn comm_deleted(&self, number: i64) {
+        self.wait_idle();
+        self.communicators.free(number);
+    }
+}
+
+/// A message shorter than the result would leave part of it unwritten; MPI itself reports only
+/// longer ones (MPI 4.0, section 3.2.4).
+fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), String> {
+    if !matches!(op.kind, Kind::Recv | Kind::Sendrecv) {
+        return Ok(());
+    }
+    let expected = op.recv.bytes();
+    let arrived = usize::try_from(received.bytes).unwrap_or(0);
+    if op.source != PROC_NULL && arrived < expected && op.status == 0 {
+        return Err(format!(
+            "the message from rank {} with tag {} has {arrived} bytes, and the result {expected}; \
+             both sides must have the same shape and dtype (pass status= to accept less)",
+            received.source, received.tag
+        ));
+    }
+    if arrived < expected {
+        // SAFETY: the result buffer is valid for `expected` bytes; nothing in it stays
+        // uninitialised.
+        unsafe {
+            op.recv
+                .data
+                .cast::<u8>()
+                .add(arrived)
+                .write_bytes(0, expected - arrived)
+        };
+    }
+    Ok(())
+}

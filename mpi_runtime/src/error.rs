@@ -1,0 +1,84 @@
+//! Errors of the engine: each says what failed, where, and what the user can do.
+
+#![forbid(unsafe_code)]
+
+use thiserror::Error;
+
+/// An operation that could not be done.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("mpi_cuda: {operation} failed on rank {rank} of {comm} ({size} ranks): {reason}")]
+pub struct OperationError {
+    /// What was asked for, with dtype, shape, peer and tag.
+    pub operation: String,
+    /// Rank of this process in the communicator; −1 if the communicator is unknown.
+    pub rank: i32,
+    /// Name of the communicator.
+    pub comm: String,
+    /// Its number of ranks.
+    pub size: i32,
+    /// What went wrong, in MPI's words where it was MPI, and the remedy.
+    pub reason: String,
+}
+
+/// The world could not be set up.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum StartError {
+    #[error(
+        "this process is one of {launched} by its launcher ({launcher}), but {library} sees a \
+         world of size 1: start the job with the launcher of that MPI (mpirun.openmpi for Open \
+         MPI, mpirun.mpich for MPICH, `srun --mpi=pmix` or `--mpi=pmi2`), or choose the other \
+         MPI; MPI_CUDA_SINGLETON=1 runs {launched} separate worlds of size 1 on purpose"
+    )]
+    WrongLauncher {
+        launched: usize,
+        launcher: &'static str,
+        library: String,
+    },
+    #[error(
+        "this process is one of {launched} by its launcher ({launcher}), but there is no MPI for \
+         it: {reason}; run scripts/setup where that MPI is installed, or set MPI_CUDA_SHIM_DIR to \
+         the folder of libmpi_cuda_shim_{family}.so; MPI_CUDA_SINGLETON=1 runs {launched} separate \
+         worlds of size 1 on purpose"
+    )]
+    NoShim {
+        launched: usize,
+        launcher: &'static str,
+        family: &'static str,
+        reason: String,
+    },
+    #[error("cannot load the MPI shim for {family}: {reason}")]
+    Shim {
+        family: &'static str,
+        reason: String,
+    },
+    #[error(
+        "two MPI libraries are loaded in this process, {first} and {second}: one process can use \
+         only one; set MPI4PY_LIBMPI (mpi4py) or start with the launcher of the one you mean"
+    )]
+    TwoLibraries { first: String, second: String },
+    #[error(
+        "MPI_CUDA_MPI={wanted}, but {loaded} is already loaded in this process (by mpi4py?): \
+         unset MPI_CUDA_MPI or make both agree"
+    )]
+    OtherLibrary {
+        wanted: &'static str,
+        loaded: String,
+    },
+    #[error(
+        "MPI was initialised with thread level {level}, and mpi_cuda needs MPI_THREAD_MULTIPLE: \
+         before `from mpi4py import MPI` write `import mpi4py; mpi4py.rc.thread_level = \
+         'multiple'`, or let mpi_cuda initialise MPI"
+    )]
+    ThreadLevel { level: &'static str },
+    #[error("MPI has already been finalized in this process: create the JAX backend before that")]
+    Finalized,
+    #[error(
+        "this process (pid {pid}) is a child of rank process {parent}: a second copy of that rank \
+         cannot join the MPI job. Set JAX_PLATFORMS=cpu in the child (before it imports jax), or \
+         do the work with ranks of the job"
+    )]
+    Child { pid: u32, parent: u32 },
+    #[error("{call} failed at start: {text}")]
+    Mpi { call: &'static str, text: String },
+}

@@ -1,0 +1,24 @@
+//! The engine of mpi_cuda: communicators, operations, order, checks and the table of what is
+//! pending. It knows MPI's semantics and device memory, and nothing of PJRT or HLO.
+//!
+//! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it).
+
+pub mod alone;
+pub mod check;
+pub mod communicators;
+pub mod engine;
+pub mod error;
+pub mod family;
+pub mod launcher;
+pub mod operation;
+pub mod order;
+pub mod pending;
+pub mod shim;
+pub mod world;
+
+pub use engine::Engine;
+pub use error::{OperationError, StartError};
+pub use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
+pub use operation::{Buffer, ElementType, Operation};
+pub use order::Ticket;
+pub use world::{World, WorldOptions};

@@ -1,0 +1,226 @@
+//! Loading a shim and calling it: results instead of codes.
+
+use std::ffi::{CStr, c_char, c_int};
+use std::path::{Path, PathBuf};
+
+use libloading::Library;
+use mpi_shim_abi::{ABI_VERSION, CommDeleted, ENTRY_POINT, Entry, ShimApi, ShimOp, ShimReceived};
+
+use crate::error::StartError;
+use crate::family::Family;
+
+/// A loaded shim; never unloaded, since MPI libraries do not survive that.
+#[derive(Clone, Copy)]
+pub struct Shim {
+    api: &'static ShimApi,
+    /// The family it was built for.
+    pub family: Family,
+}
+
+/// A failed MPI call: MPI's own text.
+#[derive(Debug)]
+pub struct MpiError(pub String);
+
+/// Whether MPI was started in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum State {
+    NotStarted,
+    Running,
+    Finalized,
+}
+
+/// File name of the shim of `family`.
+pub fn file_name(family: Family) -> String {
+    format!("libmpi_cuda_shim_{}.so", family.name())
+}
+
+impl Shim {
+    /// Loads the shim of `family` from the first of `folders` that has it.
+    pub fn load(family: Family, folders: &[PathBuf]) -> Result<Shim, StartError> {
+        let error = |reason: String| StartError::Shim {
+            family: family.name(),
+            reason,
+        };
+        let file = file_name(family);
+        let path = folders
+            .iter()
+            .map(|folder| folder.join(&file))
+            .find(|path| path.is_file());
+        let path = path.ok_or_else(|| {
+            let looked: Vec<_> = folders
+                .iter()
+                .map(|folder| folder.display().to_string())
+                .collect();
+            error(format!("{file} is in none of {}", looked.join(", ")))
+        })?;
+        Self::open(family, &path).map_err(|reason| error(format!("{}: {reason}", path.display())))
+    }
+
+    fn open(family: Family, path: &Path) -> Result<Shim, String> {
+        // SAFETY: loading runs the initialisers of the shim and of the MPI it links, nothing else.
+        let library = unsafe { Library::new(path) }.map_err(|error| error.to_string())?;
+        // SAFETY: the contract gives the symbol this type.
+        let entry = unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }
+            .map_err(|error| error.to_string())?;
+        // SAFETY: the entry point has no requirements; the table is static in the library, which
+        // is leaked below.
+        let api: &'static ShimApi = unsafe { &*entry() };
+        if api.abi_version != ABI_VERSION {
+            return Err(format!(
+                "it has version {} of the contract, and {ABI_VERSION} is needed; run scripts/setup",
+                api.abi_version
+            ));
+        }
+        std::mem::forget(library);
+        Ok(Shim { api, family })
+    }
+
+    /// First line of `MPI_Get_library_version`.
+    pub fn library_version(&self) -> String {
+        // SAFETY: callable at any time; `text` passes a buffer with its capacity.
+        let all = text(|buffer, capacity| unsafe { (self.api.library_version)(buffer, capacity) });
+        let line = all.lines().next().unwrap_or_default();
+        line.split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
+            .replace("MPICH Version:", "MPICH")
+    }
+
+    /// Whether MPI was started.
+    pub fn state(&self) -> State {
+        // SAFETY: callable at any time.
+        match unsafe { (self.api.state)() } {
+            0 => State::NotStarted,
+            1 => State::Running,
+            _ => State::Finalized,
+        }
+    }
+
+    /// `MPI_Init_thread`.
+    pub fn init(&self) -> Result<(), MpiError> {
+        // SAFETY: called once, in state NotStarted.
+        self.check(unsafe { (self.api.init)() })
+    }
+
+    /// Name of the thread level MPI runs with.
+    pub fn thread_level(&self) -> &'static str {
+        // SAFETY: MPI is running.
+        let level = unsafe { (self.api.thread_level)() };
+        ["single", "funneled", "serialized", "multiple"]
+            .get(level as usize)
+            .unwrap_or(&"unknown")
+    }
+
+    /// `MPI_Finalize`.
+    pub fn finalize(&self) -> Result<(), MpiError> {
+        // SAFETY: called once, by whoever initialised, after the last operation.
+        self.check(unsafe { (self.api.finalize)() })
+    }
+
+    /// `MPI_Abort`: ends the whole job.
+    pub fn abort(&self, code: i32) {
+        // SAFETY: MPI is running.
+        unsafe { (self.api.abort)(code) }
+    }
+
+    /// Handle of `MPI_COMM_WORLD`.
+    pub fn comm_world(&self) -> u64 {
+        // SAFETY: a constant.
+        unsafe { (self.api.comm_world)() }
+    }
+
+    /// Handle of `MPI_COMM_SELF`.
+    pub fn comm_self(&self) -> u64 {
+        // SAFETY: a constant.
+        unsafe { (self.api.comm_self)() }
+    }
+
+    /// `MPI_Comm_dup`; collective.
+    pub fn comm_dup(&self, comm: u64) -> Result<u64, MpiError> {
+        let mut new = 0;
+        // SAFETY: `comm` is a live communicator.
+        self.check(unsafe { (self.api.comm_dup)(comm, &mut new) })?;
+        Ok(new)
+    }
+
+    /// `MPI_Comm_free`.
+    pub fn comm_free(&self, comm: u64) -> Result<(), MpiError> {
+        // SAFETY: `comm` was made by `comm_dup`.
+        self.check(unsafe { (self.api.comm_free)(comm) })
+    }
+
+    /// Rank, size, and whether it is an intercommunicator.
+    pub fn comm_info(&self, comm: u64) -> Result<(i32, i32, bool), MpiError> {
+        let (mut rank, mut size, mut inter) = (0, 0, 0);
+        // SAFETY: `comm` is a live communicator.
+        self.check(unsafe { (self.api.comm_info)(comm, &mut rank, &mut size, &mut inter) })?;
+        Ok((rank, size, inter != 0))
+    }
+
+    /// Number of lower ranks of `comm` on this node; collective.
+    pub fn node_rank(&self, comm: u64) -> Result<i32, MpiError> {
+        let mut rank = 0;
+        // SAFETY: `comm` is a live communicator of the engine's.
+        self.check(unsafe { (self.api.node_rank)(comm, &mut rank) })?;
+        Ok(rank)
+    }
+
+    /// Calls `deleted(number)` when `comm` is freed.
+    pub fn comm_watch(&self, comm: u64, number: i64, deleted: CommDeleted) -> Result<(), MpiError> {
+        // SAFETY: `comm` is a live communicator.
+        self.check(unsafe { (self.api.comm_watch)(comm, number, deleted) })
+    }
+
+    /// Executes an operation; the only call here that waits on a peer after start.
+    pub fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
+        let mut received = ShimReceived::default();
+        // SAFETY: `check::prepare` made `op` from buffers that outlive this call.
+        self.check(unsafe { (self.api.execute)(op, &mut received) })?;
+        Ok(received)
+    }
+
+    fn check(&self, code: c_int) -> Result<(), MpiError> {
+        if code == 0 {
+            return Ok(());
+        }
+        // SAFETY: `text` passes a buffer with its capacity.
+        Err(MpiError(text(|buffer, capacity| unsafe {
+            (self.api.error_string)(code, buffer, capacity);
+        })))
+    }
+}
+
+fn text(fill: impl FnOnce(*mut c_char, usize)) -> String {
+    let mut buffer = vec![0 as c_char; 8192];
+    fill(buffer.as_mut_ptr(), buffer.len());
+    // SAFETY: the shim NUL-terminates within the capacity, and the buffer began as zeros.
+    unsafe { CStr::from_ptr(buffer.as_ptr()) }
+        .to_string_lossy()
+        .trim()
+        .to_owned()
+}
+
+/// Paths of the shared libraries now loaded in this process.
+pub fn loaded_libraries() -> Vec<String> {
+    unsafe extern "C" fn collect(
+        info: *mut libc::dl_phdr_info,
+        _size: usize,
+        data: *mut libc::c_void,
+    ) -> c_int {
+        // SAFETY: `data` is the vector below; glibc passes a valid info with a NUL-ended name.
+        unsafe {
+            let paths = &mut *data.cast::<Vec<String>>();
+            paths.push(
+                CStr::from_ptr((*info).dlpi_name)
+                    .to_string_lossy()
+                    .into_owned(),
+            );
+        }
+        0
+    }
+    let mut paths: Vec<String> = Vec::new();
+    // SAFETY: the callback matches, and `paths` outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(collect), std::ptr::from_mut(&mut paths).cast()) };
+    paths
+}

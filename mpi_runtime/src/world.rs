@@ -1,0 +1,248 @@
+//! The world: which MPI, who we are in it, and the engine over it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::communicators::{Communicator, DEFAULT, SELF, WORLD};
+use crate::engine::Engine;
+use crate::error::StartError;
+use crate::family::{self, Family};
+use crate::launcher::{self, Launched};
+use crate::shim::{self, MpiError, Shim, State};
+
+/// How to find the world.
+#[derive(Clone, Debug)]
+pub struct WorldOptions {
+    /// `MPI_CUDA_MPI`.
+    pub family: Option<Family>,
+    /// Where the shims are.
+    pub shim_folders: Vec<PathBuf>,
+    /// `MPI_CUDA_SINGLETON`: a world of size 1 is meant, whatever the launcher says.
+    pub singleton: bool,
+    /// `MPI_CUDA_WARN_AFTER`.
+    pub warn_after: Duration,
+}
+
+/// This process's place among the ranks.
+pub struct World {
+    /// Rank in `COMM_WORLD`.
+    pub rank: i32,
+    /// Size of `COMM_WORLD`.
+    pub size: i32,
+    /// Number of lower ranks on this node.
+    pub node_rank: i32,
+    /// MPI library and version, or "no MPI".
+    pub library: String,
+    /// MPI's thread level.
+    pub thread_level: &'static str,
+    /// The engine.
+    pub engine: Engine,
+    shim: Option<Shim>,
+    /// We initialised MPI, so we finalize it.
+    owns_mpi: bool,
+}
+
+/// Marks the environment of a rank, so that its children know that they are none. Holds the
+/// process id and the rank's identity by its launcher.
+const RANK_MARK: &str = "MPI_CUDA_RANK_PROCESS";
+
+impl World {
+    /// Finds the MPI, joins its world, and duplicates the communicators we need. Collective.
+    pub fn start(options: &WorldOptions) -> Result<World, StartError> {
+        let launched = launcher::detect(|name| std::env::var(name).ok());
+        refuse_child(launched.as_ref())?;
+        let launched_size = launched.as_ref().map_or(1, |launched| launched.size);
+        let shim = load_shim(options, launched.as_ref(), launched_size)?;
+        let Some(shim) = shim else {
+            return Ok(Self::alone(options));
+        };
+        let library = shim.library_version();
+        let owns_mpi = match shim.state() {
+            State::NotStarted => {
+                shim.init().map_err(mpi_error("MPI_Init_thread"))?;
+                true
+            }
+            State::Running => false,
+            State::Finalized => return Err(StartError::Finalized),
+        };
+        let thread_level = shim.thread_level();
+        if thread_level != "multiple" {
+            return Err(StartError::ThreadLevel {
+                level: thread_level,
+            });
+        }
+        let (rank, size, _) = shim
+            .comm_info(shim.comm_world())
+            .map_err(mpi_error("MPI_Comm_rank"))?;
+        if size == 1 && launched_size > 1 && !options.singleton {
+            let launcher = launched.map_or("", |launched| launched.launcher);
+            return Err(StartError::WrongLauncher {
+                launched: launched_size,
+                launcher,
+                library,
+            });
+        }
+        let engine = Engine::new(Some(shim), rank, options.warn_after);
+        let mut private = 0;
+        let names = [
+            ("COMM_WORLD", WORLD),
+            ("the default communicator", DEFAULT),
+            ("COMM_SELF", SELF),
+        ];
+        for (name, number) in names {
+            let of = if number == SELF {
+                shim.comm_self()
+            } else {
+                shim.comm_world()
+            };
+            private = shim.comm_dup(of).map_err(mpi_error("MPI_Comm_dup"))?;
+            let (rank, size) = if number == SELF { (0, 1) } else { (rank, size) };
+            let row = Communicator {
+                name,
+                handle: private,
+                user_handle: of,
+                rank,
+                size,
+                freed: false,
+            };
+            let added = engine.communicators.add(row);
+            debug_assert_eq!(added, number);
+        }
+        debug_assert_ne!(private, 0);
+        let node_rank = shim
+            .node_rank(shim.comm_world())
+            .map_err(mpi_error("MPI_Comm_split_type"))?;
+        mark_rank(launched.as_ref());
+        Ok(World {
+            rank,
+            size,
+            node_rank,
+            library,
+            thread_level,
+            engine,
+            shim: Some(shim),
+            owns_mpi,
+        })
+    }
+
+    /// A world of size 1 without MPI.
+    fn alone(options: &WorldOptions) -> World {
+        let engine = Engine::new(None, 0, options.warn_after);
+        for name in ["COMM_WORLD", "the default communicator", "COMM_SELF"] {
+            engine.communicators.add(Communicator {
+                name,
+                handle: 0,
+                user_handle: 0,
+                rank: 0,
+                size: 1,
+                freed: false,
+            });
+        }
+        World {
+            rank: 0,
+            size: 1,
+            node_rank: 0,
+            library: "no MPI".into(),
+            thread_level: "none",
+            engine,
+            shim: None,
+            owns_mpi: false,
+        }
+    }
+
+    /// The MPI family in use.
+    pub fn family(&self) -> Option<Family> {
+        self.shim.map(|shim| shim.family)
+    }
+
+    /// Ends the whole job at once.
+    pub fn abort(&self, code: i32) -> ! {
+        if let Some(shim) = &self.shim
+            && shim.state() == State::Running
+        {
+            shim.abort(code);
+        }
+        std::process::exit(code)
+    }
+
+    /// Waits for everything dispatched and, if we initialised MPI, finalizes it. Call once, last.
+    pub fn shutdown(&self) {
+        self.engine.wait_idle();
+        let Some(shim) = &self.shim else { return };
+        if self.owns_mpi && shim.state() == State::Running {
+            // An error here has no one left to hear it but the user at the terminal.
+            if let Err(error) = shim.finalize() {
+                eprintln!(
+                    "mpi_cuda: MPI_Finalize failed on rank {}: {}",
+                    self.rank, error.0
+                );
+            }
+        }
+    }
+}
+
+fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {
+    move |error| StartError::Mpi {
+        call,
+        text: error.0,
+    }
+}
+
+/// The first shim that loads; none is an error only if there should be more than one rank.
+fn load_shim(
+    options: &WorldOptions,
+    launched: Option<&Launched>,
+    launched_size: usize,
+) -> Result<Option<Shim>, StartError> {
+    let families = family::candidates(&shim::loaded_libraries(), launched, options.family)?;
+    let mut first_error = None;
+    for &family in &families {
+        match Shim::load(family, &options.shim_folders) {
+            Ok(shim) => return Ok(Some(shim)),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    let Some(error) = first_error else {
+        return Ok(None);
+    };
+    match launched {
+        Some(launched) if launched_size > 1 && !options.singleton => Err(StartError::NoShim {
+            launched: launched_size,
+            launcher: launched.launcher,
+            family: families[0].name(),
+            reason: error.to_string(),
+        }),
+        _ if options.family.is_some() => Err(error),
+        _ => Ok(None),
+    }
+}
+
+fn identity(launched: Option<&Launched>) -> &str {
+    launched.map_or("", |launched| launched.identity.as_str())
+}
+
+/// A child of a rank inherits the launcher's variables; as a second copy of that rank it would
+/// hang or corrupt the job.
+fn refuse_child(launched: Option<&Launched>) -> Result<(), StartError> {
+    let Ok(mark) = std::env::var(RANK_MARK) else {
+        return Ok(());
+    };
+    let Some((pid, marked)) = mark.split_once(' ') else {
+        return Ok(());
+    };
+    let (pid, own) = (pid.parse().unwrap_or(0), std::process::id());
+    if launched.is_some() && marked == identity(launched) && pid != own {
+        return Err(StartError::Child {
+            pid: own,
+            parent: pid,
+        });
+    }
+    Ok(())
+}
+
+fn mark_rank(launched: Option<&Launched>) {
+    let mark = format!("{} {}", std::process::id(), identity(launched));
+    // SAFETY: Rust and Python read the environment under locks of their own; this runs while one
+    // thread creates the backend, as `MPI_Init` itself (which also sets variables) does.
+    unsafe { std::env::set_var(RANK_MARK, mark) };
+}

@@ -1,0 +1,123 @@
+//! The function table: the inner plugin's own, with what must differ replaced.
+
+use std::mem::{offset_of, size_of};
+use std::sync::OnceLock;
+
+use pjrt_sys::*;
+
+use crate::error::Error;
+use crate::plugin::{self, Plugin};
+use crate::{buffers, client, compile, context, error, events, execute, extension, topology};
+
+/// Replaces entries of a table, if the inner table is long enough to have them.
+macro_rules! replace {
+    ($api:ident: $($function:ident = $with:path,)+) => {$(
+        if $api.struct_size > offset_of!(PJRT_Api, $function) {
+            $api.$function = Some($with);
+        }
+    )+};
+}
+
+/// The table for the framework; made once.
+pub fn table() -> *const PJRT_Api {
+    struct Table(*const PJRT_Api);
+    // SAFETY: the table is leaked and only read.
+    unsafe impl Send for Table {}
+    // SAFETY: as above.
+    unsafe impl Sync for Table {}
+    static TABLE: OnceLock<Table> = OnceLock::new();
+    TABLE
+        .get_or_init(|| {
+            Table(match plugin::load() {
+                Ok(plugin) => wrapped(plugin),
+                Err(error) => stillborn(error),
+            })
+        })
+        .0
+}
+
+fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
+    let inner = plugin.inner.api();
+    // A newer inner table is longer than our header's; its tail is kept as it is.
+    let size = inner.struct_size.max(size_of::<PJRT_Api>());
+    let mut storage = vec![0u64; size.div_ceil(size_of::<u64>())].into_boxed_slice();
+    let api = storage.as_mut_ptr().cast::<PJRT_Api>();
+    Box::leak(storage);
+    // SAFETY: the storage is aligned and at least as long as both tables; the inner table is
+    // readable for its struct_size.
+    let api = unsafe {
+        std::ptr::copy_nonoverlapping(
+            std::ptr::from_ref(inner).cast::<u8>(),
+            api.cast::<u8>(),
+            inner.struct_size,
+        );
+        &mut *api
+    };
+    api.extension_start = extension::chain(inner.extension_start);
+    replace! { api:
+        PJRT_Error_Destroy = error::destroy,
+        PJRT_Error_Message = error::message,
+        PJRT_Error_GetCode = error::get_code,
+        PJRT_Event_OnReady = events::on_ready,
+        PJRT_Event_Destroy = events::destroy,
+        PJRT_Client_Create = client::create,
+        PJRT_Client_Destroy = client::destroy,
+        PJRT_Client_PlatformVersion = compile::platform_version,
+        PJRT_Client_ProcessIndex = topology::process_index,
+        PJRT_Client_AddressableDevices = topology::addressable_devices,
+        PJRT_Client_AddressableMemories = topology::addressable_memories,
+        PJRT_Client_LookupAddressableDevice = topology::lookup_addressable_device,
+        PJRT_Client_DefaultDeviceAssignment = topology::default_device_assignment,
+        PJRT_Device_IsAddressable = topology::is_addressable,
+        PJRT_Device_LocalHardwareId = topology::local_hardware_id,
+        PJRT_DeviceDescription_ProcessIndex = topology::description_process_index,
+        PJRT_Client_Compile = compile::compile,
+        PJRT_Compile = compile::compile_ahead,
+        PJRT_Executable_DeserializeAndLoad = compile::deserialize_and_load,
+        PJRT_ExecuteContext_Destroy = context::destroy,
+        PJRT_LoadedExecutable_Execute = execute::execute,
+        PJRT_LoadedExecutable_Destroy = execute::destroy,
+        PJRT_Client_BufferFromHostBuffer = buffers::from_host_buffer,
+        PJRT_Client_CreateUninitializedBuffer = buffers::create_uninitialized,
+        PJRT_Client_CreateViewOfDeviceBuffer = buffers::create_view,
+        PJRT_Client_CreateAliasBuffer = buffers::create_alias,
+        PJRT_Client_CreateBuffersForAsyncHostToDevice = buffers::create_for_async_transfer,
+        PJRT_Buffer_CopyToDevice = buffers::copy_to_device,
+        PJRT_Buffer_CopyToMemory = buffers::copy_to_memory,
+    }
+    api
+}
+
+/// A table with nothing but the reason why there is no other.
+fn stillborn(error: Error) -> *const PJRT_Api {
+    static REASON: OnceLock<String> = OnceLock::new();
+    REASON.get_or_init(|| error.to_string());
+
+    fn reason() -> *mut PJRT_Error {
+        Error::precondition(REASON.get().cloned().unwrap_or_default()).into_raw()
+    }
+    unsafe extern "C" fn initialize(_: *mut PJRT_Plugin_Initialize_Args) -> *mut PJRT_Error {
+        reason()
+    }
+    unsafe extern "C" fn attributes(args: *mut PJRT_Plugin_Attributes_Args) -> *mut PJRT_Error {
+        // SAFETY: the framework passes valid arguments.
+        unsafe { (*args).num_attributes = 0 };
+        std::ptr::null_mut()
+    }
+    unsafe extern "C" fn create(_: *mut PJRT_Client_Create_Args) -> *mut PJRT_Error {
+        reason()
+    }
+    // SAFETY: zero is valid for a table of optional functions.
+    let mut api: Box<PJRT_Api> = Box::new(unsafe { std::mem::zeroed() });
+    api.struct_size = size_of::<PJRT_Api>();
+    api.pjrt_api_version.struct_size = size_of::<PJRT_Api_Version>();
+    api.pjrt_api_version.major_version = PJRT_API_MAJOR as i32;
+    api.pjrt_api_version.minor_version = PJRT_API_MINOR as i32;
+    api.PJRT_Error_Destroy = Some(error::destroy);
+    api.PJRT_Error_Message = Some(error::message);
+    api.PJRT_Error_GetCode = Some(error::get_code);
+    api.PJRT_Plugin_Initialize = Some(initialize);
+    api.PJRT_Plugin_Attributes = Some(attributes);
+    api.PJRT_Client_Create = Some(create);
+    Box::leak(api)
+}

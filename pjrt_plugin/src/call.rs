@@ -1,0 +1,67 @@
+//! The one helper for calls into the inner plugin: it sizes the arguments, checks that the table
+//! has the function, and turns errors into [`Error`].
+
+use std::ffi::c_char;
+use std::mem::size_of;
+
+use pjrt_sys::PJRT_Error;
+
+use crate::error::Error;
+
+/// A function of the PJRT table.
+pub type Function<Args> = Option<unsafe extern "C" fn(*mut Args) -> *mut PJRT_Error>;
+
+/// Zeroed arguments with their `struct_size`, which is the first member of every PJRT struct
+/// (`pjrt_c_api.h`, "struct_size").
+pub fn new_args<Args>() -> Args {
+    // SAFETY: PJRT argument structs are plain C data for which zero bytes are valid.
+    let mut args: Args = unsafe { std::mem::zeroed() };
+    // SAFETY: the first member is the `size_t struct_size`.
+    unsafe {
+        std::ptr::from_mut(&mut args)
+            .cast::<usize>()
+            .write(size_of::<Args>())
+    };
+    args
+}
+
+/// Calls `function` of the inner plugin.
+///
+/// # Safety
+/// The arguments must be what the function asks for, with live handles of the inner plugin.
+pub unsafe fn call<Args>(function: Function<Args>, args: *mut Args) -> Result<(), Error> {
+    let Some(function) = function else {
+        return Err(Error::unimplemented(format!(
+            "the inner XLA plugin lacks the function for {}",
+            std::any::type_name::<Args>()
+        )));
+    };
+    // SAFETY: as the caller promises.
+    let error = unsafe { function(args) };
+    if error.is_null() {
+        Ok(())
+    } else {
+        Err(Error::Inner(error))
+    }
+}
+
+/// A C byte string.
+///
+/// # Safety
+/// `data` must be valid for `size` bytes for the lifetime chosen, or null.
+pub unsafe fn bytes<'a>(data: *const c_char, size: usize) -> &'a [u8] {
+    // SAFETY: as the caller promises.
+    unsafe { slice(data.cast(), size) }
+}
+
+/// A C array; null means empty.
+///
+/// # Safety
+/// `data` must be valid for `size` elements for the lifetime chosen, or null.
+pub unsafe fn slice<'a, T>(data: *const T, size: usize) -> &'a [T] {
+    if data.is_null() || size == 0 {
+        return &[];
+    }
+    // SAFETY: as the caller promises.
+    unsafe { std::slice::from_raw_parts(data, size) }
+}

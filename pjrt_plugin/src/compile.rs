@@ -1,0 +1,172 @@
+//! Compiling and loading programs: what is ours in them is noted, what we cannot run is refused.
+
+use std::ffi::c_char;
+use std::sync::OnceLock;
+
+use pjrt_sys::*;
+
+use crate::boundary;
+use crate::call::{bytes, call, new_args, slice};
+use crate::error::Error;
+use crate::execute::{self, Program};
+use crate::ffi::TARGET_PREFIX;
+use crate::plugin::plugin;
+use crate::xla_flags::contains;
+
+/// XLA runs a program with fewer floating-point operations on the calling thread
+/// (`xla/pjrt/cpu/cpu_client.cc`, `cheap_computation_`).
+const CHEAP_FLOPS: f32 = 1000.0;
+
+/// `PJRT_Client_Compile`
+pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            let program = &*(*args).program;
+            let ours = has_operations(bytes(program.code, program.code_size));
+            call(plugin().inner.api().PJRT_Client_Compile, args)?;
+            note((*args).executable, ours)
+        }
+    })
+}
+
+/// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
+pub unsafe extern "C" fn compile_ahead(args: *mut PJRT_Compile_Args) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: passed through.
+        unsafe {
+            call(plugin().inner.api().PJRT_Compile, args)?;
+            refuse_several_devices((*args).executable)
+        }
+    })
+}
+
+/// `PJRT_Executable_DeserializeAndLoad`
+pub unsafe extern "C" fn deserialize_and_load(
+    args: *mut PJRT_Executable_DeserializeAndLoad_Args,
+) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            let serialized = bytes(
+                (*args).serialized_executable,
+                (*args).serialized_executable_size,
+            );
+            let ours = has_operations(serialized);
+            call(
+                plugin().inner.api().PJRT_Executable_DeserializeAndLoad,
+                args,
+            )?;
+            note((*args).loaded_executable, ours)
+        }
+    })
+}
+
+/// Whether a program calls one of our targets; their names stand in every format as they are.
+fn has_operations(program: &[u8]) -> bool {
+    contains(program, TARGET_PREFIX.as_bytes())
+}
+
+/// Notes a loaded executable, or destroys and refuses it.
+///
+/// # Safety
+/// `loaded` must be a live executable of the inner plugin.
+unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: bool) -> Result<(), Error> {
+    let api = plugin().inner.api();
+    let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
+    get.loaded_executable = loaded;
+    // SAFETY: `loaded` is live; the executable got from it is destroyed below.
+    unsafe {
+        call(api.PJRT_LoadedExecutable_GetExecutable, &mut get)?;
+        let several = refuse_several_devices(get.executable);
+        let cheap = ours && is_cheap(get.executable);
+        let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
+        destroy.executable = get.executable;
+        call(api.PJRT_Executable_Destroy, &mut destroy)?;
+        if let Err(error) = several {
+            let mut destroy = new_args::<PJRT_LoadedExecutable_Destroy_Args>();
+            destroy.executable = loaded;
+            call(api.PJRT_LoadedExecutable_Destroy, &mut destroy)?;
+            return Err(error);
+        }
+        if ours {
+            execute::remember(loaded, Program { cheap });
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// `executable` must be live.
+unsafe fn refuse_several_devices(executable: *mut PJRT_Executable) -> Result<(), Error> {
+    let api = plugin().inner.api();
+    let mut partitions = new_args::<PJRT_Executable_NumPartitions_Args>();
+    partitions.executable = executable;
+    let mut replicas = new_args::<PJRT_Executable_NumReplicas_Args>();
+    replicas.executable = executable;
+    // SAFETY: as the caller promises.
+    unsafe {
+        call(api.PJRT_Executable_NumPartitions, &mut partitions)?;
+        call(api.PJRT_Executable_NumReplicas, &mut replicas)?;
+    }
+    let (partitions, replicas) = (partitions.num_partitions, replicas.num_replicas);
+    if partitions * replicas > 1 {
+        return Err(Error::unimplemented(format!(
+            "mpi_cuda: a program for {partitions} partitions and {replicas} replicas is not \
+             supported yet: native collectives (sharded jit, shard_map, psum over ranks) are in \
+             the works. Use mpi_cuda.allreduce and the other operations on each rank's own \
+             device, or MPI_CUDA_TOPOLOGY=local to see only that device"
+        )));
+    }
+    Ok(())
+}
+
+/// # Safety
+/// `executable` must be live.
+unsafe fn is_cheap(executable: *mut PJRT_Executable) -> bool {
+    let mut cost = new_args::<PJRT_Executable_GetCostAnalysis_Args>();
+    cost.executable = executable;
+    // SAFETY: as the caller promises; the properties live as long as the executable.
+    unsafe {
+        if call(
+            plugin().inner.api().PJRT_Executable_GetCostAnalysis,
+            &mut cost,
+        )
+        .is_err()
+        {
+            return true;
+        }
+        let flops = slice(cost.properties, cost.num_properties)
+            .iter()
+            .find(|property| {
+                bytes(property.name, property.name_size) == b"flops"
+                    && property.type_ == PJRT_NamedValue_kFloat
+            });
+        // Unknown counts as cheap: the gate is never wrong, only slower.
+        flops.is_none_or(|flops| flops.__bindgen_anon_1.float_value < 2.0 * CHEAP_FLOPS)
+    }
+}
+
+/// `PJRT_Client_PlatformVersion`: the inner one, and who we are.
+pub unsafe extern "C" fn platform_version(
+    args: *mut PJRT_Client_PlatformVersion_Args,
+) -> *mut PJRT_Error {
+    static TEXT: OnceLock<String> = OnceLock::new();
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments; the inner string lives with the client.
+        unsafe {
+            call(plugin().inner.api().PJRT_Client_PlatformVersion, args)?;
+            let text = TEXT.get_or_init(|| {
+                let inner = bytes((*args).platform_version, (*args).platform_version_size);
+                format!(
+                    "{} (mpi_cuda {})",
+                    String::from_utf8_lossy(inner),
+                    env!("CARGO_PKG_VERSION")
+                )
+            });
+            (*args).platform_version = text.as_ptr().cast::<c_char>();
+            (*args).platform_version_size = text.len();
+        }
+        Ok(())
+    })
+}

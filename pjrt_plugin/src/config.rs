@@ -1,0 +1,250 @@
+//! The configuration: one typed struct, read once from the environment and the create options.
+//!
+//! Every variable is declared in [`VARIABLES`]; `docs/configuration.md` is checked against it.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mpi_runtime::family::Family;
+
+use crate::error::Error;
+
+/// A variable of ours: its name, the values it takes, what it does.
+pub struct Variable {
+    /// Name in the environment; the create option is the same in lower case without `MPI_CUDA_`.
+    pub name: &'static str,
+    /// Values it takes; the first is the default.
+    pub values: &'static str,
+    /// What it does.
+    pub meaning: &'static str,
+}
+
+/// All variables this library reads.
+pub const VARIABLES: &[Variable] = &[
+    Variable {
+        name: "MPI_CUDA_DEVICE",
+        values: "auto, cpu, cuda",
+        meaning: "which XLA plugin to wrap",
+    },
+    Variable {
+        name: "MPI_CUDA_INNER_PLUGIN",
+        values: "path",
+        meaning: "the XLA plugin to wrap, as a file",
+    },
+    Variable {
+        name: "MPI_CUDA_TOPOLOGY",
+        values: "global, local",
+        meaning: "show all ranks' devices, or only this rank's",
+    },
+    Variable {
+        name: "MPI_CUDA_MPI",
+        values: "openmpi, mpich",
+        meaning: "which MPI, where neither the process nor the launcher says",
+    },
+    Variable {
+        name: "MPI_CUDA_SHIM_DIR",
+        values: "path",
+        meaning: "folder of the MPI shims; default: beside the plugin",
+    },
+    Variable {
+        name: "MPI_CUDA_SINGLETON",
+        values: "0, 1",
+        meaning: "allow separate worlds of size 1 under a launcher of several",
+    },
+    Variable {
+        name: "MPI_CUDA_WARN_AFTER",
+        values: "60, seconds",
+        meaning: "print an operation that waits longer than this",
+    },
+    Variable {
+        name: "MPI_CUDA_LOG",
+        values: "warn, info, debug",
+        meaning: "what to print to standard error",
+    },
+    Variable {
+        name: "MPI_CUDA_KEEP_MEMORY",
+        values: "1, 0",
+        meaning: "keep freed memory in the process, which spares page faults",
+    },
+    Variable {
+        name: "MPI_CUDA_PRETEND_SIZE",
+        values: "ranks",
+        meaning: "tests only: show a world of this size without starting it",
+    },
+];
+
+/// Largest world; the inner CPU client holds about 1.3 threads for every device of the world.
+pub const MAX_WORLD: i32 = 1024;
+
+/// Which XLA plugin to wrap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Device {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// Which devices the framework sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Topology {
+    Global,
+    Local,
+}
+
+/// What to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum Log {
+    Warn,
+    Info,
+    Debug,
+}
+
+/// Everything a user can set.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Config {
+    pub device: Device,
+    pub inner_plugin: Option<PathBuf>,
+    pub topology: Topology,
+    pub mpi: Option<Family>,
+    pub shim_dir: Option<PathBuf>,
+    pub singleton: bool,
+    pub warn_after: Duration,
+    pub log: Log,
+    pub keep_memory: bool,
+    pub pretend_size: Option<i32>,
+}
+
+impl Config {
+    /// Reads every variable through `get`, which returns create options before the environment.
+    pub fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Config, Error> {
+        let get = |name: &str| get(name).filter(|text| !text.is_empty());
+        let flag = |name: &'static str, default: bool| match get(name).as_deref() {
+            None => Ok(default),
+            Some("0") => Ok(false),
+            Some("1") => Ok(true),
+            Some(other) => Err(wrong(name, other)),
+        };
+        Ok(Config {
+            device: match get("MPI_CUDA_DEVICE").as_deref() {
+                None | Some("auto") => Device::Auto,
+                Some("cpu") => Device::Cpu,
+                Some("cuda") => Device::Cuda,
+                Some(other) => return Err(wrong("MPI_CUDA_DEVICE", other)),
+            },
+            inner_plugin: get("MPI_CUDA_INNER_PLUGIN").map(PathBuf::from),
+            topology: match get("MPI_CUDA_TOPOLOGY").as_deref() {
+                None | Some("global") => Topology::Global,
+                Some("local") => Topology::Local,
+                Some(other) => return Err(wrong("MPI_CUDA_TOPOLOGY", other)),
+            },
+            mpi: match get("MPI_CUDA_MPI") {
+                None => None,
+                Some(name) => {
+                    Some(Family::from_name(&name).ok_or_else(|| wrong("MPI_CUDA_MPI", &name))?)
+                }
+            },
+            shim_dir: get("MPI_CUDA_SHIM_DIR").map(PathBuf::from),
+            singleton: flag("MPI_CUDA_SINGLETON", false)?,
+            warn_after: match get("MPI_CUDA_WARN_AFTER") {
+                None => Duration::from_secs(60),
+                Some(text) => text
+                    .parse()
+                    .ok()
+                    .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+                    .filter(|duration| !duration.is_zero())
+                    .ok_or_else(|| wrong("MPI_CUDA_WARN_AFTER", &text))?,
+            },
+            log: match get("MPI_CUDA_LOG").as_deref() {
+                None | Some("warn") => Log::Warn,
+                Some("info") => Log::Info,
+                Some("debug") => Log::Debug,
+                Some(other) => return Err(wrong("MPI_CUDA_LOG", other)),
+            },
+            keep_memory: flag("MPI_CUDA_KEEP_MEMORY", true)?,
+            pretend_size: match get("MPI_CUDA_PRETEND_SIZE") {
+                None => None,
+                Some(text) => Some(
+                    text.parse()
+                        .ok()
+                        .filter(|&size| size >= 1)
+                        .ok_or_else(|| wrong("MPI_CUDA_PRETEND_SIZE", &text))?,
+                ),
+            },
+        })
+    }
+}
+
+fn wrong(name: &str, value: &str) -> Error {
+    let variable = VARIABLES.iter().find(|variable| variable.name == name);
+    let (values, meaning) = variable.map_or(("", ""), |v| (v.values, v.meaning));
+    Error::invalid(format!(
+        "mpi_cuda: {name}={value} is not understood; it takes: {values} ({meaning})"
+    ))
+}
+
+/// The name under which a create option sets `variable`.
+pub fn create_option(variable: &str) -> String {
+    variable.trim_start_matches("MPI_CUDA_").to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Result<Config, String> {
+        let variables: Vec<(String, String)> = variables
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
+        Config::read(&|name| {
+            variables
+                .iter()
+                .find(|(key, _)| key == name)
+                .map(|(_, value)| value.clone())
+        })
+        .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults() {
+        let config = read(&[]).unwrap();
+        assert_eq!(
+            (config.device, config.topology),
+            (Device::Auto, Topology::Global)
+        );
+        assert_eq!(config.warn_after, Duration::from_secs(60));
+        assert!(!config.singleton && config.keep_memory);
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_the_right_ones() {
+        for variable in VARIABLES
+            .iter()
+            .filter(|variable| !variable.values.starts_with("path"))
+        {
+            let text = read(&[(variable.name, "nonsense")]).unwrap_err();
+            assert!(
+                text.contains(variable.name) && text.contains(variable.values),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_variable_is_documented() {
+        let page = include_str!("../../docs/configuration.md");
+        for variable in VARIABLES {
+            assert!(
+                page.contains(variable.name),
+                "{} is not in docs/configuration.md",
+                variable.name
+            );
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Launching programs. Those with operations of ours take a ticket, which the operations find
+//! again through the run id, and are never run on the calling thread.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::LazyLock;
+
+use mpi_runtime::Ticket;
+use parking_lot::{ReentrantMutex, RwLock};
+use pjrt_sys::*;
+
+use crate::boundary;
+use crate::call::{call, new_args};
+use crate::client;
+use crate::context;
+use crate::error::Error;
+use crate::events;
+use crate::plugin::{plugin, world};
+
+/// What we know of a loaded executable that has operations of ours.
+#[derive(Clone, Copy)]
+pub struct Program {
+    /// XLA would run it on the calling thread, where an operation must not wait for a peer.
+    pub cheap: bool,
+}
+
+static PROGRAMS: LazyLock<RwLock<HashMap<usize, Program>>> = LazyLock::new(RwLock::default);
+
+/// Held from taking a ticket until the inner plugin has queued the launch, so that tickets and
+/// XLA's own queue have the same order. Reentrant, since a host callback may launch programs.
+static LAUNCHING: ReentrantMutex<()> = ReentrantMutex::new(());
+
+thread_local! {
+    /// The launch whose host callback this thread is running; what it launches belongs to it.
+    static CALLBACK_OF: Cell<Option<Ticket>> = const { Cell::new(None) };
+}
+
+/// Notes a loaded executable with operations.
+pub fn remember(loaded: *const PJRT_LoadedExecutable, program: Program) {
+    PROGRAMS.write().insert(loaded as usize, program);
+}
+
+/// Runs `body` as a host callback of the launch with `run_id`.
+pub fn in_callback_of<T>(run_id: i64, body: impl FnOnce() -> T) -> T {
+    let outer = CALLBACK_OF.replace(ticket_of(run_id));
+    let result = body();
+    CALLBACK_OF.set(outer);
+    result
+}
+
+/// The ticket that a run id carries.
+pub fn ticket_of(run_id: i64) -> Option<Ticket> {
+    Some(Ticket(run_id as u32)).filter(|ticket| ticket.0 != 0)
+}
+
+/// `PJRT_LoadedExecutable_Destroy`
+pub unsafe extern "C" fn destroy(args: *mut PJRT_LoadedExecutable_Destroy_Args) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments. Addresses are reused, so forget first.
+        unsafe {
+            PROGRAMS.write().remove(&((*args).executable as usize));
+            call(plugin().inner.api().PJRT_LoadedExecutable_Destroy, args)
+        }
+    })
+}
+
+/// `PJRT_LoadedExecutable_Execute`
+pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) -> *mut PJRT_Error {
+    // SAFETY: the framework passes valid arguments.
+    let (program, context) = unsafe {
+        let program = PROGRAMS.read().get(&((*args).executable as usize)).copied();
+        (program, (*(*args).options).context)
+    };
+    match program {
+        None if context.is_null() => match plugin().inner.api().PJRT_LoadedExecutable_Execute {
+            // SAFETY: passed through.
+            Some(function) => unsafe { function(args) },
+            None => std::ptr::null_mut(),
+        },
+        // SAFETY: as above.
+        None => boundary::pjrt(|| unsafe {
+            launch(
+                &mut *args,
+                Completion {
+                    held: context::hold(context),
+                    ticket: None,
+                },
+            )
+        }),
+        // SAFETY: as above.
+        Some(program) => boundary::pjrt(|| unsafe {
+            launch_operations(&mut *args, program, context::hold(context))
+        }),
+    }
+}
+
+/// Launches a program with operations, under a ticket.
+///
+/// # Safety
+/// The arguments must be valid.
+unsafe fn launch_operations(
+    args: &mut PJRT_LoadedExecutable_Execute_Args,
+    program: Program,
+    held: context::Held,
+) -> Result<(), Error> {
+    let Some(world) = world() else {
+        return Err(Error::internal(
+            "a program with operations was launched before the world",
+        ));
+    };
+    if crate::fork::is_child() {
+        return Err(Error::precondition(
+            "mpi_cuda: this process was forked from a rank and cannot communicate; start worker \
+             processes with the spawn method and JAX_PLATFORMS=cpu",
+        ));
+    }
+    if let Some(error) = world.engine.take_unread_error() {
+        return Err(Error::internal(format!(
+            "{error} (reported by the launch after it)"
+        )));
+    }
+    // SAFETY: the framework's options are valid.
+    let mut options = unsafe { copy_options(args.options) };
+    let _order = LAUNCHING.lock();
+    let nested = CALLBACK_OF.get();
+    let ticket = nested.unwrap_or_else(|| world.engine.issue_ticket());
+    // The outer launch retires the ticket of what its callbacks launch.
+    let own = if nested.is_none() {
+        Some(InFlight(ticket))
+    } else {
+        None
+    };
+    // SAFETY: `copy_options` returns at least the members we know.
+    unsafe { (*options.as_mut_ptr().cast::<PJRT_ExecuteOptions>()).launch_id = ticket.0 as i32 };
+    let user_options = std::mem::replace(&mut args.options, options.as_mut_ptr().cast());
+    // SAFETY: valid arguments, with options that live through the call.
+    let result = unsafe {
+        // Alone in the world, nothing waits for a peer.
+        let gate = if program.cheap && world.size > 1 {
+            shut_gate()
+        } else {
+            None
+        };
+        let result = launch(args, Completion { held, ticket: own });
+        drop(gate);
+        result
+    };
+    args.options = user_options;
+    result
+}
+
+/// What a launch holds until it has ended.
+struct Completion {
+    #[expect(dead_code, reason = "held for its drop")]
+    held: context::Held,
+    ticket: Option<InFlight>,
+}
+
+/// Retires its ticket when dropped, so that no path forgets it.
+struct InFlight(Ticket);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if let Some(world) = world() {
+            world.engine.retire(self.0);
+        }
+    }
+}
+
+/// Launches a program and lets go of `completion` when it has ended.
+///
+/// # Safety
+/// The arguments must be valid.
+unsafe fn launch(
+    args: &mut PJRT_LoadedExecutable_Execute_Args,
+    completion: Completion,
+) -> Result<(), Error> {
+    let user_events = args.device_complete_events;
+    let mut own_event: *mut PJRT_Event = std::ptr::null_mut();
+    if user_events.is_null() {
+        args.device_complete_events = &mut own_event;
+    }
+    // SAFETY: valid arguments, with room for the events.
+    let result = unsafe { call(plugin().inner.api().PJRT_LoadedExecutable_Execute, args) };
+    // SAFETY: on success the inner plugin filled in the events, one per device.
+    let event = result
+        .as_ref()
+        .ok()
+        .map(|()| unsafe { *args.device_complete_events });
+    args.device_complete_events = user_events;
+    result?;
+    let Some(event) = event else { return Ok(()) };
+    if own_event.is_null() && completion.ticket.is_some() {
+        events::watch_completion(event);
+    }
+    let mut ready = new_args::<PJRT_Event_OnReady_Args>();
+    ready.event = event;
+    ready.callback = Some(launch_ended);
+    ready.user_arg = Box::into_raw(Box::new(Ended {
+        completion,
+        own_event,
+    }))
+    .cast();
+    // SAFETY: a live event; the callback takes `Ended` over.
+    unsafe { call(plugin().inner.api().PJRT_Event_OnReady, &mut ready) }
+}
+
+/// What the callback of a launch's completion owns.
+struct Ended {
+    completion: Completion,
+    /// The event, if the framework did not ask for it.
+    own_event: *mut PJRT_Event,
+}
+
+unsafe extern "C" fn launch_ended(error: *mut PJRT_Error, ended: *mut c_void) {
+    boundary::quiet((), || {
+        // SAFETY: made by `launch`; called once.
+        let Ended {
+            completion,
+            own_event,
+        } = *unsafe { Box::from_raw(ended.cast::<Ended>()) };
+        if !error.is_null() {
+            let mut args = new_args::<PJRT_Error_Destroy_Args>();
+            args.error = error;
+            // SAFETY: the callback owns the error (`pjrt_c_api.h`, PJRT_Event_OnReadyCallback).
+            unsafe { crate::error::destroy(&mut args) };
+        }
+        drop(completion);
+        destroy_event(own_event);
+    });
+}
+
+/// # Safety
+/// Call with the launching lock held.
+unsafe fn shut_gate() -> Option<crate::gate::Shut> {
+    let client = plugin().clients.read().first().cloned()?;
+    match client::find(client.handle)?.gate.shut(&client) {
+        Ok(shut) => Some(shut),
+        Err(error) => {
+            eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
+            None
+        }
+    }
+}
+
+/// A copy of the options, as long as the framework made them and as we know them.
+///
+/// # Safety
+/// `options` must be valid for its `struct_size`.
+unsafe fn copy_options(options: *const PJRT_ExecuteOptions) -> Vec<u64> {
+    // SAFETY: as the caller promises.
+    let size = unsafe { (*options).struct_size };
+    let words = size
+        .max(size_of::<PJRT_ExecuteOptions>())
+        .div_ceil(size_of::<u64>());
+    let mut copy = vec![0u64; words];
+    // SAFETY: the copy is at least `size` long.
+    unsafe {
+        std::ptr::copy_nonoverlapping(options.cast::<u8>(), copy.as_mut_ptr().cast::<u8>(), size);
+    }
+    copy
+}
+
+fn destroy_event(event: *mut PJRT_Event) {
+    if event.is_null() {
+        return;
+    }
+    let mut args = new_args::<PJRT_Event_Destroy_Args>();
+    args.event = event;
+    // SAFETY: an event of the inner plugin that we own. A failure would leave nothing to do.
+    let _ = unsafe { call(plugin().inner.api().PJRT_Event_Destroy, &mut args) };
+}

@@ -1,0 +1,170 @@
+//! The exported functions beside `GetPjrtApi`; documented in `include/mpi_cuda.h`.
+
+use std::cell::RefCell;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+
+use pjrt_sys::PJRT_Api;
+
+use crate::boundary::quiet;
+use crate::ffi::{self, Handler, Trampoline};
+use crate::plugin::{load, start_world, world};
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
+fn fail(text: impl ToString) -> c_int {
+    let text = CString::new(text.to_string().replace('\0', " ")).unwrap_or_default();
+    LAST_ERROR.set(text);
+    -1
+}
+
+/// The PJRT entry point (`pjrt_c_api.h`).
+#[unsafe(no_mangle)]
+pub extern "C" fn GetPjrtApi() -> *const PJRT_Api {
+    quiet(std::ptr::null(), crate::api::table)
+}
+
+/// Text of the last error of this thread; valid until its next call.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_last_error() -> *const c_char {
+    LAST_ERROR.with_borrow(|text| text.as_ptr())
+}
+
+/// Joins the world if that has not happened, and tells rank, size, and the MPI family.
+///
+/// # Safety
+/// The pointers must be writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_start(
+    rank: *mut c_int,
+    size: *mut c_int,
+    family: *mut *const c_char,
+) -> c_int {
+    quiet(-1, || {
+        let world = match load().and_then(|plugin| start_world(&plugin.config)) {
+            Ok(world) => world,
+            Err(error) => return fail(error),
+        };
+        crate::fork::watch();
+        // SAFETY: the caller promises writable pointers.
+        unsafe {
+            *rank = world.rank;
+            *size = world.size;
+            *family = match world.family().map(|family| family.name()) {
+                Some("openmpi") => c"openmpi".as_ptr(),
+                Some(_) => c"mpich".as_ptr(),
+                None => c"none".as_ptr(),
+            };
+        }
+        0
+    })
+}
+
+extern "C" fn on_comm_deleted(number: i64) {
+    quiet((), || {
+        if let Some(world) = world() {
+            world.engine.comm_deleted(number);
+        }
+    });
+}
+
+/// The number of a communicator given by its MPI handle, and rank and size in it; −1 on error.
+///
+/// # Safety
+/// `handle` must be a live communicator, `name` NUL-terminated, the pointers writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_comm(
+    handle: u64,
+    name: *const c_char,
+    rank: *mut c_int,
+    size: *mut c_int,
+) -> i64 {
+    quiet(-1, || {
+        let Some(world) = world() else {
+            return i64::from(fail("mpi_cuda: call mpi_cuda_start first"));
+        };
+        // SAFETY: as the caller promises.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        let number = match world.engine.register(handle, &name, on_comm_deleted) {
+            Ok(number) => number,
+            Err(error) => {
+                return i64::from(fail(format!("mpi_cuda: communicator {name}: {error}")));
+            }
+        };
+        if let Some(comm) = world.engine.communicators.get(number) {
+            // SAFETY: as the caller promises.
+            unsafe {
+                *rank = comm.rank;
+                *size = comm.size;
+            }
+        }
+        number
+    })
+}
+
+/// The number of an `MPI_Status` for the attribute `status`.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_status(address: *mut c_void) -> i64 {
+    quiet(0, || crate::status::register(address as usize))
+}
+
+/// Waits until everything dispatched so far has ended; −1 if an operation failed unnoticed.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_wait() -> c_int {
+    quiet(-1, || {
+        let Some(world) = world() else { return 0 };
+        world.engine.wait_idle();
+        world.engine.take_unread_error().map_or(0, fail)
+    })
+}
+
+/// Number of launches with operations that have not ended.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_in_flight() -> c_int {
+    quiet(0, || {
+        world().map_or(0, |world| world.engine.in_flight() as c_int)
+    })
+}
+
+/// Ends the whole job at once with a non-zero status.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_abort(code: c_int) {
+    quiet((), || {
+        if let Some(world) = world() {
+            world.abort(code);
+        }
+    });
+}
+
+/// Waits for everything and finalizes MPI if we initialised it. Call once, last.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_shutdown() {
+    quiet((), || {
+        if let Some(world) = world() {
+            world.shutdown();
+        }
+    });
+}
+
+/// Forwards an FFI target of another package; a null handler is refused when it is called.
+///
+/// # Safety
+/// `name` must be NUL-terminated, `handler` an XLA FFI handler or null.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_register_ffi_target(
+    name: *const c_char,
+    handler: Option<Handler>,
+) -> c_int {
+    quiet(-1, || {
+        // SAFETY: as the caller promises.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        ffi::register_foreign(&name, handler).map_or_else(fail, |()| 0)
+    })
+}
+
+/// Installs the function that calls Python callbacks; null removes it.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_set_trampoline(trampoline: Option<Trampoline>) {
+    quiet((), || ffi::set_trampoline(trampoline));
+}

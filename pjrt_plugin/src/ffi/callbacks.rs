@@ -1,0 +1,141 @@
+//! JAX's host callbacks on CPU. jaxlib's own handlers cannot be registered with another plugin,
+//! but JAX attaches its callbacks to every launch as user data, so handlers of ours find them and
+//! call them through a trampoline that the Python package installs.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use pjrt_sys::*;
+
+use super::Handler;
+use super::frame::{Frame, handle};
+use crate::call::slice;
+use crate::execute::in_callback_of;
+use crate::extension::user_data_type;
+
+/// An array as the trampoline sees it.
+#[repr(C)]
+pub struct CallbackArray {
+    /// `XLA_FFI_DataType`.
+    dtype: c_int,
+    /// Number of dimensions.
+    rank: c_int,
+    /// Dimensions, outermost first.
+    dims: *const i64,
+    /// Row-major data.
+    data: *mut c_void,
+}
+
+/// Calls a Python callback: `callback` is its `PyObject*`; returns 0, or 1 and fills in `error`.
+/// `in_place` is 1 for callbacks that write into their results themselves.
+pub type Trampoline = unsafe extern "C" fn(
+    callback: *mut c_void,
+    in_place: c_int,
+    num_args: c_int,
+    args: *const CallbackArray,
+    num_rets: c_int,
+    rets: *const CallbackArray,
+    error: *mut c_char,
+    error_capacity: usize,
+) -> c_int;
+
+static TRAMPOLINE: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Installs the trampoline; null removes it.
+pub fn set_trampoline(trampoline: Option<Trampoline>) {
+    let pointer = trampoline.map_or(std::ptr::null_mut(), |function| function as *mut c_void);
+    TRAMPOLINE.store(pointer, Ordering::Release);
+}
+
+/// Targets that JAX's lowering for the CPU uses (`jax/_src/callback.py`, `buffer_callback.py`).
+pub const HANDLERS: &[(&str, Handler)] = &[
+    ("xla_ffi_python_cpu_callback", callback::<0>),
+    ("xla_ffi_partitioned_python_cpu_callback", callback::<0>),
+    ("xla_buffer_python_cpu_callback", callback::<1>),
+];
+
+unsafe extern "C" fn callback<const IN_PLACE: c_int>(
+    frame: *mut XLA_FFI_CallFrame,
+) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe { handle(frame, |frame| call_python(frame, IN_PLACE)) }
+}
+
+fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), String> {
+    let trampoline = TRAMPOLINE.load(Ordering::Acquire);
+    if trampoline.is_null() {
+        return Err(
+            "mpi_cuda: host callbacks need the Python package mpi_cuda, which is not loaded".into(),
+        );
+    }
+    // SAFETY: only `set_trampoline` stores there.
+    let trampoline = unsafe { std::mem::transmute::<*mut c_void, Trampoline>(trampoline) };
+    let callback = find_callback(frame)?;
+    let (args, rets) = (arrays(frame.raw_args()), arrays(frame.raw_rets()));
+    let mut text = vec![0u8; 1 << 16];
+    let failed = in_callback_of(frame.run_id(), || {
+        // SAFETY: the arrays live through the call; the trampoline takes Python's lock itself.
+        unsafe {
+            trampoline(
+                callback,
+                in_place,
+                args.len() as c_int,
+                args.as_ptr(),
+                rets.len() as c_int,
+                rets.as_ptr(),
+                text.as_mut_ptr().cast(),
+                text.len(),
+            )
+        }
+    });
+    if failed == 0 {
+        return Ok(());
+    }
+    let end = text
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(text.len());
+    Err(format!(
+        "CpuCallback error calling callback: {}",
+        String::from_utf8_lossy(&text[..end])
+    ))
+}
+
+fn find_callback(frame: &Frame<'_>) -> Result<*mut c_void, String> {
+    let index = frame
+        .integer("index")
+        .and_then(|index| usize::try_from(index).ok());
+    let index = index.ok_or("mpi_cuda: a host callback lacks its index")?;
+    let data = frame.user_data(user_data_type());
+    if data.is_null() {
+        return Err(
+            "mpi_cuda: the framework attached no host callbacks to this launch; this version \
+                    of JAX is not supported (see docs/compatibility.md)"
+                .into(),
+        );
+    }
+    // SAFETY: jaxlib's FfiLoadedHostCallbacks begins with the array of PyObject*
+    // (`xla/pjrt/host_callback.h`); the index is one that JAX put into the program.
+    let callback = unsafe { *(*data.cast::<*const *mut c_void>()).add(index) };
+    if callback.is_null() {
+        Err("mpi_cuda: a host callback is null".into())
+    } else {
+        Ok(callback)
+    }
+}
+
+fn arrays(buffers: &[*mut XLA_FFI_Buffer]) -> Vec<CallbackArray> {
+    let describe = |buffer: &*mut XLA_FFI_Buffer| {
+        // SAFETY: XLA passes valid buffers.
+        let buffer = unsafe { &**buffer };
+        // SAFETY: as above; `dims` has `rank` elements.
+        let dims = unsafe { slice(buffer.dims, buffer.rank as usize) };
+        CallbackArray {
+            dtype: buffer.dtype as c_int,
+            rank: dims.len() as c_int,
+            dims: dims.as_ptr(),
+            data: buffer.data,
+        }
+    };
+    buffers.iter().map(describe).collect()
+}

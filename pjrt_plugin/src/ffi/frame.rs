@@ -1,0 +1,204 @@
+//! Reading a call frame, and answering what XLA asks of every handler.
+
+use std::ffi::{CString, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use mpi_runtime::{Buffer, ElementType};
+use pjrt_sys::*;
+
+use crate::boundary::panic_text;
+use crate::call::slice;
+
+/// A call frame whose handler is to be executed.
+pub struct Frame<'a>(pub &'a XLA_FFI_CallFrame);
+
+/// Runs the body of a handler: answers the metadata query, catches panics, reports errors.
+///
+/// # Safety
+/// `frame` must be what XLA passed.
+pub unsafe fn handle(
+    frame: *mut XLA_FFI_CallFrame,
+    body: impl FnOnce(&Frame<'_>) -> Result<(), String>,
+) -> *mut XLA_FFI_Error {
+    // SAFETY: XLA passes a valid frame.
+    unsafe {
+        if answer_metadata(frame) {
+            return std::ptr::null_mut();
+        }
+        let frame = Frame(&*frame);
+        let result = catch_unwind(AssertUnwindSafe(|| body(&frame)));
+        match result.unwrap_or_else(|panic| Err(panic_text(&*panic))) {
+            Ok(()) => std::ptr::null_mut(),
+            Err(text) => frame.error(&text),
+        }
+    }
+}
+
+/// XLA asks each handler for its API version before it accepts it; the right answer is the
+/// version of the frame itself, whatever headers we were built with.
+///
+/// # Safety
+/// `frame` must be what XLA passed.
+pub unsafe fn answer_metadata(frame: *mut XLA_FFI_CallFrame) -> bool {
+    // SAFETY: XLA passes a valid frame; a metadata extension has the layout of its type.
+    unsafe {
+        let extension = (*frame).extension_start;
+        if extension.is_null() || (*extension).type_ != XLA_FFI_Extension_Metadata {
+            return false;
+        }
+        let metadata = (*extension.cast::<XLA_FFI_Metadata_Extension>()).metadata;
+        let version = &(*(*frame).api).api_version;
+        (*metadata).api_version.major_version = version.major_version;
+        (*metadata).api_version.minor_version = version.minor_version;
+        (*metadata).traits = 0;
+        true
+    }
+}
+
+impl<'a> Frame<'a> {
+    /// Operand number `index`.
+    pub fn arg(&self, index: usize) -> Option<Buffer<'a>> {
+        let args = &self.0.args;
+        // SAFETY: XLA's arrays have `size` elements; every argument is a buffer (XLA_FFI_ArgType).
+        unsafe {
+            slice(args.args, args.size as usize)
+                .get(index)
+                .map(|arg| read_buffer(*arg))
+        }
+    }
+
+    /// Result number `index`.
+    pub fn ret(&self, index: usize) -> Option<Buffer<'a>> {
+        let rets = &self.0.rets;
+        // SAFETY: as for `arg`.
+        unsafe {
+            slice(rets.rets, rets.size as usize)
+                .get(index)
+                .map(|ret| read_buffer(*ret))
+        }
+    }
+
+    /// Operands as XLA describes them.
+    pub fn raw_args(&self) -> &'a [*mut XLA_FFI_Buffer] {
+        // SAFETY: as for `arg`.
+        unsafe { slice(self.0.args.args.cast(), self.0.args.size as usize) }
+    }
+
+    /// Results as XLA describes them.
+    pub fn raw_rets(&self) -> &'a [*mut XLA_FFI_Buffer] {
+        // SAFETY: as for `arg`.
+        unsafe { slice(self.0.rets.rets.cast(), self.0.rets.size as usize) }
+    }
+
+    /// An integer attribute of any width.
+    pub fn integer(&self, name: &str) -> Option<i64> {
+        let attrs = &self.0.attrs;
+        let size = attrs.size as usize;
+        // SAFETY: XLA's arrays have `size` elements; a scalar attribute is an XLA_FFI_Scalar whose
+        // value has the width of its type.
+        unsafe {
+            let index = slice(attrs.names, size).iter().position(|span| {
+                slice((**span).ptr.cast::<u8>(), (**span).len) == name.as_bytes()
+            })?;
+            if *attrs.types.add(index) != XLA_FFI_AttrType_SCALAR {
+                return None;
+            }
+            let scalar = &**attrs.attrs.add(index).cast::<*const XLA_FFI_Scalar>();
+            Some(match scalar.dtype {
+                XLA_FFI_DataType_S64 | XLA_FFI_DataType_U64 => {
+                    scalar.value.cast::<i64>().read_unaligned()
+                }
+                XLA_FFI_DataType_S32 => i64::from(scalar.value.cast::<i32>().read_unaligned()),
+                XLA_FFI_DataType_U32 => i64::from(scalar.value.cast::<u32>().read_unaligned()),
+                _ => return None,
+            })
+        }
+    }
+
+    /// The `launch_id` this program was executed with.
+    pub fn run_id(&self) -> i64 {
+        let mut args: XLA_FFI_RunId_Get_Args = crate::call::new_args();
+        args.ctx = self.0.ctx;
+        // SAFETY: a table of FFI 0.2 or newer has the function; the context is the frame's.
+        let error = unsafe {
+            (*self.0.api)
+                .XLA_FFI_RunId_Get
+                .map_or(std::ptr::null_mut(), |function| function(&mut args))
+        };
+        if error.is_null() { args.run_id } else { 0 }
+    }
+
+    /// What was attached to this execution under `type_id`; null if nothing was.
+    pub fn user_data(&self, type_id: i64) -> *mut c_void {
+        let mut id = XLA_FFI_TypeId { type_id };
+        let mut args: XLA_FFI_ExecutionContext_Get_Args = crate::call::new_args();
+        args.ctx = self.0.ctx;
+        args.type_id = &mut id;
+        // SAFETY: as for `run_id`; an error is ours to destroy.
+        unsafe {
+            let Some(function) = (*self.0.api).XLA_FFI_ExecutionContext_Get else {
+                return std::ptr::null_mut();
+            };
+            let error = function(&mut args);
+            if error.is_null() {
+                return args.data;
+            }
+            let mut destroy: XLA_FFI_Error_Destroy_Args = crate::call::new_args();
+            destroy.error = error;
+            if let Some(function) = (*self.0.api).XLA_FFI_Error_Destroy {
+                function(&mut destroy);
+            }
+            std::ptr::null_mut()
+        }
+    }
+
+    /// An FFI error with this text.
+    pub fn error(&self, text: &str) -> *mut XLA_FFI_Error {
+        let text = CString::new(text.replace('\0', " ")).unwrap_or_default();
+        let mut args: XLA_FFI_Error_Create_Args = crate::call::new_args();
+        args.message = text.as_ptr();
+        args.errc = XLA_FFI_Error_Code_INTERNAL;
+        // SAFETY: every table has the function; XLA copies the text.
+        unsafe {
+            (*self.0.api)
+                .XLA_FFI_Error_Create
+                .map_or(std::ptr::null_mut(), |function| function(&mut args))
+        }
+    }
+}
+
+/// # Safety
+/// `buffer` must be an `XLA_FFI_Buffer` that lives for `'a`.
+unsafe fn read_buffer<'a>(buffer: *const c_void) -> Buffer<'a> {
+    // SAFETY: as the caller promises; `dims` has `rank` elements.
+    unsafe {
+        let buffer = &*buffer.cast::<XLA_FFI_Buffer>();
+        Buffer {
+            data: buffer.data,
+            dtype: element_type(buffer.dtype),
+            shape: slice(buffer.dims, buffer.rank as usize),
+        }
+    }
+}
+
+/// XLA's element types as ours.
+fn element_type(dtype: XLA_FFI_DataType) -> ElementType {
+    match dtype {
+        XLA_FFI_DataType_PRED => ElementType::Bool,
+        XLA_FFI_DataType_S8 => ElementType::I8,
+        XLA_FFI_DataType_S16 => ElementType::I16,
+        XLA_FFI_DataType_S32 => ElementType::I32,
+        XLA_FFI_DataType_S64 => ElementType::I64,
+        XLA_FFI_DataType_U8 => ElementType::U8,
+        XLA_FFI_DataType_U16 => ElementType::U16,
+        XLA_FFI_DataType_U32 => ElementType::U32,
+        XLA_FFI_DataType_U64 => ElementType::U64,
+        XLA_FFI_DataType_F32 => ElementType::F32,
+        XLA_FFI_DataType_F64 => ElementType::F64,
+        XLA_FFI_DataType_C64 => ElementType::C64,
+        XLA_FFI_DataType_C128 => ElementType::C128,
+        XLA_FFI_DataType_F16 => ElementType::F16,
+        XLA_FFI_DataType_BF16 => ElementType::BF16,
+        _ => ElementType::Other,
+    }
+}

@@ -1,0 +1,61 @@
+//! The XLA FFI side: our custom-call targets, JAX's host callbacks, and targets of other packages.
+
+use std::ffi::c_void;
+use std::mem::size_of;
+
+use parking_lot::Mutex;
+use pjrt_sys::*;
+
+use crate::call::call;
+use crate::error::Error;
+use crate::extension::inner_ffi;
+
+mod callbacks;
+mod forward;
+mod frame;
+mod operations;
+
+pub use callbacks::{Trampoline, set_trampoline};
+pub use forward::register_foreign;
+
+/// What all our targets' names begin with.
+pub const TARGET_PREFIX: &str = "mpi_cuda_";
+
+/// An FFI handler as XLA calls it (`xla/ffi/api/c_api.h`, XLA_FFI_Handler).
+pub type Handler = unsafe extern "C" fn(*mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error;
+
+/// Registers what the library itself brings, once.
+pub fn register_all() -> Result<(), Error> {
+    static DONE: Mutex<bool> = Mutex::new(false);
+    let mut done = DONE.lock();
+    if *done {
+        return Ok(());
+    }
+    for (name, handler) in operations::HANDLERS {
+        register(&format!("{TARGET_PREFIX}{name}"), *handler)?;
+    }
+    register(crate::gate::TARGET, operations::gate)?;
+    for (name, handler) in callbacks::HANDLERS {
+        register(name, *handler)?;
+    }
+    forward::register_waiting()?;
+    *done = true;
+    Ok(())
+}
+
+/// Registers a handler with the inner plugin. It reports no refusal: a handler that XLA does not
+/// like is missing when a program is compiled.
+fn register(name: &str, handler: Handler) -> Result<(), Error> {
+    const PLATFORM: &str = "HOST";
+    let mut args = PJRT_FFI_Register_Handler_Args {
+        struct_size: size_of::<PJRT_FFI_Register_Handler_Args>(),
+        target_name: name.as_ptr().cast(),
+        target_name_size: name.len(),
+        handler: handler as *mut c_void,
+        platform_name: PLATFORM.as_ptr().cast(),
+        platform_name_size: PLATFORM.len(),
+        traits: 0,
+    };
+    // SAFETY: valid arguments; XLA copies the name.
+    unsafe { call(inner_ffi().and_then(|ffi| ffi.register_handler), &mut args) }
+}

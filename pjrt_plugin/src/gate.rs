@@ -1,0 +1,194 @@
+//! The gate: XLA:CPU runs a cheap program on the calling thread and waits there, and that thread
+//! must never wait for a peer. It does so only if nothing is queued on the device. So before a
+//! cheap program with operations we queue a tiny one that waits until the launch is queued behind
+//! it, which makes XLA run both on its own threads.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+use pjrt_sys::*;
+
+use crate::call::{call, new_args};
+use crate::client::Client;
+use crate::error::Error;
+use crate::plugin::plugin;
+
+/// Target of the gate's custom call.
+pub const TARGET: &str = "mpi_cuda_gate";
+
+/// The matrix product has 2 · 16³ operations, which is above XLA's limit for cheap programs.
+const PROGRAM: &str = r#"module @mpi_cuda_gate {
+  func.func public @main(%a: tensor<16x16xf32>) -> tensor<16x16xf32> {
+    %t = stablehlo.custom_call @mpi_cuda_gate() {api_version = 4 : i32, has_side_effect = true} : () -> tensor<i32>
+    %b = stablehlo.dot_general %a, %a, contracting_dims = [1] x [0] : (tensor<16x16xf32>, tensor<16x16xf32>) -> tensor<16x16xf32>
+    return %b : tensor<16x16xf32>
+  }
+}"#;
+
+static MATRIX: [f32; 256] = [0.0; 256];
+
+/// The gates now shut, by run id.
+static SHUT: Mutex<Option<HashSet<u32>>> = Mutex::new(None);
+static OPENED: Condvar = Condvar::new();
+static NEXT: AtomicU32 = AtomicU32::new(1);
+
+/// The gate's program and its operand; made at first use.
+#[derive(Default)]
+pub struct Gate {
+    made: Mutex<Option<Made>>,
+}
+
+struct Made {
+    executable: *mut PJRT_LoadedExecutable,
+    operand: *mut PJRT_Buffer,
+}
+
+/// A gate that is shut; dropping opens it.
+pub struct Shut(u32);
+
+impl Drop for Shut {
+    fn drop(&mut self) {
+        if let Some(shut) = SHUT.lock().as_mut() {
+            shut.remove(&self.0);
+        }
+        OPENED.notify_all();
+    }
+}
+
+/// Waits until the gate of that run is open; what its custom call does.
+pub fn wait_open(run_id: i64) {
+    let mut shut = SHUT.lock();
+    while shut
+        .as_ref()
+        .is_some_and(|shut| shut.contains(&(run_id as u32)))
+    {
+        OPENED.wait(&mut shut);
+    }
+}
+
+impl Gate {
+    /// Queues a shut gate on this rank's device.
+    pub fn shut(&self, client: &Client) -> Result<Shut, Error> {
+        let mut made = self.made.lock();
+        if made.is_none() {
+            *made = Some(make(client)?);
+        }
+        let Some(Made {
+            executable,
+            operand,
+        }) = made.as_ref()
+        else {
+            return Err(Error::internal("the gate was not made"));
+        };
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        SHUT.lock().get_or_insert_with(HashSet::new).insert(id);
+        let shut = Shut(id);
+        let mut options = new_args::<PJRT_ExecuteOptions>();
+        options.launch_id = id as i32;
+        let arguments = [*operand];
+        let argument_lists = [arguments.as_ptr()];
+        let mut outputs: [*mut PJRT_Buffer; 1] = [std::ptr::null_mut()];
+        let output_lists = [outputs.as_mut_ptr()];
+        let mut args = new_args::<PJRT_LoadedExecutable_Execute_Args>();
+        args.executable = *executable;
+        args.options = &mut options;
+        args.argument_lists = argument_lists.as_ptr();
+        args.num_devices = 1;
+        args.num_args = 1;
+        args.output_lists = output_lists.as_ptr();
+        // SAFETY: live handles and lists of the right lengths.
+        unsafe {
+            call(
+                plugin().inner.api().PJRT_LoadedExecutable_Execute,
+                &mut args,
+            )
+        }?;
+        destroy_buffer(outputs[0]);
+        Ok(shut)
+    }
+
+    /// Destroys the program; before its client is destroyed.
+    pub fn destroy(&self) {
+        let Some(made) = self.made.lock().take() else {
+            return;
+        };
+        destroy_buffer(made.operand);
+        let mut args = new_args::<PJRT_LoadedExecutable_Destroy_Args>();
+        args.executable = made.executable;
+        // SAFETY: live and ours. A failure would leave nothing to do.
+        let _ = unsafe {
+            call(
+                plugin().inner.api().PJRT_LoadedExecutable_Destroy,
+                &mut args,
+            )
+        };
+    }
+}
+
+// SAFETY: handles of the inner plugin, which is thread-safe.
+unsafe impl Send for Made {}
+
+fn destroy_buffer(buffer: *mut PJRT_Buffer) {
+    let mut args = new_args::<PJRT_Buffer_Destroy_Args>();
+    args.buffer = buffer;
+    // SAFETY: live and ours. A failure would leave nothing to do.
+    let _ = unsafe { call(plugin().inner.api().PJRT_Buffer_Destroy, &mut args) };
+}
+
+fn make(client: &Client) -> Result<Made, Error> {
+    let api = plugin().inner.api();
+    const FORMAT: &str = "mlir";
+    let mut program = new_args::<PJRT_Program>();
+    program.code = PROGRAM.as_ptr().cast_mut().cast();
+    program.code_size = PROGRAM.len();
+    program.format = FORMAT.as_ptr().cast();
+    program.format_size = FORMAT.len();
+    let options = compile_options(client.rank);
+    let mut compile = new_args::<PJRT_Client_Compile_Args>();
+    compile.client = client.handle;
+    compile.program = &program;
+    compile.compile_options = options.as_ptr().cast();
+    compile.compile_options_size = options.len();
+    let dims = [16i64, 16];
+    let mut operand = new_args::<PJRT_Client_BufferFromHostBuffer_Args>();
+    operand.client = client.handle;
+    operand.data = MATRIX.as_ptr().cast();
+    operand.type_ = PJRT_Buffer_Type_F32;
+    operand.dims = dims.as_ptr();
+    operand.num_dims = dims.len();
+    operand.host_buffer_semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
+    operand.device = client.addressable[0];
+    // SAFETY: valid arguments; the matrix is static.
+    unsafe {
+        call(api.PJRT_Client_Compile, &mut compile)?;
+        call(api.PJRT_Client_BufferFromHostBuffer, &mut operand)?;
+        let mut event = new_args::<PJRT_Event_Destroy_Args>();
+        event.event = operand.done_with_host_buffer;
+        call(api.PJRT_Event_Destroy, &mut event)?;
+    }
+    Ok(Made {
+        executable: compile.executable,
+        operand: operand.buffer,
+    })
+}
+
+/// A `CompileOptionsProto` for one device (`xla/pjrt/proto/compile_options.proto`):
+/// `executable_build_options` (3) with `num_replicas` (4), `num_partitions` (5) and
+/// `device_assignment` (9).
+fn compile_options(device: i32) -> Vec<u8> {
+    let message = |field: u8, content: &[u8]| {
+        let mut bytes = vec![field << 3 | 2, content.len() as u8];
+        bytes.extend_from_slice(content);
+        bytes
+    };
+    // A 32-bit number in two bytes of a varint: worlds are below 2^14.
+    let device = device as u16;
+    let varint = [(device & 0x7f) as u8 | 0x80, (device >> 7) as u8];
+    let ids = message(1, &varint);
+    let mut assignment = vec![1 << 3, 1, 2 << 3, 1];
+    assignment.extend(message(3, &ids));
+    let mut build = vec![4 << 3, 1, 5 << 3, 1];
+    build.extend(message(9, &assignment));
+    message(3, &build)
+}

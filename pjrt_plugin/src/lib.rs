@@ -1,0 +1,30 @@
+//! `libpjrt_mpi_cuda.so`: a PJRT plugin that wraps an XLA plugin and makes the ranks of an MPI job
+//! its devices.
+//!
+//! Start at [`api`], the function table with what is replaced and where; `docs/architecture.md`
+//! says why. [`exports`] has the functions beside the table, [`ffi`] the custom calls.
+
+// Constants of C keep their names.
+#![allow(non_upper_case_globals)]
+
+mod api;
+mod boundary;
+mod buffers;
+mod call;
+mod client;
+mod compile;
+mod config;
+mod context;
+mod error;
+mod events;
+mod execute;
+mod exports;
+mod extension;
+mod ffi;
+mod fork;
+mod gate;
+mod inner;
+mod plugin;
+mod status;
+mod topology;
+mod xla_flags;

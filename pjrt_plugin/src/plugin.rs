@@ -1,0 +1,115 @@
+//! The state of the plugin: configuration, inner plugin, world, clients.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use mpi_runtime::{World, WorldOptions};
+use parking_lot::{Mutex, RwLock};
+
+use crate::client::Client;
+use crate::config::{Config, Log, create_option};
+use crate::error::Error;
+use crate::inner::{Inner, own_folder};
+
+/// What exists from the moment the library is asked for its table.
+pub struct Plugin {
+    /// The wrapped plugin.
+    pub inner: Inner,
+    /// The configuration from the environment.
+    pub config: Config,
+    /// The clients the framework made; one, in practice.
+    pub clients: RwLock<Vec<Arc<Client>>>,
+}
+
+static PLUGIN: OnceLock<Plugin> = OnceLock::new();
+static WORLD: OnceLock<World> = OnceLock::new();
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// The plugin.
+///
+/// # Panics
+/// Before [`load`] succeeded; the function table exists only after that.
+pub fn plugin() -> &'static Plugin {
+    PLUGIN
+        .get()
+        .expect("the plugin is loaded before its functions are called")
+}
+
+/// Loads the inner plugin, once.
+pub fn load() -> Result<&'static Plugin, Error> {
+    let _guard = STARTING.lock();
+    if let Some(plugin) = PLUGIN.get() {
+        return Ok(plugin);
+    }
+    let config = Config::read(&|name| std::env::var(name).ok())?;
+    let inner = Inner::load(&config)?;
+    if config.keep_memory {
+        keep_memory();
+    }
+    Ok(PLUGIN.get_or_init(|| Plugin {
+        inner,
+        config,
+        clients: RwLock::default(),
+    }))
+}
+
+/// The configuration with create options over the environment.
+pub fn config_with(options: &[(String, String)]) -> Result<Config, Error> {
+    Config::read(&|name| {
+        let option = create_option(name);
+        options
+            .iter()
+            .find(|(key, _)| *key == option)
+            .map(|(_, value)| value.clone())
+            .or_else(|| std::env::var(name).ok())
+    })
+}
+
+/// The world, if it was started.
+pub fn world() -> Option<&'static World> {
+    WORLD.get()
+}
+
+/// Joins the world, once; collective over the ranks of the job.
+pub fn start_world(config: &Config) -> Result<&'static World, Error> {
+    let _guard = STARTING.lock();
+    if let Some(world) = WORLD.get() {
+        return Ok(world);
+    }
+    let mut shim_folders: Vec<PathBuf> = config.shim_dir.iter().cloned().collect();
+    shim_folders.push(own_folder());
+    let options = WorldOptions {
+        family: config.mpi,
+        shim_folders,
+        singleton: config.singleton,
+        warn_after: config.warn_after,
+    };
+    let world = World::start(&options)
+        .map_err(|error| Error::precondition(format!("mpi_cuda: {error}")))?;
+    if config.log >= Log::Info {
+        let (major, minor) = plugin().inner.version();
+        eprintln!(
+            "mpi_cuda: rank {} of {} (node-local {}): device cpu, inner plugin {} (PJRT \
+             {major}.{minor}), MPI {} (thread level {})",
+            world.rank,
+            world.size,
+            world.node_rank,
+            plugin().inner.path.display(),
+            world.library,
+            world.thread_level,
+        );
+    }
+    Ok(WORLD.get_or_init(|| world))
+}
+
+/// Large results come from freshly mapped pages otherwise, whose faults cost more than the
+/// message: 723 µs instead of 148 for one 1 MiB result (docs/measurements).
+fn keep_memory() {
+    const THRESHOLD: libc::c_int = 1 << 30;
+    // SAFETY: mallopt only sets parameters of glibc's allocator (mallopt(3)).
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, THRESHOLD);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, THRESHOLD);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}

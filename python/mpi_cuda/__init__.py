@@ -1,0 +1,89 @@
+"""The ranks of an MPI job as the devices of one JAX program.
+
+Start a program with `mpirun -n N` and `JAX_PLATFORMS=mpi_cuda`. The operations here take and return
+tokens; those of `mpi_cuda.notoken` do without. Importing this package initialises nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpi_cuda import notoken
+from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
+from mpi_cuda._operations import (
+    allgather,
+    allreduce,
+    alltoall,
+    barrier,
+    bcast,
+    create_token,
+    gather,
+    recv,
+    reduce,
+    scan,
+    scatter,
+    send,
+    sendrecv,
+)
+
+SUM = OPS["SUM"]
+PROD = OPS["PROD"]
+MIN = OPS["MIN"]
+MAX = OPS["MAX"]
+LAND = OPS["LAND"]
+LOR = OPS["LOR"]
+LXOR = OPS["LXOR"]
+BAND = OPS["BAND"]
+BOR = OPS["BOR"]
+BXOR = OPS["BXOR"]
+
+_COMMUNICATORS = {"COMM_WORLD": 0, "COMM_SELF": 2}
+
+
+def __getattr__(name: str) -> Any:
+    """`COMM_WORLD` and `COMM_SELF`, which join the MPI world when they are first used."""
+    if name in _COMMUNICATORS:
+        from mpi_cuda._arguments import world_comm
+
+        return world_comm(_COMMUNICATORS[name])
+    raise AttributeError(f"module 'mpi_cuda' has no attribute {name!r}")
+
+
+def has_cuda_support() -> bool:
+    """Whether this build communicates CUDA arrays; not yet."""
+    return False
+
+
+__all__ = [
+    "ANY_SOURCE",
+    "ANY_TAG",
+    "BAND",
+    "BOR",
+    "BXOR",
+    "LAND",
+    "LOR",
+    "LXOR",
+    "MAX",
+    "MIN",
+    "PROC_NULL",
+    "PROD",
+    "SUM",
+    "Comm",
+    "Op",
+    "Status",
+    "allgather",
+    "allreduce",
+    "alltoall",
+    "barrier",
+    "bcast",
+    "create_token",
+    "gather",
+    "has_cuda_support",
+    "notoken",
+    "recv",
+    "reduce",
+    "scan",
+    "scatter",
+    "send",
+    "sendrecv",
+]

@@ -1,0 +1,221 @@
+"""What users pass for communicators, reductions, ranks, tags and status, turned into numbers.
+
+mpi4py's objects are accepted, and ours where mpi4py is absent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+from mpi_cuda import _library
+
+# Attribute values of the custom calls (mpi_cuda.h).
+ATTRIBUTE_ANY = -1
+ATTRIBUTE_PROC_NULL = -2
+
+
+class Constant:
+    """A named constant, such as `ANY_SOURCE`."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"mpi_cuda.{self.name}"
+
+
+ANY_SOURCE = Constant("ANY_SOURCE")
+ANY_TAG = Constant("ANY_TAG")
+PROC_NULL = Constant("PROC_NULL")
+
+
+class Op(Constant):
+    """A reduction (MPI 4.0, section 6.9.2); `number` is its attribute value."""
+
+    def __init__(self, name: str, number: int):
+        super().__init__(name)
+        self.number = number
+
+
+_REDUCTIONS = ("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR", "BXOR")
+OPS = {name: Op(name, number) for number, name in enumerate(_REDUCTIONS)}
+
+
+class Comm(NamedTuple):
+    """A communicator by its number; what operations and `mpi_cuda.COMM_WORLD` use."""
+
+    number: int
+    rank: int
+    size: int
+
+    def Get_rank(self) -> int:
+        """Rank of this process."""
+        return self.rank
+
+    def Get_size(self) -> int:
+        """Number of ranks."""
+        return self.size
+
+
+class Status:
+    """What a receive saw, where mpi4py is absent; filled when the operation has run."""
+
+    # The largest MPI_Status of the supported families.
+    _BYTES = 64
+
+    def __init__(self) -> None:
+        self._memory = (ctypes.c_int * (self._BYTES // 4))()
+
+    def _field(self, openmpi: int, mpich: int) -> int:
+        family = _library.start().family
+        return self._memory[openmpi if family == "openmpi" else mpich]
+
+    def Get_source(self) -> int:
+        """Rank the message came from."""
+        return self._field(0, 2)
+
+    def Get_tag(self) -> int:
+        """Tag of the message."""
+        return self._field(1, 3)
+
+
+def _mpi() -> Any:
+    """mpi4py's MPI module if the user imported it, else None."""
+    return sys.modules.get("mpi4py.MPI")
+
+
+def world_comm(number: int) -> Comm:
+    """One of the communicators that always exist."""
+    world = _library.start()
+    return Comm(number, 0, 1) if number == 2 else Comm(number, world.rank, world.size)
+
+
+_registered: dict[int, Comm] = {}
+
+
+def resolve_comm(comm: Any) -> Comm:
+    """The communicator a user means.
+
+    Raises:
+      TypeError: it is no intracommunicator of mpi4py's or ours.
+      RuntimeError: MPI refuses it.
+    """
+    if comm is None:
+        return world_comm(1)
+    if isinstance(comm, Comm):
+        return comm
+    mpi = _mpi()
+    if mpi is None or not isinstance(comm, mpi.Intracomm):
+        raise TypeError(
+            f"comm must be an mpi4py Intracomm, an mpi_cuda communicator or None, got {comm!r}"
+        )
+    _library.start()
+    handle = mpi._handleof(comm) & 0xFFFF_FFFF_FFFF_FFFF
+    rank, size = ctypes.c_int(), ctypes.c_int()
+    if comm == mpi.COMM_NULL:
+        raise ValueError("comm is COMM_NULL: it was freed, or this rank is not in it")
+    name = comm.Get_name() or "an unnamed communicator"
+    number = _library.load().mpi_cuda_comm(
+        handle, name.encode(), ctypes.byref(rank), ctypes.byref(size)
+    )
+    if number < 0:
+        raise RuntimeError(_library.last_error())
+    return Comm(number, rank.value, size.value)
+
+
+def resolve_op(op: Any) -> Op:
+    """The reduction a user means.
+
+    Raises:
+      TypeError: it is none, or one that is not supported (named).
+    """
+    if isinstance(op, Op):
+        return op
+    mpi = _mpi()
+    if mpi is not None and isinstance(op, mpi.Op):
+        for name, known in OPS.items():
+            if op == getattr(mpi, name):
+                return known
+        for name in ("MAXLOC", "MINLOC", "REPLACE", "NO_OP"):
+            if op == getattr(mpi, name):
+                raise TypeError(f"reduction {name} is not supported; use one of {', '.join(OPS)}")
+        raise TypeError(f"user-defined reductions are not supported; use one of {', '.join(OPS)}")
+    raise TypeError(f"op must be a reduction such as mpi_cuda.SUM or MPI.SUM, got {op!r}")
+
+
+def _integer(operation: str, what: str, value: Any) -> int:
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{operation}: {what} must be a Python integer, got a traced value: pass it through "
+            "static_argnums, or close over it"
+        )
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{operation}: {what} must be an integer, got {value!r}") from None
+
+
+def _is(value: Any, ours: Constant) -> bool:
+    if value is ours:
+        return True
+    mpi = _mpi()
+    return mpi is not None and isinstance(value, int) and value == getattr(mpi, ours.name)
+
+
+def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
+    """A rank, `PROC_NULL`, or `ANY_SOURCE` for a source, as an attribute value.
+
+    Raises:
+      TypeError: it is no static integer.
+      ValueError: it is not a rank of `comm`.
+    """
+    if what == "source" and _is(value, ANY_SOURCE):
+        return ATTRIBUTE_ANY
+    if what != "root" and _is(value, PROC_NULL):
+        return ATTRIBUTE_PROC_NULL
+    rank = _integer(operation, what, value)
+    if not 0 <= rank < comm.size:
+        raise ValueError(
+            f"{operation} on rank {comm.rank}: {what} {rank} is not a rank of the communicator, "
+            f"which has 0 to {comm.size - 1}"
+        )
+    return rank
+
+
+def resolve_tag(operation: str, what: str, value: Any) -> int:
+    """A tag, or `ANY_TAG` for a receive, as an attribute value.
+
+    Raises:
+      TypeError: it is no static integer.
+      ValueError: it is negative.
+    """
+    if what == "recvtag" and _is(value, ANY_TAG):
+        return ATTRIBUTE_ANY
+    tag = _integer(operation, what, value)
+    if tag < 0:
+        raise ValueError(f"{operation}: {what} {tag} is negative")
+    return tag
+
+
+_statuses: dict[int, Any] = {}
+
+
+def resolve_status(status: Any) -> int:
+    """The number of a status, 0 for none. The object is kept alive: programs refer to it."""
+    if status is None:
+        return 0
+    mpi = _mpi()
+    if isinstance(status, Status):
+        address = ctypes.addressof(status._memory)
+    elif mpi is not None and isinstance(status, mpi.Status):
+        address = mpi._addressof(status)
+    else:
+        raise TypeError(f"status must be an MPI.Status or mpi_cuda.Status, got {status!r}")
+    number = _library.load().mpi_cuda_status(address)
+    _statuses[number] = status
+    return number

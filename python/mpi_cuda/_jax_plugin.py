@@ -1,0 +1,51 @@
+"""What JAX calls when it looks for plugins (entry point group `jax_plugins`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAME = "mpi_cuda"
+
+
+def selected(platforms: str | None) -> bool:
+    """Whether the user asked for us; being installed changes nothing."""
+    return platforms is not None and NAME in platforms.split(",")
+
+
+def initialize() -> None:
+    """Registers the plugin with JAX if `JAX_PLATFORMS` (or `jax_platforms`) names it."""
+    import jax
+
+    if not selected(jax.config.jax_platforms):
+        return
+    import jax._src.xla_bridge as xla_bridge
+
+    from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle
+
+    _library.load()
+    xla_bridge.register_backend_initialization_hook(_serve_as_cpu)
+    xla_bridge._nonexperimental_plugins.add(NAME)
+    xla_bridge.register_plugin(
+        NAME, priority=500, library_path=str(_library.LIBRARY), options=_options
+    )
+    _callbacks.install()
+    _ffi_targets.install()
+    _lifecycle.install()
+
+
+def _options() -> dict[str, Any]:
+    """Create options; joins the world first, so that its errors are raised here."""
+    from mpi_cuda import _library
+
+    _library.start()
+    return {}
+
+
+def _serve_as_cpu(backend: Any) -> None:
+    """JAX's callbacks ask for the backend "cpu"; if the user selected none, ours is one."""
+    import jax._src.xla_bridge as xla_bridge
+
+    if "mpi_cuda" in backend.platform_version and backend.platform == "cpu":
+        platforms = (xla_bridge.config.jax_platforms.value or "").split(",")
+        if "cpu" not in platforms:
+            xla_bridge._backends.setdefault("cpu", backend)

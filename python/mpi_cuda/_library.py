@@ -1,0 +1,101 @@
+"""The native library: its file, and typed access to its exported functions (`mpi_cuda.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).resolve().parent / "lib"
+LIBRARY = FOLDER / "libpjrt_mpi_cuda.so"
+RANK_MARK = "MPI_CUDA_RANK_PROCESS"
+
+
+class World(NamedTuple):
+    """This process's place among the ranks; `family` is openmpi, mpich or none."""
+
+    rank: int
+    size: int
+    family: str
+
+
+def _find_inner_plugin() -> None:
+    """Tells the library where the wheel with the XLA plugin is, if the user did not."""
+    if "MPI_CUDA_INNER_PLUGIN" in os.environ:
+        return
+    try:
+        spec = importlib.util.find_spec("xla_plugins.xla_cpu_pjrt")
+    except ModuleNotFoundError:
+        return
+    if spec is not None and spec.origin is not None:
+        plugin = Path(spec.origin).with_name("xla_cpu_pjrt.so")
+        if plugin.is_file():
+            os.environ["MPI_CUDA_INNER_PLUGIN"] = str(plugin)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Loads the library. Nothing is initialised by that.
+
+    Raises:
+      RuntimeError: the library was not built.
+    """
+    if not LIBRARY.is_file():
+        raise RuntimeError(f"{LIBRARY} is missing: run scripts/setup, which builds it")
+    _find_inner_plugin()
+    library = ctypes.CDLL(str(LIBRARY))
+    int_pointer = ctypes.POINTER(ctypes.c_int)
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "mpi_cuda_last_error": (ctypes.c_char_p, []),
+        "mpi_cuda_start": (
+            ctypes.c_int,
+            [int_pointer, int_pointer, ctypes.POINTER(ctypes.c_char_p)],
+        ),
+        "mpi_cuda_comm": (
+            ctypes.c_int64,
+            [ctypes.c_uint64, ctypes.c_char_p, int_pointer, int_pointer],
+        ),
+        "mpi_cuda_status": (ctypes.c_int64, [ctypes.c_void_p]),
+        "mpi_cuda_wait": (ctypes.c_int, []),
+        "mpi_cuda_in_flight": (ctypes.c_int, []),
+        "mpi_cuda_abort": (None, [ctypes.c_int]),
+        "mpi_cuda_shutdown": (None, []),
+        "mpi_cuda_register_ffi_target": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_void_p]),
+        "mpi_cuda_set_trampoline": (None, [ctypes.c_void_p]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+    return library
+
+
+def last_error() -> str:
+    """Text of the last error of this thread."""
+    return load().mpi_cuda_last_error().decode(errors="replace")
+
+
+@functools.cache
+def start() -> World:
+    """Joins the MPI world, if that has not happened. Collective over the ranks of the job.
+
+    Raises:
+      RuntimeError: with what is wrong and the remedy, e.g. for the wrong launcher.
+    """
+    rank, size, family = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
+    if load().mpi_cuda_start(ctypes.byref(rank), ctypes.byref(size), ctypes.byref(family)):
+        raise RuntimeError(last_error())
+    if mark := _c_environment(RANK_MARK):
+        os.environ[RANK_MARK] = mark
+    return World(rank.value, size.value, (family.value or b"none").decode())
+
+
+def _c_environment(name: str) -> str | None:
+    """What C's environment says; Python's copy is from its start."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    value = getenv(name.encode())
+    return None if value is None else value.decode()

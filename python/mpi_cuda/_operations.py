@@ -1,0 +1,348 @@
+"""The twelve operations, with explicit tokens. `mpi_cuda.notoken` has them without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import core
+
+from mpi_cuda import _arguments, _order
+from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, Comm
+from mpi_cuda._primitives import TEMPLATES, Result, primitives
+
+Array = jax.Array
+Token = jax.Array
+
+
+def create_token() -> Token:
+    """A token to start a chain with: a 0-d int32 array, which can go wherever an array can."""
+    return jnp.zeros((), np.int32)
+
+
+def _as_token(token: Any) -> Any:
+    if token is None or isinstance(token, core.Token):
+        return np.zeros((), np.int32)
+    aval = jax.typeof(token)
+    if not hasattr(aval, "shape"):
+        # A token of `jax.lax.create_token()` inside a jitted function.
+        return np.zeros((), np.int32)
+    if aval.shape != () or aval.dtype != np.int32:
+        raise TypeError(
+            "token must be None, a token of an earlier operation, or mpi_cuda.create_token(), "
+            f"got {aval}"
+        )
+    return token
+
+
+def _is_template_array(x: Any) -> bool:
+    return not isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _template(x: Any) -> Any:
+    """Shape and dtype of what is to be received."""
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+
+
+def bind(
+    name: str,
+    comm: Comm,
+    data: Any,
+    result: tuple[tuple[int, ...], Any] | None,
+    token: Any,
+    *,
+    template: Any = None,
+    batch_as: str | None = None,
+    **attributes: int,
+) -> tuple[Any, Any]:
+    """Calls primitive `name`; returns what it receives and its token, None where there is none.
+
+    `token` is False for the style without tokens. `batch_as` names the rule for `vmap` where this
+    rank's part differs from the operation's (a rank that is not the root).
+    """
+    _order.install()
+    operands = [] if data is None else [data]
+    has_template = name in TEMPLATES and template is not None and _is_template_array(template)
+    if has_template:
+        operands.append(template)
+    with_token = token is not False
+    if with_token:
+        operands.append(_as_token(token))
+    outs = primitives[name].bind(
+        *operands,
+        result=None if result is None else Result(tuple(result[0]), np.dtype(result[1])),
+        token=with_token,
+        template=has_template,
+        batch_as=batch_as or name,
+        attributes=tuple(sorted({"comm": comm.number, **attributes}.items())),
+    )
+    outs = list(outs)
+    new_token = outs.pop() if with_token else None
+    return (outs[0] if outs else None), new_token
+
+
+def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Gathers `x` of every rank on every rank (MPI 4.0, section 6.7).
+
+    Args:
+      x: array or scalar of the same shape and dtype on every rank.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of shape `(size, *x.shape)`, and a token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    return bind("allgather", where, x, ((where.size, *x.shape), x.dtype), token)
+
+
+def allreduce(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Reduces `x` over all ranks, with the result on every rank (MPI 4.0, section 6.9.6).
+
+    SUM can be differentiated in forward and reverse mode.
+
+    Args:
+      x: array or scalar of the same shape and dtype on every rank.
+      op: reduction, `mpi_cuda.SUM` or mpi4py's `MPI.SUM` and so on.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `x`, and a token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    number = _arguments.resolve_op(op).number
+    return bind("allreduce", where, x, (x.shape, x.dtype), token, op=number)
+
+
+def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Sends `x[i]` to rank i and receives from it (MPI 4.0, section 6.8).
+
+    Args:
+      x: array whose leading dimension is the number of ranks.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `x`, whose row i came from rank i, and a token.
+
+    Raises:
+      ValueError: the leading dimension is not the number of ranks.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    if x.ndim == 0 or x.shape[0] != where.size:
+        raise ValueError(
+            f"alltoall on rank {where.rank}: x has shape {x.shape}, and its leading dimension must "
+            f"be the number of ranks, {where.size}"
+        )
+    return bind("alltoall", where, x, (x.shape, x.dtype), token)
+
+
+def barrier(*, comm: Any = None, token: Any = None) -> Token:
+    """Waits until every rank has come here (MPI 4.0, section 6.3).
+
+    Args:
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      A token.
+    """
+    return bind("barrier", _arguments.resolve_comm(comm), None, None, token)[1]
+
+
+def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Sends `x` of the root to every rank (MPI 4.0, section 6.4).
+
+    Args:
+      x: on the root the data; elsewhere an array of its shape and dtype.
+      root: rank that sends.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      The root's data, and a token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    root = _arguments.resolve_rank("bcast", "root", root, where)
+    return bind("bcast", where, x, (x.shape, x.dtype), token, root=root)
+
+
+def gather(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Gathers `x` of every rank on the root (MPI 4.0, section 6.5).
+
+    Args:
+      x: array or scalar of the same shape and dtype on every rank.
+      root: rank that receives.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      On the root an array of shape `(size, *x.shape)`, elsewhere `x`; and a token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    root = _arguments.resolve_rank("gather", "root", root, where)
+    if where.rank == root:
+        return bind("gather", where, x, ((where.size, *x.shape), x.dtype), token, root=root)
+    return bind("gather", where, x, (x.shape, x.dtype), token, batch_as="bcast", root=root)
+
+
+def recv(
+    x: Any,
+    source: Any = ANY_SOURCE,
+    *,
+    tag: Any = ANY_TAG,
+    comm: Any = None,
+    status: Any = None,
+    token: Any = None,
+) -> tuple[Array, Token]:
+    """Receives a message (MPI 4.0, section 3.2.4).
+
+    Args:
+      x: array or `jax.ShapeDtypeStruct` with the shape and dtype of the message; not written to.
+      source: rank that sends, or ANY_SOURCE. From PROC_NULL one receives zeros at once.
+      tag: its tag, or ANY_TAG.
+      comm: communicator; None is a private one of all ranks.
+      status: `MPI.Status` or `mpi_cuda.Status`, filled when the operation has run.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `x`, and a token.
+    """
+    template, where = _template(x), _arguments.resolve_comm(comm)
+    attributes: dict[str, Any] = {
+        "source": _arguments.resolve_rank("recv", "source", source, where),
+        "recvtag": _arguments.resolve_tag("recv", "recvtag", tag),
+        "status": _arguments.resolve_status(status),
+    }
+    result = (template.shape, template.dtype)
+    return bind("recv", where, None, result, token, template=template, **attributes)
+
+
+def reduce(
+    x: Any, op: Any, root: int, *, comm: Any = None, token: Any = None
+) -> tuple[Array, Token]:
+    """Reduces `x` over all ranks, with the result on the root (MPI 4.0, section 6.9.1).
+
+    Args:
+      x: array or scalar of the same shape and dtype on every rank.
+      op: reduction, `mpi_cuda.SUM` or mpi4py's `MPI.SUM` and so on.
+      root: rank that receives.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      On the root the reduction, elsewhere `x`; and a token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    root = _arguments.resolve_rank("reduce", "root", root, where)
+    number = _arguments.resolve_op(op).number
+    return bind("reduce", where, x, (x.shape, x.dtype), token, op=number, root=root)
+
+
+def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Reduces `x` over the ranks up to and including this one (MPI 4.0, section 6.11.1).
+
+    Args:
+      x: array or scalar of the same shape and dtype on every rank.
+      op: reduction, `mpi_cuda.SUM` or mpi4py's `MPI.SUM` and so on.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `x`, and a token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    number = _arguments.resolve_op(op).number
+    return bind("scan", where, x, (x.shape, x.dtype), token, op=number)
+
+
+def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Sends `x[i]` of the root to rank i (MPI 4.0, section 6.6).
+
+    Args:
+      x: on the root an array of shape `(size, *shape)`, elsewhere an array of shape `shape`.
+      root: rank that sends.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of shape `shape`, and a token.
+
+    Raises:
+      ValueError: on the root, if the leading dimension is not the number of ranks.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    root = _arguments.resolve_rank("scatter", "root", root, where)
+    if where.rank != root:
+        return bind("scatter", where, x, (x.shape, x.dtype), token, batch_as="bcast", root=root)
+    if x.ndim == 0 or x.shape[0] != where.size:
+        raise ValueError(
+            f"scatter on rank {where.rank}: x has shape {x.shape}, and its leading dimension must "
+            f"be the number of ranks, {where.size}"
+        )
+    return bind("scatter", where, x, (x.shape[1:], x.dtype), token, root=root)
+
+
+def send(x: Any, dest: int, *, tag: int = 0, comm: Any = None, token: Any = None) -> Token:
+    """Sends `x` (MPI 4.0, section 3.2.1).
+
+    Args:
+      x: array or scalar.
+      dest: rank to send to; to PROC_NULL nothing is sent.
+      tag: tag of the message.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      A token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    attributes: dict[str, Any] = {
+        "dest": _arguments.resolve_rank("send", "dest", dest, where),
+        "tag": _arguments.resolve_tag("send", "tag", tag),
+    }
+    return bind("send", where, x, None, token, **attributes)[1]
+
+
+def sendrecv(
+    sendbuf: Any,
+    recvbuf: Any,
+    source: Any,
+    dest: int,
+    *,
+    sendtag: int = 0,
+    recvtag: Any = ANY_TAG,
+    comm: Any = None,
+    status: Any = None,
+    token: Any = None,
+) -> tuple[Array, Token]:
+    """Sends one message and receives another, which cannot deadlock (MPI 4.0, section 3.11).
+
+    Args:
+      sendbuf: array or scalar to send.
+      recvbuf: array or `jax.ShapeDtypeStruct` with the shape and dtype to receive, which may
+        differ from those sent; not written to.
+      source: rank to receive from, or ANY_SOURCE. From PROC_NULL one receives zeros.
+      dest: rank to send to; to PROC_NULL nothing is sent.
+      sendtag: tag of the message sent.
+      recvtag: tag of the message received, or ANY_TAG.
+      comm: communicator; None is a private one of all ranks.
+      status: `MPI.Status` or `mpi_cuda.Status`, filled when the operation has run.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `recvbuf`, and a token.
+    """
+    x, template, where = jnp.asarray(sendbuf), _template(recvbuf), _arguments.resolve_comm(comm)
+    attributes: dict[str, Any] = {
+        "source": _arguments.resolve_rank("sendrecv", "source", source, where),
+        "dest": _arguments.resolve_rank("sendrecv", "dest", dest, where),
+        "tag": _arguments.resolve_tag("sendrecv", "tag", sendtag),
+        "recvtag": _arguments.resolve_tag("sendrecv", "recvtag", recvtag),
+        "status": _arguments.resolve_status(status),
+    }
+    result = (template.shape, template.dtype)
+    return bind("sendrecv", where, x, result, token, template=template, **attributes)

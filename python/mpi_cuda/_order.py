@@ -1,0 +1,156 @@
+"""The one touch of JAX's internals: operations keep their trace order, at no cost per call.
+
+Every operation has the effect of `io_callback(ordered=True)`, so JAX threads one token through
+both, into `jit`, loops and branches, and never deletes an operation. At the top of a program that
+effect would make JAX leave its fast dispatch path and pass a token from program to program. Between
+programs the library keeps the order (by tickets), so there the effect is hidden: the whole program
+becomes one equation without it, which makes its own token.
+
+If JAX changes, `install` says so and everything still works with JAX's own tokens, only slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from typing import Any
+
+from jax._src import callback as jax_callback
+from jax._src import core, dispatch, effects
+from jax._src.interpreters import mlir, pxla
+from jax.interpreters import mlir as public_mlir
+
+
+class CommunicationEffect(jax_callback.OrderedIOEffect):
+    """Equal to the effect of ordered callbacks, so that one token orders both."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, jax_callback.OrderedIOEffect)
+
+    def __hash__(self) -> int:
+        return hash(jax_callback._OrderedIOEffect)
+
+
+def _make_equal() -> None:
+    # Python asks the left operand first unless the right one is of a subclass, so that ours is
+    # always asked; only the hash has to agree.
+    effects.remat_allowed_effects.add_type(CommunicationEffect)
+    effects.custom_derivatives_allowed_effects.add_type(CommunicationEffect)
+
+
+effect = CommunicationEffect()
+_make_equal()
+
+fast_dispatch = False
+"""Whether the effect is hidden from JAX's dispatch; False means slower, not wrong."""
+
+_scope_p = core.Primitive("mpi_cuda_program")
+_scope_p.multiple_results = True
+
+
+def _scope_abstract_eval(*_: Any, program: core.ClosedJaxpr) -> Any:
+    return program.out_avals, {e for e in program.effects if e != effect}
+
+
+_scope_p.def_effectful_abstract_eval(_scope_abstract_eval)
+
+
+def _scope_lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: core.ClosedJaxpr) -> Any:
+    inner = mlir.TokenSet.create([effect])
+    tokens = mlir.TokenSet({**dict(ctx.tokens_in.items()), **dict(inner.items())})
+    consts = [mlir.ir_constant(c, aval=core.typeof(c)) for c in program.consts]
+    results, tokens_out = mlir.jaxpr_subcomp(
+        ctx.module_context,
+        program.jaxpr,
+        ctx.name_stack,
+        tokens,
+        consts,
+        *args,
+        dim_var_values=ctx.dim_var_values,
+        const_lowering=ctx.const_lowering,
+        outer_traceback=ctx.traceback,
+    )
+    others = {e: t for e, t in tokens_out.items() if e in ctx.tokens_in.effects()}
+    if others:
+        ctx.set_tokens_out(mlir.TokenSet(others))
+    return results
+
+
+mlir._uncacheable_primitives.add(_scope_p)
+public_mlir.register_lowering(_scope_p, _scope_lowering)
+
+
+def _has_host_callback(jaxpr: core.Jaxpr) -> bool:
+    """Programs with ordered callbacks keep JAX's own tokens between programs."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive in (jax_callback.io_callback_p, jax_callback.pure_callback_p):
+            return True
+        if "callback" in eqn.primitive.name:
+            return True
+        for sub in core.jaxprs_in_params(eqn.params):
+            if _has_host_callback(sub.jaxpr if isinstance(sub, core.ClosedJaxpr) else sub):
+                return True
+    return False
+
+
+_wrapped: weakref.WeakKeyDictionary[core.Jaxpr, core.ClosedJaxpr] = weakref.WeakKeyDictionary()
+
+
+def _hide(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The program as one equation without our effect; the same object for the same program."""
+    jaxpr = closed.jaxpr
+    known = _wrapped.get(jaxpr)
+    if known is not None and known.eqns[0].params["program"] is closed:
+        return known
+    invars = [core.Var(v.aval) for v in jaxpr.invars]
+    outvars = [core.Var(v.aval) for v in jaxpr.outvars]
+    remaining = {e for e in closed.effects if e != effect}
+    eqn = core.new_jaxpr_eqn(invars, outvars, _scope_p, {"program": closed}, remaining)
+    outer = core.Jaxpr(
+        [], invars, outvars, [eqn], remaining, debug_info=jaxpr.debug_info, is_high=False
+    )
+    result = core.ClosedJaxpr(outer, ())
+    _wrapped[jaxpr] = result
+    return result
+
+
+def install() -> None:
+    """Hides the effect from dispatch, and makes `jax.effects_barrier` wait for operations."""
+    global fast_dispatch
+    if fast_dispatch:
+        return
+    _install_barrier()
+    original: Any = getattr(pxla, "_cached_lowering_to_hlo", None)
+    if original is None or not hasattr(mlir, "jaxpr_subcomp"):
+        warnings.warn(
+            "mpi_cuda: this version of JAX has no fast dispatch for operations; calls are slower",
+            stacklevel=2,
+        )
+        return
+
+    @functools.wraps(original)
+    def lowering(closed: core.ClosedJaxpr, *args: Any, **kwargs: Any) -> Any:
+        if effect in closed.effects and not _has_host_callback(closed.jaxpr):
+            closed = _hide(closed)
+        return original(closed, *args, **kwargs)
+
+    for name in ("cache_clear", "cache_info", "cache_keys", "evict_weakref"):
+        if hasattr(original, name):
+            setattr(lowering, name, getattr(original, name))
+    setattr(pxla, "_cached_lowering_to_hlo", lowering)  # noqa: B010
+    fast_dispatch = True
+
+
+def _install_barrier() -> None:
+    from mpi_cuda import _library
+
+    tokens: Any = type(dispatch.runtime_tokens)
+    original = tokens.block_until_ready
+
+    def block_until_ready(self: Any) -> None:
+        original(self)
+        if _library.load().mpi_cuda_wait():
+            raise RuntimeError(_library.last_error())
+
+    tokens.block_until_ready = block_until_ready

@@ -1,0 +1,207 @@
+"""The operations as JAX primitives: one table, one lowering, one batching rule.
+
+A primitive takes the data it sends (if any), then the user's token (if any), and returns the data
+it receives (if any), then that token. `result` is the shape and dtype of what it receives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import core, dispatch
+from jax._src import ffi as jax_ffi
+from jax._src.interpreters import batching
+from jax._src.interpreters import mlir as jax_mlir
+from jax.interpreters import ad, mlir
+
+from mpi_cuda import _order
+
+TOKEN = core.ShapedArray((), np.dtype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Shape and dtype of what an operation receives."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How an operation behaves under `vmap`: where the batch dimension goes.
+
+    None: in front. A number: behind that many dimensions, on the operand (`operand`) and on the
+    result (`result`), because MPI splits or joins the dimension in front.
+    """
+
+    operand: int = 0
+    result: int = 0
+
+
+RULES = {
+    "allgather": Rule(result=1),
+    "allreduce": Rule(),
+    "alltoall": Rule(operand=1, result=1),
+    "barrier": Rule(),
+    "bcast": Rule(),
+    "gather": Rule(result=1),
+    "recv": Rule(),
+    "reduce": Rule(),
+    "scan": Rule(),
+    "scatter": Rule(operand=1),
+    "send": Rule(),
+    "sendrecv": Rule(),
+}
+
+# Their first argument gives only shape and dtype; it is an operand so that vmap sees it.
+TEMPLATES = ("recv", "sendrecv")
+
+primitives: dict[str, core.Primitive] = {}
+
+
+def _abstract_eval(*avals: Any, result: Result | None, token: bool, **_: Any) -> Any:
+    data = [] if result is None else [core.ShapedArray(result.shape, result.dtype)]
+    return data + [TOKEN] * token, {_order.effect}
+
+
+def _lowering(
+    name: str,
+    ctx: jax_mlir.LoweringRuleContext,
+    *operands: Any,
+    result: Result | None,
+    token: bool,
+    template: bool,
+    attributes: tuple[tuple[str, int], ...],
+    **_: Any,
+) -> Sequence[Any]:
+    backend: Any = ctx.module_context.get_backend()
+    if "mpi_cuda" not in backend.platform_version:
+        raise RuntimeError(
+            f"mpi_cuda.{name} needs the backend mpi_cuda, and this program is compiled for "
+            f"{backend.platform}: start with JAX_PLATFORMS=mpi_cuda"
+        )
+    avals = list(ctx.avals_in)
+    values = list(operands)
+    if template:
+        position = len(values) - 1 - token
+        del avals[position], values[position]
+    order = ctx.tokens_in.get(_order.effect)
+    call_context = ctx.replace(
+        avals_in=[*avals, core.abstract_token], avals_out=[*ctx.avals_out, core.abstract_token]
+    )
+    call = jax_ffi.build_ffi_lowering_function(f"mpi_cuda_{name}", has_side_effect=True)(
+        call_context, *values, order, **{key: np.int64(value) for key, value in attributes}
+    )
+    *results, order = call.results
+    tokens = jax_mlir.TokenSet({_order.effect: order})
+    ctx.set_tokens_out(ctx.tokens_in.update_tokens(tokens))
+    return results
+
+
+def _batch(
+    name: str,
+    args: Sequence[Any],
+    dims: Sequence[Any],
+    *,
+    result: Result | None,
+    token: bool,
+    template: bool,
+    batch_as: str,
+    **params: Any,
+) -> Any:
+    args, dims = list(args), list(dims)
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    if token and dims[-1] is not None:
+        # A token carries no data: any of the batch will do.
+        args[-1] = jax.lax.index_in_dim(args[-1], 0, dims[-1], keepdims=False)
+        dims[-1] = None
+    primitive = primitives[name]
+    rule = RULES[batch_as]
+    rest = {"token": token, "template": template, "batch_as": batch_as, **params}
+    data = len(args) - token
+    if all(d is None for d in dims[:data]):
+        outs = primitive.bind(*args, result=result, **rest)
+        return outs, [None] * len(outs)
+    for i in range(data):
+        args[i] = batching.bdim_at_front(args[i], dims[i], size)
+        is_template = template and i == data - 1
+        if rule.operand and not is_template:
+            args[i] = jnp.moveaxis(args[i], 0, rule.operand)
+    if result is not None:
+        shape = list(result.shape)
+        shape.insert(rule.result, size)
+        result = Result(tuple(shape), result.dtype)
+    outs = primitive.bind(*args, result=result, **rest)
+    out_dims = [] if result is None else [rule.result]
+    return outs, out_dims + [None] * token
+
+
+def _define(name: str) -> core.Primitive:
+    primitive = core.Primitive(f"mpi_cuda_{name}")
+    primitive.multiple_results = True
+    primitive.def_effectful_abstract_eval(_abstract_eval)
+    primitive.def_impl(lambda *args, **params: dispatch.apply_primitive(primitive, *args, **params))
+    mlir.register_lowering(
+        primitive, lambda ctx, *args, **params: _lowering(name, ctx, *args, **params)
+    )
+    batching.primitive_batchers[primitive] = lambda args, dims, **params: _batch(
+        name, args, dims, **params
+    )
+    return primitive
+
+
+for _name in RULES:
+    primitives[_name] = _define(_name)
+
+
+# Derivatives of allreduce SUM, with mpi4jax's convention: the transpose of the sum is the
+# identity (right where every rank holds the same loss), whose transpose is the sum again.
+
+_identity_p = core.Primitive("mpi_cuda_allreduce_transpose")
+_identity_p.def_abstract_eval(lambda x, **_: x)
+_identity_p.def_impl(lambda x, **_: x)
+mlir.register_lowering(_identity_p, lambda ctx, x, **_: [x])
+batching.primitive_batchers[_identity_p] = lambda args, dims, **params: (
+    _identity_p.bind(args[0], **params),
+    dims[0],
+)
+ad.deflinear2(
+    _identity_p,
+    lambda ct, _, **params: [
+        ct if isinstance(ct, ad.Zero) else primitives["allreduce"].bind(ct, **params)[0]
+    ],
+)
+
+
+def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    if dict(params["attributes"])["op"] != 0:
+        raise NotImplementedError(
+            "mpi_cuda.allreduce can be differentiated only with SUM; its other reductions are not "
+            "linear"
+        )
+    outs = primitives["allreduce"].bind(*primals, **params)
+    tangent = tangents[0]
+    if isinstance(tangent, ad.Zero):
+        out_tangents = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+    else:
+        without_token = {**params, "token": False}
+        out_tangents = primitives["allreduce"].bind(tangent, **without_token)
+        out_tangents += [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs[1:]]
+    return outs, out_tangents
+
+
+def _allreduce_transpose(cotangents: Any, x: Any, *_: Any, **params: Any) -> Any:
+    ct = cotangents[0]
+    if isinstance(ct, ad.Zero):
+        return [ad.Zero(x.aval)] + [None] * len(_)
+    return [_identity_p.bind(ct, **params)] + [None] * len(_)
+
+
+ad.primitive_jvps[primitives["allreduce"]] = _allreduce_jvp
+ad.primitive_transposes[primitives["allreduce"]] = _allreduce_transpose

@@ -1,0 +1,60 @@
+"""The operations without tokens: the same arguments without `token`, ordered automatically.
+
+They run in the order in which the program calls them, together with the operations with tokens
+and with ordered callbacks. `send` and `barrier` return nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from mpi_cuda import _operations
+
+__all__ = [
+    "allgather",
+    "allreduce",
+    "alltoall",
+    "barrier",
+    "bcast",
+    "gather",
+    "recv",
+    "reduce",
+    "scan",
+    "scatter",
+    "send",
+    "sendrecv",
+]
+
+
+def _without_token(operation: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(operation)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if "token" in kwargs:
+            raise RuntimeError(
+                f"mpi_cuda.notoken.{operation.__name__} takes no token: operations are ordered "
+                f"automatically; use mpi_cuda.{operation.__name__} for explicit tokens"
+            )
+        result = operation(*args, token=False, **kwargs)
+        return result[0] if isinstance(result, tuple) else None
+
+    signature = inspect.signature(operation)
+    parameters = [p for p in signature.parameters.values() if p.name != "token"]
+    function.__signature__ = signature.replace(parameters=parameters)
+    return function
+
+
+allgather = _without_token(_operations.allgather)
+allreduce = _without_token(_operations.allreduce)
+alltoall = _without_token(_operations.alltoall)
+barrier = _without_token(_operations.barrier)
+bcast = _without_token(_operations.bcast)
+gather = _without_token(_operations.gather)
+recv = _without_token(_operations.recv)
+reduce = _without_token(_operations.reduce)
+scan = _without_token(_operations.scan)
+scatter = _without_token(_operations.scatter)
+send = _without_token(_operations.send)
+sendrecv = _without_token(_operations.sendrecv)

@@ -1,0 +1,277 @@
+/* Uses the plugin from C, as any PJRT framework would: loads it, makes a client, compiles StableHLO
+ * text with an allreduce and a send/receive pair, runs it under mpirun, and looks at an error.
+ *
+ * Usage: mpirun -n 2 client PATH/libpjrt_mpi_cuda.so
+ */
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "mpi_cuda.h"
+#include "pjrt_c_api.h"
+
+static const PJRT_Api *api;
+static int rank, size, passed, failed;
+
+static void check(int ok, const char *what) {
+  if (ok) {
+    passed++;
+  } else {
+    failed++;
+    fprintf(stderr, "rank %d: FAILED: %s\n", rank, what);
+  }
+}
+
+/* Copies the message and destroys the error. */
+static int take_error(PJRT_Error *error, char *text, size_t capacity) {
+  if (error == NULL) {
+    text[0] = 0;
+    return 0;
+  }
+  PJRT_Error_Message_Args message = {.struct_size = PJRT_Error_Message_Args_STRUCT_SIZE};
+  message.error = error;
+  api->PJRT_Error_Message(&message);
+  snprintf(text, capacity, "%.*s", (int)message.message_size, message.message);
+  PJRT_Error_Destroy_Args destroy = {.struct_size = PJRT_Error_Destroy_Args_STRUCT_SIZE};
+  destroy.error = error;
+  api->PJRT_Error_Destroy(&destroy);
+  return 1;
+}
+
+static void must(PJRT_Error *error, const char *what) {
+  char text[4096];
+  if (take_error(error, text, sizeof text)) {
+    fprintf(stderr, "rank %d: %s: %s\n", rank, what, text);
+    exit(1);
+  }
+}
+
+static void await_event(PJRT_Event *event, char *text, size_t capacity) {
+  PJRT_Event_Await_Args await = {.struct_size = PJRT_Event_Await_Args_STRUCT_SIZE};
+  await.event = event;
+  take_error(api->PJRT_Event_Await(&await), text, capacity);
+  PJRT_Event_Destroy_Args destroy = {.struct_size = PJRT_Event_Destroy_Args_STRUCT_SIZE};
+  destroy.event = event;
+  must(api->PJRT_Event_Destroy(&destroy), "destroy event");
+}
+
+/* A CompileOptionsProto for this rank's device: executable_build_options (3) with num_replicas (4),
+ * num_partitions (5) and device_assignment (9). */
+static size_t compile_options(unsigned char *bytes) {
+  unsigned char options[] = {0x1a, 16,   0x20, 1, 0x28, 1,    0x4a, 10,  0x08,
+                             1,    0x10, 1,    0x1a, 4, 0x0a, 2, 0, 0};
+  options[16] = (unsigned char)(rank | 0x80);
+  options[17] = 0;
+  memcpy(bytes, options, sizeof options);
+  return sizeof options;
+}
+
+static PJRT_LoadedExecutable *compile(PJRT_Client *client, const char *text) {
+  PJRT_Program program = {.struct_size = PJRT_Program_STRUCT_SIZE};
+  program.code = (char *)text;
+  program.code_size = strlen(text);
+  program.format = "mlir";
+  program.format_size = 4;
+  unsigned char options[64];
+  PJRT_Client_Compile_Args args = {.struct_size = PJRT_Client_Compile_Args_STRUCT_SIZE};
+  args.client = client;
+  args.program = &program;
+  args.compile_options_size = compile_options(options);
+  args.compile_options = (char *)options;
+  must(api->PJRT_Client_Compile(&args), "compile");
+  return args.executable;
+}
+
+static PJRT_Error *to_device(PJRT_Client *client, PJRT_Device *device, const float *data,
+                             PJRT_Buffer **buffer) {
+  static const int64_t dims[] = {4};
+  PJRT_Client_BufferFromHostBuffer_Args args = {
+      .struct_size = PJRT_Client_BufferFromHostBuffer_Args_STRUCT_SIZE};
+  args.client = client;
+  args.data = data;
+  args.type = PJRT_Buffer_Type_F32;
+  args.dims = dims;
+  args.num_dims = 1;
+  args.host_buffer_semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
+  args.device = device;
+  PJRT_Error *error = api->PJRT_Client_BufferFromHostBuffer(&args);
+  if (error == NULL) {
+    char text[256];
+    await_event(args.done_with_host_buffer, text, sizeof text);
+    *buffer = args.buffer;
+  }
+  return error;
+}
+
+/* Runs a program of one operand and one result of f32[4]; error is empty on success. */
+static void run(PJRT_LoadedExecutable *executable, PJRT_Buffer *operand, float *result, char *error,
+                size_t capacity) {
+  PJRT_ExecuteOptions options = {.struct_size = PJRT_ExecuteOptions_STRUCT_SIZE};
+  PJRT_Buffer *const arguments[] = {operand};
+  PJRT_Buffer *const *const argument_lists[] = {arguments};
+  PJRT_Buffer *outputs[1] = {NULL};
+  PJRT_Buffer **const output_lists[] = {outputs};
+  PJRT_LoadedExecutable_Execute_Args args = {
+      .struct_size = PJRT_LoadedExecutable_Execute_Args_STRUCT_SIZE};
+  args.executable = executable;
+  args.options = &options;
+  args.argument_lists = argument_lists;
+  args.num_devices = 1;
+  args.num_args = 1;
+  args.output_lists = output_lists;
+  if (take_error(api->PJRT_LoadedExecutable_Execute(&args), error, capacity)) return;
+  PJRT_Buffer_ToHostBuffer_Args copy = {.struct_size = PJRT_Buffer_ToHostBuffer_Args_STRUCT_SIZE};
+  copy.src = outputs[0];
+  copy.dst = result;
+  copy.dst_size = 4 * sizeof *result;
+  if (!take_error(api->PJRT_Buffer_ToHostBuffer(&copy), error, capacity))
+    await_event(copy.event, error, capacity);
+  PJRT_Buffer_Destroy_Args destroy = {.struct_size = PJRT_Buffer_Destroy_Args_STRUCT_SIZE};
+  destroy.buffer = outputs[0];
+  must(api->PJRT_Buffer_Destroy(&destroy), "destroy buffer");
+}
+
+/* A program with one custom call, whose attributes follow. */
+static const char *program(const char *target, const char *attributes) {
+  static char text[2048];
+  snprintf(text, sizeof text,
+           "module @test {\n"
+           "  func.func public @main(%%x: tensor<4xf32>) -> tensor<4xf32> {\n"
+           "    %%y = stablehlo.custom_call @%s(%%x) {api_version = 4 : i32,\n"
+           "      has_side_effect = true, backend_config = {%s}}\n"
+           "      : (tensor<4xf32>) -> tensor<4xf32>\n"
+           "    return %%y : tensor<4xf32>\n"
+           "  }\n"
+           "}\n",
+           target, attributes);
+  return text;
+}
+
+/* Rank 0 sends, rank 1 receives and sends twice as much back; tokens keep the order. */
+static const char *pair(void) {
+  return rank == 0
+             ? "module @pair {\n"
+               "  func.func public @main(%x: tensor<4xf32>) -> tensor<4xf32> {\n"
+               "    %t = stablehlo.custom_call @mpi_cuda_send(%x) {api_version = 4 : i32,\n"
+               "      has_side_effect = true, backend_config = {dest = 1 : i64, tag = 7 : i64}}\n"
+               "      : (tensor<4xf32>) -> tensor<i32>\n"
+               "    %y, %u = stablehlo.custom_call @mpi_cuda_recv(%t) {api_version = 4 : i32,\n"
+               "      has_side_effect = true, backend_config = {source = 1 : i64}}\n"
+               "      : (tensor<i32>) -> (tensor<4xf32>, tensor<i32>)\n"
+               "    return %y : tensor<4xf32>\n"
+               "  }\n"
+               "}\n"
+             : "module @pair {\n"
+               "  func.func public @main(%x: tensor<4xf32>) -> tensor<4xf32> {\n"
+               "    %y, %t = stablehlo.custom_call @mpi_cuda_recv() {api_version = 4 : i32,\n"
+               "      has_side_effect = true,\n"
+               "      backend_config = {source = 0 : i64, recvtag = 7 : i64}}\n"
+               "      : () -> (tensor<4xf32>, tensor<i32>)\n"
+               "    %z = stablehlo.add %y, %y : tensor<4xf32>\n"
+               "    %u = stablehlo.custom_call @mpi_cuda_send(%z, %t) {api_version = 4 : i32,\n"
+               "      has_side_effect = true, backend_config = {dest = 0 : i64}}\n"
+               "      : (tensor<4xf32>, tensor<i32>) -> tensor<i32>\n"
+               "    return %y : tensor<4xf32>\n"
+               "  }\n"
+               "}\n";
+}
+
+int main(int argc, char **argv) {
+  if (argc != 2) return 2;
+  void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
+  if (library == NULL) {
+    fprintf(stderr, "%s\n", dlerror());
+    return 1;
+  }
+  const PJRT_Api *(*get)(void) = (const PJRT_Api *(*)(void))dlsym(library, "GetPjrtApi");
+  int (*start)(int *, int *, const char **) =
+      (int (*)(int *, int *, const char **))dlsym(library, "mpi_cuda_start");
+  const char *(*last_error)(void) = (const char *(*)(void))dlsym(library, "mpi_cuda_last_error");
+  void (*shutdown)(void) = (void (*)(void))dlsym(library, "mpi_cuda_shutdown");
+  api = get();
+  const char *family;
+  if (start(&rank, &size, &family)) {
+    fprintf(stderr, "%s\n", last_error());
+    return 1;
+  }
+  check(size == 2, "two ranks");
+
+  PJRT_Plugin_Initialize_Args init = {.struct_size = PJRT_Plugin_Initialize_Args_STRUCT_SIZE};
+  must(api->PJRT_Plugin_Initialize(&init), "initialize");
+
+  char text[4096];
+  /* A wrong create option is an error of ours, readable and destroyable. */
+  PJRT_NamedValue option = {.struct_size = PJRT_NamedValue_STRUCT_SIZE};
+  option.name = "topology";
+  option.name_size = strlen(option.name);
+  option.type = PJRT_NamedValue_kString;
+  option.string_value = "flat";
+  option.value_size = 4;
+  PJRT_Client_Create_Args create = {.struct_size = PJRT_Client_Create_Args_STRUCT_SIZE};
+  create.create_options = &option;
+  create.num_options = 1;
+  check(take_error(api->PJRT_Client_Create(&create), text, sizeof text) &&
+            strstr(text, "MPI_CUDA_TOPOLOGY=flat") && strstr(text, "global, local"),
+        "a wrong create option is refused with the right values");
+
+  option.string_value = "global";
+  option.value_size = 6;
+  must(api->PJRT_Client_Create(&create), "create client");
+  PJRT_Client *client = create.client;
+
+  PJRT_Client_ProcessIndex_Args index = {.struct_size = PJRT_Client_ProcessIndex_Args_STRUCT_SIZE};
+  index.client = client;
+  must(api->PJRT_Client_ProcessIndex(&index), "process index");
+  check(index.process_index == rank, "the process index is the rank");
+
+  PJRT_Client_Devices_Args devices = {.struct_size = PJRT_Client_Devices_Args_STRUCT_SIZE};
+  devices.client = client;
+  must(api->PJRT_Client_Devices(&devices), "devices");
+  check((int)devices.num_devices == size, "one device for every rank");
+  PJRT_Client_AddressableDevices_Args own = {
+      .struct_size = PJRT_Client_AddressableDevices_Args_STRUCT_SIZE};
+  own.client = client;
+  must(api->PJRT_Client_AddressableDevices(&own), "addressable devices");
+  check(own.num_addressable_devices == 1 && own.addressable_devices[0] == devices.devices[rank],
+        "each rank addresses its own device");
+
+  const float data[] = {1 + rank, 2 + rank, 3 + rank, 4 + rank};
+  float result[4] = {0};
+  PJRT_Buffer *x, *other;
+  must(to_device(client, own.addressable_devices[0], data, &x), "to device");
+  check(take_error(to_device(client, devices.devices[1 - rank], data, &other), text, sizeof text) &&
+            strstr(text, "belongs to rank"),
+        "a buffer for another rank's device is refused");
+
+  run(compile(client, program("mpi_cuda_allreduce", "comm = 0 : i64, op = 0 : i64")), x, result,
+      text, sizeof text);
+  check(text[0] == 0 && result[0] == 3 && result[3] == 9, "allreduce adds");
+
+  run(compile(client, pair()), x, result, text, sizeof text);
+  if (rank == 0)
+    check(text[0] == 0 && result[0] == 2 && result[3] == 8, "rank 0 gets back twice what it sent");
+  else
+    check(text[0] == 0 && result[0] == 1 && result[3] == 4, "rank 1 gets what rank 0 sent");
+
+  run(compile(client, program("mpi_cuda_allreduce", "op = 8 : i64")), x, result, text, sizeof text);
+  check(strstr(text, "allreduce of float32[4] with BOR") && strstr(text, "MPI has no BOR of float32"),
+        "an impossible reduction is an error that names all");
+
+  run(compile(client, program("mpi_cuda_bcast", "root = 5 : i64")), x, result, text, sizeof text);
+  check(strstr(text, "root 5 is not a rank") != NULL, "a wrong root is an error");
+
+  run(compile(client, program("mpi_cuda_allreduce", "comm = 0 : i64, op = 3 : i64")), x, result,
+      text, sizeof text);
+  check(text[0] == 0 && result[0] == 2, "after errors all goes on");
+
+  PJRT_Client_Destroy_Args destroy = {.struct_size = PJRT_Client_Destroy_Args_STRUCT_SIZE};
+  destroy.client = client;
+  PJRT_Buffer_Destroy_Args buffer = {.struct_size = PJRT_Buffer_Destroy_Args_STRUCT_SIZE};
+  buffer.buffer = x;
+  must(api->PJRT_Buffer_Destroy(&buffer), "destroy buffer");
+  must(api->PJRT_Client_Destroy(&destroy), "destroy client");
+  shutdown();
+  if (rank == 0 || failed) printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}

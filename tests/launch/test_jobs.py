@@ -1,0 +1,233 @@
+"""Whole jobs: how ranks start and end, under both MPIs, with no variables set by hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+MPIS = ["openmpi", "mpich"]
+OWN = ("MPI_CUDA", "MPI4PY", "JAX", "PMI", "PMIX", "OMPI_COMM")
+
+
+def job(
+    mpi: str | None, code: str, *arguments: str, ranks: int = 2, limit: float = 60, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `code` on some ranks."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(OWN)}
+    environment.update({"JAX_PLATFORMS": "mpi_cuda", **variables})
+    launcher = [] if mpi is None else [f"mpirun.{mpi}", "-n", str(ranks)]
+    return subprocess.run(
+        [*launcher, sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
+
+
+def twice(text: str, result: subprocess.CompletedProcess[str]) -> bool:
+    """Whether both ranks printed that and nothing else; MPIs mix the lines of ranks."""
+    return "".join(result.stdout.split()) == "".join((text + text).split())
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("first", ["from mpi4py import MPI", "pass"])
+def test_the_world_with_and_without_mpi4py_first(mpi: str, first: str) -> None:
+    result = job(
+        mpi,
+        f"{first}\nimport jax, jax.numpy as jnp, mpi_cuda as m\n"
+        "assert jax.process_count() == 2\n"
+        "y, _ = m.allreduce(jnp.arange(2.0), m.SUM)\n"
+        "from mpi4py import MPI\n"
+        "assert MPI.COMM_WORLD.Get_size() == 2 and y[1] == 2\n"
+        "assert MPI.COMM_WORLD.allreduce(1) == 2",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+ENDINGS = """if True:
+    import sys, time, jax, jax.numpy as jnp, mpi_cuda as m
+    jax.devices()
+    x, ending = jnp.arange(1 << 18, dtype=jnp.float32), sys.argv[1]
+    try:
+        sys.exit(4)
+    except SystemExit:
+        pass
+    if m.COMM_WORLD.rank == 0:
+        if ending == "raise":
+            raise ValueError("boom")
+        if ending == "hook":
+            sys.excepthook = lambda *_: print("my own hook", file=sys.stderr)
+            raise ValueError("boom")
+        if ending == "sys.exit":
+            sys.exit(3)
+        if ending == "SystemExit":
+            raise SystemExit("boom")
+        if ending == "interrupt":
+            import os, signal
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        if ending == "send":
+            m.send(x, 1)
+    elif ending == "send":
+        time.sleep(1)
+        assert float(m.recv(x, 0)[0][-1]) == (1 << 18) - 1
+        print("received")
+    else:
+        m.recv(x, 0)[0].block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("raise", "ValueError: boom"),
+        ("hook", "my own hook"),
+        ("sys.exit", ""),
+        ("SystemExit", "boom"),
+        ("interrupt", "KeyboardInterrupt"),
+    ],
+)
+def test_a_failing_rank_ends_the_job(mpi: str, ending: str, said: str) -> None:
+    start = time.monotonic()
+    result = job(mpi, ENDINGS, ending)
+    assert result.returncode != 0 and said in result.stderr
+    # The start takes about a second on two cores; a hang would take the limit.
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_script_that_ends_after_dispatching_a_send_loses_nothing(mpi: str) -> None:
+    result = job(mpi, ENDINGS, "send")
+    assert result.returncode == 0 and "received" in result.stdout, result.stderr
+
+
+def test_an_error_nobody_reads_is_raised_at_exit() -> None:
+    code = """if True:
+        import jax, jax.numpy as jnp, mpi_cuda as m
+        jax.jit(lambda x: m.notoken.allreduce(x, m.BOR) and None)(jnp.ones(3))
+    """.replace(" and None", "[:0]")
+    result = job("openmpi", code)
+    assert result.returncode != 0 and "MPI has no BOR of float32" in result.stderr
+
+
+def test_the_wrong_launcher_is_refused() -> None:
+    code = "import jax; print(jax.process_count())"
+    result = job("mpich", code, MPI4PY_LIBMPI="libmpi.so.40")
+    assert result.returncode == 0 and twice("2", result), result.stderr
+    first = "from mpi4py import MPI; import jax; print(jax.process_count())"
+    result = job("mpich", first, MPI4PY_LIBMPI="libmpi.so.40")
+    assert result.returncode != 0
+    assert "one of 2 by its launcher" in result.stderr and "MPI_CUDA_SINGLETON=1" in result.stderr
+    result = job("mpich", first, MPI4PY_LIBMPI="libmpi.so.40", MPI_CUDA_SINGLETON="1")
+    assert result.returncode == 0 and twice("1", result), result.stderr
+
+
+def test_a_missing_shim_is_refused_under_a_launcher(tmp_path) -> None:
+    code = f"""if True:
+        import shutil, mpi_cuda._library as library
+        from pathlib import Path
+        folder = Path({str(tmp_path)!r})
+        library.LIBRARY = Path(shutil.copy(library.LIBRARY, folder))
+        import jax
+        jax.devices()
+    """
+    result = job("openmpi", code, ranks=1)
+    assert result.returncode == 0, result.stderr
+    result = job("openmpi", code, ranks=2)
+    assert result.returncode != 0 and "libmpi_cuda_shim_openmpi.so" in result.stderr
+
+
+CHILD = """if True:
+    import multiprocessing, subprocess, sys, jax
+    jax.devices()
+    code = "import jax; print(len(jax.devices()))"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert refused.returncode != 0 and "is a child of rank process" in refused.stderr, refused.stderr
+    import os
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    allowed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert allowed.stdout == "1\\n", allowed.stderr
+    print("fine")
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_child_process_is_refused_with_the_remedy(mpi: str) -> None:
+    result = job(mpi, CHILD)
+    assert twice("fine", result), result.stderr
+
+
+def test_a_thread_level_too_low_is_refused() -> None:
+    code = """if True:
+        import mpi4py
+        mpi4py.rc.thread_level = "serialized"
+        from mpi4py import MPI
+        import jax
+        jax.devices()
+    """
+    result = job("openmpi", code)
+    assert result.returncode != 0
+    assert "thread level serialized" in result.stderr and "rc.thread_level" in result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_waiting_operation_is_named(mpi: str) -> None:
+    code = """if True:
+        import time, jax.numpy as jnp, mpi_cuda as m
+        if m.COMM_WORLD.rank == 0:
+            m.recv(jnp.zeros((2, 3)), 1, tag=4)[0].block_until_ready()
+        else:
+            time.sleep(2)
+            m.send(jnp.zeros((2, 3)), 0, tag=4)
+    """
+    result = job(mpi, code, MPI_CUDA_WARN_AFTER="0.5")
+    expected = "rank 0 is waiting in recv into float32[2,3] from rank 1 with tag 4"
+    assert result.returncode == 0 and expected in result.stderr, result.stderr
+
+
+def test_local_topology() -> None:
+    code = """if True:
+        import jax, jax.numpy as jnp, mpi_cuda as m
+        assert len(jax.devices()) == 1 and jax.process_count() == 1
+        print(float(m.allreduce(1.0, m.SUM)[0]), m.COMM_WORLD.size)
+    """
+    result = job("openmpi", code, MPI_CUDA_TOPOLOGY="local")
+    assert twice("2.0 2", result), result.stderr
+
+
+DISTRIBUTED = """if True:
+    import sys, jax
+    from mpi4py import MPI
+    rank, wrong = MPI.COMM_WORLD.Get_rank(), sys.argv[1] == "wrong"
+    process = 1 - rank if wrong else rank
+    jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, process)
+    try:
+        assert jax.process_index() == rank and jax.process_count() == 2
+        print("agreed")
+    except RuntimeError as error:
+        assert "jax.distributed says" in str(error), error
+        print("refused")
+"""
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("right", "agreed"), ("wrong", "refused")])
+def test_jax_distributed_agrees_or_is_refused(kind: str, answer: str) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    result = job("openmpi", DISTRIBUTED, kind, str(port))
+    assert twice(answer, result), result.stderr
+
+
+def test_log_info_has_one_line_per_rank() -> None:
+    result = job("openmpi", "import jax; jax.devices()", MPI_CUDA_LOG="info")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mpi_cuda: rank")]
+    assert len(lines) == 2 and all("of 2" in line and "Open MPI v4" in line for line in lines)

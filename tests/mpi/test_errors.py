@@ -1,0 +1,135 @@
+"""Bad input is a Python exception on the rank that sees it, and says what is wrong."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import mpi_cuda as m
+import numpy as np
+import pytest
+from mpi_cuda import notoken as nt
+
+RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
+X = jnp.arange(3.0)
+
+
+@pytest.mark.parametrize("rank", [-7, SIZE, 1000])
+def test_ranks_outside_the_communicator(rank: int) -> None:
+    for call in [
+        lambda: nt.send(X, rank),
+        lambda: nt.recv(X, rank),
+        lambda: nt.bcast(X, rank),
+        lambda: nt.sendrecv(X, X, 0, rank),
+    ]:
+        with pytest.raises(ValueError, match=f"{rank} is not a rank .* 0 to {SIZE - 1}"):
+            call()
+
+
+def test_wrong_leading_dimension() -> None:
+    with pytest.raises(ValueError, match="leading dimension"):
+        nt.alltoall(jnp.zeros((SIZE + 1, 2)))
+    if RANK == 0:
+        with pytest.raises(ValueError, match="leading dimension"):
+            nt.scatter(jnp.zeros((SIZE + 1, 2)), 0)
+
+
+def test_traced_ranks_point_to_static_argnums() -> None:
+    with pytest.raises(TypeError, match="static_argnums"):
+        jax.jit(lambda x, dest: nt.send(x, dest))(X, 0)
+
+
+def test_negative_tags() -> None:
+    with pytest.raises(ValueError, match="tag -5 is negative"):
+        nt.send(X, 0, tag=-5)
+
+
+def test_wrong_kinds_of_arguments() -> None:
+    with pytest.raises(TypeError, match="comm must be"):
+        nt.barrier(comm="world")
+    with pytest.raises(TypeError, match="op must be"):
+        nt.allreduce(X, "SUM")
+    with pytest.raises(TypeError, match="status must be"):
+        nt.recv(X, 0, status=3)
+
+
+def test_unsupported_dtypes_and_reductions_are_named() -> None:
+    with pytest.raises(Exception, match="bfloat16 is not supported"):
+        nt.allreduce(X.astype(jnp.bfloat16), m.SUM).block_until_ready()
+    with pytest.raises(Exception, match="MPI has no BAND of float32"):
+        nt.allreduce(X, m.BAND).block_until_ready()
+    with pytest.raises(Exception, match="MPI has no MAX of complex64"):
+        nt.allreduce(X + 1j, m.MAX).block_until_ready()
+
+
+def test_truncation_and_short_messages() -> None:
+    if RANK == 0:
+        nt.send(jnp.arange(5.0), 1, tag=1)
+        nt.send(jnp.arange(2.0), 1, tag=2)
+    elif RANK == 1:
+        with pytest.raises(
+            Exception, match=r"recv into float32\[3\] from rank 0 with tag 1 (?i:.*trunc)"
+        ):
+            nt.recv(X, 0, tag=1).block_until_ready()
+        with pytest.raises(Exception, match=r"message from rank 0 with tag 2 has 8 bytes, .* 12"):
+            nt.recv(X, 0, tag=2).block_until_ready()
+    jax.effects_barrier()
+    np.testing.assert_array_equal(nt.allreduce(X, m.SUM), X * SIZE)
+
+
+def test_an_error_nobody_reads_is_raised_at_the_barrier() -> None:
+    @jax.jit
+    def program(x):
+        nt.allreduce(x, m.BOR)
+
+    program(X)
+    with pytest.raises(RuntimeError, match="MPI has no BOR of float32"):
+        jax.effects_barrier()
+    jax.effects_barrier()
+
+
+def test_an_error_nobody_reads_is_raised_at_the_next_launch() -> None:
+    from mpi_cuda import _library
+
+    @jax.jit
+    def program(x):
+        nt.allreduce(x, m.BOR)
+
+    program(X)
+    while _library.load().mpi_cuda_in_flight():
+        pass
+    with pytest.raises(Exception, match="MPI has no BOR of float32"):
+        nt.allreduce(X, m.SUM).block_until_ready()
+    np.testing.assert_array_equal(nt.allreduce(X, m.SUM), X * SIZE)
+
+
+def test_operations_after_a_failed_one_do_not_run() -> None:
+    @jax.jit
+    def program(x):
+        y = nt.allreduce(x, m.BOR)
+        if RANK == 0:
+            nt.send(x, 1, tag=77)
+        return y
+
+    with pytest.raises(Exception, match="BOR"):
+        program(X).block_until_ready()
+    if RANK == 0:
+        nt.send(X + 5, 1, tag=77)
+    elif RANK == 1:
+        np.testing.assert_array_equal(nt.recv(X, 0, tag=77), X + 5)
+
+
+def test_an_array_on_another_ranks_device_has_no_data_here() -> None:
+    """JAX makes an array without any data of this process; tests/c shows the plugin's refusal."""
+    other = jax.devices()[(RANK + 1) % SIZE]
+    with pytest.raises(Exception, match="non-addressable"):
+        np.asarray(jax.device_put(np.ones(3), other))
+
+
+def test_native_collectives_are_refused_by_name() -> None:
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    sharding = NamedSharding(Mesh(jax.devices(), "i"), PartitionSpec("i"))
+    local = jax.device_put(jnp.ones((1, 3)), jax.local_devices()[0])
+    x = jax.make_array_from_single_device_arrays((SIZE, 3), sharding, [local])
+    with pytest.raises(Exception, match="native collectives"):
+        jax.jit(lambda x: x.sum())(x).block_until_ready()

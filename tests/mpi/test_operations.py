@@ -1,0 +1,169 @@
+"""The twelve operations against numpy, in both styles."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import mpi_cuda as m
+import numpy as np
+import pytest
+from mpi_cuda import notoken as nt
+
+RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
+DTYPES = ["bool", "int8", "uint16", "int32", "float32", "complex64"]
+
+
+def data(rank: int, shape: tuple[int, ...] = (3, 2), dtype: str = "float32") -> np.ndarray:
+    values = np.random.default_rng(rank).integers(0, 5, shape)
+    return values.astype(dtype) + (
+        np.asarray(1j * rank).astype(dtype) if dtype == "complex64" else 0
+    )
+
+
+def everyone(dtype: str = "float32") -> np.ndarray:
+    return np.stack([data(rank, dtype=dtype) for rank in range(SIZE)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_movement_of_every_dtype(dtype: str) -> None:
+    mine, everything = data(RANK, dtype=dtype).astype(dtype), everyone(dtype).astype(dtype)
+    np.testing.assert_array_equal(nt.allgather(mine), everything)
+    np.testing.assert_array_equal(nt.bcast(mine, SIZE - 1), everything[SIZE - 1])
+    expected = everything if RANK == 0 else mine
+    np.testing.assert_array_equal(nt.gather(mine, 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("SUM", lambda x: x.sum(0)),
+        ("PROD", lambda x: x.prod(0)),
+        ("MIN", lambda x: x.min(0)),
+        ("MAX", lambda x: x.max(0)),
+        ("LAND", lambda x: np.logical_and.reduce(x).astype(x.dtype)),
+        ("LOR", lambda x: np.logical_or.reduce(x).astype(x.dtype)),
+        ("LXOR", lambda x: np.logical_xor.reduce(x).astype(x.dtype)),
+        ("BAND", np.bitwise_and.reduce),
+        ("BOR", np.bitwise_or.reduce),
+        ("BXOR", np.bitwise_xor.reduce),
+    ],
+)
+def test_every_reduction(op: str, expected) -> None:
+    mine, everything = data(RANK, dtype="int32"), everyone("int32")
+    if op in ("LAND", "LOR", "LXOR"):
+        # A single operand comes back as it is, so that only truth values agree with numpy.
+        mine, everything = mine % 2, everything % 2
+    reduction = getattr(m, op)
+    np.testing.assert_array_equal(nt.allreduce(mine, reduction), expected(everything))
+    np.testing.assert_array_equal(nt.scan(mine, reduction), expected(everything[: RANK + 1]))
+    root = SIZE - 1
+    result = nt.reduce(mine, reduction, root)
+    np.testing.assert_array_equal(result, expected(everything) if RANK == root else mine)
+
+
+def test_alltoall_and_scatter() -> None:
+    mine = np.arange(SIZE * 2).reshape(SIZE, 2) + 100 * RANK
+    expected = np.stack([np.arange(SIZE * 2).reshape(SIZE, 2)[RANK] + 100 * r for r in range(SIZE)])
+    np.testing.assert_array_equal(nt.alltoall(mine), expected)
+    root = SIZE - 1
+    result = nt.scatter(mine if RANK == root else mine[0], root)
+    np.testing.assert_array_equal(result, np.arange(SIZE * 2).reshape(SIZE, 2)[RANK] + 100 * root)
+
+
+def test_messages_round_a_ring() -> None:
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    result, token = m.sendrecv(data(RANK), data(RANK), source=left, dest=right)
+    np.testing.assert_array_equal(result, data(left))
+    if RANK == 0:
+        token = m.send(data(RANK), right, tag=5, token=token)
+        result, token = m.recv(jax.ShapeDtypeStruct((3, 2), np.float32), left, tag=5, token=token)
+    else:
+        result, token = m.recv(data(RANK), left, tag=5, token=token)
+        token = m.send(data(RANK), right, tag=5, token=token)
+    np.testing.assert_array_equal(result, data(left))
+    assert token.shape == () and token.dtype == np.int32
+
+
+def test_sendrecv_of_different_shapes_and_dtypes() -> None:
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    shapes = [jnp.full((r + 1,), r, jnp.int32 if r % 2 else jnp.float32) for r in range(SIZE)]
+    result = nt.sendrecv(shapes[RANK], jnp.zeros_like(shapes[left]), left, right)
+    np.testing.assert_array_equal(result, shapes[left])
+
+
+def test_any_source_any_tag_and_status() -> None:
+    if RANK == 0:
+        seen = set()
+        for _ in range(SIZE - 1):
+            status = m.Status()
+            value = nt.recv(jnp.zeros(()), status=status)
+            value.block_until_ready()
+            assert status.Get_tag() == 10 + status.Get_source()
+            assert float(value) == status.Get_source()
+            seen.add(status.Get_source())
+        assert seen == set(range(1, SIZE))
+    else:
+        nt.send(jnp.float32(RANK), 0, tag=10 + RANK)
+
+
+def test_proc_null_gives_zeros_at_once() -> None:
+    received = nt.recv(jnp.full((3,), 7.0), m.PROC_NULL)
+    np.testing.assert_array_equal(received, np.zeros(3))
+    nt.send(jnp.ones(3), m.PROC_NULL)
+
+
+def test_0d_and_empty_arrays() -> None:
+    assert float(nt.allreduce(1.0, m.SUM)) == SIZE
+    assert nt.allgather(jnp.zeros((0, 3))).shape == (SIZE, 0, 3)
+    assert nt.allreduce(jnp.zeros((0,)), m.SUM).shape == (0,)
+    assert nt.sendrecv(jnp.zeros((0,)), jnp.zeros((0,)), RANK, RANK).shape == (0,)
+
+
+def test_operands_keep_their_values() -> None:
+    x = jnp.arange(4.0)
+    for _ in range(3):
+        nt.allreduce(x, m.SUM)
+        nt.recv(x, m.PROC_NULL)
+    np.testing.assert_array_equal(x, np.arange(4.0))
+
+
+def test_gradient_of_allreduce() -> None:
+    x = jnp.arange(3.0) + RANK
+
+    def loss(x):
+        return (nt.allreduce(x * x, m.SUM)).sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(x), 2 * x)
+    _primal, tangent = jax.jvp(lambda x: nt.allreduce(x, m.SUM), (x,), (jnp.ones(3),))
+    np.testing.assert_allclose(tangent, np.full(3, SIZE))
+    transposed = jax.linear_transpose(lambda x: nt.allreduce(x, m.SUM), x)
+    np.testing.assert_allclose(transposed(x)[0], x)
+    twice = jax.linear_transpose(lambda y: transposed(y)[0], x)
+    np.testing.assert_allclose(twice(x)[0], nt.allreduce(x, m.SUM))
+
+
+def test_other_reductions_refuse_differentiation_by_name() -> None:
+    with pytest.raises(NotImplementedError, match="only with SUM"):
+        jax.grad(lambda x: nt.allreduce(x, m.MAX))(1.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_vmap(axis: int) -> None:
+    batch = np.stack([data(RANK) + i for i in range(4)], axis)
+
+    def one_by_one(function) -> np.ndarray:
+        return np.stack([np.asarray(function(data(RANK) + i)) for i in range(4)])
+
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    for function in [
+        lambda x: nt.allreduce(x, m.SUM),
+        lambda x: nt.scan(x, m.MAX),
+        lambda x: nt.allgather(x),
+        lambda x: nt.bcast(x, 0),
+        lambda x: nt.gather(x, 0),
+        lambda x: nt.sendrecv(x, x, left, right),
+        lambda x: nt.alltoall(jnp.stack([x * r for r in range(SIZE)])),
+        lambda x: nt.scatter(jnp.stack([x * r for r in range(SIZE)]) if RANK == 0 else x, 0),
+    ]:
+        result = jax.jit(jax.vmap(function, in_axes=axis))(batch)
+        np.testing.assert_array_equal(result, one_by_one(function))

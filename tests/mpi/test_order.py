@@ -1,0 +1,219 @@
+"""One order for everything: programs that XLA, threads or ranks would like to reorder."""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import mpi_cuda as m
+import numpy as np
+from mpi_cuda import notoken as nt
+
+RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
+X = jnp.arange(3.0)
+
+
+def test_independent_messages_arrive_in_trace_order() -> None:
+    count = 20
+
+    @jax.jit
+    def sender(x):
+        for i in reversed(range(count)):
+            nt.send(x + i, 1)
+
+    @jax.jit
+    def receiver(x):
+        return [nt.recv(x, 0) for _ in range(count)]
+
+    if RANK == 0:
+        sender(X)
+    elif RANK == 1:
+        got = [float(y[0]) for y in receiver(X)]
+        assert got == [float(i) for i in reversed(range(count))]
+
+
+def test_the_classical_mistake_does_not_deadlock() -> None:
+    """Send and receive with neither token passed on, 4 MiB: only the order saves them."""
+    x = jnp.ones(1 << 20) * RANK
+
+    @jax.jit
+    def exchange(x):
+        if RANK == 0:
+            m.send(x, 1)
+            y, _ = m.recv(x, 1)
+        else:
+            y, _ = m.recv(x, 0)
+            m.send(x, 0)
+        return y
+
+    if RANK < 2:
+        np.testing.assert_array_equal(exchange(x), np.full(1 << 20, 1.0 - RANK))
+
+
+def test_both_styles_and_callbacks_share_one_order() -> None:
+    seen: list[float] = []
+
+    @jax.jit
+    def program(x):
+        y = nt.allreduce(x, m.SUM)
+        jax.experimental.io_callback(lambda v: seen.append(float(v)), None, y[0], ordered=True)
+        z, token = m.allreduce(x * 2, m.SUM)
+        jax.experimental.io_callback(lambda v: seen.append(float(v)), None, z[0], ordered=True)
+        w = nt.allreduce(x * 3, m.SUM)
+        jax.experimental.io_callback(lambda v: seen.append(float(v)), None, w[0], ordered=True)
+        return token
+
+    program(jnp.ones(2)).block_until_ready()
+    jax.effects_barrier()
+    assert seen == [SIZE, 2 * SIZE, 3 * SIZE]
+
+
+def test_callback_between_operations_runs_between_them() -> None:
+    """Rank 1's callback sees what rank 0 sent before, and delays what it sends after."""
+    from mpi4py import MPI
+
+    log: list[str] = []
+
+    def note(_: np.ndarray) -> None:
+        log.append("callback")
+        if RANK == 1:
+            MPI.COMM_WORLD.send("hello", 0, tag=9)
+        elif RANK == 0:
+            assert MPI.COMM_WORLD.recv(source=1, tag=9) == "hello"
+
+    @jax.jit
+    def program(x):
+        y = nt.allreduce(x, m.SUM)
+        jax.experimental.io_callback(note, None, x[0], ordered=True)
+        return nt.allreduce(y, m.SUM)
+
+    np.testing.assert_array_equal(program(X), X * SIZE * SIZE)
+    jax.effects_barrier()
+    assert log == ["callback"]
+
+
+def test_a_function_called_twice_and_nested_jit() -> None:
+    @jax.jit
+    def talk(x):
+        if RANK == 0:
+            nt.send(x, 1)
+            return x
+        if RANK == 1:
+            return nt.recv(x, 0)
+        return x
+
+    @jax.jit
+    def program(x):
+        return [talk(x + i) for i in range(5)]
+
+    for i, y in enumerate(program(X)):
+        np.testing.assert_array_equal(y, X + i)
+
+
+def test_many_small_calls_without_waiting() -> None:
+    step = jax.jit(lambda x, i: nt.allreduce(x, m.SUM) / SIZE + i)
+    x = X
+    for i in range(300):
+        x = step(x, float(i % 3))
+    np.testing.assert_allclose(x, X + 300, rtol=1e-6)
+
+
+def test_different_programs_in_flight_stay_in_launch_order() -> None:
+    add = [jax.jit(lambda x, i=i: nt.allreduce(x + i, m.SUM)) for i in range(4)]
+    gather = jax.jit(lambda x: nt.allgather(x))
+    results = []
+    for i in range(40):
+        results.append(add[i % 4](X))
+        results.append(gather(X + RANK))
+    for i in range(40):
+        np.testing.assert_allclose(results[2 * i], (X + i % 4) * SIZE)
+        np.testing.assert_allclose(results[2 * i + 1], np.stack([X + r for r in range(SIZE)]))
+
+
+def test_large_and_small_programs_keep_their_order() -> None:
+    """A long computation before an operation must not let a later cheap program overtake it."""
+    matrix = jnp.ones((300, 300)) / 300
+    slow = jax.jit(lambda a: nt.allreduce((a @ a @ a @ a)[0, :3], m.SUM))
+    fast = jax.jit(lambda x: nt.allreduce(x, m.PROD))
+    for _ in range(10):
+        first, second = slow(matrix), fast(X + 1)
+        np.testing.assert_allclose(second, (X + 1) ** SIZE)
+        np.testing.assert_allclose(first, np.full(3, SIZE / 300), rtol=1e-5)
+
+
+def test_threads_launch_in_one_order() -> None:
+    """Each rank's threads take turns; XLA could run their small programs at once."""
+    program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    program(X).block_until_ready()
+    turn = threading.Condition()
+    state = {"next": 0}
+    results: dict[int, jax.Array] = {}
+
+    def worker(me: int) -> None:
+        for i in range(me, 40, 4):
+            with turn:
+                turn.wait_for(lambda i=i: state["next"] == i)
+                results[i] = program(X + i)
+                state["next"] += 1
+                turn.notify_all()
+
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(40):
+        np.testing.assert_allclose(results[i], (X + i) * SIZE)
+
+
+def test_dispatch_does_not_wait_for_the_peer() -> None:
+    """mpi4py and ours in crossed order, 8 MiB: a blocking dispatch would deadlock."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    x, buffer = jnp.ones(1 << 21), np.ones(1 << 21, np.float32)
+    small = jnp.ones(2)
+    if RANK == 0:
+        tokens = [m.send(x, 1, comm=comm), m.send(small, 1, comm=comm)]
+        comm.Send(buffer, 1)
+    elif RANK == 1:
+        comm.Recv(buffer, 0)
+        tokens = [m.recv(x, 0, comm=comm)[1], m.recv(small, 0, comm=comm)[1]]
+    else:
+        tokens = []
+    jax.block_until_ready(tokens)
+    if RANK == 0:
+        y, token = m.recv(small, 1, comm=comm)
+        comm.Send(buffer, 1)
+        y.block_until_ready()
+    elif RANK == 1:
+        comm.Recv(buffer, 0)
+        token = m.send(small, 0, comm=comm)
+        token.block_until_ready()
+
+
+def test_unused_operations_are_not_deleted() -> None:
+    @jax.jit
+    def program(x):
+        if RANK == 0:
+            nt.send(x, 1)
+        elif RANK == 1:
+            nt.recv(x, 0)
+        return x
+
+    for _ in range(5):
+        program(X)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(nt.allreduce(X, m.SUM), X * SIZE)
+
+
+def test_fast_dispatch_is_taken_with_this_jax() -> None:
+    from mpi_cuda import _order
+
+    program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    program(X)
+    assert _order.fast_dispatch
+    compiled = program.lower(X).compile()
+    assert not compiled._executable.unsafe_call.ordered_effects
+    assert not compiled._executable.unsafe_call.has_unordered_effects

@@ -1,0 +1,105 @@
+"""The world and its communicators, with mpi4py in the same process."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import mpi_cuda as m
+import numpy as np
+import pytest
+from mpi4py import MPI
+from mpi_cuda import notoken as nt
+
+RANK, SIZE = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+X = jnp.arange(3.0)
+
+
+def test_the_world_is_mpis() -> None:
+    assert jax.process_index() == RANK == m.COMM_WORLD.rank
+    assert jax.process_count() == SIZE == jax.device_count()
+    assert [d.process_index for d in jax.devices()] == list(range(SIZE))
+    assert [d.process_index for d in jax.local_devices()] == [RANK]
+    assert jax.local_devices()[0].local_hardware_id == 0
+    assert jax.default_backend() == "cpu"
+    assert jnp.ones(3).devices() == {jax.local_devices()[0]}
+
+
+def test_local_computation_uses_the_own_device() -> None:
+    y = jax.jit(lambda x: x @ x.T)(jnp.ones((4, 4)) * RANK)
+    np.testing.assert_allclose(y, np.full((4, 4), 4.0 * RANK * RANK))
+
+
+def test_split_dup_and_self() -> None:
+    half = MPI.COMM_WORLD.Split(RANK % 2, -RANK)
+    members = range(RANK % 2, SIZE, 2)
+    np.testing.assert_array_equal(
+        nt.allreduce(X + RANK, m.SUM, comm=half), sum(X + r for r in members)
+    )
+    clone = MPI.COMM_WORLD.Clone()
+    np.testing.assert_array_equal(nt.allreduce(X, MPI.SUM, comm=clone), X * SIZE)
+    np.testing.assert_array_equal(nt.allreduce(X, MPI.SUM, comm=MPI.COMM_SELF), X)
+    half.Free()
+    clone.Free()
+
+
+def test_private_duplicates_are_separate() -> None:
+    """The same tag on COMM_WORLD, comm=None and mpi4py's COMM_WORLD: three separate messages."""
+    if RANK == 0:
+        nt.send(X + 1, 1, tag=3, comm=MPI.COMM_WORLD)
+        nt.send(X + 2, 1, tag=3)
+        jax.effects_barrier()
+        MPI.COMM_WORLD.Send(np.asarray(X + 3), 1, tag=3)
+    elif RANK == 1:
+        buffer = np.empty(3, np.float32)
+        MPI.COMM_WORLD.Recv(buffer, 0, tag=3)
+        np.testing.assert_array_equal(buffer, X + 3)
+        np.testing.assert_array_equal(nt.recv(X, 0, tag=3), X + 2)
+        np.testing.assert_array_equal(nt.recv(X, 0, tag=3, comm=MPI.COMM_WORLD), X + 1)
+
+
+def test_two_members_of_a_communicator_may_talk_alone() -> None:
+    comm = MPI.COMM_WORLD.Clone()
+    if RANK == 0:
+        nt.send(X, 1, comm=comm)
+    elif RANK == 1:
+        np.testing.assert_array_equal(nt.recv(X, 0, comm=comm), X)
+    jax.effects_barrier()
+    MPI.COMM_WORLD.Barrier()
+    comm.Free()
+
+
+def test_freeing_waits_and_a_freed_one_is_refused() -> None:
+    comm = MPI.COMM_WORLD.Clone()
+    program = jax.jit(lambda x: nt.allreduce(x, m.SUM, comm=comm))
+    y = program(X)
+    comm.Free()
+    np.testing.assert_array_equal(y, X * SIZE)
+    with pytest.raises(Exception, match="freed"):
+        program(X).block_until_ready()
+
+
+def test_status_of_mpi4py() -> None:
+    status = MPI.Status()
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    result = nt.sendrecv(X + RANK, X, MPI.ANY_SOURCE, right, sendtag=RANK, status=status)
+    result.block_until_ready()
+    assert (status.Get_source(), status.Get_tag()) == (left, left)
+    assert status.Get_count(MPI.FLOAT) == 3
+
+
+def test_mpi4py_constants() -> None:
+    np.testing.assert_array_equal(nt.recv(X, MPI.PROC_NULL), np.zeros(3))
+    for name in ("SUM", "PROD", "MIN", "MAX"):
+        ours = nt.allreduce(X + RANK, getattr(m, name))
+        np.testing.assert_array_equal(nt.allreduce(X + RANK, getattr(MPI, name)), ours)
+    with pytest.raises(TypeError, match="MAXLOC"):
+        nt.allreduce(X, MPI.MAXLOC)
+
+
+def test_intercommunicators_are_refused() -> None:
+    comm = MPI.COMM_WORLD.Split(min(RANK, 1), RANK)
+    inter = comm.Create_intercomm(0, MPI.COMM_WORLD, 1 - min(RANK, 1), 5)
+    with pytest.raises(TypeError, match="Intracomm"):
+        nt.barrier(comm=inter)
+    inter.Free()
+    comm.Free()

@@ -1,0 +1,209 @@
+"""Host callbacks and FFI targets on one rank."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "mpi_cuda"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify, io_callback
+
+X = jnp.arange(6.0).reshape(2, 3)
+
+
+def shape_of(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bool",
+        "int8",
+        "uint16",
+        "int32",
+        "float16",
+        "bfloat16",
+        "float32",
+        "complex64",
+        "int4",
+        "uint4",
+        "float8_e4m3fn",
+        "int2",
+    ],
+)
+def test_pure_callback_of_every_dtype(dtype: str) -> None:
+    x = jnp.asarray([0, 1, 1, 0, 1]).astype(dtype)
+    seen = []
+
+    def callback(x):
+        seen.append(np.asarray(x))
+        return np.asarray(x)[::-1]
+
+    y = jax.jit(lambda x: jax.pure_callback(callback, shape_of(x), x))(x)
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(x)[::-1])
+    np.testing.assert_array_equal(seen[0], np.asarray(x))
+
+
+def test_results_may_have_any_strides() -> None:
+    y = jax.jit(
+        lambda x: jax.pure_callback(lambda x: np.asfortranarray(np.asarray(x)), shape_of(x), x)
+    )(X)
+    np.testing.assert_array_equal(y, X)
+    z = jax.pure_callback(lambda x: np.asarray(x).T, jax.ShapeDtypeStruct((3, 2), X.dtype), X)
+    np.testing.assert_array_equal(z, X.T)
+
+
+def test_large_callback_in_a_large_program() -> None:
+    """Runs on XLA's own threads, after JAX has let go of the launch."""
+
+    def program(x):
+        y = jax.pure_callback(lambda x: np.asarray(x) * 2, shape_of(x), x @ x)
+        return (y @ x).sum()
+
+    x = jnp.ones((256, 256)) / 256
+    results = [jax.jit(program)(x) for _ in range(10)]
+    np.testing.assert_allclose(results, np.full(10, 2.0 * 256 * 256 / 256), rtol=1e-5)
+
+
+def test_ordered_io_callbacks() -> None:
+    seen: list[int] = []
+
+    @jax.jit
+    def program():
+        def body(i, _):
+            io_callback(lambda i: seen.append(int(i)), None, i, ordered=True)
+            return 0
+
+        jax.lax.fori_loop(0, 10, body, 0)
+
+    program()
+    program()
+    jax.effects_barrier()
+    assert seen == list(range(10)) * 2
+
+
+def test_unordered_io_callback_with_result() -> None:
+    assert (
+        float(io_callback(lambda x: x * 3, jax.ShapeDtypeStruct((), np.float32), jnp.float32(2)))
+        == 6
+    )
+
+
+def test_debug_print_and_callback(capfd) -> None:
+    seen = []
+
+    @jax.jit
+    def program(x):
+        jax.debug.print("value {x}", x=x.sum())
+        jax.debug.print("ordered {x}", x=x.sum(), ordered=True)
+        jax.debug.callback(lambda x: seen.append(float(x)), x.sum())
+        return x
+
+    program(X)
+    jax.effects_barrier()
+    output = capfd.readouterr().out
+    assert "value 15.0" in output and "ordered 15.0" in output and seen == [15.0]
+
+
+def test_exceptions_surface() -> None:
+    def callback(x):
+        raise ValueError("a wrong value of 42")
+
+    with pytest.raises(Exception, match="a wrong value of 42"):
+        jax.jit(lambda x: jax.pure_callback(callback, shape_of(x), x))(X).block_until_ready()
+    np.testing.assert_array_equal(X + 1, np.asarray(X) + 1)
+
+
+def test_checkify() -> None:
+    def f(x):
+        checkify.check(x > 0, "must be positive, got {x}", x=x)
+        return jnp.log(x)
+
+    error, _ = checkify.checkify(jax.jit(f))(jnp.float32(-1))
+    assert "must be positive, got -1" in error.get()
+
+
+def test_callback_that_uses_jax() -> None:
+    def callback(x):
+        return np.asarray(jnp.asarray(np.asarray(x)) @ np.ones((3, 2), np.float32))
+
+    y = jax.pure_callback(callback, jax.ShapeDtypeStruct((2, 2), np.float32), X)
+    np.testing.assert_allclose(y, np.asarray(X) @ np.ones((3, 2)))
+
+
+HANDLER = """
+#include "xla/ffi/api/c_api.h"
+static XLA_FFI_Error *metadata(XLA_FFI_CallFrame *frame, int *answered) {
+  *answered = frame->extension_start &&
+              frame->extension_start->type == XLA_FFI_Extension_Metadata;
+  if (*answered) {
+    XLA_FFI_Metadata *m = ((XLA_FFI_Metadata_Extension *)frame->extension_start)->metadata;
+    m->api_version.major_version = XLA_FFI_API_MAJOR;
+    m->api_version.minor_version = XLA_FFI_API_MINOR;
+  }
+  return 0;
+}
+#define TARGET(name, factor)                                                       \\
+  XLA_FFI_Error *name(XLA_FFI_CallFrame *frame) {                                  \\
+    int answered;                                                                  \\
+    metadata(frame, &answered);                                                    \\
+    if (answered) return 0;                                                        \\
+    XLA_FFI_Buffer *x = frame->args.args[0], *y = frame->rets.rets[0];             \\
+    for (int i = 0; i < x->dims[0]; i++)                                           \\
+      ((float *)y->data)[i] = (factor) * ((float *)x->data)[i];                    \\
+    return 0;                                                                      \\
+  }
+TARGET(twice, 2)
+TARGET(thrice, 3)
+"""
+
+
+@pytest.fixture(scope="module")
+def handlers(tmp_path_factory) -> ctypes.CDLL:
+    """Handlers of another package, built for jaxlib's own (newer) FFI version."""
+    import jaxlib
+
+    folder = tmp_path_factory.mktemp("ffi")
+    (folder / "handler.c").write_text(HANDLER)
+    include = Path(jaxlib.__file__).parent / "include"
+    library = folder / "handler.so"
+    command = ["gcc", "-shared", "-fPIC", f"-I{include}", "-o", library, folder / "handler.c"]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def call(target: str) -> np.ndarray:
+    x = jnp.arange(3.0)
+    return np.asarray(jax.jit(lambda x: jax.ffi.ffi_call(target, shape_of(x))(x))(x))
+
+
+def test_targets_of_other_packages(handlers: ctypes.CDLL) -> None:
+    jax.devices()
+    jax.ffi.register_ffi_target("test_twice", jax.ffi.pycapsule(handlers.twice), platform="cpu")
+    np.testing.assert_array_equal(call("test_twice"), [0, 2, 4])
+
+
+def test_a_thousand_targets_and_registering_again(handlers: ctypes.CDLL) -> None:
+    for i in range(1024):
+        capsule = jax.ffi.pycapsule(handlers.thrice if i % 2 else handlers.twice)
+        jax.ffi.register_ffi_target(f"test_many_{i}", capsule, platform="cpu")
+    np.testing.assert_array_equal(call("test_many_1023"), [0, 3, 6])
+    np.testing.assert_array_equal(call("test_many_0"), [0, 2, 4])
+
+
+def test_targets_with_stages_are_refused_by_name(handlers: ctypes.CDLL) -> None:
+    capsules = {
+        "instantiate": jax.ffi.pycapsule(handlers.twice),
+        "execute": jax.ffi.pycapsule(handlers.twice),
+    }
+    jax.ffi.register_ffi_target("test_stages", capsules, platform="cpu")
+    with pytest.raises(Exception, match="stages"):
+        call("test_stages")
