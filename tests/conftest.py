@@ -13,6 +13,7 @@ LIMIT = float(os.environ.get("TEST_TIMEOUT", "90"))
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    stderr = int(os.environ.get("TEST_STDERR", "2"))
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=stderr)
     yield
     faulthandler.cancel_dump_traceback_later()

@@ -17,6 +17,8 @@ RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") 
 
 
 def main() -> int:
+    # Stacks of a hang go to the real standard error, which pytest captures (conftest.py).
+    os.environ["TEST_STDERR"] = str(os.dup(2))
     arguments = ["-x", "-q", "--color=no", "-p", "no:cacheprovider", *sys.argv[1:]]
     if RANK == 0:
         return pytest.main(arguments)

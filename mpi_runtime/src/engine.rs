@@ -2,6 +2,7 @@
 //! executed, and its result checked. [`Engine::execute`] is the one place where this process
 //! waits on a peer.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,11 @@ use crate::operation::Operation;
 use crate::order::{Order, Ticket};
 use crate::pending::{self, PendingTable};
 use crate::shim::Shim;
+
+thread_local! {
+    /// This thread is inside an operation.
+    static EXECUTING: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Executes operations in order. One per process.
 pub struct Engine {
@@ -73,7 +79,10 @@ impl Engine {
         let Some(shim) = &self.shim else {
             return alone::execute(op).map_err(failed);
         };
-        let received = shim.execute(&shim_op).map_err(|error| failed(error.0))?;
+        let outer = EXECUTING.replace(true);
+        let result = shim.execute(&shim_op);
+        EXECUTING.set(outer);
+        let received = result.map_err(|error| failed(error.0))?;
         if check::returns_input(op, &comm) {
             alone::copy_through(op);
         }
@@ -149,8 +158,13 @@ impl Engine {
     }
 
     /// The user frees communicator `number`: waits for our operations, then refuses later ones.
+    ///
+    /// MPICH calls this when the last operation in progress on it ends, on that operation's own
+    /// thread, which must not wait for itself.
     pub fn comm_deleted(&self, number: i64) {
-        self.wait_idle();
+        if !EXECUTING.get() {
+            self.wait_idle();
+        }
         self.communicators.free(number);
     }
 }

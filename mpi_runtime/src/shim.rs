@@ -158,12 +158,19 @@ impl Shim {
         Ok((rank, size, inter != 0))
     }
 
-    /// Number of lower ranks of `comm` on this node; collective.
-    pub fn node_rank(&self, comm: u64) -> Result<i32, MpiError> {
-        let mut rank = 0;
+    /// Rank among those of `comm` on this node, their number, and the number of cores that they
+    /// may use together; collective.
+    pub fn node(&self, comm: u64) -> Result<(i32, i32, i32), MpiError> {
+        let (mut rank, mut size, mut cores) = (0, 0, 0);
         // SAFETY: `comm` is a live communicator of the engine's.
-        self.check(unsafe { (self.api.node_rank)(comm, &mut rank) })?;
-        Ok(rank)
+        self.check(unsafe { (self.api.node)(comm, &mut rank, &mut size, &mut cores) })?;
+        Ok((rank, size, cores))
+    }
+
+    /// Whether to give up the core while waiting.
+    pub fn set_polite(&self, polite: bool) {
+        // SAFETY: stores a flag.
+        unsafe { (self.api.set_polite)(c_int::from(polite)) }
     }
 
     /// Calls `deleted(number)` when `comm` is freed.

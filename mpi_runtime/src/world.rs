@@ -109,9 +109,10 @@ impl World {
             debug_assert_eq!(added, number);
         }
         debug_assert_ne!(private, 0);
-        let node_rank = shim
-            .node_rank(shim.comm_world())
+        let (node_rank, node_size, cores) = shim
+            .node(shim.comm_world())
             .map_err(mpi_error("MPI_Comm_split_type"))?;
+        shim.set_polite(node_size > cores);
         mark_rank(launched.as_ref());
         Ok(World {
             rank,

@@ -1,7 +1,8 @@
 //! The operations themselves; the only MPI calls that wait on a peer.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mpi::ffi;
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp, ShimReceived};
@@ -9,7 +10,17 @@ use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp, ShimReceiv
 use crate::handle::comm_from_bits;
 use crate::{SUCCESS, attempt};
 
+/// Whether to give up the core while waiting; see [`mpi_shim_abi::ShimApi::set_polite`].
+pub(crate) static POLITE: AtomicBool = AtomicBool::new(false);
+
+/// Tests before the core is given up for the first time.
+const SPINS: u32 = 64;
+
 /// Executes `op`, whose buffers may be used again on return; returns MPI's code.
+///
+/// Blocking calls are the fastest, but some MPIs (MPICH 4.0) never yield in them: with more ranks
+/// than cores a waiting rank then keeps its peer from running. Nonblocking calls and a loop of our
+/// own do the same politely.
 ///
 /// # Safety
 /// The buffers of `op` must be valid for its counts and types, its status null or an `MPI_Status`.
@@ -19,6 +30,19 @@ pub(crate) unsafe fn execute(op: &ShimOp, received: &mut ShimReceived) -> c_int 
         tag: -1,
         bytes: -1,
     };
+    // SAFETY: as the caller promises.
+    unsafe {
+        if POLITE.load(Ordering::Relaxed) {
+            politely(op, received)
+        } else {
+            blocking(op, received)
+        }
+    }
+}
+
+/// # Safety
+/// As for [`execute`].
+unsafe fn blocking(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     let comm = comm_from_bits(op.comm);
     let (send, recv) = (op.send, op.recv);
     let (count, recv_count) = (op.count, op.recv_count);
@@ -31,11 +55,7 @@ pub(crate) unsafe fn execute(op: &ShimOp, received: &mut ShimReceived) -> c_int 
             Kind::Allreduce => ffi::MPI_Allreduce(send, recv, count, kind, reduce, comm),
             Kind::Alltoall => ffi::MPI_Alltoall(send, count, kind, recv, recv_count, kind, comm),
             Kind::Barrier => ffi::MPI_Barrier(comm),
-            // The root sends from its operand; the others receive into their result.
-            Kind::Bcast if recv.is_null() => {
-                ffi::MPI_Bcast(send.cast_mut(), count, kind, op.dest, comm)
-            }
-            Kind::Bcast => ffi::MPI_Bcast(recv, count, kind, op.dest, comm),
+            Kind::Bcast => ffi::MPI_Bcast(bcast_buffer(op), count, kind, op.dest, comm),
             Kind::Gather => {
                 ffi::MPI_Gather(send, count, kind, recv, recv_count, kind, op.dest, comm)
             }
@@ -47,27 +67,131 @@ pub(crate) unsafe fn execute(op: &ShimOp, received: &mut ShimReceived) -> c_int 
             Kind::Send => ffi::MPI_Send(send, count, kind, rank(op.dest), op.send_tag, comm),
             Kind::Recv => {
                 let mut status = MaybeUninit::zeroed().assume_init();
+                let (source, tag) = (rank(op.source), tag(op.recv_tag));
                 attempt! {
-                    ffi::MPI_Recv(
-                        recv, recv_count, kind, rank(op.source), tag(op.recv_tag), comm,
-                        &mut status,
-                    );
+                    ffi::MPI_Recv(recv, recv_count, kind, source, tag, comm, &mut status);
                     note(op, &status, kind, received);
                 }
             }
             Kind::Sendrecv => {
                 let mut status = MaybeUninit::zeroed().assume_init();
                 let recv_kind = datatype(op.recv_datatype);
+                let (dest, source, tag) = (rank(op.dest), rank(op.source), tag(op.recv_tag));
                 attempt! {
                     ffi::MPI_Sendrecv(
-                        send, count, kind, rank(op.dest), op.send_tag,
-                        recv, recv_count, recv_kind, rank(op.source), tag(op.recv_tag), comm,
-                        &mut status,
+                        send, count, kind, dest, op.send_tag, recv, recv_count, recv_kind, source,
+                        tag, comm, &mut status,
                     );
                     note(op, &status, recv_kind, received);
                 }
             }
         }
+    }
+}
+
+/// # Safety
+/// As for [`execute`].
+unsafe fn politely(op: &ShimOp, received: &mut ShimReceived) -> c_int {
+    let comm = comm_from_bits(op.comm);
+    let (send, recv) = (op.send, op.recv);
+    let (count, recv_count) = (op.count, op.recv_count);
+    let kind = datatype(op.datatype);
+    let reduce = reduction(op.reduction);
+    // The receive is request 0 where there is one, the send the last.
+    // SAFETY: as for `blocking`; the buffers outlive the requests, which are waited for.
+    unsafe {
+        let mut requests = [ffi::RSMPI_REQUEST_NULL; 2];
+        let request = &mut requests[0];
+        let mut received_kind = None;
+        let started = match op.kind {
+            Kind::Allgather => {
+                ffi::MPI_Iallgather(send, count, kind, recv, recv_count, kind, comm, request)
+            }
+            Kind::Allreduce => ffi::MPI_Iallreduce(send, recv, count, kind, reduce, comm, request),
+            Kind::Alltoall => {
+                ffi::MPI_Ialltoall(send, count, kind, recv, recv_count, kind, comm, request)
+            }
+            Kind::Barrier => ffi::MPI_Ibarrier(comm, request),
+            Kind::Bcast => ffi::MPI_Ibcast(bcast_buffer(op), count, kind, op.dest, comm, request),
+            Kind::Gather => {
+                let root = op.dest;
+                ffi::MPI_Igather(
+                    send, count, kind, recv, recv_count, kind, root, comm, request,
+                )
+            }
+            Kind::Reduce => {
+                ffi::MPI_Ireduce(send, recv, count, kind, reduce, op.dest, comm, request)
+            }
+            Kind::Scan => ffi::MPI_Iscan(send, recv, count, kind, reduce, comm, request),
+            Kind::Scatter => {
+                let root = op.dest;
+                ffi::MPI_Iscatter(
+                    send, count, kind, recv, recv_count, kind, root, comm, request,
+                )
+            }
+            Kind::Send => {
+                ffi::MPI_Isend(send, count, kind, rank(op.dest), op.send_tag, comm, request)
+            }
+            Kind::Recv => {
+                received_kind = Some(kind);
+                let (source, tag) = (rank(op.source), tag(op.recv_tag));
+                ffi::MPI_Irecv(recv, recv_count, kind, source, tag, comm, request)
+            }
+            Kind::Sendrecv => {
+                let recv_kind = datatype(op.recv_datatype);
+                received_kind = Some(recv_kind);
+                let (dest, source, tag) = (rank(op.dest), rank(op.source), tag(op.recv_tag));
+                attempt! {
+                    ffi::MPI_Irecv(recv, recv_count, recv_kind, source, tag, comm, request);
+                    ffi::MPI_Isend(send, count, kind, dest, op.send_tag, comm, &mut requests[1]);
+                }
+            }
+        };
+        if started != SUCCESS {
+            return started;
+        }
+        let mut status = MaybeUninit::zeroed().assume_init();
+        for (index, request) in requests.iter_mut().enumerate() {
+            let mut own = MaybeUninit::zeroed().assume_init();
+            let code = wait(request, if index == 0 { &mut status } else { &mut own });
+            if code != SUCCESS {
+                return code;
+            }
+        }
+        match received_kind {
+            Some(kind) => note(op, &status, kind, received),
+            None => SUCCESS,
+        }
+    }
+}
+
+/// Tests until the request is complete, giving up the core between tests.
+///
+/// # Safety
+/// The request must be live or null.
+unsafe fn wait(request: &mut ffi::MPI_Request, status: &mut ffi::MPI_Status) -> c_int {
+    let mut tests = 0;
+    loop {
+        let mut done = 0;
+        // SAFETY: as the caller promises.
+        let code = unsafe { ffi::MPI_Test(request, &mut done, status) };
+        if code != SUCCESS || done != 0 {
+            return code;
+        }
+        if tests < SPINS {
+            tests += 1;
+        } else {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// The root sends from its operand (its result pointer is null); the others receive.
+fn bcast_buffer(op: &ShimOp) -> *mut c_void {
+    if op.recv.is_null() {
+        op.send.cast_mut()
+    } else {
+        op.recv
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
+use std::sync::atomic::Ordering;
 
 use mpi::ffi;
 use mpi_shim_abi::{ABI_VERSION, CommDeleted, ShimApi, ShimOp, ShimReceived};
@@ -27,7 +28,8 @@ static API: ShimApi = ShimApi {
     comm_dup,
     comm_free,
     comm_info,
-    node_rank,
+    node,
+    set_polite,
     comm_watch,
     execute: execute_op,
     error_string,
@@ -180,10 +182,19 @@ unsafe extern "C" fn comm_info(
     }
 }
 
-unsafe extern "C" fn node_rank(comm: u64, rank: *mut c_int) -> c_int {
+unsafe extern "C" fn node(
+    comm: u64,
+    rank: *mut c_int,
+    size: *mut c_int,
+    cores: *mut c_int,
+) -> c_int {
+    const WORDS: usize = size_of::<libc::cpu_set_t>() / size_of::<u64>();
     let mut node = comm_from_bits(comm);
-    // SAFETY: collective over a communicator of the engine's, at start; `rank` is writable.
+    let (mut own, mut all) = ([0u64; WORDS], [0u64; WORDS]);
+    // SAFETY: collective over a communicator of the engine's, at start; the pointers are writable,
+    // and the arrays have the size of a cpu_set_t.
     unsafe {
+        libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), own.as_mut_ptr().cast());
         attempt! {
             ffi::MPI_Comm_split_type(
                 comm_from_bits(comm),
@@ -193,9 +204,24 @@ unsafe extern "C" fn node_rank(comm: u64, rank: *mut c_int) -> c_int {
                 &mut node,
             );
             ffi::MPI_Comm_rank(node, rank);
+            ffi::MPI_Comm_size(node, size);
+            ffi::MPI_Allreduce(
+                own.as_ptr().cast(),
+                all.as_mut_ptr().cast(),
+                WORDS as c_int,
+                ffi::RSMPI_UINT64_T,
+                ffi::RSMPI_BOR,
+                node,
+            );
             ffi::MPI_Comm_free(&mut node);
-        }
+        };
+        *cores = all.iter().map(|word| word.count_ones()).sum::<u32>() as c_int;
     }
+    SUCCESS
+}
+
+unsafe extern "C" fn set_polite(polite: c_int) {
+    execute::POLITE.store(polite != 0, Ordering::Relaxed);
 }
 
 /// What a watched communicator carries as its attribute.

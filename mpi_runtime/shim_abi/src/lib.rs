@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -161,8 +161,16 @@ pub struct ShimApi {
         size: *mut c_int,
         inter: *mut c_int,
     ) -> c_int,
-    /// Number of lower ranks on this node (`MPI_Comm_split_type` with `MPI_COMM_TYPE_SHARED`).
-    pub node_rank: unsafe extern "C" fn(comm: u64, rank: *mut c_int) -> c_int,
+    /// Rank among those of this node, their number (`MPI_Comm_split_type`, shared memory), and the
+    /// number of cores that they may use together.
+    pub node: unsafe extern "C" fn(
+        comm: u64,
+        rank: *mut c_int,
+        size: *mut c_int,
+        cores: *mut c_int,
+    ) -> c_int,
+    /// 1: give up the core while waiting, since there are more ranks than cores. 0: spin.
+    pub set_polite: unsafe extern "C" fn(polite: c_int),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
     /// Executes an operation and waits until its buffers may be used again.
