@@ -1,14 +1,16 @@
 """A shallow-water ocean on any number of MPI ranks.
 
-Nonlinear shallow-water equations on a beta plane, periodic in x, with walls in y; an unstable jet as
-the initial state. The grid is an Arakawa C grid, decomposed in both dimensions; each rank exchanges
-halos with its neighbours by `mpi_cuda.sendrecv`, in token order, inside one jitted loop of many steps.
+Nonlinear shallow-water equations on a beta plane, periodic in x, with walls in y; an unstable jet
+as the initial state. The grid is an Arakawa C grid, decomposed in both dimensions; each rank
+exchanges halos with its neighbours by `mpi_cuda.sendrecv`, in token order, inside one jitted loop
+of many steps.
 
     JAX_PLATFORMS=mpi_cuda mpirun -n 4 python examples/shallow_water.py --nx 256 --ny 128 --days 10
 
-Sources: the energy-conserving discretisation of Sadourny (1975), "The dynamics of finite-difference
-models of the shallow-water equations", J. Atmos. Sci. 32; time steps by Heun's third-order Runge-Kutta.
-Mass is conserved to rounding, because the continuity equation is in flux form.
+Sources: the discretisation of Sadourny (1975), "The dynamics of finite-difference models of the
+shallow-water equations", J. Atmos. Sci. 32; time steps by the third-order Runge-Kutta scheme of
+Shu and Osher (1988), J. Comput. Phys. 77. Mass is conserved to rounding, because the continuity
+equation is in flux form.
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ def coriolis(grid: Grid) -> jax.Array:
 
 
 def tendency(grid: Grid, state: State) -> tuple[State, jax.Array]:
-    """Time derivatives, zero in the halo. Needs two exchanges: of the state, and of q and fluxes."""
+    """Time derivatives, zero in the halo. Exchanges the state, then vorticity and fluxes."""
     u, v, h, token = fill_halos(grid, state)
     depth = DEPTH + h
     dx, dy = grid.dx, grid.dy

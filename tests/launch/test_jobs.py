@@ -148,7 +148,8 @@ CHILD = """if True:
     jax.devices()
     code = "import jax; print(len(jax.devices()))"
     refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert refused.returncode != 0 and "is a child of rank process" in refused.stderr, refused.stderr
+    assert refused.returncode != 0, refused
+    assert "is a child of rank process" in refused.stderr, refused.stderr
     import os
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     allowed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import mpi_cuda as m
 import numpy as np
 import pytest
+
+import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size

@@ -6,8 +6,9 @@ import threading
 
 import jax
 import jax.numpy as jnp
-import mpi_cuda as m
 import numpy as np
+
+import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size

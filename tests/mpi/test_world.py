@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import mpi_cuda as m
 import numpy as np
 import pytest
 from mpi4py import MPI
+
+import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
 RANK, SIZE = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()

@@ -144,7 +144,7 @@ def test_without_any_mpi(tmp_path) -> None:
     code = """if True:
         import shutil, sys, mpi_cuda._library as library
         from pathlib import Path
-        folder = Path(sys.argv[0] if len(sys.argv) > 1 else %r)
+        folder = Path(FOLDER)
         shutil.copy(library.LIBRARY, folder)
         library.LIBRARY = folder / library.LIBRARY.name
         import jax, jax.numpy as jnp, mpi_cuda as m
@@ -153,7 +153,7 @@ def test_without_any_mpi(tmp_path) -> None:
             m.send(jnp.ones(2), 0).block_until_ready()
         except Exception as error:
             print("needs an MPI" in str(error))
-    """ % str(tmp_path)
+    """.replace("FOLDER", repr(str(tmp_path)))
     result = run(code, JAX_PLATFORMS="mpi_cuda", MPI_CUDA_LOG="info")
     assert result.stdout == "[1. 1.] 1\nTrue\n", result.stderr
     assert "MPI no MPI" in result.stderr
