@@ -158,10 +158,11 @@ pub unsafe extern "C" fn platform_version(
             call(plugin().inner.api().PJRT_Client_PlatformVersion, args)?;
             let text = TEXT.get_or_init(|| {
                 let inner = bytes((*args).platform_version, (*args).platform_version_size);
+                // JAX's own tests take the last word for the version of CUDA.
                 format!(
-                    "{} (mpi_cuda {})",
-                    String::from_utf8_lossy(inner),
-                    env!("CARGO_PKG_VERSION")
+                    "mpi_cuda {} over {}, CUDA 0",
+                    env!("CARGO_PKG_VERSION"),
+                    String::from_utf8_lossy(inner)
                 )
             });
             (*args).platform_version = text.as_ptr().cast::<c_char>();

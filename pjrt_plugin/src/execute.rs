@@ -34,6 +34,10 @@ static LAUNCHING: ReentrantMutex<()> = ReentrantMutex::new(());
 thread_local! {
     /// The launch whose host callback this thread is running; what it launches belongs to it.
     static CALLBACK_OF: Cell<Option<Ticket>> = const { Cell::new(None) };
+    /// Launches of programs with callbacks or operations that this thread is inside of.
+    static LAUNCHES_HERE: Cell<u32> = const { Cell::new(0) };
+    /// This thread runs a host callback of a program that XLA runs in the background.
+    static IN_BACKGROUND: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Notes a loaded executable with operations.
@@ -44,7 +48,9 @@ pub fn remember(loaded: *const PJRT_LoadedExecutable, program: Program) {
 /// Runs `body` as a host callback of the launch with `run_id`.
 pub fn in_callback_of<T>(run_id: i64, body: impl FnOnce() -> T) -> T {
     let outer = CALLBACK_OF.replace(ticket_of(run_id));
+    let outer_background = IN_BACKGROUND.replace(LAUNCHES_HERE.get() == 0);
     let result = body();
+    IN_BACKGROUND.set(outer_background);
     CALLBACK_OF.set(outer);
     result
 }
@@ -67,6 +73,14 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_LoadedExecutable_Destroy_Args) 
 
 /// `PJRT_LoadedExecutable_Execute`
 pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) -> *mut PJRT_Error {
+    if IN_BACKGROUND.get() {
+        // XLA would queue it behind the program that waits for this callback.
+        return Error::unimplemented(
+            "mpi_cuda: a host callback started a JAX program while its own program runs in the \
+             background, which would wait for itself: use numpy in callbacks, not jax.numpy",
+        )
+        .into_raw();
+    }
     // SAFETY: the framework passes valid arguments.
     let (program, context) = unsafe {
         let program = PROGRAMS.read().get(&((*args).executable as usize)).copied();
@@ -181,8 +195,10 @@ unsafe fn launch(
     if user_events.is_null() {
         args.device_complete_events = &mut own_event;
     }
+    LAUNCHES_HERE.set(LAUNCHES_HERE.get() + 1);
     // SAFETY: valid arguments, with room for the events.
     let result = unsafe { call(plugin().inner.api().PJRT_LoadedExecutable_Execute, args) };
+    LAUNCHES_HERE.set(LAUNCHES_HERE.get() - 1);
     // SAFETY: on success the inner plugin filled in the events, one per device.
     let event = result
         .as_ref()

@@ -73,11 +73,11 @@ class _Array(ctypes.Structure):
         return self.bytes(count).view(dtype).reshape(shape)
 
     def read(self) -> np.ndarray | None:
-        """What a callback gets: a read-only array, or None for a token."""
+        """What a callback gets: a read-only copy, which it may keep, or None for a token."""
         if self.dtype == TOKEN:
             return None
         bits = PACKED_BITS.get(self.dtype)
-        array = self.view() if bits is None else self._unpack(bits)
+        array = self.view().copy() if bits is None else self._unpack(bits)
         array.flags.writeable = False
         return array
 

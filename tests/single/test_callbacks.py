@@ -52,6 +52,17 @@ def test_pure_callback_of_every_dtype(dtype: str) -> None:
     np.testing.assert_array_equal(seen[0], np.asarray(x))
 
 
+def test_arguments_may_be_kept() -> None:
+    kept = []
+    program = jax.jit(
+        lambda x: jax.pure_callback(lambda x: kept.append(x) or x, shape_of(x), x + 1)
+    )
+    for i in range(20):
+        program(X * i).block_until_ready()
+    for i, x in enumerate(kept):
+        np.testing.assert_array_equal(x, X * i + 1)
+
+
 def test_results_may_have_any_strides() -> None:
     y = jax.jit(
         lambda x: jax.pure_callback(lambda x: np.asfortranarray(np.asarray(x)), shape_of(x), x)
@@ -137,6 +148,19 @@ def test_callback_that_uses_jax() -> None:
 
     y = jax.pure_callback(callback, jax.ShapeDtypeStruct((2, 2), np.float32), X)
     np.testing.assert_allclose(y, np.asarray(X) @ np.ones((3, 2)))
+
+
+def test_callback_that_uses_jax_in_the_background_is_refused_not_hung() -> None:
+    """XLA would queue its program behind the one that waits for the callback."""
+
+    def callback(x):
+        return np.asarray(jnp.asarray(np.asarray(x)) @ np.ones((256, 256), np.float32))
+
+    def program(x):
+        return jax.pure_callback(callback, shape_of(x), x @ x) @ x
+
+    with pytest.raises(Exception, match="use numpy in callbacks"):
+        jax.jit(program)(jnp.ones((256, 256))).block_until_ready()
 
 
 HANDLER = """

@@ -1,0 +1,68 @@
+"""Microseconds per operation through JAX, by size: one jitted call, and inside a loop of 100.
+
+Usage: mpirun -n 2 python loop.py ours|mpi4jax OPERATION BYTES...
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+LIBRARY, OPERATION = sys.argv[1:3]
+if LIBRARY == "ours":
+    from mpi_cuda import COMM_WORLD, SUM
+    from mpi_cuda import notoken as mpi
+
+    RANK, SIZE = COMM_WORLD.rank, COMM_WORLD.size
+else:
+    import mpi4jax as mpi
+    from mpi4py.MPI import COMM_WORLD, SUM
+
+    RANK, SIZE = COMM_WORLD.Get_rank(), COMM_WORLD.Get_size()
+
+
+def operation(x: jax.Array) -> jax.Array:
+    """One operation, whose result has the shape of `x`."""
+    if OPERATION == "allreduce":
+        return mpi.allreduce(x, op=SUM)
+    if OPERATION == "sendrecv":
+        return mpi.sendrecv(x, x, source=(RANK - 1) % SIZE, dest=(RANK + 1) % SIZE)
+    if OPERATION == "allgather":
+        return mpi.allgather(x)[0]
+    return mpi.alltoall(x.reshape(SIZE, -1)).reshape(x.shape)
+
+
+@jax.jit
+def once(x: jax.Array) -> jax.Array:
+    return operation(x)
+
+
+@jax.jit
+def loop(x: jax.Array) -> jax.Array:
+    # The operand is the same every time, as in C; the operations' order is kept anyway.
+    def body(_, y):
+        z = operation(x)
+        return y + z[0]
+
+    return jax.lax.fori_loop(0, 100, body, jnp.float32(0))
+
+
+def measure(function, x: jax.Array, count: int) -> float:
+    for _ in range(max(1, count // 4)):
+        function(x).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(count):
+        function(x).block_until_ready()
+    return (time.perf_counter() - start) / count * 1e6
+
+
+for size in map(int, sys.argv[3:]):
+    x = jnp.ones(size // 4, jnp.float32)
+    count = 400 if size <= 65536 else 40 if size <= 1 << 20 else 10 if size <= 1 << 24 else 3
+    single = measure(once, x, count)
+    inside = measure(loop, x, max(1, count // 100)) / 100 if size <= 1 << 24 else float("nan")
+    if RANK == 0:
+        print(f"once {size} {single:.3f}\nloop {size} {inside:.3f}", flush=True)
