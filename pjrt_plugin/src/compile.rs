@@ -9,7 +9,7 @@ use crate::boundary;
 use crate::call::{bytes, call, new_args, slice};
 use crate::error::Error;
 use crate::execute::{self, Program};
-use crate::ffi::TARGET_PREFIX;
+use crate::ffi::{CALLBACK_MARK, TARGET_PREFIX};
 use crate::plugin::plugin;
 use crate::xla_flags::contains;
 
@@ -23,7 +23,7 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
         // SAFETY: the framework passes valid arguments.
         unsafe {
             let program = &*(*args).program;
-            let ours = has_operations(bytes(program.code, program.code_size));
+            let ours = Contents::of(bytes(program.code, program.code_size));
             call(plugin().inner.api().PJRT_Client_Compile, args)?;
             note((*args).executable, ours)
         }
@@ -52,7 +52,7 @@ pub unsafe extern "C" fn deserialize_and_load(
                 (*args).serialized_executable,
                 (*args).serialized_executable_size,
             );
-            let ours = has_operations(serialized);
+            let ours = Contents::of(serialized);
             call(
                 plugin().inner.api().PJRT_Executable_DeserializeAndLoad,
                 args,
@@ -62,16 +62,27 @@ pub unsafe extern "C" fn deserialize_and_load(
     })
 }
 
-/// Whether a program calls one of our targets; their names stand in every format as they are.
-fn has_operations(program: &[u8]) -> bool {
-    contains(program, TARGET_PREFIX.as_bytes())
+/// What of ours a program calls; the names of targets stand in every format as they are.
+#[derive(Clone, Copy)]
+struct Contents {
+    operations: bool,
+    callbacks: bool,
+}
+
+impl Contents {
+    fn of(program: &[u8]) -> Contents {
+        Contents {
+            operations: contains(program, TARGET_PREFIX.as_bytes()),
+            callbacks: contains(program, CALLBACK_MARK.as_bytes()),
+        }
+    }
 }
 
 /// Notes a loaded executable, or destroys and refuses it.
 ///
 /// # Safety
 /// `loaded` must be a live executable of the inner plugin.
-unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: bool) -> Result<(), Error> {
+unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(), Error> {
     let api = plugin().inner.api();
     let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
     get.loaded_executable = loaded;
@@ -79,7 +90,7 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: bool) -> Result<(), Err
     unsafe {
         call(api.PJRT_LoadedExecutable_GetExecutable, &mut get)?;
         let several = refuse_several_devices(get.executable);
-        let cheap = ours && is_cheap(get.executable);
+        let cheap = ours.operations && is_cheap(get.executable);
         let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
         destroy.executable = get.executable;
         call(api.PJRT_Executable_Destroy, &mut destroy)?;
@@ -89,8 +100,9 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: bool) -> Result<(), Err
             call(api.PJRT_LoadedExecutable_Destroy, &mut destroy)?;
             return Err(error);
         }
-        if ours {
-            execute::remember(loaded, Program { cheap });
+        if ours.operations || ours.callbacks {
+            let operations = ours.operations;
+            execute::remember(loaded, Program { operations, cheap });
         }
     }
     Ok(())

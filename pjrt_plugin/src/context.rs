@@ -3,6 +3,7 @@
 //! destruction waits for them.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use pjrt_sys::*;
@@ -18,6 +19,8 @@ struct Use {
     destroy: bool,
 }
 
+/// How many contexts are held; spares the lock where none is (JAX makes one for every launch).
+static COUNT: AtomicUsize = AtomicUsize::new(0);
 static USES: Mutex<Option<HashMap<usize, Use>>> = Mutex::new(None);
 
 /// Keeps a context until dropped; null contexts need no keeping.
@@ -31,7 +34,11 @@ pub fn hold(context: *mut PJRT_ExecuteContext) -> Held {
     if !context.is_null() {
         let mut uses = USES.lock();
         let uses = uses.get_or_insert_with(HashMap::new);
-        uses.entry(context as usize).or_default().launches += 1;
+        let found = uses.entry(context as usize).or_default();
+        found.launches += 1;
+        if found.launches == 1 {
+            COUNT.fetch_add(1, Ordering::Relaxed);
+        }
     }
     Held(context)
 }
@@ -51,6 +58,7 @@ impl Drop for Held {
             return;
         }
         let destroy_now = found.destroy;
+        COUNT.fetch_sub(1, Ordering::Relaxed);
         uses.remove(&(self.0 as usize));
         if destroy_now {
             // A failure would leave nothing to do but leak it.
@@ -71,7 +79,8 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_ExecuteContext_Destroy_Args) ->
     boundary::pjrt(|| {
         // SAFETY: the framework passes valid arguments.
         let context = unsafe { (*args).context };
-        if let Some(uses) = USES.lock().as_mut()
+        if COUNT.load(Ordering::Relaxed) > 0
+            && let Some(uses) = USES.lock().as_mut()
             && let Some(found) = uses.get_mut(&(context as usize))
         {
             found.destroy = true;

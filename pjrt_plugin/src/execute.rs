@@ -18,9 +18,11 @@ use crate::error::Error;
 use crate::events;
 use crate::plugin::{plugin, world};
 
-/// What we know of a loaded executable that has operations of ours.
+/// What we know of a loaded executable that has operations of ours or host callbacks.
 #[derive(Clone, Copy)]
 pub struct Program {
+    /// It has operations.
+    pub operations: bool,
     /// XLA would run it on the calling thread, where an operation must not wait for a peer.
     pub cheap: bool,
 }
@@ -40,7 +42,7 @@ thread_local! {
     static IN_BACKGROUND: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Notes a loaded executable with operations.
+/// Notes a loaded executable with operations or callbacks.
 pub fn remember(loaded: *const PJRT_LoadedExecutable, program: Program) {
     PROGRAMS.write().insert(loaded as usize, program);
 }
@@ -87,13 +89,15 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
         (program, (*(*args).options).context)
     };
     match program {
-        None if context.is_null() => match plugin().inner.api().PJRT_LoadedExecutable_Execute {
+        None => match plugin().inner.api().PJRT_LoadedExecutable_Execute {
             // SAFETY: passed through.
             Some(function) => unsafe { function(args) },
             None => std::ptr::null_mut(),
         },
         // SAFETY: as above.
-        None => boundary::pjrt(|| unsafe {
+        Some(Program {
+            operations: false, ..
+        }) => boundary::pjrt(|| unsafe {
             launch(
                 &mut *args,
                 Completion {

@@ -21,6 +21,9 @@ pub use forward::register_foreign;
 /// What all our targets' names begin with.
 pub const TARGET_PREFIX: &str = "mpi_cuda_";
 
+/// What the names of all targets for host callbacks contain.
+pub const CALLBACK_MARK: &str = "_python_cpu_callback";
+
 /// An FFI handler as XLA calls it (`xla/ffi/api/c_api.h`, XLA_FFI_Handler).
 pub type Handler = unsafe extern "C" fn(*mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error;
 
