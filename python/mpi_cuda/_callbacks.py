@@ -6,6 +6,7 @@ import ctypes
 import traceback
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -113,6 +114,22 @@ class _Array(ctypes.Structure):
         self.bytes(packed.size)[...] = packed
 
 
+class _ExecutionContext:
+    """What `jax.experimental.buffer_callback` hands to a callback on the CPU."""
+
+    @property
+    def stage(self) -> Any:
+        """The stage of the call; only the last one calls Python."""
+        from jax.experimental.buffer_callback import ExecutionStage
+
+        return ExecutionStage.EXECUTE
+
+    @property
+    def stream(self) -> int:
+        """The CPU has no stream."""
+        raise jax.errors.JaxRuntimeError("XLA FFI GPU context is not available on the CPU")
+
+
 _TRAMPOLINE = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_void_p,
@@ -154,9 +171,8 @@ def _call(
 
 
 def _call_in_place(function: Any, args: Any, rets: Any) -> None:
-    """`jax.experimental.buffer_callback`: the callback writes into the results itself."""
-    views = [array.view() for array in rets]
-    function(None, *views, *(array.read() for array in args))
+    """`jax.experimental.buffer_callback`: views, valid during the call, instead of copies."""
+    function(_ExecutionContext(), *(array.view() for array in (*args, *rets)))
 
 
 # Kept alive as long as the library may call it.

@@ -134,8 +134,8 @@ def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Tok
     x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
     if x.ndim == 0 or x.shape[0] != where.size:
         raise ValueError(
-            f"alltoall on rank {where.rank}: x has shape {x.shape}, and its leading dimension must "
-            f"be the number of ranks, {where.size}"
+            f"Alltoall input must have shape (nproc, ...): on rank {where.rank} it has {x.shape}, "
+            f"and the leading dimension must be the number of ranks, {where.size}"
         )
     return bind("alltoall", where, x, (x.shape, x.dtype), token)
 
@@ -280,8 +280,8 @@ def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[
         return bind("scatter", where, x, (x.shape, x.dtype), token, batch_as="bcast", root=root)
     if x.ndim == 0 or x.shape[0] != where.size:
         raise ValueError(
-            f"scatter on rank {where.rank}: x has shape {x.shape}, and its leading dimension must "
-            f"be the number of ranks, {where.size}"
+            f"Scatter input must have shape (nproc, ...) on the root: on rank {where.rank} it has "
+            f"{x.shape}, and the leading dimension must be the number of ranks, {where.size}"
         )
     return bind("scatter", where, x, (x.shape[1:], x.dtype), token, root=root)
 
@@ -320,6 +320,8 @@ def sendrecv(
     token: Any = None,
 ) -> tuple[Array, Token]:
     """Sends one message and receives another, which cannot deadlock (MPI 4.0, section 3.11).
+
+    Can be differentiated with respect to `sendbuf`: the transpose sends the other way.
 
     Args:
       sendbuf: array or scalar to send.

@@ -20,6 +20,7 @@ from jax._src.interpreters import mlir as jax_mlir
 from jax.interpreters import ad, mlir
 
 from mpi_cuda import _order
+from mpi_cuda._arguments import ATTRIBUTE_ANY
 
 TOKEN = core.ShapedArray((), np.dtype(np.int32))
 
@@ -205,3 +206,47 @@ def _allreduce_transpose(cotangents: Any, x: Any, *_: Any, **params: Any) -> Any
 
 ad.primitive_jvps[primitives["allreduce"]] = _allreduce_jvp
 ad.primitive_transposes[primitives["allreduce"]] = _allreduce_transpose
+
+
+# Derivatives of sendrecv: it is linear in what is sent. Tangents and cotangents that are zero are
+# sent all the same, since the peer waits for them.
+
+
+def _sendrecv_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    outs = primitives["sendrecv"].bind(*primals, **params)
+    tangent = ad.instantiate_zeros(tangents[0])
+    without = {**params, "token": False, "template": False}
+    out_tangents = primitives["sendrecv"].bind(tangent, **without)
+    return outs, out_tangents + [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs[1:]]
+
+
+def _sendrecv_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
+    attributes = dict(params["attributes"])
+    if attributes["source"] == ATTRIBUTE_ANY:
+        raise NotImplementedError(
+            "mpi_cuda.sendrecv from ANY_SOURCE has no transpose: name the source to differentiate"
+        )
+    any_tag = attributes["recvtag"] == ATTRIBUTE_ANY
+    swapped = {
+        **attributes,
+        "source": attributes["dest"],
+        "dest": attributes["source"],
+        "tag": attributes["tag"] if any_tag else attributes["recvtag"],
+        "recvtag": ATTRIBUTE_ANY if any_tag else attributes["tag"],
+        "status": 0,
+    }
+    back = primitives["sendrecv"].bind(
+        ad.instantiate_zeros(cotangents[0]),
+        **{
+            **params,
+            "token": False,
+            "template": False,
+            "result": Result(x.aval.shape, x.aval.dtype),
+            "attributes": tuple(sorted(swapped.items())),
+        },
+    )
+    return [back[0]] + [None] * len(rest)
+
+
+ad.primitive_jvps[primitives["sendrecv"]] = _sendrecv_jvp
+ad.primitive_transposes[primitives["sendrecv"]] = _sendrecv_transpose

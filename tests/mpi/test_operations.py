@@ -143,6 +143,19 @@ def test_gradient_of_allreduce() -> None:
     np.testing.assert_allclose(twice(x)[0], nt.allreduce(x, m.SUM))
 
 
+def test_gradient_of_sendrecv_sends_the_other_way() -> None:
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+
+    def loss(x):
+        y = nt.sendrecv(x, x, left, right, sendtag=3, recvtag=3)
+        return (y * (RANK + 1)).sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.ones(3)), np.full(3, right + 1.0))
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.ones(3)), np.full(3, right + 1.0))
+    _, tangent = jax.jvp(loss, (jnp.ones(3),), (jnp.full(3, RANK + 1.0),))
+    assert float(tangent) == 3 * (left + 1) * (RANK + 1)
+
+
 def test_other_reductions_refuse_differentiation_by_name() -> None:
     with pytest.raises(NotImplementedError, match="only with SUM"):
         jax.grad(lambda x: nt.allreduce(x, m.MAX))(1.0)

@@ -142,6 +142,16 @@ def test_checkify() -> None:
     assert "must be positive, got -1" in error.get()
 
 
+def test_buffer_callback_writes_in_place() -> None:
+    from jax.experimental.buffer_callback import buffer_callback
+
+    def callback(ctx, out, x):
+        assert ctx.stage.name == "EXECUTE"
+        np.asarray(out)[...] = np.asarray(x) * 2
+
+    np.testing.assert_array_equal(jax.jit(buffer_callback(callback, shape_of(X)))(X), X * 2)
+
+
 def test_callback_that_uses_jax() -> None:
     def callback(x):
         return np.asarray(jnp.asarray(np.asarray(x)) @ np.ones((3, 2), np.float32))
