@@ -114,6 +114,19 @@ class _Array(ctypes.Structure):
         self.bytes(packed.size)[...] = packed
 
 
+class _Buffer(np.ndarray):
+    """What `jax.experimental.buffer_callback` hands over: memory of XLA's, during the call."""
+
+    @property
+    def writeable(self) -> bool:
+        """Whether this is a result."""
+        return self.flags.writeable
+
+    def unsafe_raw_buffer_pointer(self) -> int:
+        """The address of the first element."""
+        return self.ctypes.data
+
+
 class _ExecutionContext:
     """What `jax.experimental.buffer_callback` hands to a callback on the CPU."""
 
@@ -172,7 +185,11 @@ def _call(
 
 def _call_in_place(function: Any, args: Any, rets: Any) -> None:
     """`jax.experimental.buffer_callback`: views, valid during the call, instead of copies."""
-    function(_ExecutionContext(), *(array.view() for array in (*args, *rets)))
+    operands = [array.view().view(_Buffer) for array in args]
+    for operand in operands:
+        operand.flags.writeable = False
+    results = [array.view().view(_Buffer) for array in rets]
+    function(_ExecutionContext(), *operands, *results)
 
 
 # Kept alive as long as the library may call it.

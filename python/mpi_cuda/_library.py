@@ -93,6 +93,11 @@ def start() -> World:
     return World(rank.value, size.value, (family.value or b"none").decode())
 
 
+def started() -> World | None:
+    """The world, if it was joined."""
+    return start() if start.cache_info().currsize else None
+
+
 def _c_environment(name: str) -> str | None:
     """What C's environment says; Python's copy is from its start."""
     getenv = ctypes.CDLL(None).getenv

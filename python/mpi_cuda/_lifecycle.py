@@ -53,11 +53,13 @@ def _uncaught() -> bool:
 
 
 def _at_exit() -> None:
-    library = _library.load()
+    library, world = _library.load(), _library.started()
+    if world is None:
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     if _uncaught():
-        if _library.start().size > 1:
+        if world.size > 1:
             library.mpi_cuda_abort(1)
         return
     if library.mpi_cuda_wait():
