@@ -8,7 +8,7 @@ use pjrt_sys::*;
 
 use crate::boundary;
 use crate::call::{bytes, call, new_args, slice};
-use crate::config::{Config, MAX_WORLD, Topology};
+use crate::config::{Config, Device, MAX_WORLD, Topology};
 use crate::error::Error;
 use crate::ffi;
 use crate::plugin::{config_with, plugin, start_world};
@@ -73,6 +73,7 @@ pub unsafe extern "C" fn create(args: *mut PJRT_Client_Create_Args) -> *mut PJRT
         // SAFETY: as above.
         let (own, passed_on) = unsafe { split_options(options) };
         let config = config_with(&own)?;
+        refuse_late_choice(&config)?;
         xla_flags::check(&plugin().inner.path)?;
         refuse_distributed(options, &config)?;
         let world = start_world(&config)?;
@@ -109,6 +110,24 @@ pub unsafe extern "C" fn create(args: *mut PJRT_Client_Create_Args) -> *mut PJRT
         args.client = inner_args.client;
         Ok(())
     })
+}
+
+/// Which plugin is wrapped was decided when the framework asked for the table; options that agree
+/// with that are fine.
+fn refuse_late_choice(config: &Config) -> Result<(), Error> {
+    let loaded = plugin();
+    let other_file = config
+        .inner_plugin
+        .as_ref()
+        .is_some_and(|path| *path != loaded.inner.path);
+    if other_file || config.device == Device::Cuda {
+        return Err(Error::invalid(format!(
+            "mpi_cuda: the create options ask for another inner plugin than {}, which was loaded \
+             with the library: set MPI_CUDA_INNER_PLUGIN or MPI_CUDA_DEVICE in the environment",
+            loaded.inner.path.display()
+        )));
+    }
+    Ok(())
 }
 
 /// `jax.distributed.initialize()` makes JAX pass `node_id` and `num_nodes`; MPI has the say, so

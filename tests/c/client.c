@@ -215,6 +215,16 @@ int main(int argc, char **argv) {
             strstr(text, "MPI_CUDA_TOPOLOGY=flat") && strstr(text, "global, local"),
         "a wrong create option is refused with the right values");
 
+  option.name = "inner_plugin";
+  option.name_size = strlen(option.name);
+  option.string_value = "/other.so";
+  option.value_size = strlen(option.string_value);
+  check(take_error(api->PJRT_Client_Create(&create), text, sizeof text) &&
+            strstr(text, "MPI_CUDA_INNER_PLUGIN"),
+        "an inner plugin other than the loaded one is refused");
+
+  option.name = "topology";
+  option.name_size = strlen(option.name);
   option.string_value = "global";
   option.value_size = 6;
   must(api->PJRT_Client_Create(&create), "create client");
