@@ -94,18 +94,14 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
             Some(function) => unsafe { function(args) },
             None => std::ptr::null_mut(),
         },
-        // SAFETY: as above.
-        Some(Program {
-            operations: false, ..
-        }) => boundary::pjrt(|| unsafe {
-            launch(
-                &mut *args,
-                Completion {
-                    held: context::hold(context),
-                    ticket: None,
-                },
-            )
-        }),
+        Some(program) if !program.operations => {
+            let completion = Completion {
+                held: context::hold(context),
+                ticket: None,
+            };
+            // SAFETY: as above.
+            boundary::pjrt(|| unsafe { launch(&mut *args, completion) })
+        }
         // SAFETY: as above.
         Some(program) => boundary::pjrt(|| unsafe {
             launch_operations(&mut *args, program, context::hold(context))

@@ -218,3 +218,22 @@ def test_fast_dispatch_is_taken_with_this_jax() -> None:
     compiled = program.lower(X).compile()
     assert not compiled._executable.unsafe_call.ordered_effects
     assert not compiled._executable.unsafe_call.has_unordered_effects
+
+
+def test_several_launches_may_wait_for_a_late_peer() -> None:
+    """Dispatch goes on while the peer is late (docs/configuration.md has the limit)."""
+    from mpi4py import MPI
+
+    comm, count = MPI.COMM_WORLD, 8
+    program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    program(X).block_until_ready()
+    comm.Barrier()
+    if RANK == 0:
+        results = [program(X + i) for i in range(count)]
+        for rank in range(1, SIZE):
+            comm.send("now", rank)
+    else:
+        assert comm.recv(source=0) == "now"
+        results = [program(X + i) for i in range(count)]
+    for i, result in enumerate(results):
+        np.testing.assert_allclose(result, (X + i) * SIZE)
