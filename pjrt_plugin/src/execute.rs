@@ -99,8 +99,10 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
                 held: context::hold(context),
                 ticket: None,
             };
-            // SAFETY: as above.
-            boundary::pjrt(|| unsafe { launch(&mut *args, completion) })
+            // SAFETY: as above. Without a ticket: JAX's own launch ids must not look like one.
+            boundary::pjrt(|| unsafe {
+                with_launch_id(&mut *args, 0, |args| launch(args, completion))
+            })
         }
         // SAFETY: as above.
         Some(program) => boundary::pjrt(|| unsafe {
@@ -134,8 +136,6 @@ unsafe fn launch_operations(
             "{error} (reported by the launch after it)"
         )));
     }
-    // SAFETY: the framework's options are valid.
-    let mut options = unsafe { copy_options(args.options) };
     let _order = LAUNCHING.lock();
     let nested = CALLBACK_OF.get();
     let ticket = nested.unwrap_or_else(|| world.engine.issue_ticket());
@@ -145,21 +145,37 @@ unsafe fn launch_operations(
     } else {
         None
     };
-    // SAFETY: `copy_options` returns at least the members we know.
-    unsafe { (*options.as_mut_ptr().cast::<PJRT_ExecuteOptions>()).launch_id = ticket.0 as i32 };
-    let user_options = std::mem::replace(&mut args.options, options.as_mut_ptr().cast());
-    // SAFETY: valid arguments, with options that live through the call.
-    let result = unsafe {
-        // Alone in the world, nothing waits for a peer.
-        let gate = if program.cheap && world.size > 1 {
-            shut_gate()
-        } else {
-            None
-        };
-        let result = launch(args, Completion { held, ticket: own });
-        drop(gate);
-        result
+    // Alone in the world, nothing waits for a peer.
+    let gate = if program.cheap && world.size > 1 {
+        shut_gate()
+    } else {
+        None
     };
+    // SAFETY: valid arguments.
+    let result = unsafe {
+        with_launch_id(args, ticket.0 as i32, |args| {
+            launch(args, Completion { held, ticket: own })
+        })
+    };
+    drop(gate);
+    result
+}
+
+/// Runs `body` with a copy of the options that carries `launch_id`.
+///
+/// # Safety
+/// The arguments must be valid.
+unsafe fn with_launch_id(
+    args: &mut PJRT_LoadedExecutable_Execute_Args,
+    launch_id: i32,
+    body: impl FnOnce(&mut PJRT_LoadedExecutable_Execute_Args) -> Result<(), Error>,
+) -> Result<(), Error> {
+    // SAFETY: the framework's options are valid.
+    let mut options = unsafe { copy_options(args.options) };
+    // SAFETY: `copy_options` returns at least the members we know.
+    unsafe { (*options.as_mut_ptr().cast::<PJRT_ExecuteOptions>()).launch_id = launch_id };
+    let user_options = std::mem::replace(&mut args.options, options.as_mut_ptr().cast());
+    let result = body(args);
     args.options = user_options;
     result
 }
@@ -247,9 +263,8 @@ unsafe extern "C" fn launch_ended(error: *mut PJRT_Error, ended: *mut c_void) {
     });
 }
 
-/// # Safety
 /// Call with the launching lock held.
-unsafe fn shut_gate() -> Option<crate::gate::Shut> {
+fn shut_gate() -> Option<crate::gate::Shut> {
     let client = plugin().clients.read().first().cloned()?;
     match client::find(client.handle)?.gate.shut(&client) {
         Ok(shut) => Some(shut),
