@@ -124,7 +124,8 @@ typedef struct {
 } mpi_cuda_array;
 
 /* Calls a host callback of the framework, by the pointer it attached to the launch. in_place is 1
- * for callbacks that write into their results themselves. Returns 0, or 1 with a text in error. */
+ * for callbacks that write into their results themselves. Returns 1 if done, else 0 with a text in
+ * error. */
 typedef int (*mpi_cuda_trampoline)(void *callback, int in_place, int num_args,
                                    const mpi_cuda_array *args, int num_rets,
                                    const mpi_cuda_array *rets, char *error,

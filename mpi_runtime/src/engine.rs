@@ -157,12 +157,13 @@ impl Engine {
         Ok(number)
     }
 
-    /// The user frees communicator `number`: waits for our operations, then refuses later ones.
+    /// The user frees communicator `number`: waits for our operations if `may_wait`, then refuses
+    /// later ones.
     ///
     /// MPICH calls this when the last operation in progress on it ends, on that operation's own
-    /// thread, which must not wait for itself.
-    pub fn comm_deleted(&self, number: i64) {
-        if !EXECUTING.get() {
+    /// thread, which must not wait for itself: what was queued behind it is refused then.
+    pub fn comm_deleted(&self, number: i64, may_wait: bool) {
+        if may_wait && !EXECUTING.get() {
             self.wait_idle();
         }
         self.communicators.free(number);

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
+
 use crate::communicators::{Communicator, DEFAULT, SELF, WORLD};
 use crate::engine::Engine;
 use crate::error::StartError;
@@ -112,7 +114,9 @@ impl World {
         let (node_rank, node_size, cores) = shim
             .node(shim.comm_world())
             .map_err(mpi_error("MPI_Comm_split_type"))?;
-        shim.set_polite(node_size > cores);
+        let crowded = any_rank(&shim, engine.communicators.get(DEFAULT), node_size > cores)
+            .map_err(mpi_error("MPI_Allreduce"))?;
+        shim.set_polite(crowded);
         mark_rank(launched.as_ref());
         Ok(World {
             rank,
@@ -180,6 +184,30 @@ impl World {
             }
         }
     }
+}
+
+/// Whether `mine` is true on some rank. All ranks must wait in the same way, since nonblocking
+/// collectives do not match blocking ones (MPI 4.0, section 6.12).
+fn any_rank(shim: &Shim, comm: Option<Communicator>, mine: bool) -> Result<bool, MpiError> {
+    let Some(comm) = comm else { return Ok(mine) };
+    let (mine, mut any) = (i32::from(mine), 0i32);
+    shim.execute(&ShimOp {
+        kind: Kind::Allreduce,
+        datatype: Datatype::I32,
+        recv_datatype: Datatype::I32,
+        reduction: Reduction::Max,
+        comm: comm.handle,
+        count: 1,
+        recv_count: 1,
+        dest: 0,
+        source: 0,
+        send_tag: 0,
+        recv_tag: 0,
+        send: std::ptr::from_ref(&mine).cast(),
+        recv: std::ptr::from_mut(&mut any).cast(),
+        status: std::ptr::null_mut(),
+    })?;
+    Ok(any != 0)
 }
 
 fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {

@@ -259,6 +259,10 @@ unsafe fn describe(handle: *mut PJRT_Client, rank: i32, size: i32) -> Result<Cli
 /// `PJRT_Client_Destroy`: waits for everything dispatched.
 pub unsafe extern "C" fn destroy(args: *mut PJRT_Client_Destroy_Args) -> *mut PJRT_Error {
     boundary::pjrt(|| {
+        if crate::fork::is_child() {
+            // Its threads are the parent's, so there is nothing that could be ended here.
+            return Ok(());
+        }
         // SAFETY: the framework passes valid arguments.
         let handle = unsafe { (*args).client };
         if let Some(world) = crate::plugin::world() {

@@ -57,6 +57,11 @@ pub fn in_callback_of<T>(run_id: i64, body: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Whether this thread runs a host callback of a launch with operations.
+pub fn in_callback() -> bool {
+    CALLBACK_OF.get().is_some()
+}
+
 /// The ticket that a run id carries.
 pub fn ticket_of(run_id: i64) -> Option<Ticket> {
     Some(Ticket(run_id as u32)).filter(|ticket| ticket.0 != 0)

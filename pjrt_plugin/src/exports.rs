@@ -61,10 +61,18 @@ pub unsafe extern "C" fn mpi_cuda_start(
     })
 }
 
+/// The world, unless this process was forked from a rank: it has the rank's memory, and must not
+/// touch the rank's MPI.
+fn world_of_this_process() -> Option<&'static mpi_runtime::World> {
+    world().filter(|_| !crate::fork::is_child())
+}
+
 extern "C" fn on_comm_deleted(number: i64) {
     quiet((), || {
         if let Some(world) = world() {
-            world.engine.comm_deleted(number);
+            world
+                .engine
+                .comm_deleted(number, !crate::execute::in_callback());
         }
     });
 }
@@ -113,7 +121,12 @@ pub extern "C" fn mpi_cuda_status(address: *mut c_void) -> i64 {
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_wait() -> c_int {
     quiet(-1, || {
-        let Some(world) = world() else { return 0 };
+        let Some(world) = world_of_this_process() else {
+            return 0;
+        };
+        if crate::execute::in_callback() {
+            return fail("mpi_cuda: a host callback cannot wait for the launch that it belongs to");
+        }
         world.engine.wait_idle();
         world.engine.take_unread_error().map_or(0, fail)
     })
@@ -131,7 +144,7 @@ pub extern "C" fn mpi_cuda_in_flight() -> c_int {
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_abort(code: c_int) {
     quiet((), || {
-        if let Some(world) = world() {
+        if let Some(world) = world_of_this_process() {
             world.abort(code);
         }
     });
@@ -141,7 +154,7 @@ pub extern "C" fn mpi_cuda_abort(code: c_int) {
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_shutdown() {
     quiet((), || {
-        if let Some(world) = world() {
+        if let Some(world) = world_of_this_process() {
             world.shutdown();
         }
     });

@@ -170,17 +170,18 @@ def _call(
         function = ctypes.cast(callback, ctypes.py_object).value
         if in_place:
             _call_in_place(function, args[:num_args], rets[:num_rets])
-            return 0
+            return 1
         results = function(*(array.read() for array in args[:num_args]))
         for array, value in zip(rets[:num_rets], results, strict=True):
             array.write(value)
     except BaseException as exception:
-        text = "".join(traceback.format_exception(exception)).encode()
-        text = f"{type(exception).__name__}: {exception}\n\nAt:\n".encode() + text
+        # Whatever fails from here on makes ctypes return 0, which is a failure too.
+        lines = traceback.format_exception(exception)
+        text = f"{lines[-1].strip()}\n\nAt:\n{''.join(lines)}".encode(errors="backslashreplace")
         text = text[: error_capacity - 1] + b"\0"
         ctypes.memmove(error, text, len(text))
-        return 1
-    return 0
+        return 0
+    return 1
 
 
 def _call_in_place(function: Any, args: Any, rets: Any) -> None:

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import os
 import sys
+import traceback
 from typing import Any, NoReturn
+
+from jax._src import dispatch
 
 from mpi_cuda import _library
 
 _failed = False
 _installed = False
+_process = os.getpid()
 _BuiltinExit = builtins.SystemExit
 
 
@@ -33,10 +38,10 @@ class _ObservedExit(_BuiltinExit):
 
 def install() -> None:
     """Installs the exit handlers, once."""
-    global _installed
+    global _installed, _process
     if _installed:
         return
-    _installed = True
+    _installed, _process = True, os.getpid()
     builtins.SystemExit = _ObservedExit  # type: ignore[misc]
     sys.exit = _exit
     atexit.register(_at_exit)
@@ -54,7 +59,8 @@ def _uncaught() -> bool:
 
 def _at_exit() -> None:
     library, world = _library.load(), _library.started()
-    if world is None:
+    # A forked child inherits the handlers, and must leave the parent's MPI alone.
+    if world is None or os.getpid() != _process:
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -62,6 +68,12 @@ def _at_exit() -> None:
         if world.size > 1:
             library.mpi_cuda_abort(1)
         return
+    try:
+        # Programs with callbacks need Python to end.
+        dispatch.runtime_tokens.block_until_ready()
+    except Exception:
+        traceback.print_exc()
+        library.mpi_cuda_abort(1)
     if library.mpi_cuda_wait():
         print(_library.last_error(), file=sys.stderr, flush=True)
         library.mpi_cuda_abort(1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from typing import Any
 
 from jax._src import callback as jax_callback
@@ -94,15 +93,12 @@ def _has_host_callback(jaxpr: core.Jaxpr) -> bool:
     return False
 
 
-_wrapped: weakref.WeakKeyDictionary[core.Jaxpr, core.ClosedJaxpr] = weakref.WeakKeyDictionary()
-
-
+# The same object for the same program, so that JAX's own caches by identity work; a program that
+# falls out is lowered again.
+@functools.lru_cache(maxsize=1024)
 def _hide(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The program as one equation without our effect; the same object for the same program."""
+    """The program as one equation without our effect."""
     jaxpr = closed.jaxpr
-    known = _wrapped.get(jaxpr)
-    if known is not None and known.eqns[0].params["program"] is closed:
-        return known
     invars = [core.Var(v.aval) for v in jaxpr.invars]
     outvars = [core.Var(v.aval) for v in jaxpr.outvars]
     remaining = {e for e in closed.effects if e != effect}
@@ -110,9 +106,7 @@ def _hide(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     outer = core.Jaxpr(
         [], invars, outvars, [eqn], remaining, debug_info=jaxpr.debug_info, is_high=False
     )
-    result = core.ClosedJaxpr(outer, ())
-    _wrapped[jaxpr] = result
-    return result
+    return core.ClosedJaxpr(outer, ())
 
 
 def install() -> None:

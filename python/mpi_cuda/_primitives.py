@@ -172,12 +172,17 @@ batching.primitive_batchers[_identity_p] = lambda args, dims, **params: (
     _identity_p.bind(args[0], **params),
     dims[0],
 )
-ad.deflinear2(
-    _identity_p,
-    lambda ct, _, **params: [
-        ct if isinstance(ct, ad.Zero) else primitives["allreduce"].bind(ct, **params)[0]
-    ],
-)
+
+
+def _identity_transpose(ct: Any, _: Any, **params: Any) -> Any:
+    if isinstance(ct, ad.Zero):
+        return [ct]
+    # Under vmap the shape is not that of the original operation.
+    result = Result(jax.typeof(ct).shape, jax.typeof(ct).dtype)
+    return [primitives["allreduce"].bind(ct, **{**params, "result": result})[0]]
+
+
+ad.deflinear2(_identity_p, _identity_transpose)
 
 
 def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:

@@ -164,6 +164,20 @@ def test_a_child_process_is_refused_with_the_remedy(mpi: str) -> None:
     assert twice("fine", result), result.stderr
 
 
+@pytest.mark.parametrize("mpi", MPIS)
+def test_callbacks_that_are_still_running_at_the_end_finish(mpi: str) -> None:
+    code = """if True:
+        import time, jax, jax.numpy as jnp
+        def slow(x):
+            time.sleep(0.5)
+            print("finished")
+        x = jnp.ones((200, 200))
+        jax.jit(lambda x: jax.debug.callback(slow, (x @ x).sum()))(x)
+    """
+    result = job(mpi, code)
+    assert result.returncode == 0 and twice("finished", result), result.stderr
+
+
 def test_a_thread_level_too_low_is_refused() -> None:
     code = """if True:
         import mpi4py

@@ -143,6 +143,18 @@ def test_gradient_of_allreduce() -> None:
     np.testing.assert_allclose(twice(x)[0], nt.allreduce(x, m.SUM))
 
 
+def test_second_derivatives_under_vmap() -> None:
+    def inner(x):
+        return (nt.allreduce(x, m.SUM) ** 2).sum()
+
+    def outer(batch):
+        return jax.vmap(jax.grad(inner))(batch).sum()
+
+    batch = jnp.arange(6.0).reshape(2, 3)
+    # The gradient is identity(2 sum(x)); the transpose of that identity is the sum again.
+    np.testing.assert_allclose(jax.grad(outer)(batch), np.full((2, 3), 2.0 * SIZE))
+
+
 def test_gradient_of_sendrecv_sends_the_other_way() -> None:
     right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 

@@ -133,6 +133,14 @@ def test_exceptions_surface() -> None:
     np.testing.assert_array_equal(X + 1, np.asarray(X) + 1)
 
 
+def test_an_exception_that_cannot_be_encoded_is_still_one() -> None:
+    def callback(x):
+        raise ValueError(os.fsdecode(b"odd \xff"))
+
+    with pytest.raises(Exception, match="odd"):
+        jax.jit(lambda x: jax.pure_callback(callback, shape_of(x), x))(X).block_until_ready()
+
+
 def test_checkify() -> None:
     def f(x):
         checkify.check(x > 0, "must be positive, got {x}", x=x)

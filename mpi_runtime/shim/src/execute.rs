@@ -70,7 +70,7 @@ unsafe fn blocking(op: &ShimOp, received: &mut ShimReceived) -> c_int {
                 let (source, tag) = (rank(op.source), tag(op.recv_tag));
                 attempt! {
                     ffi::MPI_Recv(recv, recv_count, kind, source, tag, comm, &mut status);
-                    note(op, &status, kind, received);
+                    note(op, &status, received);
                 }
             }
             Kind::Sendrecv => {
@@ -82,7 +82,7 @@ unsafe fn blocking(op: &ShimOp, received: &mut ShimReceived) -> c_int {
                         send, count, kind, dest, op.send_tag, recv, recv_count, recv_kind, source,
                         tag, comm, &mut status,
                     );
-                    note(op, &status, recv_kind, received);
+                    note(op, &status, received);
                 }
             }
         }
@@ -102,7 +102,7 @@ unsafe fn politely(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     unsafe {
         let mut requests = [ffi::RSMPI_REQUEST_NULL; 2];
         let request = &mut requests[0];
-        let mut received_kind = None;
+        let receives = matches!(op.kind, Kind::Recv | Kind::Sendrecv);
         let started = match op.kind {
             Kind::Allgather => {
                 ffi::MPI_Iallgather(send, count, kind, recv, recv_count, kind, comm, request)
@@ -133,34 +133,44 @@ unsafe fn politely(op: &ShimOp, received: &mut ShimReceived) -> c_int {
                 ffi::MPI_Isend(send, count, kind, rank(op.dest), op.send_tag, comm, request)
             }
             Kind::Recv => {
-                received_kind = Some(kind);
                 let (source, tag) = (rank(op.source), tag(op.recv_tag));
                 ffi::MPI_Irecv(recv, recv_count, kind, source, tag, comm, request)
             }
             Kind::Sendrecv => {
                 let recv_kind = datatype(op.recv_datatype);
-                received_kind = Some(recv_kind);
                 let (dest, source, tag) = (rank(op.dest), rank(op.source), tag(op.recv_tag));
-                attempt! {
-                    ffi::MPI_Irecv(recv, recv_count, recv_kind, source, tag, comm, request);
-                    ffi::MPI_Isend(send, count, kind, dest, op.send_tag, comm, &mut requests[1]);
+                let code = ffi::MPI_Irecv(recv, recv_count, recv_kind, source, tag, comm, request);
+                if code != SUCCESS {
+                    return code;
                 }
+                let code =
+                    ffi::MPI_Isend(send, count, kind, dest, op.send_tag, comm, &mut requests[1]);
+                if code != SUCCESS {
+                    // The receive must not outlive its buffer.
+                    ffi::MPI_Cancel(&mut requests[0]);
+                    let mut cancelled = MaybeUninit::zeroed().assume_init();
+                    wait(&mut requests[0], &mut cancelled);
+                }
+                code
             }
         };
         if started != SUCCESS {
             return started;
         }
-        let mut status = MaybeUninit::zeroed().assume_init();
-        for (index, request) in requests.iter_mut().enumerate() {
-            let mut own = MaybeUninit::zeroed().assume_init();
-            let code = wait(request, if index == 0 { &mut status } else { &mut own });
-            if code != SUCCESS {
-                return code;
-            }
+        // Both are waited for, whatever happens to the first: the buffers belong to MPI until then.
+        let (mut status, mut own) = (
+            MaybeUninit::zeroed().assume_init(),
+            MaybeUninit::zeroed().assume_init(),
+        );
+        let first = wait(&mut requests[0], &mut status);
+        let second = wait(&mut requests[1], &mut own);
+        if first != SUCCESS || second != SUCCESS {
+            return if first == SUCCESS { second } else { first };
         }
-        match received_kind {
-            Some(kind) => note(op, &status, kind, received),
-            None => SUCCESS,
+        if receives {
+            note(op, &status, received)
+        } else {
+            SUCCESS
         }
     }
 }
@@ -198,19 +208,14 @@ fn bcast_buffer(op: &ShimOp) -> *mut c_void {
 /// Reads what was received and hands the status to the user who asked for it.
 ///
 /// # Safety
-/// `status` must be filled by a receive of `kind`; `op.status` null or an `MPI_Status`.
-unsafe fn note(
-    op: &ShimOp,
-    status: &ffi::MPI_Status,
-    kind: ffi::MPI_Datatype,
-    received: &mut ShimReceived,
-) -> c_int {
-    let (mut count, mut size) = (0, 0);
+/// `status` must be filled by a receive; `op.status` null or an `MPI_Status`.
+unsafe fn note(op: &ShimOp, status: &ffi::MPI_Status, received: &mut ShimReceived) -> c_int {
+    let mut count = 0;
+    // Counted in bytes: a partial element would make MPI say nothing at all.
     // SAFETY: as the caller promises.
     unsafe {
         attempt! {
-            ffi::MPI_Get_count(status, kind, &mut count);
-            ffi::MPI_Type_size(kind, &mut size);
+            ffi::MPI_Get_count(status, ffi::RSMPI_UINT8_T, &mut count);
         };
         if !op.status.is_null() {
             op.status.cast::<ffi::MPI_Status>().write_unaligned(*status);
@@ -219,7 +224,7 @@ unsafe fn note(
     let bytes = if count == ffi::MPI_UNDEFINED {
         -1
     } else {
-        i64::from(count) * i64::from(size)
+        i64::from(count)
     };
     *received = ShimReceived {
         source: status.MPI_SOURCE,

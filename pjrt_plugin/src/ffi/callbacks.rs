@@ -26,7 +26,8 @@ pub struct CallbackArray {
     data: *mut c_void,
 }
 
-/// Calls a Python callback: `callback` is its `PyObject*`; returns 0, or 1 and fills in `error`.
+/// Calls a Python callback: `callback` is its `PyObject*`; returns 1 if it was done, or fills in
+/// `error` and returns 0, which is also what an exception inside the trampoline becomes.
 /// `in_place` is 1 for callbacks that write into their results themselves.
 pub type Trampoline = unsafe extern "C" fn(
     callback: *mut c_void,
@@ -73,7 +74,7 @@ fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), String> {
     let callback = find_callback(frame)?;
     let (args, rets) = (arrays(frame.raw_args()), arrays(frame.raw_rets()));
     let mut text = vec![0u8; 1 << 16];
-    let failed = in_callback_of(frame.run_id(), || {
+    let done = in_callback_of(frame.run_id(), || {
         // SAFETY: the arrays live through the call; the trampoline takes Python's lock itself.
         unsafe {
             trampoline(
@@ -88,7 +89,7 @@ fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), String> {
             )
         }
     });
-    if failed == 0 {
+    if done == 1 {
         return Ok(());
     }
     let end = text
