@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -123,6 +124,12 @@ fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
     }
 }
 
+/// Prints a line to standard error in one piece, so that ranks do not mix theirs.
+pub fn say(line: &str) {
+    // There is nowhere to report that standard error is closed.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
 /// Starts the thread that prints overdue operations of `rank` to standard error.
 pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
     let table = Arc::downgrade(table);
@@ -134,7 +141,7 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
                 std::thread::sleep(pause);
                 let Some(table) = table.upgrade() else { return };
                 for text in table.overdue(warn_after) {
-                    eprintln!("mpi_cuda: rank {rank} is waiting in {text}");
+                    say(&format!("mpi_cuda: rank {rank} is waiting in {text}"));
                 }
             }
         });

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+use mpi_runtime::pending::say;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::{Mutex, RwLock};
 
@@ -88,7 +89,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         .map_err(|error| Error::precondition(format!("mpi_cuda: {error}")))?;
     if config.log >= Log::Info {
         let (major, minor) = plugin().inner.version();
-        eprintln!(
+        say(&format!(
             "mpi_cuda: rank {} of {} (node-local {}): device cpu, inner plugin {} (PJRT \
              {major}.{minor}), MPI {} (thread level {})",
             world.rank,
@@ -97,7 +98,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
             plugin().inner.path.display(),
             world.library,
             world.thread_level,
-        );
+        ));
     }
     Ok(WORLD.get_or_init(|| world))
 }

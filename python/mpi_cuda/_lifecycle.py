@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import os
 import sys
-import traceback
 from typing import Any, NoReturn
 
 from jax._src import dispatch
@@ -68,14 +68,11 @@ def _at_exit() -> None:
         if world.size > 1:
             library.mpi_cuda_abort(1)
         return
-    try:
-        # Programs with callbacks need Python to end.
-        dispatch.runtime_tokens.block_until_ready()
-    except Exception:
-        traceback.print_exc()
-        library.mpi_cuda_abort(1)
     if library.mpi_cuda_wait():
         print(_library.last_error(), file=sys.stderr, flush=True)
         library.mpi_cuda_abort(1)
+    # Programs with callbacks need Python to end. Their errors are JAX's to report, at its own exit.
+    with contextlib.suppress(Exception):
+        dispatch.runtime_tokens.block_until_ready()
     library.mpi_cuda_set_trampoline(None)
     library.mpi_cuda_shutdown()
