@@ -104,7 +104,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
 }
 
 /// Large results come from freshly mapped pages otherwise, whose faults cost more than the
-/// message: 723 µs instead of 148 for one 1 MiB result (docs/measurements).
+/// message: one 1 MiB allreduce took 348 to 918 µs instead of 280 to 301 (docs/measurements.md).
 fn keep_memory() {
     const THRESHOLD: libc::c_int = 1 << 30;
     // SAFETY: mallopt only sets parameters of glibc's allocator (mallopt(3)).
