@@ -12,6 +12,7 @@ pub mod family;
 pub mod launcher;
 pub mod operation;
 pub mod order;
+mod output;
 pub mod pending;
 pub mod shim;
 pub mod world;

@@ -10,6 +10,7 @@ use crate::engine::Engine;
 use crate::error::StartError;
 use crate::family::{self, Family};
 use crate::launcher::{self, Launched};
+use crate::output;
 use crate::shim::{self, MpiError, Shim, State};
 
 /// How to find the world.
@@ -160,8 +161,9 @@ impl World {
         self.shim.map(|shim| shim.family)
     }
 
-    /// Ends the whole job at once.
+    /// Ends the whole job, once the launcher has read what this rank printed.
     pub fn abort(&self, code: i32) -> ! {
+        output::wait_until_read();
         if let Some(shim) = &self.shim
             && shim.state() == State::Running
         {
