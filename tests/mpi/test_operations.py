@@ -62,6 +62,21 @@ def test_every_reduction(op: str, expected) -> None:
     np.testing.assert_array_equal(result, expected(everything) if RANK == root else mine)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_extreme_integers(dtype: str) -> None:
+    """MPICH 4.0 itself compares unsigned integers as signed ones."""
+    limits = np.iinfo(dtype)
+    values = np.array([limits.min, limits.min + 1, 0, 1, limits.max // 2 + 1, limits.max], dtype)
+    everything = np.stack([np.roll(values, rank) for rank in range(SIZE)])
+    mine = everything[RANK]
+    np.testing.assert_array_equal(nt.allreduce(mine, m.MAX), everything.max(0))
+    np.testing.assert_array_equal(nt.allreduce(mine, m.MIN), everything.min(0))
+    np.testing.assert_array_equal(nt.scan(mine, m.MAX), everything[: RANK + 1].max(0))
+    np.testing.assert_array_equal(nt.allreduce(mine, m.SUM), everything.sum(0, dtype))
+    np.testing.assert_array_equal(nt.allreduce(mine, m.PROD), everything.prod(0, dtype))
+    np.testing.assert_array_equal(nt.allreduce(mine, m.BXOR), np.bitwise_xor.reduce(everything))
+
+
 def test_alltoall_and_scatter() -> None:
     mine = np.arange(SIZE * 2).reshape(SIZE, 2) + 100 * RANK
     expected = np.stack([np.arange(SIZE * 2).reshape(SIZE, 2)[RANK] + 100 * r for r in range(SIZE)])

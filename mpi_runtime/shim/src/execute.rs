@@ -5,9 +5,10 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mpi::ffi;
-use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp, ShimReceived};
+use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::handle::comm_from_bits;
+use crate::reduction::reduction;
 use crate::{SUCCESS, attempt};
 
 /// Whether to give up the core while waiting; see [`mpi_shim_abi::ShimApi::set_polite`].
@@ -47,7 +48,7 @@ unsafe fn blocking(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     let (send, recv) = (op.send, op.recv);
     let (count, recv_count) = (op.count, op.recv_count);
     let kind = datatype(op.datatype);
-    let reduce = reduction(op.reduction);
+    let reduce = reduction(op.reduction, op.datatype);
     // SAFETY: the caller upholds the buffers; handles are live for the duration of the call.
     unsafe {
         match op.kind {
@@ -96,7 +97,7 @@ unsafe fn politely(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     let (send, recv) = (op.send, op.recv);
     let (count, recv_count) = (op.count, op.recv_count);
     let kind = datatype(op.datatype);
-    let reduce = reduction(op.reduction);
+    let reduce = reduction(op.reduction, op.datatype);
     // The receive is request 0 where there is one, the send the last.
     // SAFETY: as for `blocking`; the buffers outlive the requests, which are waited for.
     unsafe {
@@ -249,7 +250,7 @@ fn tag(tag: i32) -> c_int {
     if tag == ANY { ffi::MPI_ANY_TAG } else { tag }
 }
 
-fn datatype(datatype: Datatype) -> ffi::MPI_Datatype {
+pub(crate) fn datatype(datatype: Datatype) -> ffi::MPI_Datatype {
     // SAFETY: constants of the linked MPI.
     unsafe {
         match datatype {
@@ -266,24 +267,6 @@ fn datatype(datatype: Datatype) -> ffi::MPI_Datatype {
             Datatype::F64 => ffi::RSMPI_DOUBLE,
             Datatype::C64 => ffi::RSMPI_FLOAT_COMPLEX,
             Datatype::C128 => ffi::RSMPI_DOUBLE_COMPLEX,
-        }
-    }
-}
-
-fn reduction(reduction: Reduction) -> ffi::MPI_Op {
-    // SAFETY: constants of the linked MPI.
-    unsafe {
-        match reduction {
-            Reduction::Sum => ffi::RSMPI_SUM,
-            Reduction::Prod => ffi::RSMPI_PROD,
-            Reduction::Min => ffi::RSMPI_MIN,
-            Reduction::Max => ffi::RSMPI_MAX,
-            Reduction::Land => ffi::RSMPI_LAND,
-            Reduction::Lor => ffi::RSMPI_LOR,
-            Reduction::Lxor => ffi::RSMPI_LXOR,
-            Reduction::Band => ffi::RSMPI_BAND,
-            Reduction::Bor => ffi::RSMPI_BOR,
-            Reduction::Bxor => ffi::RSMPI_BXOR,
         }
     }
 }
