@@ -40,6 +40,10 @@ extern "C" {
  *   mpi_cuda_send        x -> none                  comm, dest, tag
  *   mpi_cuda_sendrecv    x -> y                     comm, dest, tag, source, recvtag, status
  *
+ * Optional: an attribute named mpi_cuda_alike_<comm>_<hash in 16 hexadecimal digits>, of any integer, on
+ * one operation promises that this program always runs the same sequence of collectives of all ranks
+ * on that communicator (0 or 1), everywhere where the hash is the same. Small programs are then faster.
+ *
  * Where a rank receives nothing (bcast on the root, gather and reduce elsewhere), y is x.
  * Defaults: comm MPI_CUDA_COMM_DEFAULT, op MPI_CUDA_SUM, root and dest 0, tag 0,
  * source MPI_CUDA_ANY_SOURCE, recvtag MPI_CUDA_ANY_TAG, status 0 (none).

@@ -3,15 +3,18 @@
 //! waits on a peer.
 
 use std::cell::Cell;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mpi_shim_abi::{Kind, PROC_NULL, ShimReceived};
 use parking_lot::Mutex;
 
 use crate::alone;
+use crate::arrivals::{self, Arrivals};
 use crate::check;
-use crate::communicators::{Communicator, Communicators};
+use crate::communicators::{Communicator, Communicators, DEFAULT, WORLD};
 use crate::error::OperationError;
 use crate::operation::Operation;
 use crate::order::{Order, Ticket};
@@ -23,6 +26,25 @@ thread_local! {
     static EXECUTING: Cell<bool> = const { Cell::new(false) };
 }
 
+/// A program that is the same fixed sequence of collectives of all ranks, wherever it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alike {
+    /// The communicator of all of them: [`WORLD`] or [`DEFAULT`].
+    pub comm: i64,
+    /// The sequence, hashed.
+    pub sequence: u64,
+}
+
+impl Alike {
+    /// Names the launch of this program that comes after `position` collectives; the same number
+    /// in every process. Never 0.
+    fn mark(self, position: u64) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.comm, self.sequence, position).hash(&mut hasher);
+        hasher.finish().max(1)
+    }
+}
+
 /// Executes operations in order. One per process.
 pub struct Engine {
     shim: Option<Shim>,
@@ -32,6 +54,10 @@ pub struct Engine {
     pending: Arc<PendingTable>,
     /// Errors of operations that nobody may have read yet.
     unread: Mutex<Vec<OperationError>>,
+    /// Collectives executed so far on [`WORLD`] and on [`DEFAULT`].
+    positions: [AtomicU64; 2],
+    /// Where the ranks meet, if all of them are on this node.
+    pub(crate) arrivals: Option<Arrivals>,
 }
 
 impl Engine {
@@ -45,7 +71,28 @@ impl Engine {
             order: Order::default(),
             pending,
             unread: Mutex::default(),
+            positions: Default::default(),
+            arrivals: None,
         }
+    }
+
+    /// Whether every rank has dispatched this very launch of `program` and has nothing before it
+    /// to wait for. Then the collectives in it match those of that launch everywhere, since each
+    /// rank has executed as many before, and may be waited for on the dispatching thread.
+    ///
+    /// Call with the ticket of the launch taken, and only if its inputs are ready.
+    pub fn all_have_arrived(&self, program: Alike) -> bool {
+        let (Some(arrivals), Some(position)) = (&self.arrivals, self.position(program.comm)) else {
+            return false;
+        };
+        // A caller that waited for a result is back a little before its launch is retired.
+        arrivals::soon(|| self.in_flight() == 1)
+            && arrivals.meet(program.mark(position.load(Ordering::Relaxed)))
+    }
+
+    fn position(&self, comm: i64) -> Option<&AtomicU64> {
+        const { assert!(WORLD == 0 && DEFAULT == 1) };
+        self.positions.get(usize::try_from(comm).ok()?)
     }
 
     /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.
@@ -74,6 +121,11 @@ impl Engine {
             size: comm.size,
             reason,
         };
+        if op.kind.is_collective()
+            && let Some(position) = self.position(op.comm)
+        {
+            position.fetch_add(1, Ordering::Relaxed);
+        }
         let shim_op = check::prepare(op, &comm).map_err(failed)?;
         let _pending = self.pending.enter(op, comm.name);
         let Some(shim) = &self.shim else {
@@ -197,4 +249,24 @@ fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Str
         };
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn marks_differ_by_program_communicator_and_position() {
+        let mut seen = HashSet::new();
+        for sequence in [1, 2, u64::MAX] {
+            for comm in [WORLD, DEFAULT] {
+                for position in 0..1000 {
+                    seen.insert(Alike { comm, sequence }.mark(position));
+                }
+            }
+        }
+        assert_eq!(seen.len(), 6000);
+        assert!(!seen.contains(&0));
+    }
 }

@@ -4,6 +4,7 @@
 //! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it).
 
 pub mod alone;
+pub mod arrivals;
 pub mod check;
 pub mod communicators;
 pub mod engine;
@@ -17,7 +18,7 @@ pub mod pending;
 pub mod shim;
 pub mod world;
 
-pub use engine::Engine;
+pub use engine::{Alike, Engine};
 pub use error::{OperationError, StartError};
 pub use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 pub use operation::{Buffer, ElementType, Operation};

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
+use crate::arrivals::Arrivals;
 use crate::communicators::{Communicator, DEFAULT, SELF, WORLD};
 use crate::engine::Engine;
 use crate::error::StartError;
@@ -85,8 +86,7 @@ impl World {
                 library,
             });
         }
-        let engine = Engine::new(Some(shim), rank, options.warn_after);
-        let mut private = 0;
+        let mut engine = Engine::new(Some(shim), rank, options.warn_after);
         let names = [
             ("COMM_WORLD", WORLD),
             ("the default communicator", DEFAULT),
@@ -98,7 +98,7 @@ impl World {
             } else {
                 shim.comm_world()
             };
-            private = shim.comm_dup(of).map_err(mpi_error("MPI_Comm_dup"))?;
+            let private = shim.comm_dup(of).map_err(mpi_error("MPI_Comm_dup"))?;
             let (rank, size) = if number == SELF { (0, 1) } else { (rank, size) };
             let row = Communicator {
                 name,
@@ -111,13 +111,22 @@ impl World {
             let added = engine.communicators.add(row);
             debug_assert_eq!(added, number);
         }
-        debug_assert_ne!(private, 0);
+        let Some(everybody) = engine.communicators.get(DEFAULT) else {
+            unreachable!("added above");
+        };
         let (node_rank, node_size, cores) = shim
             .node(shim.comm_world())
             .map_err(mpi_error("MPI_Comm_split_type"))?;
-        let crowded = any_rank(&shim, engine.communicators.get(DEFAULT), node_size > cores)
-            .map_err(mpi_error("MPI_Allreduce"))?;
+        // All ranks must wait in the same way, since nonblocking collectives do not match blocking
+        // ones (MPI 4.0, section 6.12).
+        let agree = mpi_error("MPI_Allreduce");
+        let crowded =
+            max_over_ranks(&shim, &everybody, u64::from(node_size > cores)).map_err(&agree)? != 0;
         shim.set_polite(crowded);
+        if size > 1 && node_size == size {
+            engine.arrivals =
+                share_arrivals(&shim, &everybody, rank as usize, size as usize).map_err(&agree)?;
+        }
         mark_rank(launched.as_ref());
         Ok(World {
             rank,
@@ -188,15 +197,13 @@ impl World {
     }
 }
 
-/// Whether `mine` is true on some rank. All ranks must wait in the same way, since nonblocking
-/// collectives do not match blocking ones (MPI 4.0, section 6.12).
-fn any_rank(shim: &Shim, comm: Option<Communicator>, mine: bool) -> Result<bool, MpiError> {
-    let Some(comm) = comm else { return Ok(mine) };
-    let (mine, mut any) = (i32::from(mine), 0i32);
+/// The largest `mine` of all ranks.
+fn max_over_ranks(shim: &Shim, comm: &Communicator, mine: u64) -> Result<u64, MpiError> {
+    let mut largest = 0u64;
     shim.execute(&ShimOp {
         kind: Kind::Allreduce,
-        datatype: Datatype::I32,
-        recv_datatype: Datatype::I32,
+        datatype: Datatype::U64,
+        recv_datatype: Datatype::U64,
         reduction: Reduction::Max,
         comm: comm.handle,
         count: 1,
@@ -206,10 +213,29 @@ fn any_rank(shim: &Shim, comm: Option<Communicator>, mine: bool) -> Result<bool,
         send_tag: 0,
         recv_tag: 0,
         send: std::ptr::from_ref(&mine).cast(),
-        recv: std::ptr::from_mut(&mut any).cast(),
+        recv: std::ptr::from_mut(&mut largest).cast(),
         status: std::ptr::null_mut(),
     })?;
-    Ok(any != 0)
+    Ok(largest)
+}
+
+/// Memory in which the ranks meet, or none if they cannot share any. Collective.
+fn share_arrivals(
+    shim: &Shim,
+    comm: &Communicator,
+    rank: usize,
+    size: usize,
+) -> Result<Option<Arrivals>, MpiError> {
+    let own_name = if rank == 0 { Arrivals::new_name() } else { 0 };
+    let made = (rank == 0).then(|| Arrivals::create(own_name, size));
+    let name = max_over_ranks(shim, comm, own_name)?;
+    let arrivals = made.unwrap_or_else(|| Arrivals::open(name, rank, size));
+    // In containers of their own, ranks of one node have nothing to share.
+    let failed = max_over_ranks(shim, comm, u64::from(arrivals.is_err()))? != 0;
+    if rank == 0 {
+        Arrivals::unlink(name);
+    }
+    Ok(arrivals.ok().filter(|_| !failed))
 }
 
 fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {

@@ -3,15 +3,16 @@
 use std::ffi::c_char;
 use std::sync::OnceLock;
 
+use mpi_runtime::Alike;
 use pjrt_sys::*;
 
 use crate::boundary;
 use crate::call::{bytes, call, new_args, slice};
 use crate::error::Error;
 use crate::execute::{self, Program};
-use crate::ffi::{CALLBACK_MARK, TARGET_PREFIX};
+use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, TARGET_PREFIX};
 use crate::plugin::plugin;
-use crate::xla_flags::contains;
+use crate::xla_flags::{contains, find};
 
 /// XLA runs a program with fewer floating-point operations on the calling thread
 /// (`xla/pjrt/cpu/cpu_client.cc`, `cheap_computation_`).
@@ -67,6 +68,8 @@ pub unsafe extern "C" fn deserialize_and_load(
 struct Contents {
     operations: bool,
     callbacks: bool,
+    /// Its operations are the same collectives on every rank.
+    alike: Option<Alike>,
 }
 
 impl Contents {
@@ -74,8 +77,20 @@ impl Contents {
         Contents {
             operations: contains(program, TARGET_PREFIX.as_bytes()),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
+            alike: find(program, ALIKE_MARK.as_bytes())
+                .and_then(|start| alike(&program[start + ALIKE_MARK.len()..])),
         }
     }
+}
+
+/// Reads what follows [`ALIKE_MARK`]: the communicator, `_`, and 16 hexadecimal digits.
+fn alike(text: &[u8]) -> Option<Alike> {
+    let text = std::str::from_utf8(text.get(..18)?).ok()?;
+    let (comm, sequence) = text.split_once('_')?;
+    Some(Alike {
+        comm: comm.parse().ok()?,
+        sequence: u64::from_str_radix(sequence, 16).ok()?,
+    })
 }
 
 /// Notes a loaded executable, or destroys and refuses it.
@@ -101,8 +116,13 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
             return Err(error);
         }
         if ours.operations || ours.callbacks {
-            let operations = ours.operations;
-            execute::remember(loaded, Program { operations, cheap });
+            let program = Program {
+                operations: ours.operations,
+                callbacks: ours.callbacks,
+                cheap,
+                alike: ours.alike.filter(|_| cheap && !ours.callbacks),
+            };
+            execute::remember(loaded, program);
         }
     }
     Ok(())
@@ -170,9 +190,9 @@ pub unsafe extern "C" fn platform_version(
             call(plugin().inner.api().PJRT_Client_PlatformVersion, args)?;
             let text = TEXT.get_or_init(|| {
                 let inner = bytes((*args).platform_version, (*args).platform_version_size);
-                // JAX's own tests take the last word for the version of CUDA.
+                // Without our name: JAX takes a version with "cuda" in it for a GPU's.
                 format!(
-                    "mpi_cuda {} over {}, CUDA 0",
+                    "MPI ranks {} over {}",
                     env!("CARGO_PKG_VERSION"),
                     String::from_utf8_lossy(inner)
                 )

@@ -5,13 +5,14 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mpi_runtime::Ticket;
+use mpi_runtime::{Alike, Ticket, World};
 use parking_lot::{ReentrantMutex, RwLock};
 use pjrt_sys::*;
 
 use crate::boundary;
-use crate::call::{call, new_args};
+use crate::call::{call, new_args, slice};
 use crate::client;
 use crate::context;
 use crate::error::Error;
@@ -23,8 +24,12 @@ use crate::plugin::{plugin, world};
 pub struct Program {
     /// It has operations.
     pub operations: bool,
+    /// It has host callbacks.
+    pub callbacks: bool,
     /// XLA would run it on the calling thread, where an operation must not wait for a peer.
     pub cheap: bool,
+    /// Its operations are the same collectives on every rank.
+    pub alike: Option<Alike>,
 }
 
 static PROGRAMS: LazyLock<RwLock<HashMap<usize, Program>>> = LazyLock::new(RwLock::default);
@@ -102,6 +107,7 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
         Some(program) if !program.operations => {
             let completion = Completion {
                 held: context::hold(context),
+                callbacks: WithCallbacks::of(program),
                 ticket: None,
             };
             // SAFETY: as above. Without a ticket: JAX's own launch ids must not look like one.
@@ -150,8 +156,10 @@ unsafe fn launch_operations(
     } else {
         None
     };
-    // Alone in the world, nothing waits for a peer.
-    let gate = if program.cheap && world.size > 1 {
+    // Alone in the world nothing waits for a peer, and with everybody here nothing for long.
+    // SAFETY: valid arguments.
+    let alone = world.size == 1 || unsafe { all_are_here(world, program, args) };
+    let gate = if program.cheap && !alone {
         shut_gate()
     } else {
         None
@@ -159,11 +167,52 @@ unsafe fn launch_operations(
     // SAFETY: valid arguments.
     let result = unsafe {
         with_launch_id(args, ticket.0 as i32, |args| {
-            launch(args, Completion { held, ticket: own })
+            let completion = Completion {
+                held,
+                callbacks: WithCallbacks::of(program),
+                ticket: own,
+            };
+            launch(args, completion)
         })
     };
     drop(gate);
     result
+}
+
+/// Whether this launch may wait for its peers on the calling thread: all of them have dispatched it,
+/// and nothing that it waits for here needs more than this rank's own arithmetic.
+///
+/// # Safety
+/// The arguments must be valid.
+unsafe fn all_are_here(
+    world: &World,
+    program: Program,
+    args: &PJRT_LoadedExecutable_Execute_Args,
+) -> bool {
+    let Some(alike) = program.alike else {
+        return false;
+    };
+    // SAFETY: as the caller promises; there is one device.
+    let inputs = unsafe { slice(*args.argument_lists, args.num_args) };
+    WITH_CALLBACKS.load(Ordering::Acquire) == 0
+        && inputs.iter().all(|&buffer| is_ready(buffer))
+        && world.engine.all_have_arrived(alike)
+}
+
+fn is_ready(buffer: *mut PJRT_Buffer) -> bool {
+    let api = plugin().inner.api();
+    let mut event = new_args::<PJRT_Buffer_ReadyEvent_Args>();
+    event.buffer = buffer;
+    // SAFETY: a live buffer.
+    if unsafe { call(api.PJRT_Buffer_ReadyEvent, &mut event) }.is_err() {
+        return false;
+    }
+    let mut ready = new_args::<PJRT_Event_IsReady_Args>();
+    ready.event = event.event;
+    // SAFETY: the event of the call above.
+    let asked = unsafe { call(api.PJRT_Event_IsReady, &mut ready) };
+    destroy_event(event.event);
+    asked.is_ok() && ready.is_ready
 }
 
 /// Runs `body` with a copy of the options that carries `launch_id`.
@@ -189,7 +238,30 @@ unsafe fn with_launch_id(
 struct Completion {
     #[expect(dead_code, reason = "held for its drop")]
     held: context::Held,
+    #[expect(dead_code, reason = "held for its drop")]
+    callbacks: Option<WithCallbacks>,
     ticket: Option<InFlight>,
+}
+
+/// Launches in flight of programs with callbacks, which may wait for anything.
+static WITH_CALLBACKS: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts one of them until it is dropped.
+struct WithCallbacks;
+
+impl WithCallbacks {
+    fn of(program: Program) -> Option<WithCallbacks> {
+        program.callbacks.then(|| {
+            WITH_CALLBACKS.fetch_add(1, Ordering::AcqRel);
+            WithCallbacks
+        })
+    }
+}
+
+impl Drop for WithCallbacks {
+    fn drop(&mut self) {
+        WITH_CALLBACKS.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// Retires its ticket when dropped, so that no path forgets it.

@@ -54,6 +54,11 @@ fn unknown(file: &Path, names: &[String]) -> std::io::Result<Vec<String>> {
 
 /// Whether `needle` occurs in `haystack`.
 pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+    find(haystack, needle).is_some()
+}
+
+/// Where `needle` first stands in `haystack`; much faster than comparing windows.
+pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     // SAFETY: both are valid for their lengths; memmem only reads.
     let found = unsafe {
         libc::memmem(
@@ -63,7 +68,7 @@ pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
             needle.len(),
         )
     };
-    !found.is_null()
+    (!found.is_null()).then(|| found as usize - haystack.as_ptr() as usize)
 }
 
 #[cfg(test)]

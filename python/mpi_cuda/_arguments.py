@@ -89,10 +89,14 @@ def _mpi() -> Any:
     return sys.modules.get("mpi4py.MPI")
 
 
+# Communicators that always exist (`include/mpi_cuda.h`).
+WORLD_NUMBER, DEFAULT_NUMBER, SELF_NUMBER = 0, 1, 2
+
+
 def world_comm(number: int) -> Comm:
     """One of the communicators that always exist."""
     world = _library.start()
-    return Comm(number, 0, 1) if number == 2 else Comm(number, world.rank, world.size)
+    return Comm(number, 0, 1) if number == SELF_NUMBER else Comm(number, world.rank, world.size)
 
 
 _registered: dict[int, Comm] = {}
@@ -106,7 +110,7 @@ def resolve_comm(comm: Any) -> Comm:
       RuntimeError: MPI refuses it.
     """
     if comm is None:
-        return world_comm(1)
+        return world_comm(DEFAULT_NUMBER)
     if isinstance(comm, Comm):
         return comm
     mpi = _mpi()

@@ -45,7 +45,9 @@ def _serve_as_cpu(backend: Any) -> None:
     """JAX's callbacks ask for the backend "cpu"; if the user selected none, ours is one."""
     import jax._src.xla_bridge as xla_bridge
 
-    if "mpi_cuda" in backend.platform_version and backend.platform == "cpu":
+    from mpi_cuda import _library
+
+    if _library.is_ours(backend) and backend.platform == "cpu":
         platforms = (xla_bridge.config.jax_platforms.value or "").split(",")
         if "cpu" not in platforms:
             xla_bridge._backends.setdefault("cpu", backend)

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent / "lib"
 LIBRARY = FOLDER / "libpjrt_mpi_cuda.so"
@@ -104,3 +104,8 @@ def _c_environment(name: str) -> str | None:
     getenv.restype = ctypes.c_char_p
     value = getenv(name.encode())
     return None if value is None else value.decode()
+
+
+def is_ours(backend: Any) -> bool:
+    """Whether a JAX backend is this library's (`pjrt_plugin/src/compile.rs`, platform_version)."""
+    return "MPI ranks " in str(backend.platform_version)

@@ -20,6 +20,8 @@ from jax._src import core, dispatch, effects
 from jax._src.interpreters import mlir, pxla
 from jax.interpreters import mlir as public_mlir
 
+from mpi_cuda import _alike
+
 
 class CommunicationEffect(jax_callback.OrderedIOEffect):
     """Equal to the effect of ordered callbacks, so that one token orders both."""
@@ -59,6 +61,7 @@ def _scope_lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: core.Clo
     inner = mlir.TokenSet.create([effect])
     tokens = mlir.TokenSet({**dict(ctx.tokens_in.items()), **dict(inner.items())})
     consts = [mlir.ir_constant(c, aval=core.typeof(c)) for c in program.consts]
+    _alike.set_pending(_alike.mark(program.jaxpr, effect))
     results, tokens_out = mlir.jaxpr_subcomp(
         ctx.module_context,
         program.jaxpr,
@@ -70,6 +73,7 @@ def _scope_lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: core.Clo
         const_lowering=ctx.const_lowering,
         outer_traceback=ctx.traceback,
     )
+    _alike.set_pending(None)
     others = {e: t for e, t in tokens_out.items() if e in ctx.tokens_in.effects()}
     if others:
         ctx.set_tokens_out(mlir.TokenSet(others))

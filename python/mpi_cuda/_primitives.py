@@ -19,7 +19,7 @@ from jax._src.interpreters import batching
 from jax._src.interpreters import mlir as jax_mlir
 from jax.interpreters import ad, mlir
 
-from mpi_cuda import _order
+from mpi_cuda import _alike, _library, _order
 from mpi_cuda._arguments import ATTRIBUTE_ANY
 
 TOKEN = core.ShapedArray((), np.dtype(np.int32))
@@ -82,7 +82,7 @@ def _lowering(
     **_: Any,
 ) -> Sequence[Any]:
     backend: Any = ctx.module_context.get_backend()
-    if "mpi_cuda" not in backend.platform_version:
+    if not _library.is_ours(backend):
         raise RuntimeError(
             f"mpi_cuda.{name} needs the backend mpi_cuda, and this program is compiled for "
             f"{backend.platform}: start with JAX_PLATFORMS=mpi_cuda"
@@ -96,8 +96,9 @@ def _lowering(
     call_context = ctx.replace(
         avals_in=[*avals, core.abstract_token], avals_out=[*ctx.avals_out, core.abstract_token]
     )
+    numbers = {key: np.int64(value) for key, value in attributes} | _alike.take_pending()
     call = jax_ffi.build_ffi_lowering_function(f"mpi_cuda_{name}", has_side_effect=True)(
-        call_context, *values, order, **{key: np.int64(value) for key, value in attributes}
+        call_context, *values, order, **numbers
     )
     *results, order = call.results
     tokens = jax_mlir.TokenSet({_order.effect: order})

@@ -237,3 +237,76 @@ def test_several_launches_may_wait_for_a_late_peer() -> None:
         results = [program(X + i) for i in range(count)]
     for i, result in enumerate(results):
         np.testing.assert_allclose(result, (X + i) * SIZE)
+
+
+def test_collectives_in_other_groups_on_other_ranks() -> None:
+    """Rank 0 runs three sums as 2 + 1, the others as 1 + 2; nobody waits on the wrong launch."""
+    one = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    two = jax.jit(lambda x: nt.allreduce(nt.allreduce(x, m.SUM) / SIZE, m.SUM))
+    for i in range(20):
+        x = X + i
+        if RANK == 0:
+            results = [two(x), one(x)]
+        else:
+            results = [one(x), two(x)]
+        for result in results:
+            np.testing.assert_allclose(result, x * SIZE, rtol=1e-6)
+
+
+def test_dispatch_does_not_wait_for_a_peer_that_waits_in_a_callback() -> None:
+    """The sum of every rank is dispatched, but rank 1's own is behind a callback that waits."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    program(X).block_until_ready()
+
+    def wait(x: np.ndarray) -> np.ndarray:
+        assert comm.recv(source=0) == "dispatched"
+        return x
+
+    matrix = jnp.ones((64, 64)) / 64
+    waiting = jax.jit(
+        lambda a: jax.pure_callback(wait, jax.ShapeDtypeStruct((), a.dtype), (a @ a)[0, 0])
+    )
+    comm.Barrier()
+    held = waiting(matrix) if RANK == 1 else None
+    result = program(X)
+    if RANK == 0:
+        comm.send("dispatched", 1)
+    np.testing.assert_allclose(result, X * SIZE)
+    jax.block_until_ready(held)
+
+
+def test_which_programs_are_the_same_on_every_rank() -> None:
+    """Only those may wait for their peers on the calling thread (`mpi_cuda._alike`)."""
+    if SIZE == 1:
+        return
+
+    def marked(function, *args) -> bool:
+        return "mpi_cuda_alike_" in jax.jit(function).lower(*args).as_text()
+
+    def total(x):
+        return nt.allreduce(x, m.SUM)
+
+    assert marked(lambda x: nt.bcast(total(x), 0), X)
+    assert marked(lambda x: jax.lax.fori_loop(0, 10, lambda i, y: total(y), x), X)
+    assert marked(lambda x: jax.jit(total)(x) + jax.checkpoint(total)(x), X)
+    assert not marked(lambda x: jax.lax.cond(x[0] > 0, total, lambda y: y, x), X)
+    assert not marked(lambda x: jax.lax.while_loop(lambda y: y[0] < 9, total, x), X)
+    assert not marked(lambda x: jax.lax.fori_loop(0, x[0].astype(int), lambda i, y: total(y), x), X)
+    assert not marked(lambda x: nt.sendrecv(total(x), x, RANK, RANK), X)
+    assert not marked(lambda x: nt.allreduce(total(x), m.SUM, comm=m.COMM_SELF), X)
+    assert not marked(total, jnp.ones(1 << 22))
+
+
+def test_an_error_on_the_calling_thread_is_raised_once() -> None:
+    """Whichever thread ran it: the caller sees it, and the next call is a new one."""
+    bad = jax.jit(lambda x: nt.bcast(x, SIZE))
+    for _ in range(3):
+        try:
+            bad(X).block_until_ready()
+            raise AssertionError("no error")
+        except (RuntimeError, ValueError) as error:
+            assert "root" in str(error)
+        np.testing.assert_allclose(jax.jit(lambda x: nt.allreduce(x, m.SUM))(X), X * SIZE)

@@ -1,0 +1,210 @@
+//! Which launch the ranks of a node have arrived at. Each writes a mark into memory that all of
+//! them share, and sees the others' marks without a message.
+//!
+//! A rank that sees the same mark from everybody may wait for them on the thread that dispatches,
+//! since nobody is still to dispatch what it waits for (`docs/architecture.md`, "Waiting").
+
+use std::fs::OpenOptions;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use memmap2::MmapRaw;
+
+/// How long a rank looks for the others before it takes the slower way; about what that way costs.
+const PATIENCE: Duration = Duration::from_micros(200);
+/// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks.
+const MARKS: usize = 16;
+/// One rank's marks, on cache lines of its own.
+const STRIDE: usize = MARKS * size_of::<AtomicU64>();
+/// After failures in a row a rank looks only every so many launches.
+const LONGEST_PAUSE: u32 = 64;
+
+/// The marks of all ranks of this node.
+pub struct Arrivals {
+    memory: MmapRaw,
+    rank: usize,
+    size: usize,
+    /// Launches for which we do not look.
+    pause: AtomicU32,
+    /// How many the next failure adds.
+    next_pause: AtomicU32,
+}
+
+impl Arrivals {
+    /// A number that names shared memory no other process uses. Never 0.
+    pub fn new_name() -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (std::process::id(), SystemTime::now()).hash(&mut hasher);
+        hasher.finish().max(1)
+    }
+
+    fn path(name: u64) -> PathBuf {
+        format!("/dev/shm/mpi_cuda.{name:016x}").into()
+    }
+
+    /// Makes the memory for `size` ranks; of rank 0.
+    pub fn create(name: u64, size: usize) -> io::Result<Arrivals> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(Self::path(name))?;
+        file.set_len((size * STRIDE) as u64)?;
+        Self::over(&file, 0, size)
+    }
+
+    /// Maps the memory that rank 0 made.
+    pub fn open(name: u64, rank: usize, size: usize) -> io::Result<Arrivals> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(Self::path(name))?;
+        if file.metadata()?.len() != (size * STRIDE) as u64 {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Self::over(&file, rank, size)
+    }
+
+    /// Takes the name away, once everybody has mapped the memory.
+    pub fn unlink(name: u64) {
+        // It is gone, or nobody could make it.
+        let _ = std::fs::remove_file(Self::path(name));
+    }
+
+    fn over(file: &std::fs::File, rank: usize, size: usize) -> io::Result<Arrivals> {
+        Ok(Arrivals {
+            memory: MmapRaw::map_raw(file)?,
+            rank,
+            size,
+            pause: AtomicU32::new(0),
+            next_pause: AtomicU32::new(1),
+        })
+    }
+
+    fn slot(&self, rank: usize, mark: u64) -> &AtomicU64 {
+        let index = rank * MARKS + mark as usize % MARKS;
+        assert!(index < self.size * MARKS);
+        // SAFETY: inside the mapping, which is page-aligned, of `size` times `STRIDE` bytes, and
+        // lives as long as `self`; everybody accesses it atomically.
+        unsafe { &*self.memory.as_mut_ptr().cast::<AtomicU64>().add(index) }
+    }
+
+    /// Says that this rank has arrived at `mark`; true if everybody else has too, soon.
+    pub fn meet(&self, mark: u64) -> bool {
+        self.slot(self.rank, mark).store(mark, Ordering::Release);
+        let pause = self.pause.load(Ordering::Relaxed);
+        if pause > 0 {
+            self.pause.store(pause - 1, Ordering::Relaxed);
+            return false;
+        }
+        let met = self.look(mark);
+        if met {
+            self.next_pause.store(1, Ordering::Relaxed);
+        } else {
+            let next = self.next_pause.load(Ordering::Relaxed);
+            self.pause.store(next, Ordering::Relaxed);
+            self.next_pause
+                .store((2 * next).min(LONGEST_PAUSE), Ordering::Relaxed);
+        }
+        met
+    }
+
+    fn look(&self, mark: u64) -> bool {
+        let here = |rank| self.slot(rank, mark).load(Ordering::Acquire) == mark;
+        soon(|| (0..self.size).all(here))
+    }
+}
+
+/// Whether `true_at_last` becomes true before this rank's patience ends.
+pub fn soon(mut true_at_last: impl FnMut() -> bool) -> bool {
+    if true_at_last() {
+        return true;
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        std::thread::yield_now();
+        if true_at_last() {
+            return true;
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    fn three() -> Vec<Arrivals> {
+        let name = Arrivals::new_name();
+        let first = Arrivals::create(name, 3).unwrap();
+        assert!(Arrivals::create(name, 3).is_err());
+        assert!(Arrivals::open(name, 1, 4).is_err());
+        let others = (1..3).map(|rank| Arrivals::open(name, rank, 3).unwrap());
+        let all = std::iter::once(first).chain(others).collect();
+        Arrivals::unlink(name);
+        assert!(Arrivals::open(name, 1, 3).is_err());
+        all
+    }
+
+    #[test]
+    fn nobody_meets_those_who_have_not_come() {
+        let ranks = three();
+        assert!(!ranks[0].meet(5));
+        assert!(!ranks[1].look(5));
+        ranks[1].slot(1, 5).store(5, Ordering::Release);
+        assert!(!ranks[0].look(5));
+        assert!(ranks[2].meet(5));
+        // The others see it now, and nobody is at another mark, even in the same slot.
+        assert!(ranks[0].look(5) && ranks[1].look(5));
+        assert!(!ranks[0].look(5 + MARKS as u64));
+    }
+
+    #[test]
+    fn who_runs_ahead_is_still_seen() {
+        let ranks = three();
+        for rank in &ranks[1..] {
+            for mark in 1..8 {
+                rank.slot(rank.rank, mark).store(mark, Ordering::Release);
+            }
+        }
+        for mark in 1..8 {
+            assert!(ranks[0].meet(mark));
+        }
+    }
+
+    #[test]
+    fn failures_make_it_look_less_often() {
+        let ranks = three();
+        let looked = |mark| {
+            let before = ranks[0].pause.load(Ordering::Relaxed);
+            ranks[0].meet(mark);
+            before == 0
+        };
+        let times = (1..1000).filter(|&mark| looked(mark)).count();
+        assert!((10..30).contains(&times), "{times}");
+    }
+
+    #[test]
+    fn ranks_in_step_meet_every_time() {
+        let (ranks, barrier) = (three(), Barrier::new(3));
+        std::thread::scope(|scope| {
+            for rank in &ranks {
+                let barrier = &barrier;
+                scope.spawn(move || {
+                    for mark in 1..50 {
+                        rank.slot(rank.rank, mark).store(mark, Ordering::Release);
+                        barrier.wait();
+                        assert!(rank.look(mark));
+                        barrier.wait();
+                    }
+                });
+            }
+        });
+    }
+}
