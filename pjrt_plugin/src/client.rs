@@ -12,7 +12,7 @@ use crate::config::{Config, Device, MAX_WORLD, Topology};
 use crate::error::Error;
 use crate::ffi;
 use crate::plugin::{config_with, plugin, start_world};
-use crate::{gate, xla_flags};
+use crate::{gate, nested, xla_flags};
 
 /// What we know of a client; the handle the framework has is the inner plugin's.
 pub struct Client {
@@ -20,6 +20,8 @@ pub struct Client {
     pub handle: *mut PJRT_Client,
     /// Rank of this process as the framework sees it (0 in the local topology).
     pub rank: i32,
+    /// Number of devices: that of the ranks, or 1 in the local topology.
+    pub size: i32,
     /// The memories of this rank's device.
     pub memories: Vec<*mut PJRT_Memory>,
     /// Owner rank of every device and memory, by address.
@@ -89,27 +91,36 @@ pub unsafe extern "C" fn create(args: *mut PJRT_Client_Create_Args) -> *mut PJRT
                  MPI_CUDA_TOPOLOGY=local, which has no limit"
             )));
         }
-        let mut inner_args = new_args::<PJRT_Client_Create_Args>();
-        let mut count = new_args::<PJRT_NamedValue>();
-        const NAME: &str = "cpu_device_count";
-        count.name = NAME.as_ptr().cast();
-        count.name_size = NAME.len();
-        count.type_ = PJRT_NamedValue_kInt64;
-        count.__bindgen_anon_1.int64_value = i64::from(size);
-        count.value_size = 1;
-        let mut all = passed_on;
-        all.push(count);
-        inner_args.create_options = all.as_ptr();
-        inner_args.num_options = all.len();
-        // SAFETY: valid arguments; the inner plugin copies the options.
-        unsafe { call(plugin().inner.api().PJRT_Client_Create, &mut inner_args) }?;
-        // SAFETY: the inner client was just made.
-        let client = unsafe { describe(inner_args.client, rank, size) }?;
+        let client = create_inner(rank, size, passed_on)?;
+        args.client = client.handle;
         plugin().clients.write().push(Arc::new(client));
-        ffi::register_all()?;
-        args.client = inner_args.client;
-        Ok(())
+        ffi::register_all()
     })
+}
+
+/// Makes an inner client with a device for every rank.
+pub fn create_inner(
+    rank: i32,
+    size: i32,
+    mut options: Vec<PJRT_NamedValue>,
+) -> Result<Client, Error> {
+    let mut count = new_args::<PJRT_NamedValue>();
+    const NAME: &str = "cpu_device_count";
+    count.name = NAME.as_ptr().cast();
+    count.name_size = NAME.len();
+    count.type_ = PJRT_NamedValue_kInt64;
+    count.__bindgen_anon_1.int64_value = i64::from(size);
+    count.value_size = 1;
+    options.push(count);
+    let mut args = new_args::<PJRT_Client_Create_Args>();
+    args.create_options = options.as_ptr();
+    args.num_options = options.len();
+    // SAFETY: valid arguments; the inner plugin copies the options, and `describe` reads the
+    // client just made.
+    unsafe {
+        call(plugin().inner.api().PJRT_Client_Create, &mut args)?;
+        describe(args.client, rank, size)
+    }
 }
 
 /// Which plugin is wrapped was decided when the framework asked for the table; options that agree
@@ -249,6 +260,7 @@ unsafe fn describe(handle: *mut PJRT_Client, rank: i32, size: i32) -> Result<Cli
     Ok(Client {
         handle,
         rank,
+        size,
         memories,
         owners,
         addressable,
@@ -270,6 +282,7 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_Client_Destroy_Args) -> *mut PJ
         }
         if let Some(client) = find(handle) {
             client.gate.destroy();
+            nested::destroy_all();
             plugin()
                 .clients
                 .write()

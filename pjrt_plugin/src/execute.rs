@@ -17,6 +17,7 @@ use crate::client;
 use crate::context;
 use crate::error::Error;
 use crate::events;
+use crate::nested;
 use crate::plugin::{plugin, world};
 
 /// What we know of a loaded executable that has operations of ours or host callbacks.
@@ -78,6 +79,7 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_LoadedExecutable_Destroy_Args) 
         // SAFETY: the framework passes valid arguments. Addresses are reused, so forget first.
         unsafe {
             PROGRAMS.write().remove(&((*args).executable as usize));
+            nested::forget((*args).executable);
             call(plugin().inner.api().PJRT_LoadedExecutable_Destroy, args)
         }
     })
@@ -85,19 +87,15 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_LoadedExecutable_Destroy_Args) 
 
 /// `PJRT_LoadedExecutable_Execute`
 pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) -> *mut PJRT_Error {
-    if IN_BACKGROUND.get() {
-        // XLA would queue it behind the program that waits for this callback.
-        return Error::unimplemented(
-            "mpi_cuda: a host callback started a JAX program while its own program runs in the \
-             background, which would wait for itself: use numpy in callbacks, not jax.numpy",
-        )
-        .into_raw();
-    }
     // SAFETY: the framework passes valid arguments.
     let (program, context) = unsafe {
         let program = PROGRAMS.read().get(&((*args).executable as usize)).copied();
         (program, (*(*args).options).context)
     };
+    if IN_BACKGROUND.get() {
+        // SAFETY: as above.
+        return boundary::pjrt(|| unsafe { launch_in_background(&mut *args, program) });
+    }
     match program {
         None => match plugin().inner.api().PJRT_LoadedExecutable_Execute {
             // SAFETY: passed through.
@@ -120,6 +118,36 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
             launch_operations(&mut *args, program, context::hold(context))
         }),
     }
+}
+
+/// Runs what a callback launches while its own program is in the background: to the end, here.
+///
+/// # Safety
+/// The arguments must be valid.
+unsafe fn launch_in_background(
+    args: &mut PJRT_LoadedExecutable_Execute_Args,
+    program: Option<Program>,
+) -> Result<(), Error> {
+    let with_callbacks = program.is_some_and(|program| program.callbacks);
+    let mut own = None;
+    let ticket = match (program, world()) {
+        (Some(program), Some(world)) if program.operations => {
+            CALLBACK_OF.get().unwrap_or_else(|| {
+                let ticket = world.engine.issue_ticket();
+                own = Some(InFlight(ticket));
+                ticket
+            })
+        }
+        _ => Ticket(0),
+    };
+    // SAFETY: as the caller promises.
+    let result = unsafe {
+        with_launch_id(args, ticket.0 as i32, |args| {
+            nested::execute(args, with_callbacks)
+        })
+    };
+    drop(own);
+    result
 }
 
 /// Launches a program with operations, under a ticket.

@@ -24,6 +24,7 @@ mod ffi;
 mod fork;
 mod gate;
 mod inner;
+mod nested;
 mod plugin;
 mod status;
 mod topology;

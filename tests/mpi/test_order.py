@@ -94,6 +94,27 @@ def test_callback_between_operations_runs_between_them() -> None:
     assert log == ["callback"]
 
 
+def test_a_callback_in_the_background_communicates_through_jax() -> None:
+    """What it launches belongs to its own program's place in the order."""
+    total = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+
+    def callback(x: np.ndarray) -> np.ndarray:
+        return np.asarray(total(jnp.asarray(x)) * 2)
+
+    @jax.jit
+    def program(a):
+        y = nt.allreduce(a @ a, m.SUM)
+        z = jax.pure_callback(callback, jax.ShapeDtypeStruct(a.shape, a.dtype), y)
+        return nt.allreduce(z, m.SUM)
+
+    a = jnp.eye(64)
+    results = [program(a) for _ in range(3)]
+    after = total(a)
+    for result in results:
+        np.testing.assert_allclose(result, np.eye(64) * 2 * SIZE**3)
+    np.testing.assert_allclose(after, np.eye(64) * SIZE)
+
+
 def test_a_function_called_twice_and_nested_jit() -> None:
     @jax.jit
     def talk(x):

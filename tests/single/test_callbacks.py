@@ -168,17 +168,72 @@ def test_callback_that_uses_jax() -> None:
     np.testing.assert_allclose(y, np.asarray(X) @ np.ones((3, 2)))
 
 
-def test_callback_that_uses_jax_in_the_background_is_refused_not_hung() -> None:
-    """XLA would queue its program behind the one that waits for the callback."""
+MATRIX = jnp.eye(256) * 2
 
-    def callback(x):
-        return np.asarray(jnp.asarray(np.asarray(x)) @ np.ones((256, 256), np.float32))
+
+def in_background(callback, *results):
+    """A program that XLA does not run on the calling thread, with `callback` inside."""
 
     def program(x):
-        return jax.pure_callback(callback, shape_of(x), x @ x) @ x
+        return jax.pure_callback(callback, results or shape_of(x), x @ x)
 
-    with pytest.raises(Exception, match="use numpy in callbacks"):
-        jax.jit(program)(jnp.ones((256, 256))).block_until_ready()
+    return jax.jit(program)
+
+
+def test_callback_that_uses_jax_in_the_background() -> None:
+    """XLA alone would queue its programs behind the one that waits for the callback."""
+    stale = jnp.full((4,), 3.0)
+
+    def callback(x):
+        small = jnp.sum(x) + stale[0]
+        large = x @ x
+        return np.asarray(large + small)
+
+    expected = np.eye(256) * 16 + 4 * 256 + 3
+    for _ in range(3):
+        np.testing.assert_allclose(in_background(callback)(MATRIX), expected)
+
+
+def test_what_a_callback_computes_in_the_background_can_be_used_after_it() -> None:
+    kept: list[jax.Array] = []
+    add = jax.jit(lambda a: (a + 1, a[:0], jnp.int8(3), a.astype(jnp.bfloat16)))
+
+    def callback(x):
+        kept.extend(add(jnp.asarray(x)))
+        return x
+
+    in_background(callback)(MATRIX).block_until_ready()
+    total = jax.jit(lambda a: a.sum())(kept[0])
+    assert float(total) == 4 * 256 + 256**2
+    assert kept[1].shape == (0, 256) and int(kept[2]) == 3 and kept[3].dtype == jnp.bfloat16
+    del kept[:]
+
+
+def test_callbacks_in_callbacks_in_the_background() -> None:
+    depths: list[int] = []
+
+    def callback(x, depth):
+        depths.append(depth)
+        if depth == 4:
+            return np.asarray(jnp.asarray(x) + 1)
+        inner = in_background(lambda y: callback(y, depth + 1))
+        return np.asarray(inner(jnp.asarray(x)) * 1.0)
+
+    result = in_background(lambda x: callback(x, 0))(jnp.eye(256))
+    np.testing.assert_array_equal(result, np.eye(256) + 1)
+    assert depths == [0, 1, 2, 3, 4]
+
+
+def test_an_error_in_what_a_callback_computes_in_the_background() -> None:
+    def failing(x):
+        raise ValueError("innermost")
+
+    def callback(x):
+        return np.asarray(in_background(failing)(jnp.asarray(x)))
+
+    with pytest.raises(Exception, match="innermost"):
+        in_background(callback)(MATRIX).block_until_ready()
+    np.testing.assert_array_equal(in_background(lambda x: np.asarray(x))(MATRIX), MATRIX @ MATRIX)
 
 
 HANDLER = """
