@@ -222,18 +222,24 @@ impl Engine {
     }
 }
 
-/// A message shorter than the result would leave part of it unwritten; MPI itself reports only
-/// longer ones (MPI 4.0, section 3.2.4).
+/// A message longer than the result was not written to it, and a shorter one would leave part of it
+/// unwritten.
 fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), String> {
     if !matches!(op.kind, Kind::Recv | Kind::Sendrecv) {
         return Ok(());
     }
     let expected = op.recv.bytes();
     let arrived = usize::try_from(received.bytes).unwrap_or(0);
-    if op.source != PROC_NULL && arrived < expected && op.status == 0 {
+    let too_short = op.source != PROC_NULL && arrived < expected && op.status == 0;
+    if arrived > expected || too_short {
+        let remedy = if too_short {
+            " (pass status= to accept less)"
+        } else {
+            ""
+        };
         return Err(format!(
             "the message from rank {} with tag {} has {arrived} bytes, and the result {expected}; \
-             both sides must have the same shape and dtype (pass status= to accept less)",
+             both sides must have the same shape and dtype{remedy}",
             received.source, received.tag
         ));
     }

@@ -68,9 +68,10 @@ def test_truncation_and_short_messages() -> None:
         nt.send(jnp.arange(2.0), 1, tag=2)
     elif RANK == 1:
         with pytest.raises(
-            Exception, match=r"recv into float32\[3\] from rank 0 with tag 1 (?i:.*trunc)"
+            Exception,
+            match=r"recv into float32\[3\] from rank 0 with tag 1 .* has 20 bytes, .* 12",
         ):
-            nt.recv(X, 0, tag=1).block_until_ready()
+            nt.recv(X, 0, tag=1, status=m.Status()).block_until_ready()
         with pytest.raises(Exception, match=r"message from rank 0 with tag 2 has 8 bytes, .* 12"):
             nt.recv(X, 0, tag=2).block_until_ready()
     jax.effects_barrier()
@@ -89,17 +90,18 @@ def test_a_partial_element_keeps_what_arrived() -> None:
     jax.effects_barrier()
 
 
-def test_a_truncated_sendrecv_still_sends() -> None:
-    """Small: Open MPI 4.1.4 itself corrupts memory when a large message is truncated."""
+@pytest.mark.parametrize("size", [1 << 8, 1 << 22])
+def test_a_truncated_sendrecv_still_sends(size: int) -> None:
+    """Large, too: with a plain receive Open MPI 4.1.4 then corrupts memory."""
     if RANK < 2:
-        big, other = jnp.full(1 << 8, RANK, jnp.float32), 1 - RANK
+        big, other = jnp.full(size, RANK, jnp.float32), 1 - RANK
         template = X if RANK == 0 else big
         try:
             got = nt.sendrecv(big, template, other, other, sendtag=5, recvtag=5)
             got.block_until_ready()
             assert RANK == 1 and float(got[-1]) == 0
         except Exception as error:
-            assert RANK == 0 and "sendrecv" in str(error)
+            assert RANK == 0 and f"has {4 * size} bytes, and the result 12" in str(error)
 
 
 def test_an_error_nobody_reads_is_raised_at_the_barrier() -> None:

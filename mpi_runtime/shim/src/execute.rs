@@ -5,11 +5,12 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mpi::ffi;
-use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
+use mpi_shim_abi::{Datatype, Kind, ShimOp, ShimReceived};
 
+use crate::SUCCESS;
 use crate::handle::comm_from_bits;
+use crate::messages::exchange;
 use crate::reduction::reduction;
-use crate::{SUCCESS, attempt};
 
 /// Whether to give up the core while waiting; see [`mpi_shim_abi::ShimApi::set_polite`].
 pub(crate) static POLITE: AtomicBool = AtomicBool::new(false);
@@ -33,7 +34,7 @@ pub(crate) unsafe fn execute(op: &ShimOp, received: &mut ShimReceived) -> c_int 
     };
     // SAFETY: as the caller promises.
     unsafe {
-        if POLITE.load(Ordering::Relaxed) {
+        if polite() {
             politely(op, received)
         } else {
             blocking(op, received)
@@ -65,27 +66,7 @@ unsafe fn blocking(op: &ShimOp, received: &mut ShimReceived) -> c_int {
             Kind::Scatter => {
                 ffi::MPI_Scatter(send, count, kind, recv, recv_count, kind, op.dest, comm)
             }
-            Kind::Send => ffi::MPI_Send(send, count, kind, rank(op.dest), op.send_tag, comm),
-            Kind::Recv => {
-                let mut status = MaybeUninit::zeroed().assume_init();
-                let (source, tag) = (rank(op.source), tag(op.recv_tag));
-                attempt! {
-                    ffi::MPI_Recv(recv, recv_count, kind, source, tag, comm, &mut status);
-                    note(op, &status, received);
-                }
-            }
-            Kind::Sendrecv => {
-                let mut status = MaybeUninit::zeroed().assume_init();
-                let recv_kind = datatype(op.recv_datatype);
-                let (dest, source, tag) = (rank(op.dest), rank(op.source), tag(op.recv_tag));
-                attempt! {
-                    ffi::MPI_Sendrecv(
-                        send, count, kind, dest, op.send_tag, recv, recv_count, recv_kind, source,
-                        tag, comm, &mut status,
-                    );
-                    note(op, &status, received);
-                }
-            }
+            Kind::Recv | Kind::Send | Kind::Sendrecv => exchange(op, received),
         }
     }
 }
@@ -98,12 +79,10 @@ unsafe fn politely(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     let (count, recv_count) = (op.count, op.recv_count);
     let kind = datatype(op.datatype);
     let reduce = reduction(op.reduction, op.datatype);
-    // The receive is request 0 where there is one, the send the last.
-    // SAFETY: as for `blocking`; the buffers outlive the requests, which are waited for.
+    // SAFETY: as for `blocking`; the buffers outlive the request, which is waited for.
     unsafe {
-        let mut requests = [ffi::RSMPI_REQUEST_NULL; 2];
-        let request = &mut requests[0];
-        let receives = matches!(op.kind, Kind::Recv | Kind::Sendrecv);
+        let mut own_request = ffi::RSMPI_REQUEST_NULL;
+        let request = &mut own_request;
         let started = match op.kind {
             Kind::Allgather => {
                 ffi::MPI_Iallgather(send, count, kind, recv, recv_count, kind, comm, request)
@@ -130,62 +109,40 @@ unsafe fn politely(op: &ShimOp, received: &mut ShimReceived) -> c_int {
                     send, count, kind, recv, recv_count, kind, root, comm, request,
                 )
             }
-            Kind::Send => {
-                ffi::MPI_Isend(send, count, kind, rank(op.dest), op.send_tag, comm, request)
-            }
-            Kind::Recv => {
-                let (source, tag) = (rank(op.source), tag(op.recv_tag));
-                ffi::MPI_Irecv(recv, recv_count, kind, source, tag, comm, request)
-            }
-            Kind::Sendrecv => {
-                let recv_kind = datatype(op.recv_datatype);
-                let (dest, source, tag) = (rank(op.dest), rank(op.source), tag(op.recv_tag));
-                let code = ffi::MPI_Irecv(recv, recv_count, recv_kind, source, tag, comm, request);
-                if code != SUCCESS {
-                    return code;
-                }
-                let code =
-                    ffi::MPI_Isend(send, count, kind, dest, op.send_tag, comm, &mut requests[1]);
-                if code != SUCCESS {
-                    // The receive must not outlive its buffer.
-                    ffi::MPI_Cancel(&mut requests[0]);
-                    let mut cancelled = MaybeUninit::zeroed().assume_init();
-                    wait(&mut requests[0], &mut cancelled);
-                }
-                code
-            }
+            Kind::Recv | Kind::Send | Kind::Sendrecv => return exchange(op, received),
         };
         if started != SUCCESS {
             return started;
         }
-        // Both are waited for, whatever happens to the first: the buffers belong to MPI until then.
-        let (mut status, mut own) = (
-            MaybeUninit::zeroed().assume_init(),
-            MaybeUninit::zeroed().assume_init(),
-        );
-        let first = wait(&mut requests[0], &mut status);
-        let second = wait(&mut requests[1], &mut own);
-        if first != SUCCESS || second != SUCCESS {
-            return if first == SUCCESS { second } else { first };
-        }
-        if receives {
-            note(op, &status, received)
-        } else {
-            SUCCESS
-        }
+        let mut status = MaybeUninit::zeroed().assume_init();
+        wait(request, &mut status)
     }
+}
+
+/// Whether to give up the core while waiting.
+pub(crate) fn polite() -> bool {
+    POLITE.load(Ordering::Relaxed)
 }
 
 /// Tests until the request is complete, giving up the core between tests.
 ///
 /// # Safety
 /// The request must be live or null.
-unsafe fn wait(request: &mut ffi::MPI_Request, status: &mut ffi::MPI_Status) -> c_int {
+pub(crate) unsafe fn wait(request: &mut ffi::MPI_Request, status: &mut ffi::MPI_Status) -> c_int {
+    if !polite() {
+        // SAFETY: as the caller promises.
+        return unsafe { ffi::MPI_Wait(request, status) };
+    }
+    // SAFETY: as the caller promises.
+    until(|done| unsafe { ffi::MPI_Test(request, done, status) })
+}
+
+/// Calls `test` until it fails or sets its flag, giving up the core between calls.
+pub(crate) fn until(mut test: impl FnMut(&mut c_int) -> c_int) -> c_int {
     let mut tests = 0;
     loop {
         let mut done = 0;
-        // SAFETY: as the caller promises.
-        let code = unsafe { ffi::MPI_Test(request, &mut done, status) };
+        let code = test(&mut done);
         if code != SUCCESS || done != 0 {
             return code;
         }
@@ -204,50 +161,6 @@ fn bcast_buffer(op: &ShimOp) -> *mut c_void {
     } else {
         op.recv
     }
-}
-
-/// Reads what was received and hands the status to the user who asked for it.
-///
-/// # Safety
-/// `status` must be filled by a receive; `op.status` null or an `MPI_Status`.
-unsafe fn note(op: &ShimOp, status: &ffi::MPI_Status, received: &mut ShimReceived) -> c_int {
-    let mut count = 0;
-    // Counted in bytes: a partial element would make MPI say nothing at all.
-    // SAFETY: as the caller promises.
-    unsafe {
-        attempt! {
-            ffi::MPI_Get_count(status, ffi::RSMPI_UINT8_T, &mut count);
-        };
-        if !op.status.is_null() {
-            op.status.cast::<ffi::MPI_Status>().write_unaligned(*status);
-        }
-    }
-    let bytes = if count == ffi::MPI_UNDEFINED {
-        -1
-    } else {
-        i64::from(count)
-    };
-    *received = ShimReceived {
-        source: status.MPI_SOURCE,
-        tag: status.MPI_TAG,
-        bytes,
-    };
-    if op.source == PROC_NULL {
-        received.source = -1;
-    }
-    SUCCESS
-}
-
-fn rank(rank: i32) -> c_int {
-    match rank {
-        ANY => ffi::MPI_ANY_SOURCE,
-        PROC_NULL => ffi::MPI_PROC_NULL,
-        rank => rank,
-    }
-}
-
-fn tag(tag: i32) -> c_int {
-    if tag == ANY { ffi::MPI_ANY_TAG } else { tag }
 }
 
 pub(crate) fn datatype(datatype: Datatype) -> ffi::MPI_Datatype {

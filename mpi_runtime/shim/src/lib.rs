@@ -12,6 +12,7 @@ use mpi_shim_abi::{ABI_VERSION, CommDeleted, ShimApi, ShimOp, ShimReceived};
 
 mod execute;
 mod handle;
+mod messages;
 mod reduction;
 
 use handle::{comm_from_bits, comm_to_bits};

@@ -70,6 +70,19 @@ pub enum Datatype {
     C128,
 }
 
+impl Datatype {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Datatype::Bool | Datatype::I8 | Datatype::U8 => 1,
+            Datatype::I16 | Datatype::U16 => 2,
+            Datatype::I32 | Datatype::U32 | Datatype::F32 => 4,
+            Datatype::I64 | Datatype::U64 | Datatype::F64 | Datatype::C64 => 8,
+            Datatype::C128 => 16,
+        }
+    }
+}
+
 /// Predefined reductions (MPI 4.0, section 6.9.2).
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -129,7 +142,7 @@ pub struct ShimReceived {
     pub source: i32,
     /// Tag it was sent with.
     pub tag: i32,
-    /// Bytes that arrived; −1 if unknown.
+    /// Bytes that arrived. If they are more than the buffer has, nothing was written to it.
     pub bytes: i64,
 }
 

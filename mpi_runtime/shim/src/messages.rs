@@ -1,0 +1,158 @@
+//! Messages between two ranks. Every receive matches its message first (MPI 4.0, section 3.8.2) and
+//! so knows its length before a byte is written: Open MPI 4.1 corrupts memory when a large
+//! message is longer than the buffer, and MPI's own error does not say how long it was.
+
+use std::ffi::c_int;
+use std::mem::MaybeUninit;
+
+use mpi::ffi;
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
+
+use crate::execute::{datatype, polite, wait};
+use crate::handle::comm_from_bits;
+use crate::{SUCCESS, attempt};
+
+/// Executes a send, a receive or both.
+///
+/// # Safety
+/// As for [`crate::execute::execute`].
+pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int {
+    // SAFETY: as the caller promises; the buffers outlive the request, which is waited for.
+    unsafe {
+        if op.kind == Kind::Send && !polite() {
+            return ffi::MPI_Send(
+                op.send,
+                op.count,
+                datatype(op.datatype),
+                rank(op.dest),
+                op.send_tag,
+                comm_from_bits(op.comm),
+            );
+        }
+        let mut sending = ffi::RSMPI_REQUEST_NULL;
+        if op.kind != Kind::Recv {
+            attempt! {
+                ffi::MPI_Isend(
+                    op.send,
+                    op.count,
+                    datatype(op.datatype),
+                    rank(op.dest),
+                    op.send_tag,
+                    comm_from_bits(op.comm),
+                    &mut sending,
+                );
+            };
+        }
+        let receiving = if op.kind == Kind::Send {
+            SUCCESS
+        } else {
+            receive(op, received)
+        };
+        // Whatever happened: the buffer is MPI's until the send is complete.
+        let mut status = MaybeUninit::zeroed().assume_init();
+        let sent = wait(&mut sending, &mut status);
+        if receiving == SUCCESS {
+            sent
+        } else {
+            receiving
+        }
+    }
+}
+
+/// Receives into the buffer of `op`; a longer message is taken out of the way, and only `received`
+/// tells of it.
+///
+/// # Safety
+/// As for [`exchange`].
+unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
+    let element = if op.kind == Kind::Sendrecv {
+        op.recv_datatype
+    } else {
+        op.datatype
+    };
+    let capacity = i64::from(op.recv_count) * element.size() as i64;
+    // SAFETY: as the caller promises; a matched message is received once.
+    unsafe {
+        let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
+        let mut message: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
+        let mut length: ffi::MPI_Count = 0;
+        attempt! {
+            find(op, &mut message, &mut status);
+            ffi::MPI_Get_elements_x(&status, ffi::RSMPI_UINT8_T, &mut length);
+        };
+        // Debian's two MPIs disagree on the C type of a count.
+        #[allow(clippy::useless_conversion)]
+        let length = i64::from(length);
+        if length > capacity {
+            // In elements, so that messages of more than 2 GiB can be taken too; a rest that is no
+            // whole element needs one more.
+            let size = element.size() as i64;
+            let elements = (length + size - 1) / size;
+            let mut spill = Vec::<u64>::with_capacity((elements * size) as usize / 8 + 1);
+            let count = c_int::try_from(elements).unwrap_or(c_int::MAX);
+            let mut request = ffi::RSMPI_REQUEST_NULL;
+            attempt! {
+                ffi::MPI_Imrecv(
+                    spill.as_mut_ptr().cast(), count, datatype(element), &mut message, &mut request,
+                );
+                wait(&mut request, &mut status);
+            };
+        } else if polite() {
+            let mut request = ffi::RSMPI_REQUEST_NULL;
+            attempt! {
+                ffi::MPI_Imrecv(
+                    op.recv, op.recv_count, datatype(element), &mut message, &mut request,
+                );
+                wait(&mut request, &mut status);
+            };
+        } else {
+            attempt! {
+                ffi::MPI_Mrecv(
+                    op.recv, op.recv_count, datatype(element), &mut message, &mut status,
+                );
+            };
+        }
+        if !op.status.is_null() {
+            op.status.cast::<ffi::MPI_Status>().write_unaligned(status);
+        }
+        *received = ShimReceived {
+            source: if op.source == PROC_NULL {
+                -1
+            } else {
+                status.MPI_SOURCE
+            },
+            tag: status.MPI_TAG,
+            bytes: length,
+        };
+    }
+    SUCCESS
+}
+
+/// Waits for a message that matches, and takes it out of the queue.
+///
+/// # Safety
+/// The communicator must be live.
+unsafe fn find(op: &ShimOp, message: &mut ffi::MPI_Message, status: &mut ffi::MPI_Status) -> c_int {
+    let comm = comm_from_bits(op.comm);
+    let (source, tag) = (rank(op.source), tag(op.recv_tag));
+    if !polite() {
+        // SAFETY: as the caller promises.
+        return unsafe { ffi::MPI_Mprobe(source, tag, comm, message, status) };
+    }
+    crate::execute::until(|found| {
+        // SAFETY: as above.
+        unsafe { ffi::MPI_Improbe(source, tag, comm, found, message, status) }
+    })
+}
+
+fn rank(rank: i32) -> c_int {
+    match rank {
+        ANY => ffi::MPI_ANY_SOURCE,
+        PROC_NULL => ffi::MPI_PROC_NULL,
+        rank => rank,
+    }
+}
+
+fn tag(tag: i32) -> c_int {
+    if tag == ANY { ffi::MPI_ANY_TAG } else { tag }
+}
