@@ -19,9 +19,32 @@ const PATIENCE: Duration = Duration::from_micros(200);
 /// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks.
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
-const STRIDE: usize = MARKS * size_of::<AtomicU64>();
+const STRIDE: usize = MARKS * size_of::<Arrival>();
 /// After failures in a row a rank looks only every so many launches.
 const LONGEST_PAUSE: u32 = 64;
+
+/// One rank's arrival at one launch; all zero bytes mean none.
+#[repr(C)]
+struct Arrival {
+    mark: AtomicU64,
+    balance: AtomicU64,
+}
+
+impl Arrival {
+    fn write(&self, mark: u64, balance: u64) {
+        // Who reads meanwhile sees no mark, or the old one with its balance.
+        self.mark.store(0, Ordering::SeqCst);
+        self.balance.store(balance, Ordering::SeqCst);
+        self.mark.store(mark, Ordering::SeqCst);
+    }
+
+    /// The balance, if this is the arrival at `mark`.
+    fn read(&self, mark: u64) -> Option<u64> {
+        let is_there = || self.mark.load(Ordering::SeqCst) == mark;
+        let balance = is_there().then(|| self.balance.load(Ordering::SeqCst))?;
+        is_there().then_some(balance)
+    }
+}
 
 /// The marks of all ranks of this node.
 pub struct Arrivals {
@@ -86,17 +109,18 @@ impl Arrivals {
         })
     }
 
-    fn slot(&self, rank: usize, mark: u64) -> &AtomicU64 {
+    fn slot(&self, rank: usize, mark: u64) -> &Arrival {
         let index = rank * MARKS + mark as usize % MARKS;
         assert!(index < self.size * MARKS);
         // SAFETY: inside the mapping, which is page-aligned, of `size` times `STRIDE` bytes, and
         // lives as long as `self`; everybody accesses it atomically.
-        unsafe { &*self.memory.as_mut_ptr().cast::<AtomicU64>().add(index) }
+        unsafe { &*self.memory.as_mut_ptr().cast::<Arrival>().add(index) }
     }
 
-    /// Says that this rank has arrived at `mark`; true if everybody else has too, soon.
-    pub fn meet(&self, mark: u64) -> bool {
-        self.slot(self.rank, mark).store(mark, Ordering::Release);
+    /// Says that this rank has arrived at `mark`, which is not 0; true if everybody else has too,
+    /// soon, and all balances add up to 0.
+    pub fn meet(&self, mark: u64, balance: u64) -> bool {
+        self.slot(self.rank, mark).write(mark, balance);
         let pause = self.pause.load(Ordering::Relaxed);
         if pause > 0 {
             self.pause.store(pause - 1, Ordering::Relaxed);
@@ -115,8 +139,13 @@ impl Arrivals {
     }
 
     fn look(&self, mark: u64) -> bool {
-        let here = |rank| self.slot(rank, mark).load(Ordering::Acquire) == mark;
-        soon(|| (0..self.size).all(here))
+        let mut sum = None;
+        soon(|| {
+            sum = (0..self.size).try_fold(0u64, |sum, rank| {
+                Some(sum.wrapping_add(self.slot(rank, mark).read(mark)?))
+            });
+            sum.is_some()
+        }) && sum == Some(0)
     }
 }
 
@@ -155,11 +184,11 @@ mod tests {
     #[test]
     fn nobody_meets_those_who_have_not_come() {
         let ranks = three();
-        assert!(!ranks[0].meet(5));
+        assert!(!ranks[0].meet(5, 0));
         assert!(!ranks[1].look(5));
-        ranks[1].slot(1, 5).store(5, Ordering::Release);
+        ranks[1].slot(1, 5).write(5, 0);
         assert!(!ranks[0].look(5));
-        assert!(ranks[2].meet(5));
+        assert!(ranks[2].meet(5, 0));
         // The others see it now, and nobody is at another mark, even in the same slot.
         assert!(ranks[0].look(5) && ranks[1].look(5));
         assert!(!ranks[0].look(5 + MARKS as u64));
@@ -170,12 +199,23 @@ mod tests {
         let ranks = three();
         for rank in &ranks[1..] {
             for mark in 1..8 {
-                rank.slot(rank.rank, mark).store(mark, Ordering::Release);
+                rank.slot(rank.rank, mark).write(mark, 0);
             }
         }
         for mark in 1..8 {
-            assert!(ranks[0].meet(mark));
+            assert!(ranks[0].meet(mark, 0));
         }
+    }
+
+    #[test]
+    fn balances_must_add_up_to_nothing() {
+        let ranks = three();
+        ranks[0].slot(0, 7).write(7, 5);
+        ranks[1].slot(1, 7).write(7, 2u64.wrapping_neg());
+        assert!(!ranks[2].meet(7, 0));
+        assert!(ranks[1].slot(2, 7).read(7) == Some(0) && ranks[1].slot(2, 7).read(8).is_none());
+        ranks[2].slot(2, 7).write(7, 3u64.wrapping_neg());
+        assert!(ranks[0].look(7) && ranks[1].look(7));
     }
 
     #[test]
@@ -183,7 +223,7 @@ mod tests {
         let ranks = three();
         let looked = |mark| {
             let before = ranks[0].pause.load(Ordering::Relaxed);
-            ranks[0].meet(mark);
+            ranks[0].meet(mark, 0);
             before == 0
         };
         let times = (1..1000).filter(|&mark| looked(mark)).count();
@@ -198,7 +238,7 @@ mod tests {
                 let barrier = &barrier;
                 scope.spawn(move || {
                     for mark in 1..50 {
-                        rank.slot(rank.rank, mark).store(mark, Ordering::Release);
+                        rank.slot(rank.rank, mark).write(mark, 0);
                         barrier.wait();
                         assert!(rank.look(mark));
                         barrier.wait();

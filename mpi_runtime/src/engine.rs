@@ -26,23 +26,60 @@ thread_local! {
     static EXECUTING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A program that is the same fixed sequence of collectives of all ranks, wherever it runs.
+/// A program that is the same fixed sequence of collectives and exchanges of all ranks, wherever it
+/// runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Alike {
     /// The communicator of all of them: [`WORLD`] or [`DEFAULT`].
     pub comm: i64,
     /// The sequence, hashed.
     pub sequence: u64,
+    /// If it has exchanges: the messages that this rank sends, less those that it receives, each
+    /// hashed. Over all ranks they add up to 0 if every message sent is received.
+    pub balance: Option<u64>,
 }
 
 impl Alike {
-    /// Names the launch of this program that comes after `position` collectives; the same number
-    /// in every process. Never 0.
+    /// Names the launch of this program that comes after `position` operations; the same number in
+    /// every process. Never 0.
     fn mark(self, position: u64) -> u64 {
         let mut hasher = DefaultHasher::new();
         (self.comm, self.sequence, position).hash(&mut hasher);
         hasher.finish().max(1)
     }
+}
+
+/// What this rank has executed on one communicator of all ranks.
+#[derive(Default)]
+struct History {
+    /// Number of collectives and exchanges.
+    position: AtomicU64,
+    /// Messages sent less messages received, as in [`Alike::balance`].
+    balance: AtomicU64,
+}
+
+impl History {
+    fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
+        if !matches!(op.kind, Kind::Send | Kind::Recv) {
+            self.position.fetch_add(1, Ordering::Relaxed);
+        }
+        if matches!(op.kind, Kind::Send | Kind::Sendrecv) && op.dest != PROC_NULL {
+            self.balance
+                .fetch_add(message(rank, op.dest), Ordering::Relaxed);
+        }
+        if matches!(op.kind, Kind::Recv | Kind::Sendrecv) && received.source >= 0 {
+            self.balance
+                .fetch_sub(message(received.source, rank), Ordering::Relaxed);
+        }
+    }
+}
+
+/// A message between two ranks, hashed: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+fn message(source: i32, dest: i32) -> u64 {
+    let mut bits = (source as u64) << 32 | dest as u64;
+    bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    bits ^ (bits >> 31)
 }
 
 /// Executes operations in order. One per process.
@@ -54,8 +91,8 @@ pub struct Engine {
     pending: Arc<PendingTable>,
     /// Errors of operations that nobody may have read yet.
     unread: Mutex<Vec<OperationError>>,
-    /// Collectives executed so far on [`WORLD`] and on [`DEFAULT`].
-    positions: [AtomicU64; 2],
+    /// What was executed so far on [`WORLD`] and on [`DEFAULT`].
+    histories: [History; 2],
     /// Where the ranks meet, if all of them are on this node.
     pub(crate) arrivals: Option<Arrivals>,
 }
@@ -71,28 +108,36 @@ impl Engine {
             order: Order::default(),
             pending,
             unread: Mutex::default(),
-            positions: Default::default(),
+            histories: Default::default(),
             arrivals: None,
         }
     }
 
     /// Whether every rank has dispatched this very launch of `program` and has nothing before it
-    /// to wait for. Then the collectives in it match those of that launch everywhere, since each
-    /// rank has executed as many before, and may be waited for on the dispatching thread.
+    /// to wait for. Then what is in it matches that launch everywhere, since each rank has executed
+    /// as much before and no message is left over, and may be waited for on the dispatching thread.
     ///
     /// Call with the ticket of the launch taken, and only if its inputs are ready.
     pub fn all_have_arrived(&self, program: Alike) -> bool {
-        let (Some(arrivals), Some(position)) = (&self.arrivals, self.position(program.comm)) else {
+        let (Some(arrivals), Some(history)) = (&self.arrivals, self.history(program.comm)) else {
             return false;
         };
         // A caller that waited for a result is back a little before its launch is retired.
-        arrivals::soon(|| self.in_flight() == 1)
-            && arrivals.meet(program.mark(position.load(Ordering::Relaxed)))
+        if !arrivals::soon(|| self.in_flight() == 1) {
+            return false;
+        }
+        let balance = program.balance.map_or(0, |balance| {
+            balance.wrapping_add(history.balance.load(Ordering::Relaxed))
+        });
+        arrivals.meet(
+            program.mark(history.position.load(Ordering::Relaxed)),
+            balance,
+        )
     }
 
-    fn position(&self, comm: i64) -> Option<&AtomicU64> {
+    fn history(&self, comm: i64) -> Option<&History> {
         const { assert!(WORLD == 0 && DEFAULT == 1) };
-        self.positions.get(usize::try_from(comm).ok()?)
+        self.histories.get(usize::try_from(comm).ok()?)
     }
 
     /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.
@@ -121,11 +166,6 @@ impl Engine {
             size: comm.size,
             reason,
         };
-        if op.kind.is_collective()
-            && let Some(position) = self.position(op.comm)
-        {
-            position.fetch_add(1, Ordering::Relaxed);
-        }
         let shim_op = check::prepare(op, &comm).map_err(failed)?;
         let _pending = self.pending.enter(op, comm.name);
         let Some(shim) = &self.shim else {
@@ -135,6 +175,9 @@ impl Engine {
         let result = shim.execute(&shim_op);
         EXECUTING.set(outer);
         let received = result.map_err(|error| failed(error.0))?;
+        if let Some(history) = self.history(op.comm) {
+            history.add(op, comm.rank, &received);
+        }
         if check::returns_input(op, &comm) {
             alone::copy_through(op);
         }
@@ -267,12 +310,30 @@ mod tests {
         let mut seen = HashSet::new();
         for sequence in [1, 2, u64::MAX] {
             for comm in [WORLD, DEFAULT] {
+                let balance = None;
                 for position in 0..1000 {
-                    seen.insert(Alike { comm, sequence }.mark(position));
+                    let program = Alike {
+                        comm,
+                        sequence,
+                        balance,
+                    };
+                    seen.insert(program.mark(position));
                 }
             }
         }
         assert_eq!(seen.len(), 6000);
         assert!(!seen.contains(&0));
+    }
+
+    #[test]
+    fn messages_are_told_apart() {
+        let ranks = 0..40;
+        let all: HashSet<u64> = ranks
+            .clone()
+            .flat_map(|source| ranks.clone().map(move |dest| message(source, dest)))
+            .collect();
+        assert_eq!(all.len(), 1600);
+        let swapped = message(0, 1).wrapping_add(message(1, 0));
+        assert_ne!(swapped, message(0, 0).wrapping_add(message(1, 1)));
     }
 }

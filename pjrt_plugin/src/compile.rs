@@ -83,13 +83,21 @@ impl Contents {
     }
 }
 
-/// Reads what follows [`ALIKE_MARK`]: the communicator, `_`, and 16 hexadecimal digits.
+/// Reads what follows [`ALIKE_MARK`]: the communicator, `_`, the hash of the sequence and, if there
+/// are exchanges, `_` and their balance; both of 16 hexadecimal digits.
 fn alike(text: &[u8]) -> Option<Alike> {
-    let text = std::str::from_utf8(text.get(..18)?).ok()?;
-    let (comm, sequence) = text.split_once('_')?;
+    let number = |range| {
+        let digits = std::str::from_utf8(text.get(range)?).ok()?;
+        u64::from_str_radix(digits, 16).ok()
+    };
+    (text.get(1) == Some(&b'_')).then_some(())?;
     Some(Alike {
-        comm: comm.parse().ok()?,
-        sequence: u64::from_str_radix(sequence, 16).ok()?,
+        comm: number(0..1)? as i64,
+        sequence: number(2..18)?,
+        balance: match text.get(18) {
+            Some(b'_') => Some(number(19..35)?),
+            _ => None,
+        },
     })
 }
 
@@ -202,4 +210,28 @@ pub unsafe extern "C" fn platform_version(
         }
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_follows_the_mark() {
+        let collectives = alike(b"1_00000000000000ff\0rest").unwrap();
+        assert_eq!((collectives.comm, collectives.sequence), (1, 255));
+        assert_eq!(collectives.balance, None);
+        let exchanges = alike(b"0_00000000000000ff_fffffffffffffffe").unwrap();
+        assert_eq!((exchanges.comm, exchanges.balance), (0, Some(u64::MAX - 1)));
+        for wrong in [
+            "",
+            "1",
+            "1_0",
+            "1_00000000000000f",
+            "1_00000000000000ff_0",
+            "x_00000000000000ff",
+        ] {
+            assert_eq!(alike(wrong.as_bytes()), None);
+        }
+    }
 }

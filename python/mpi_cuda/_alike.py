@@ -1,4 +1,4 @@
-"""Which programs are the same fixed sequence of collectives on every rank.
+"""Which programs are the same fixed sequence of operations on every rank.
 
 Their calls need no change of threads: the library runs such a program on the calling thread once
 it sees that all ranks have arrived at it (`docs/architecture.md`, "Waiting"). It learns of them
@@ -7,6 +7,7 @@ from the name of an attribute on their first operation (`mark`); others are only
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 from typing import Any
@@ -14,9 +15,14 @@ from typing import Any
 import numpy as np
 from jax._src import core
 
-from mpi_cuda._arguments import DEFAULT_NUMBER, WORLD_NUMBER
+from mpi_cuda._arguments import (
+    ATTRIBUTE_ANY,
+    ATTRIBUTE_PROC_NULL,
+    DEFAULT_NUMBER,
+    WORLD_NUMBER,
+    world_comm,
+)
 
-_POINT_TO_POINT = ("recv", "send", "sendrecv")
 # What runs the program inside it exactly once.
 _CALLS = ("jit", "closed_call", "core_call", "remat2", "custom_jvp_call", "custom_vjp_call")
 # Above these a launch takes long enough that a caller would rather not wait for it.
@@ -30,51 +36,84 @@ class _Different(Exception):
     """The sequence may depend on the rank or on data."""
 
 
-def _sequence(
-    jaxpr: core.Jaxpr, effect: core.Effect, comms: set[int], total: list[int], times: int
-) -> list[Any]:
-    """The operations in `jaxpr`, which runs `times` times; `total` is their number and bytes."""
-    found: list[Any] = []
+@dataclasses.dataclass
+class _Found:
+    """What a program has, so far."""
+
+    effect: core.Effect
+    rank: int
+    comms: set[int] = dataclasses.field(default_factory=set)
+    operations: int = 0
+    bytes: int = 0
+    exchanges: int = 0
+    balance: int = 0
+
+    def add(self, eqn: core.JaxprEqn, times: int) -> Any:
+        """Notes an operation that runs `times` times; returns its place in the sequence."""
+        name = eqn.primitive.name.removeprefix("mpi_cuda_")
+        attributes = dict(eqn.params["attributes"])
+        self.comms.add(attributes["comm"])
+        self.operations += times
+        for var in (*eqn.invars, *eqn.outvars):
+            aval: Any = var.aval
+            self.bytes += times * aval.size * aval.dtype.itemsize
+        if name in ("send", "recv"):
+            raise _Different
+        if name == "sendrecv":
+            tag, recvtag = attributes["tag"], attributes["recvtag"]
+            if attributes["source"] == ATTRIBUTE_ANY or recvtag not in (tag, ATTRIBUTE_ANY):
+                raise _Different
+            # Every message sent must be one received: that adds nothing to the sum over all ranks.
+            for sign, source, dest in (
+                (1, self.rank, attributes["dest"]),
+                (-1, attributes["source"], self.rank),
+            ):
+                if ATTRIBUTE_PROC_NULL not in (source, dest):
+                    self.balance += sign * _hash((self.exchanges, source, dest))
+            self.exchanges += 1
+            attributes = {"tag": tag, "recvtag": recvtag}
+        return name, sorted(attributes.items())
+
+
+def _hash(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
+
+
+def _sequence(jaxpr: core.Jaxpr, found: _Found, times: int) -> list[Any]:
+    """The operations in `jaxpr`, which runs `times` times."""
+    sequence: list[Any] = []
     for eqn in jaxpr.eqns:
-        if effect not in eqn.effects:
+        if found.effect not in eqn.effects:
+            continue
+        if "attributes" in eqn.params:
+            sequence.append(found.add(eqn, times))
             continue
         name = eqn.primitive.name
-        if "attributes" in eqn.params:
-            attributes = dict(eqn.params["attributes"])
-            comms.add(attributes["comm"])
-            if name.removeprefix("mpi_cuda_") in _POINT_TO_POINT:
-                raise _Different
-            total[0] += times
-            for var in (*eqn.invars, *eqn.outvars):
-                total[1] += times * var.aval.size * var.aval.dtype.itemsize
-            found.append((name, sorted(attributes.items())))
-            continue
         inside = [
             getattr(sub, "jaxpr", sub)
             for sub in core.jaxprs_in_params(eqn.params)
-            if effect in sub.effects
+            if found.effect in sub.effects
         ]
         if len(inside) != 1 or not (name == "scan" or name in _CALLS):
             raise _Different
         length = eqn.params["length"] if name == "scan" else 1
-        found.append((length, _sequence(inside[0], effect, comms, total, times * length)))
-    return found
+        sequence.append((length, _sequence(inside[0], found, times * length)))
+    return sequence
 
 
 def mark(jaxpr: core.Jaxpr, effect: core.Effect) -> str | None:
     """The attribute's name, or None if the ranks may differ. `effect` is that of operations."""
-    comms: set[int] = set()
-    total = [0, 0]
+    found = _Found(effect, world_comm(WORLD_NUMBER).rank)
     try:
-        sequence = _sequence(jaxpr, effect, comms, total, 1)
+        sequence = _sequence(jaxpr, found, 1)
     except _Different:
         return None
-    if len(comms) != 1 or not comms <= {WORLD_NUMBER, DEFAULT_NUMBER}:
+    if len(found.comms) != 1 or not found.comms <= {WORLD_NUMBER, DEFAULT_NUMBER}:
         return None
-    if total[0] > _LONGEST or total[1] > _LARGEST:
+    if found.operations > _LONGEST or found.bytes > _LARGEST:
         return None
-    digest = hashlib.blake2b(repr(sequence).encode(), digest_size=8).hexdigest()
-    return f"mpi_cuda_alike_{comms.pop()}_{digest}"
+    name = f"mpi_cuda_alike_{found.comms.pop()}_{_hash(sequence):016x}"
+    return f"{name}_{found.balance % 2**64:016x}" if found.exchanges else name
 
 
 def set_pending(name: str | None) -> None:

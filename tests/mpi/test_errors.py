@@ -105,10 +105,11 @@ def test_a_truncated_sendrecv_still_sends(size: int) -> None:
 
 
 def test_an_error_nobody_reads_is_raised_at_the_barrier() -> None:
-    # With a message in it, it is not run on the calling thread, which would raise at once.
+    # With a send in it, it is not run on the calling thread, which would raise at once.
     @jax.jit
     def program(x):
-        nt.allreduce(nt.sendrecv(x, x, RANK, RANK), m.BOR)
+        nt.send(x, RANK)
+        nt.allreduce(nt.recv(x, RANK), m.BOR)
 
     program(X)
     with pytest.raises(RuntimeError, match="MPI has no BOR of float32"):
@@ -119,10 +120,11 @@ def test_an_error_nobody_reads_is_raised_at_the_barrier() -> None:
 def test_an_error_nobody_reads_is_raised_at_the_next_launch() -> None:
     from mpi_cuda import _library
 
-    # With a message in it, it is not run on the calling thread, which would raise at once.
+    # With a send in it, it is not run on the calling thread, which would raise at once.
     @jax.jit
     def program(x):
-        nt.allreduce(nt.sendrecv(x, x, RANK, RANK), m.BOR)
+        nt.send(x, RANK)
+        nt.allreduce(nt.recv(x, RANK), m.BOR)
 
     program(X)
     while _library.load().mpi_cuda_in_flight():

@@ -316,9 +316,43 @@ def test_which_programs_are_the_same_on_every_rank() -> None:
     assert not marked(lambda x: jax.lax.cond(x[0] > 0, total, lambda y: y, x), X)
     assert not marked(lambda x: jax.lax.while_loop(lambda y: y[0] < 9, total, x), X)
     assert not marked(lambda x: jax.lax.fori_loop(0, x[0].astype(int), lambda i, y: total(y), x), X)
-    assert not marked(lambda x: nt.sendrecv(total(x), x, RANK, RANK), X)
+    assert marked(lambda x: nt.sendrecv(total(x), x, RANK, RANK), X)
+    assert not marked(lambda x: nt.sendrecv(x, x, m.ANY_SOURCE, RANK), X)
+    assert not marked(lambda x: nt.sendrecv(x, x, RANK, RANK, sendtag=1, recvtag=2), X)
+    assert not marked(lambda x: nt.send(x, RANK), X)
     assert not marked(lambda x: nt.allreduce(total(x), m.SUM, comm=m.COMM_SELF), X)
     assert not marked(total, jnp.ones(1 << 22))
+
+
+def test_exchanges_one_after_the_other() -> None:
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    shift = jax.jit(lambda x: nt.sendrecv(x, x, left, right))
+    back = jax.jit(lambda x: nt.sendrecv(x, x, right, left, sendtag=3, recvtag=3))
+    many = jax.jit(
+        lambda x: jax.lax.fori_loop(0, SIZE, lambda i, y: nt.sendrecv(y, y, left, right), x)
+    )
+    for i in range(50):
+        x = X + RANK + i
+        np.testing.assert_array_equal(shift(x), X + left + i)
+        np.testing.assert_array_equal(back(shift(x)), x)
+        np.testing.assert_array_equal(many(x), x)
+
+
+def test_dispatch_does_not_wait_for_a_message_of_a_later_program() -> None:
+    """Both ranks run one exchange, but what rank 0 receives is sent by a program after it."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    for i in range(5):
+        source = 1 if RANK == 0 else m.PROC_NULL
+        result = jax.jit(lambda x, s=source: nt.sendrecv(x, x, s, m.PROC_NULL))(X + i)
+        if RANK == 0:
+            comm.send("dispatched", 1)
+            np.testing.assert_array_equal(result, X - i)
+        elif RANK == 1:
+            assert comm.recv(source=0) == "dispatched"
+            nt.send(X - i, 0)
+    jax.effects_barrier()
 
 
 def test_an_error_on_the_calling_thread_is_raised_once() -> None:

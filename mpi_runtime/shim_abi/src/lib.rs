@@ -43,13 +43,6 @@ pub enum Kind {
     Sendrecv,
 }
 
-impl Kind {
-    /// Whether all ranks of the communicator take part (MPI 4.0, chapter 6).
-    pub fn is_collective(self) -> bool {
-        !matches!(self, Kind::Recv | Kind::Send | Kind::Sendrecv)
-    }
-}
-
 /// Element types MPI reduces or moves (MPI 4.0, section 3.2.2).
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -25,8 +25,7 @@ pub const TARGET_PREFIX: &str = "mpi_cuda_";
 pub const CALLBACK_MARK: &str = "_python_cpu_callback";
 
 /// What the name of an attribute begins with that says: the operations of this program are the same
-/// collectives on every rank. Then follow the communicator, `_`, and a hash of their sequence in
-/// 16 hexadecimal digits (`include/mpi_cuda.h`).
+/// on every rank (`include/mpi_cuda.h`, mpi_cuda_alike).
 pub const ALIKE_MARK: &str = "mpi_cuda_alike_";
 
 /// An FFI handler as XLA calls it (`xla/ffi/api/c_api.h`, XLA_FFI_Handler).
