@@ -111,6 +111,5 @@ fn keep_memory() {
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, THRESHOLD);
         libc::mallopt(libc::M_TRIM_THRESHOLD, THRESHOLD);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }
