@@ -360,6 +360,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--days", type=float, default=20.0, help="model days")
     parser.add_argument("--save", type=Path, help="write the final fields to this .npz")
     parser.add_argument("--pictures", type=Path, default=Path("out"), help="folder for PNG and GIF")
+    parser.add_argument("--frames", type=int, default=40, help="about so many frames of the GIF")
     parser.add_argument("--benchmark", action="store_true", help="time 500 steps, draw nothing")
     return parser.parse_args()
 
@@ -390,8 +391,7 @@ def main() -> int:
         return 0
 
     total_steps = max(1, round(arguments.days * DAY / dt))
-    frames = 40
-    chunk = max(1, total_steps // frames)
+    chunk = max(1, total_steps // max(1, arguments.frames))
     chunks = -(-total_steps // chunk)
     pictures = Pictures(grid, arguments.pictures)
     state, sums = run(state, 0)
