@@ -1,0 +1,1 @@
+"""The parts of mpi4jax inside that its tests import."""
