@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mpi_shim_abi::{Kind, PROC_NULL, ShimReceived};
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use crate::operation::Operation;
 use crate::order::{Order, Ticket};
 use crate::pending::{self, PendingTable};
 use crate::shim::Shim;
+use crate::world::WorldOptions;
 
 thread_local! {
     /// This thread is inside an operation.
@@ -93,15 +94,18 @@ pub struct Engine {
     unread: Mutex<Vec<OperationError>>,
     /// What was executed so far on [`WORLD`] and on [`DEFAULT`].
     histories: [History; 2],
+    rank: i32,
+    /// Say for each operation what served it.
+    verbose: bool,
     /// Where the ranks meet, if all of them are on this node.
     pub(crate) arrivals: Option<Arrivals>,
 }
 
 impl Engine {
-    /// An engine over `shim`, or alone in the world; warns after `warn_after`.
-    pub fn new(shim: Option<Shim>, rank: i32, warn_after: Duration) -> Engine {
+    /// An engine over `shim`, or alone in the world.
+    pub fn new(shim: Option<Shim>, rank: i32, options: &WorldOptions) -> Engine {
         let pending = Arc::new(PendingTable::default());
-        pending::watch(&pending, rank, warn_after);
+        pending::watch(&pending, rank, options.warn_after);
         Engine {
             shim,
             communicators: Communicators::default(),
@@ -109,6 +113,8 @@ impl Engine {
             pending,
             unread: Mutex::default(),
             histories: Default::default(),
+            rank,
+            verbose: options.verbose,
             arrivals: None,
         }
     }
@@ -143,8 +149,25 @@ impl Engine {
     /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.
     pub fn execute(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
-        self.run(op)
-            .inspect_err(|error| self.unread.lock().push(error.clone()))
+        let start = self.verbose.then(Instant::now);
+        let result = self.run(op);
+        if let Some(start) = start {
+            self.tell(ticket, op, start.elapsed(), result.is_ok());
+        }
+        result.inspect_err(|error| self.unread.lock().push(error.clone()))
+    }
+
+    fn tell(&self, ticket: Ticket, op: &Operation<'_>, time: Duration, done: bool) {
+        let comm = self.communicators.get(op.comm);
+        let comm = comm.map_or("an unknown communicator", |comm| comm.name);
+        let by = self.shim.map_or("no MPI", |shim| shim.family.name());
+        let end = if done { "done" } else { "failed" };
+        pending::say(&format!(
+            "mpi_cuda: rank {}, launch {}: {op} on {comm} {end} by {by} in {:.1} us",
+            self.rank,
+            ticket.0,
+            time.as_secs_f64() * 1e6
+        ));
     }
 
     fn run(&self, op: &Operation<'_>) -> Result<(), OperationError> {

@@ -25,6 +25,8 @@ pub struct WorldOptions {
     pub singleton: bool,
     /// `MPI_CUDA_WARN_AFTER`.
     pub warn_after: Duration,
+    /// `MPI_CUDA_LOG=debug`: say for each operation what served it.
+    pub verbose: bool,
 }
 
 /// This process's place among the ranks.
@@ -86,7 +88,7 @@ impl World {
                 library,
             });
         }
-        let mut engine = Engine::new(Some(shim), rank, options.warn_after);
+        let mut engine = Engine::new(Some(shim), rank, options);
         let names = [
             ("COMM_WORLD", WORLD),
             ("the default communicator", DEFAULT),
@@ -142,7 +144,7 @@ impl World {
 
     /// A world of size 1 without MPI.
     fn alone(options: &WorldOptions) -> World {
-        let engine = Engine::new(None, 0, options.warn_after);
+        let engine = Engine::new(None, 0, options);
         for name in ["COMM_WORLD", "the default communicator", "COMM_SELF"] {
             engine.communicators.add(Communicator {
                 name,

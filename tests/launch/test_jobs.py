@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -250,3 +251,52 @@ def test_log_info_has_one_line_per_rank() -> None:
     result = job("openmpi", "import jax; jax.devices()", MPI_CUDA_LOG="info")
     lines = [line for line in result.stderr.splitlines() if line.startswith("mpi_cuda: rank")]
     assert len(lines) == 2 and all("of 2" in line and "Open MPI v4" in line for line in lines)
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_log_debug_says_what_served_each_operation(mpi: str) -> None:
+    code = "import jax.numpy as jnp, mpi_cuda as m; print(m.allreduce(jnp.ones(3), m.SUM)[0][0])"
+    result = job(mpi, code, MPI_CUDA_LOG="debug")
+    for rank in range(2):
+        said = rf"rank {rank}, launch \d+: allreduce of float32\[3\] with SUM .*done by {mpi} in"
+        assert re.search(said, result.stderr), result.stderr
+
+
+RAISING = """if True:
+    import sys, time, jax.numpy as jnp, mpi_cuda as m
+    m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+    if m.COMM_WORLD.rank == 0:
+        sys.stderr.write(f"raised at {time.time()}\\n")
+        raise ValueError
+    m.recv(jnp.ones(3), 0)[0].block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_the_job_ends_soon_after_an_exception(mpi: str) -> None:
+    """The promise is 2 s; a busy test machine gets twice that."""
+    result = job(mpi, RAISING)
+    raised = re.search(r"raised at ([\d.]+)", result.stderr)
+    assert raised and result.returncode != 0, result.stderr
+    assert time.time() - float(raised[1]) < 4
+
+
+FORKED = """if True:
+    import os, jax.numpy as jnp, mpi_cuda as m
+    m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+    child = os.fork()
+    if child == 0:
+        try:
+            m.allreduce(jnp.ones(3), m.SUM)
+        except Exception as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    print(float(m.allreduce(jnp.float32(1), m.SUM)[0]))
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_forked_child_is_refused_and_the_parent_goes_on(mpi: str) -> None:
+    result = job(mpi, FORKED)
+    assert result.returncode == 0 and twice("2.0", result), result.stderr
