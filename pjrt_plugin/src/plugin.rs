@@ -104,8 +104,8 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     Ok(WORLD.get_or_init(|| world))
 }
 
-/// Large results come from freshly mapped pages otherwise, whose faults cost more than the
-/// message: one 1 MiB allreduce took 348 to 918 µs instead of 280 to 301 (docs/measurements.md).
+/// Large results come from freshly mapped pages otherwise, whose faults cost more than the message
+/// (docs/measurements.md). No `M_TOP_PAD`: it made every small program slower.
 fn keep_memory() {
     const THRESHOLD: libc::c_int = 1 << 30;
     // SAFETY: mallopt only sets parameters of glibc's allocator (mallopt(3)).
