@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 NAME = "mpi_cuda"
@@ -23,7 +25,7 @@ def initialize() -> None:
     from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle
 
     _library.load()
-    xla_bridge.register_backend_initialization_hook(_serve_as_cpu)
+    _watch_backends(_serve_as_cpu)
     xla_bridge._nonexperimental_plugins.add(NAME)
     xla_bridge.register_plugin(
         NAME, priority=500, library_path=str(_library.LIBRARY), options=_options
@@ -39,6 +41,21 @@ def _options() -> dict[str, Any]:
 
     _library.start()
     return {}
+
+
+def _watch_backends(hook: Callable[[Any], None]) -> None:
+    """Calls `hook` with every backend that JAX makes; only some versions offer that."""
+    import jax._src.xla_bridge as xla_bridge
+
+    make = xla_bridge._init_backend
+
+    @functools.wraps(make)
+    def make_and_tell(platform: str) -> Any:
+        backend = make(platform)
+        hook(backend)
+        return backend
+
+    setattr(xla_bridge, "_init_backend", make_and_tell)  # noqa: B010
 
 
 def _serve_as_cpu(backend: Any) -> None:

@@ -92,7 +92,7 @@ def _has_host_callback(jaxpr: core.Jaxpr) -> bool:
         if "callback" in eqn.primitive.name:
             return True
         for sub in core.jaxprs_in_params(eqn.params):
-            if _has_host_callback(sub.jaxpr if isinstance(sub, core.ClosedJaxpr) else sub):
+            if _has_host_callback(getattr(sub, "jaxpr", sub)):
                 return True
     return False
 
@@ -110,7 +110,9 @@ def _hide(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     outer = core.Jaxpr(
         [], invars, outvars, [eqn], remaining, debug_info=jaxpr.debug_info, is_high=False
     )
-    return core.ClosedJaxpr(outer, ())
+    # JAX 0.12 has one class for both.
+    close: Any = getattr(core, "ClosedJaxpr", lambda jaxpr, _: jaxpr)
+    return close(outer, ())
 
 
 def install() -> None:
