@@ -46,7 +46,8 @@ extern "C" {
  * same. If the sequence has mpi_cuda_sendrecv, the name ends with _<balance> (16 digits): the sum, modulo
  * 2^64, over them of h(rank, dest, k) - h(source, rank, k), with k the place in the sequence and h any
  * good hash, the same on all ranks; PROC_NULL counts nothing. Other messages, ANY_SOURCE, and a recvtag
- * that is neither ANY_TAG nor the tag sent with must not be in such a program.
+ * that is neither ANY_TAG nor the tag sent with must not be in such a program, nor operations on other
+ * communicators, nor host callbacks.
  *
  * Where a rank receives nothing (bcast on the root, gather and reduce elsewhere), y is x.
  * Defaults: comm MPI_CUDA_COMM_DEFAULT, op MPI_CUDA_SUM, root and dest 0, tag 0,
@@ -113,7 +114,11 @@ int mpi_cuda_wait(void);
 /* Number of launches with operations that have not ended. */
 int mpi_cuda_in_flight(void);
 
-/* Ends the whole job at once with a non-zero status. */
+/* Number of launches so far that ran on the calling thread, since all ranks had arrived. */
+int mpi_cuda_launches_on_callers(void);
+
+/* Ends the whole job with a non-zero status, once the launcher has read what this rank printed (half
+ * a second at most). */
 void mpi_cuda_abort(int code);
 
 /* Waits for everything and finalizes MPI if this library initialised it. Call once, last. */

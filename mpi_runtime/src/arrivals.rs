@@ -6,7 +6,7 @@
 
 use std::fs::OpenOptions;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -16,7 +16,8 @@ use memmap2::MmapRaw;
 
 /// How long a rank looks for the others before it takes the slower way; about what that way costs.
 const PATIENCE: Duration = Duration::from_micros(200);
-/// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks.
+/// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks. A mark
+/// is a hash, and its place too: one that is overwritten early costs the slower way, no more.
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
 const STRIDE: usize = MARKS * size_of::<Arrival>();
@@ -71,13 +72,14 @@ impl Arrivals {
 
     /// Makes the memory for `size` ranks; of rank 0.
     pub fn create(name: u64, size: usize) -> io::Result<Arrivals> {
-        let file = OpenOptions::new()
+        let mut file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)
             .open(Self::path(name))?;
-        file.set_len((size * STRIDE) as u64)?;
+        // Written, not only reserved: a full /dev/shm is an error here, and a signal later.
+        file.write_all(&vec![0; size * STRIDE])?;
         Self::over(&file, 0, size)
     }
 
@@ -117,17 +119,27 @@ impl Arrivals {
         unsafe { &*self.memory.as_mut_ptr().cast::<Arrival>().add(index) }
     }
 
-    /// Says that this rank has arrived at `mark`, which is not 0; true if everybody else has too,
-    /// soon, and all balances add up to 0.
-    pub fn meet(&self, mark: u64, balance: u64) -> bool {
-        self.slot(self.rank, mark).write(mark, balance);
+    /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if everybody
+    /// else has too, soon, and all balances add up to 0.
+    pub fn meet(&self, free: impl Fn() -> bool, arrival: impl Fn() -> (u64, u64)) -> bool {
         let pause = self.pause.load(Ordering::Relaxed);
-        if pause > 0 {
-            self.pause.store(pause - 1, Ordering::Relaxed);
+        let patient = pause == 0;
+        if !(free() || patient && soon(&free)) {
+            self.note(patient, false);
             return false;
         }
-        let met = self.look(mark);
-        if met {
+        let (mark, balance) = arrival();
+        self.slot(self.rank, mark).write(mark, balance);
+        let met = patient && self.look(mark);
+        self.note(patient, met);
+        met
+    }
+
+    /// Counts successes and failures; who looked in vain looks less often.
+    fn note(&self, looked: bool, met: bool) {
+        if !looked {
+            self.pause.fetch_sub(1, Ordering::Relaxed);
+        } else if met {
             self.next_pause.store(1, Ordering::Relaxed);
         } else {
             let next = self.next_pause.load(Ordering::Relaxed);
@@ -135,7 +147,6 @@ impl Arrivals {
             self.next_pause
                 .store((2 * next).min(LONGEST_PAUSE), Ordering::Relaxed);
         }
-        met
     }
 
     fn look(&self, mark: u64) -> bool {
@@ -150,7 +161,7 @@ impl Arrivals {
 }
 
 /// Whether `true_at_last` becomes true before this rank's patience ends.
-pub fn soon(mut true_at_last: impl FnMut() -> bool) -> bool {
+fn soon(mut true_at_last: impl FnMut() -> bool) -> bool {
     if true_at_last() {
         return true;
     }
@@ -181,14 +192,29 @@ mod tests {
         all
     }
 
+    fn meet(rank: &Arrivals, mark: u64) -> bool {
+        rank.meet(|| true, || (mark, 0))
+    }
+
+    #[test]
+    fn who_is_not_free_does_not_arrive() {
+        let ranks = three();
+        for rank in &ranks[1..] {
+            rank.slot(rank.rank, 9).write(9, 0);
+        }
+        assert!(!ranks[0].meet(|| false, || (9, 0)));
+        assert!(ranks[0].slot(0, 9).read(9).is_none());
+        assert_eq!(ranks[0].pause.load(Ordering::Relaxed), 1);
+    }
+
     #[test]
     fn nobody_meets_those_who_have_not_come() {
         let ranks = three();
-        assert!(!ranks[0].meet(5, 0));
+        assert!(!meet(&ranks[0], 5));
         assert!(!ranks[1].look(5));
         ranks[1].slot(1, 5).write(5, 0);
         assert!(!ranks[0].look(5));
-        assert!(ranks[2].meet(5, 0));
+        assert!(meet(&ranks[2], 5));
         // The others see it now, and nobody is at another mark, even in the same slot.
         assert!(ranks[0].look(5) && ranks[1].look(5));
         assert!(!ranks[0].look(5 + MARKS as u64));
@@ -203,7 +229,7 @@ mod tests {
             }
         }
         for mark in 1..8 {
-            assert!(ranks[0].meet(mark, 0));
+            assert!(meet(&ranks[0], mark));
         }
     }
 
@@ -212,7 +238,7 @@ mod tests {
         let ranks = three();
         ranks[0].slot(0, 7).write(7, 5);
         ranks[1].slot(1, 7).write(7, 2u64.wrapping_neg());
-        assert!(!ranks[2].meet(7, 0));
+        assert!(!meet(&ranks[2], 7));
         assert!(ranks[1].slot(2, 7).read(7) == Some(0) && ranks[1].slot(2, 7).read(8).is_none());
         ranks[2].slot(2, 7).write(7, 3u64.wrapping_neg());
         assert!(ranks[0].look(7) && ranks[1].look(7));
@@ -223,7 +249,7 @@ mod tests {
         let ranks = three();
         let looked = |mark| {
             let before = ranks[0].pause.load(Ordering::Relaxed);
-            ranks[0].meet(mark, 0);
+            meet(&ranks[0], mark);
             before == 0
         };
         let times = (1..1000).filter(|&mark| looked(mark)).count();

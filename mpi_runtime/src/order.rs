@@ -23,19 +23,37 @@ pub struct Order {
 struct State {
     last: u32,
     in_flight: VecDeque<Ticket>,
+    /// The first of them has begun: an operation of it has had its turn.
+    first_has_begun: bool,
+}
+
+impl State {
+    fn next(&mut self) -> Ticket {
+        let mut next = self.last.wrapping_add(1);
+        while next == 0 || self.in_flight.contains(&Ticket(next)) {
+            next = next.wrapping_add(1);
+        }
+        self.last = next;
+        Ticket(next)
+    }
 }
 
 impl Order {
     /// Takes the next ticket. Whoever takes one must [`Order::retire`] it, else all stops.
     pub fn issue(&self) -> Ticket {
         let mut state = self.state.lock();
-        let mut next = state.last.wrapping_add(1);
-        while next == 0 || state.in_flight.contains(&Ticket(next)) {
-            next = next.wrapping_add(1);
-        }
-        state.last = next;
-        state.in_flight.push_back(Ticket(next));
-        Ticket(next)
+        let ticket = state.next();
+        state.in_flight.push_back(ticket);
+        ticket
+    }
+
+    /// Takes a ticket before those of all launches that have not begun.
+    pub fn issue_first(&self) -> Ticket {
+        let mut state = self.state.lock();
+        let ticket = state.next();
+        let place = usize::from(state.first_has_begun);
+        state.in_flight.insert(place, ticket);
+        ticket
     }
 
     /// Waits until every launch before `ticket` has ended. Unknown tickets do not wait.
@@ -44,6 +62,7 @@ impl Order {
         while state.in_flight.front() != Some(&ticket) && state.in_flight.contains(&ticket) {
             self.changed.wait(&mut state);
         }
+        state.first_has_begun |= state.in_flight.front() == Some(&ticket);
     }
 
     /// The launch of `ticket` has ended, or never ran.
@@ -51,6 +70,7 @@ impl Order {
         let mut state = self.state.lock();
         if let Some(position) = state.in_flight.iter().position(|other| *other == ticket) {
             state.in_flight.remove(position);
+            state.first_has_begun &= position != 0;
             self.changed.notify_all();
         }
     }
@@ -101,6 +121,22 @@ mod tests {
             .for_each(|thread| thread.join().unwrap());
         assert_eq!(*seen.lock(), tickets);
         assert_eq!(order.in_flight(), 0);
+    }
+
+    #[test]
+    fn the_first_comes_before_those_that_have_not_begun() {
+        let order = Order::default();
+        let (begun, waiting) = (order.issue(), order.issue());
+        let before_begun = order.issue_first();
+        order.wait_turn(before_begun);
+        order.retire(before_begun);
+        order.wait_turn(begun);
+        let between = order.issue_first();
+        assert_eq!(order.state.lock().in_flight, [begun, between, waiting]);
+        order.retire(begun);
+        order.wait_turn(between);
+        order.retire(between);
+        order.wait_turn(waiting);
     }
 
     #[test]

@@ -282,13 +282,17 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_Client_Destroy_Args) -> *mut PJ
         }
         if let Some(client) = find(handle) {
             client.gate.destroy();
-            nested::destroy_all();
             plugin()
                 .clients
                 .write()
                 .retain(|other| !std::ptr::eq(other.handle, handle));
         }
         // SAFETY: passed through.
-        unsafe { call(plugin().inner.api().PJRT_Client_Destroy, args) }
+        unsafe { call(plugin().inner.api().PJRT_Client_Destroy, args) }?;
+        // Its callbacks, which may have used them, have ended.
+        if plugin().clients.read().is_empty() {
+            nested::destroy_all();
+        }
+        Ok(())
     })
 }

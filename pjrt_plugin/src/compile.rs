@@ -68,7 +68,7 @@ pub unsafe extern "C" fn deserialize_and_load(
 struct Contents {
     operations: bool,
     callbacks: bool,
-    /// Its operations are the same collectives on every rank.
+    /// Its operations are the same collectives and exchanges on every rank.
     alike: Option<Alike>,
 }
 

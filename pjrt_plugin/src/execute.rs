@@ -1,5 +1,5 @@
 //! Launching programs. Those with operations of ours take a ticket, which the operations find
-//! again through the run id, and are never run on the calling thread.
+//! again through the run id; they run on the calling thread only if all ranks are there.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -29,7 +29,7 @@ pub struct Program {
     pub callbacks: bool,
     /// XLA would run it on the calling thread, where an operation must not wait for a peer.
     pub cheap: bool,
-    /// Its operations are the same collectives on every rank.
+    /// Its operations are the same collectives and exchanges on every rank.
     pub alike: Option<Alike>,
 }
 
@@ -63,9 +63,10 @@ pub fn in_callback_of<T>(run_id: i64, body: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Whether this thread runs a host callback of a launch with operations.
+/// Whether this thread runs a host callback that must not wait for launches: its own has operations,
+/// or is in the background with others queued behind it.
 pub fn in_callback() -> bool {
-    CALLBACK_OF.get().is_some()
+    CALLBACK_OF.get().is_some() || IN_BACKGROUND.get()
 }
 
 /// The ticket that a run id carries.
@@ -133,7 +134,7 @@ unsafe fn launch_in_background(
     let ticket = match (program, world()) {
         (Some(program), Some(world)) if program.operations => {
             CALLBACK_OF.get().unwrap_or_else(|| {
-                let ticket = world.engine.issue_ticket();
+                let ticket = world.engine.issue_ticket_now();
                 own = Some(InFlight(ticket));
                 ticket
             })
@@ -204,7 +205,18 @@ unsafe fn launch_operations(
         })
     };
     drop(gate);
+    if alone && program.alike.is_some() && world.size > 1 {
+        HERE.fetch_add(1, Ordering::Relaxed);
+    }
     result
+}
+
+/// Launches that ran on the calling thread because all ranks were there.
+static HERE: AtomicUsize = AtomicUsize::new(0);
+
+/// How many launches of operations ran on the thread that dispatched them.
+pub fn launches_on_callers() -> usize {
+    HERE.load(Ordering::Relaxed)
 }
 
 /// Whether this launch may wait for its peers on the calling thread: all of them have dispatched it,
@@ -239,8 +251,15 @@ fn is_ready(buffer: *mut PJRT_Buffer) -> bool {
     ready.event = event.event;
     // SAFETY: the event of the call above.
     let asked = unsafe { call(api.PJRT_Event_IsReady, &mut ready) };
+    let mut error = new_args::<PJRT_Event_Error_Args>();
+    error.event = event.event;
+    // With an error in an input XLA would run nothing, and the others would wait.
+    // SAFETY: as above; it is ready.
+    let usable = asked.is_ok()
+        && ready.is_ready
+        && unsafe { call(api.PJRT_Event_Error, &mut error) }.is_ok();
     destroy_event(event.event);
-    asked.is_ok() && ready.is_ready
+    usable
 }
 
 /// Runs `body` with a copy of the options that carries `launch_id`.
@@ -280,6 +299,9 @@ struct WithCallbacks;
 impl WithCallbacks {
     fn of(program: Program) -> Option<WithCallbacks> {
         program.callbacks.then(|| {
+            // Not while another thread makes sure that there are none.
+            let several = world().is_some_and(|world| world.size > 1);
+            let _order = several.then(|| LAUNCHING.lock());
             WITH_CALLBACKS.fetch_add(1, Ordering::AcqRel);
             WithCallbacks
         })

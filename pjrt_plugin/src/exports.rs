@@ -140,7 +140,13 @@ pub extern "C" fn mpi_cuda_in_flight() -> c_int {
     })
 }
 
-/// Ends the whole job at once with a non-zero status.
+/// Number of launches so far that ran on the calling thread, since all ranks had arrived.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_launches_on_callers() -> c_int {
+    quiet(0, || crate::execute::launches_on_callers() as c_int)
+}
+
+/// Ends the whole job with a non-zero status, once the launcher has read what this rank printed.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_abort(code: c_int) {
     quiet((), || {

@@ -54,13 +54,13 @@ pub unsafe fn execute(
         let inputs = slice(*args.argument_lists, args.num_args);
         (inputs, args.executable)
     };
-    let views: Vec<Owned> = inputs
-        .iter()
-        .map(|&buffer| {
-            wait_ready(buffer)?;
-            view(&spare.client, buffer, None).map(Owned)
-        })
-        .collect::<Result<_, _>>()?;
+    let mut in_use = Vec::with_capacity(inputs.len());
+    let mut views = Vec::with_capacity(inputs.len());
+    for &buffer in inputs {
+        wait_ready(buffer)?;
+        in_use.extend(InUse::mark(buffer));
+        views.push(Owned(view(&spare.client, buffer, None)?));
+    }
     let (executable, num_outputs) = spare.load(original)?;
     let mut outputs = vec![std::ptr::null_mut::<PJRT_Buffer>(); num_outputs];
     let arguments: Vec<_> = views.iter().map(|view| view.0).collect();
@@ -80,25 +80,31 @@ pub unsafe fn execute(
     // SAFETY: live handles, lists of the right lengths, and room for one event.
     unsafe { call(api.PJRT_LoadedExecutable_Execute, &mut own) }?;
     let ended = wait(event);
+    drop(in_use);
     let outputs: Vec<Owned> = outputs.into_iter().map(Owned).collect();
     if let Err(error) = ended {
         destroy_event(event);
         return Err(error);
     }
-    for (index, output) in outputs.into_iter().enumerate() {
-        let shared = wait_ready(output.0).and_then(|()| {
+    let shared: Result<Vec<Owned>, Error> = outputs
+        .into_iter()
+        .map(|output| {
+            wait_ready(output.0)?;
             let buffer = output.0;
-            view(&home, buffer, Some(output))
-        });
-        let shared = match shared {
-            Ok(shared) => shared,
-            Err(error) => {
-                destroy_event(event);
-                return Err(error);
-            }
-        };
+            view(&home, buffer, Some(output)).map(Owned)
+        })
+        .collect();
+    let shared = match shared {
+        Ok(shared) => shared,
+        Err(error) => {
+            destroy_event(event);
+            return Err(error);
+        }
+    };
+    for (index, output) in shared.into_iter().enumerate() {
         // SAFETY: the framework's list has room for every output.
-        unsafe { (*args.output_lists).add(index).write(shared) };
+        unsafe { (*args.output_lists).add(index).write(output.0) };
+        std::mem::forget(output);
     }
     if args.device_complete_events.is_null() {
         destroy_event(event);
@@ -219,6 +225,39 @@ impl Spare {
             result?;
             Ok(Loaded(load.loaded_executable))
         }
+    }
+}
+
+/// Keeps the memory of a buffer of the framework's, even if somebody deletes the array.
+struct InUse(*mut PJRT_Buffer);
+
+impl InUse {
+    /// None if the inner plugin cannot do that.
+    fn mark(buffer: *mut PJRT_Buffer) -> Option<InUse> {
+        let mut args = new_args::<PJRT_Buffer_IncreaseExternalReferenceCount_Args>();
+        args.buffer = buffer;
+        let increase = plugin()
+            .inner
+            .api()
+            .PJRT_Buffer_IncreaseExternalReferenceCount;
+        // SAFETY: a live buffer; the framework's call keeps the handle until it returns.
+        unsafe { call(increase, &mut args) }
+            .ok()
+            .map(|()| InUse(buffer))
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let decrease = plugin()
+            .inner
+            .api()
+            .PJRT_Buffer_DecreaseExternalReferenceCount;
+        discard(decrease, {
+            let mut args = new_args::<PJRT_Buffer_DecreaseExternalReferenceCount_Args>();
+            args.buffer = self.0;
+            args
+        });
     }
 }
 

@@ -62,18 +62,20 @@ def _scope_lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: core.Clo
     tokens = mlir.TokenSet({**dict(ctx.tokens_in.items()), **dict(inner.items())})
     consts = [mlir.ir_constant(c, aval=core.typeof(c)) for c in program.consts]
     _alike.set_pending(_alike.mark(program.jaxpr, effect))
-    results, tokens_out = mlir.jaxpr_subcomp(
-        ctx.module_context,
-        program.jaxpr,
-        ctx.name_stack,
-        tokens,
-        consts,
-        *args,
-        dim_var_values=ctx.dim_var_values,
-        const_lowering=ctx.const_lowering,
-        outer_traceback=ctx.traceback,
-    )
-    _alike.set_pending(None)
+    try:
+        results, tokens_out = mlir.jaxpr_subcomp(
+            ctx.module_context,
+            program.jaxpr,
+            ctx.name_stack,
+            tokens,
+            consts,
+            *args,
+            dim_var_values=ctx.dim_var_values,
+            const_lowering=ctx.const_lowering,
+            outer_traceback=ctx.traceback,
+        )
+    finally:
+        _alike.set_pending(None)
     others = {e: t for e, t in tokens_out.items() if e in ctx.tokens_in.effects()}
     if others:
         ctx.set_tokens_out(mlir.TokenSet(others))

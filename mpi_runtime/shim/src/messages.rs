@@ -6,7 +6,7 @@ use std::ffi::c_int;
 use std::mem::MaybeUninit;
 
 use mpi::ffi;
-use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
+use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::execute::{datatype, polite, wait};
 use crate::handle::comm_from_bits;
@@ -84,16 +84,19 @@ unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
         #[allow(clippy::useless_conversion)]
         let length = i64::from(length);
         if length > capacity {
-            // In elements, so that messages of more than 2 GiB can be taken too; a rest that is no
-            // whole element needs one more.
-            let size = element.size() as i64;
-            let elements = (length + size - 1) / size;
-            let mut spill = Vec::<u64>::with_capacity((elements * size) as usize / 8 + 1);
-            let count = c_int::try_from(elements).unwrap_or(c_int::MAX);
+            // In the largest elements, so that their number fits for whatever was sent.
+            let elements = (length as usize).div_ceil(Datatype::C128.size());
+            let mut spill = Vec::<[u64; 2]>::new();
+            let (Ok(count), Ok(())) =
+                (c_int::try_from(elements), spill.try_reserve_exact(elements))
+            else {
+                return ffi::MPI_ERR_NO_MEM as c_int;
+            };
             let mut request = ffi::RSMPI_REQUEST_NULL;
             attempt! {
                 ffi::MPI_Imrecv(
-                    spill.as_mut_ptr().cast(), count, datatype(element), &mut message, &mut request,
+                    spill.as_mut_ptr().cast(), count, datatype(Datatype::C128), &mut message,
+                    &mut request,
                 );
                 wait(&mut request, &mut status);
             };

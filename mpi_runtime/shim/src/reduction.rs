@@ -85,18 +85,22 @@ fn compare<T: Unsigned>(
     kind: ffi::MPI_Datatype,
     maximum: bool,
 ) -> ffi::MPI_Op {
-    let choose = || {
-        if is_right::<T>(predefined, kind, maximum) {
-            return Chosen(predefined);
-        }
+    let chosen = &T::chosen()[usize::from(maximum)];
+    if let Some(chosen) = chosen.get() {
+        return chosen.0;
+    }
+    let mut op = predefined;
+    if !is_right::<T>(predefined, kind, maximum) {
         let function = if maximum { larger::<T> } else { smaller::<T> };
-        let mut own = predefined;
-        // SAFETY: MPI is running; the function lives as long as the process. If it fails, `own`
-        // stays the predefined one.
-        unsafe { ffi::MPI_Op_create(Some(function as Function), 1, &mut own) };
-        Chosen(own)
-    };
-    T::chosen()[usize::from(maximum)].get_or_init(choose).0
+        // SAFETY: MPI is running; the function lives as long as the process.
+        let code = unsafe { ffi::MPI_Op_create(Some(function as Function), 1, &mut op) };
+        if code != SUCCESS {
+            // No operation at all, which MPI refuses by name (MPI_ERR_OP).
+            // SAFETY: a handle is an integer or a pointer, for which zero bytes are valid.
+            return unsafe { std::mem::zeroed() };
+        }
+    }
+    chosen.get_or_init(|| Chosen(op)).0
 }
 
 /// Whether MPI's own reduction compares without a sign.

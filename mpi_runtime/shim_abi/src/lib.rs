@@ -7,15 +7,15 @@
 //!
 //! What a shim promises: no function panics or aborts; every MPI failure comes back as the MPI
 //! error code, whose text is [`ShimApi::error_string`]; only [`ShimApi::execute`] may wait on a
-//! peer, except for [`ShimApi::comm_dup`], [`ShimApi::init`] and [`ShimApi::finalize`], which are
-//! collective at start and end.
+//! peer, except for [`ShimApi::comm_dup`], [`ShimApi::node`], [`ShimApi::init`] and
+//! [`ShimApi::finalize`], which are collective at start and end.
 
 use std::ffi::{c_char, c_int, c_void};
 
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
