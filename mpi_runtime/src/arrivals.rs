@@ -150,13 +150,13 @@ impl Arrivals {
     }
 
     fn look(&self, mark: u64) -> bool {
-        let mut sum = None;
+        // An earlier arrival may have the same mark, but then the sum is wrong, so far.
         soon(|| {
-            sum = (0..self.size).try_fold(0u64, |sum, rank| {
+            let sum = (0..self.size).try_fold(0u64, |sum, rank| {
                 Some(sum.wrapping_add(self.slot(rank, mark).read(mark)?))
             });
-            sum.is_some()
-        }) && sum == Some(0)
+            sum == Some(0)
+        })
     }
 }
 
@@ -242,6 +242,25 @@ mod tests {
         assert!(ranks[1].slot(2, 7).read(7) == Some(0) && ranks[1].slot(2, 7).read(8).is_none());
         ranks[2].slot(2, 7).write(7, 3u64.wrapping_neg());
         assert!(ranks[0].look(7) && ranks[1].look(7));
+    }
+
+    #[test]
+    fn an_earlier_arrival_with_the_same_mark_is_waited_out() {
+        let ranks = three();
+        for rank in &ranks[1..] {
+            rank.slot(rank.rank, 3).write(3, 4);
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for rank in &ranks[1..] {
+                    rank.slot(rank.rank, 3).write(3, 0);
+                }
+            });
+            // However late that thread comes.
+            while !ranks[0].look(3) {
+                ranks[0].slot(0, 3).write(3, 0);
+            }
+        });
     }
 
     #[test]
