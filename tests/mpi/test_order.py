@@ -321,7 +321,10 @@ def test_dispatch_does_not_wait_for_a_peer_that_waits_in_a_callback() -> None:
         lambda a: jax.pure_callback(wait, jax.ShapeDtypeStruct((), a.dtype), (a @ a)[0, 0])
     )
     waiting = waiting.lower(matrix).compile()
-    for _ in range(10):
+    for _ in range(5):
+        # In step for longer than the longest pause, so that rank 0 does look for the others.
+        for _ in range(70):
+            program(X).block_until_ready()
         comm.Barrier()
         held = waiting(matrix) if RANK == 1 else None
         if RANK == 0:
