@@ -11,8 +11,9 @@ use crate::call::{bytes, call, new_args, slice};
 use crate::error::Error;
 use crate::execute::{self, Program};
 use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, TARGET_PREFIX};
+use crate::handles::destroy_loaded;
 use crate::plugin::plugin;
-use crate::xla_flags::{contains, find};
+use crate::search::{contains, find};
 
 /// XLA runs a program with fewer floating-point operations on the calling thread
 /// (`xla/pjrt/cpu/cpu_client.cc`, `cheap_computation_`).
@@ -118,9 +119,7 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
         destroy.executable = get.executable;
         call(api.PJRT_Executable_Destroy, &mut destroy)?;
         if let Err(error) = several {
-            let mut destroy = new_args::<PJRT_LoadedExecutable_Destroy_Args>();
-            destroy.executable = loaded;
-            call(api.PJRT_LoadedExecutable_Destroy, &mut destroy)?;
+            destroy_loaded(loaded);
             return Err(error);
         }
         if ours.operations || ours.callbacks {

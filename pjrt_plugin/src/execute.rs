@@ -17,6 +17,7 @@ use crate::client;
 use crate::context;
 use crate::error::Error;
 use crate::events;
+use crate::handles::destroy_event;
 use crate::nested;
 use crate::plugin::{plugin, world};
 
@@ -418,14 +419,4 @@ unsafe fn copy_options(options: *const PJRT_ExecuteOptions) -> Vec<u64> {
         std::ptr::copy_nonoverlapping(options.cast::<u8>(), copy.as_mut_ptr().cast::<u8>(), size);
     }
     copy
-}
-
-fn destroy_event(event: *mut PJRT_Event) {
-    if event.is_null() {
-        return;
-    }
-    let mut args = new_args::<PJRT_Event_Destroy_Args>();
-    args.event = event;
-    // SAFETY: an event of the inner plugin that we own. A failure would leave nothing to do.
-    let _ = unsafe { call(plugin().inner.api().PJRT_Event_Destroy, &mut args) };
 }

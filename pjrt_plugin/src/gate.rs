@@ -12,6 +12,7 @@ use pjrt_sys::*;
 use crate::call::{call, new_args};
 use crate::client::Client;
 use crate::error::Error;
+use crate::handles::{destroy_buffer, destroy_event, destroy_loaded};
 use crate::plugin::plugin;
 
 /// Target of the gate's custom call.
@@ -114,27 +115,12 @@ impl Gate {
             return;
         };
         destroy_buffer(made.operand);
-        let mut args = new_args::<PJRT_LoadedExecutable_Destroy_Args>();
-        args.executable = made.executable;
-        // SAFETY: live and ours. A failure would leave nothing to do.
-        let _ = unsafe {
-            call(
-                plugin().inner.api().PJRT_LoadedExecutable_Destroy,
-                &mut args,
-            )
-        };
+        destroy_loaded(made.executable);
     }
 }
 
 // SAFETY: handles of the inner plugin, which is thread-safe.
 unsafe impl Send for Made {}
-
-fn destroy_buffer(buffer: *mut PJRT_Buffer) {
-    let mut args = new_args::<PJRT_Buffer_Destroy_Args>();
-    args.buffer = buffer;
-    // SAFETY: live and ours. A failure would leave nothing to do.
-    let _ = unsafe { call(plugin().inner.api().PJRT_Buffer_Destroy, &mut args) };
-}
 
 fn make(client: &Client) -> Result<Made, Error> {
     let api = plugin().inner.api();
@@ -163,10 +149,8 @@ fn make(client: &Client) -> Result<Made, Error> {
     unsafe {
         call(api.PJRT_Client_Compile, &mut compile)?;
         call(api.PJRT_Client_BufferFromHostBuffer, &mut operand)?;
-        let mut event = new_args::<PJRT_Event_Destroy_Args>();
-        event.event = operand.done_with_host_buffer;
-        call(api.PJRT_Event_Destroy, &mut event)?;
     }
+    destroy_event(operand.done_with_host_buffer);
     Ok(Made {
         executable: compile.executable,
         operand: operand.buffer,

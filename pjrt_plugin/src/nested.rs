@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use pjrt_sys::*;
 
-use crate::call::{Function, call, new_args, slice};
+use crate::call::{call, new_args, slice};
 use crate::client::{self, Client};
 use crate::error::Error;
+use crate::handles::{Owned, destroy_event, destroy_loaded, discard, wait, wait_ready};
 use crate::plugin::plugin;
 
 /// Callbacks in callbacks in callbacks; beyond this a program is refused.
@@ -103,8 +104,7 @@ pub unsafe fn execute(
     };
     for (index, output) in shared.into_iter().enumerate() {
         // SAFETY: the framework's list has room for every output.
-        unsafe { (*args.output_lists).add(index).write(output.0) };
-        std::mem::forget(output);
+        unsafe { (*args.output_lists).add(index).write(output.into_raw()) };
     }
     if args.device_complete_events.is_null() {
         destroy_event(event);
@@ -119,7 +119,7 @@ pub unsafe fn execute(
 pub fn forget(original: *const PJRT_LoadedExecutable) {
     for spare in SPARES.lock().iter() {
         if let Some(copy) = spare.loaded.lock().remove(&(original as usize)) {
-            destroy_loaded(copy);
+            destroy_loaded(copy.0);
         }
     }
 }
@@ -128,7 +128,7 @@ pub fn forget(original: *const PJRT_LoadedExecutable) {
 pub fn destroy_all() {
     for spare in std::mem::take(&mut *SPARES.lock()) {
         for (_, copy) in spare.loaded.lock().drain() {
-            destroy_loaded(copy);
+            destroy_loaded(copy.0);
         }
         discard(plugin().inner.api().PJRT_Client_Destroy, {
             let mut args = new_args::<PJRT_Client_Destroy_Args>();
@@ -261,22 +261,6 @@ impl Drop for InUse {
     }
 }
 
-/// A buffer that is destroyed when dropped.
-struct Owned(*mut PJRT_Buffer);
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        if self.0.is_null() {
-            return;
-        }
-        discard(plugin().inner.api().PJRT_Buffer_Destroy, {
-            let mut args = new_args::<PJRT_Buffer_Destroy_Args>();
-            args.buffer = self.0;
-            args
-        });
-    }
-}
-
 /// The same memory as `buffer`, which must be ready, on the device of `client`. `backing` is
 /// dropped when the view is gone.
 fn view(
@@ -331,43 +315,4 @@ unsafe extern "C" fn release(_: *mut c_void, backing: *mut c_void) {
             drop(unsafe { Box::from_raw(backing.cast::<Owned>()) });
         }
     });
-}
-
-fn wait_ready(buffer: *mut PJRT_Buffer) -> Result<(), Error> {
-    let mut ready = new_args::<PJRT_Buffer_ReadyEvent_Args>();
-    ready.buffer = buffer;
-    // SAFETY: a live buffer.
-    unsafe { call(plugin().inner.api().PJRT_Buffer_ReadyEvent, &mut ready) }?;
-    let result = wait(ready.event);
-    destroy_event(ready.event);
-    result
-}
-
-fn wait(event: *mut PJRT_Event) -> Result<(), Error> {
-    let mut args = new_args::<PJRT_Event_Await_Args>();
-    args.event = event;
-    // SAFETY: a live event.
-    unsafe { call(plugin().inner.api().PJRT_Event_Await, &mut args) }
-}
-
-fn destroy_event(event: *mut PJRT_Event) {
-    discard(plugin().inner.api().PJRT_Event_Destroy, {
-        let mut args = new_args::<PJRT_Event_Destroy_Args>();
-        args.event = event;
-        args
-    });
-}
-
-fn destroy_loaded(copy: Loaded) {
-    discard(plugin().inner.api().PJRT_LoadedExecutable_Destroy, {
-        let mut args = new_args::<PJRT_LoadedExecutable_Destroy_Args>();
-        args.executable = copy.0;
-        args
-    });
-}
-
-/// Destroys something of ours; a failure would leave nothing to do.
-fn discard<Args>(destroy: Function<Args>, mut args: Args) {
-    // SAFETY: the callers pass a live handle that nobody uses any more.
-    let _ = unsafe { call(destroy, &mut args) };
 }

@@ -6,6 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use crate::error::Error;
+use crate::search::contains;
 
 /// Refuses flags whose name does not occur in the inner plugin's file.
 pub fn check(plugin: &Path) -> Result<(), Error> {
@@ -52,25 +53,6 @@ fn unknown(file: &Path, names: &[String]) -> std::io::Result<Vec<String>> {
     Ok(names.iter().filter(|name| !known(name)).cloned().collect())
 }
 
-/// Whether `needle` occurs in `haystack`.
-pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    find(haystack, needle).is_some()
-}
-
-/// Where `needle` first stands in `haystack`; much faster than comparing windows.
-pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    // SAFETY: both are valid for their lengths; memmem only reads.
-    let found = unsafe {
-        libc::memmem(
-            haystack.as_ptr().cast(),
-            haystack.len(),
-            needle.as_ptr().cast(),
-            needle.len(),
-        )
-    };
-    (!found.is_null()).then(|| found as usize - haystack.as_ptr() as usize)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,10 +64,5 @@ mod tests {
             ["xla_a", "xla_b", "no"]
         );
         assert!(names("/path/to/flags").is_empty());
-    }
-
-    #[test]
-    fn bytes_are_found() {
-        assert!(contains(b"abcdef", b"cde") && !contains(b"abcdef", b"ced"));
     }
 }
