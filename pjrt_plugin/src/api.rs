@@ -84,6 +84,9 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_Client_CreateBuffersForAsyncHostToDevice = buffers::create_for_async_transfer,
         PJRT_Buffer_CopyToDevice = buffers::copy_to_device,
         PJRT_Buffer_CopyToMemory = buffers::copy_to_memory,
+        PJRT_Buffer_Destroy = buffers::destroy,
+        PJRT_Buffer_Delete = buffers::delete,
+        PJRT_Buffer_IsDeleted = buffers::is_deleted,
     }
     api
 }

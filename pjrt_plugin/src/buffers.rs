@@ -1,12 +1,16 @@
-//! Every way to create a buffer, guarded: to the inner client every device is local, and data for
-//! another rank's device would silently be lost.
+//! Buffers. Every way to create one is guarded: to the inner client every device is local, and data
+//! for another rank's device would silently be lost. And the inputs of launches that may wait for a
+//! peer are kept when the framework gives them up: a deferred launch still needs them, and the
+//! inner plugin waits for the end of the launch when a donated one is destroyed.
 
 use pjrt_sys::*;
 
 use crate::boundary;
-use crate::call::call;
+use crate::call::{call, slice};
 use crate::client;
 use crate::error::Error;
+use crate::handles::{destroy_buffer, discard};
+use crate::holds::Holds;
 use crate::plugin::plugin;
 
 /// Refuses a device or memory of another rank.
@@ -55,4 +59,93 @@ guarded! {
         PJRT_Buffer_CopyToDevice_Args: dst_device);
     copy_to_memory = PJRT_Buffer_CopyToMemory(
         PJRT_Buffer_CopyToMemory_Args: dst_memory);
+}
+
+static BUFFERS: Holds = Holds::new();
+
+/// Keeps a buffer and its content until dropped.
+pub struct Held(*mut PJRT_Buffer);
+
+// SAFETY: only an address, given back to the thread-safe inner plugin.
+unsafe impl Send for Held {}
+
+/// Keeps `buffer` until what is returned is dropped.
+pub fn hold(buffer: *mut PJRT_Buffer) -> Held {
+    BUFFERS.hold(buffer as usize);
+    Held(buffer)
+}
+
+/// Keeps the inputs of a launch.
+///
+/// # Safety
+/// The arguments must be valid.
+pub unsafe fn hold_inputs(args: &PJRT_LoadedExecutable_Execute_Args) -> Vec<Held> {
+    // SAFETY: as the caller promises; there is one device.
+    let inputs = unsafe { slice(*args.argument_lists, args.num_args) };
+    inputs.iter().map(|&buffer| hold(buffer)).collect()
+}
+
+impl Held {
+    /// The buffer.
+    pub fn handle(&self) -> *mut PJRT_Buffer {
+        self.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let postponed = BUFFERS.release(self.0 as usize);
+        if postponed.delete && !postponed.destroy {
+            discard(plugin().inner.api().PJRT_Buffer_Delete, {
+                let mut args = crate::call::new_args::<PJRT_Buffer_Delete_Args>();
+                args.buffer = self.0;
+                args
+            });
+        }
+        if postponed.destroy {
+            destroy_buffer(self.0);
+        }
+    }
+}
+
+/// Destroys a buffer, or has it destroyed when it is not held any more.
+pub fn give_up(buffer: *mut PJRT_Buffer) {
+    if !BUFFERS.postpone(buffer as usize, |postponed| postponed.destroy = true) {
+        destroy_buffer(buffer);
+    }
+}
+
+/// `PJRT_Buffer_Destroy`
+pub unsafe extern "C" fn destroy(args: *mut PJRT_Buffer_Destroy_Args) -> *mut PJRT_Error {
+    // SAFETY: the framework passes valid arguments.
+    let buffer = unsafe { (*args).buffer };
+    if BUFFERS.postpone(buffer as usize, |postponed| postponed.destroy = true) {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: passed through.
+    boundary::pjrt(|| unsafe { call(plugin().inner.api().PJRT_Buffer_Destroy, args) })
+}
+
+/// `PJRT_Buffer_Delete`
+pub unsafe extern "C" fn delete(args: *mut PJRT_Buffer_Delete_Args) -> *mut PJRT_Error {
+    // SAFETY: the framework passes valid arguments.
+    let buffer = unsafe { (*args).buffer };
+    if BUFFERS.postpone(buffer as usize, |postponed| postponed.delete = true) {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: passed through.
+    boundary::pjrt(|| unsafe { call(plugin().inner.api().PJRT_Buffer_Delete, args) })
+}
+
+/// `PJRT_Buffer_IsDeleted`
+pub unsafe extern "C" fn is_deleted(args: *mut PJRT_Buffer_IsDeleted_Args) -> *mut PJRT_Error {
+    // SAFETY: the framework passes valid arguments.
+    let buffer = unsafe { (*args).buffer };
+    if BUFFERS.postponed(buffer as usize).delete {
+        // SAFETY: as above.
+        unsafe { (*args).is_deleted = true };
+        return std::ptr::null_mut();
+    }
+    // SAFETY: passed through.
+    boundary::pjrt(|| unsafe { call(plugin().inner.api().PJRT_Buffer_IsDeleted, args) })
 }

@@ -277,6 +277,7 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_Client_Destroy_Args) -> *mut PJ
         }
         // SAFETY: the framework passes valid arguments.
         let handle = unsafe { (*args).client };
+        crate::room::wait_none_deferred();
         if let Some(world) = crate::plugin::world() {
             world.engine.wait_idle();
         }

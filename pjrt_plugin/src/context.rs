@@ -2,26 +2,15 @@
 //! launch is queued, and the inner plugin's launches refer to it until they have ended; so its
 //! destruction waits for them.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use parking_lot::Mutex;
 use pjrt_sys::*;
 
 use crate::boundary;
 use crate::call::{call, new_args};
 use crate::error::Error;
+use crate::holds::Holds;
 use crate::plugin::plugin;
 
-#[derive(Default)]
-struct Use {
-    launches: usize,
-    destroy: bool,
-}
-
-/// How many contexts are held; spares the lock where none is (JAX makes one for every launch).
-static COUNT: AtomicUsize = AtomicUsize::new(0);
-static USES: Mutex<Option<HashMap<usize, Use>>> = Mutex::new(None);
+static CONTEXTS: Holds = Holds::new();
 
 /// Keeps a context until dropped; null contexts need no keeping.
 pub struct Held(*mut PJRT_ExecuteContext);
@@ -32,35 +21,14 @@ unsafe impl Send for Held {}
 /// Keeps `context` for one launch.
 pub fn hold(context: *mut PJRT_ExecuteContext) -> Held {
     if !context.is_null() {
-        let mut uses = USES.lock();
-        let uses = uses.get_or_insert_with(HashMap::new);
-        let found = uses.entry(context as usize).or_default();
-        found.launches += 1;
-        if found.launches == 1 {
-            COUNT.fetch_add(1, Ordering::Relaxed);
-        }
+        CONTEXTS.hold(context as usize);
     }
     Held(context)
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if self.0.is_null() {
-            return;
-        }
-        let mut uses = USES.lock();
-        let Some(uses) = uses.as_mut() else { return };
-        let Some(found) = uses.get_mut(&(self.0 as usize)) else {
-            return;
-        };
-        found.launches -= 1;
-        if found.launches > 0 {
-            return;
-        }
-        let destroy_now = found.destroy;
-        COUNT.fetch_sub(1, Ordering::Relaxed);
-        uses.remove(&(self.0 as usize));
-        if destroy_now {
+        if !self.0.is_null() && CONTEXTS.release(self.0 as usize).destroy {
             // A failure would leave nothing to do but leak it.
             let _ = destroy_inner(self.0);
         }
@@ -79,11 +47,7 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_ExecuteContext_Destroy_Args) ->
     boundary::pjrt(|| {
         // SAFETY: the framework passes valid arguments.
         let context = unsafe { (*args).context };
-        if COUNT.load(Ordering::Relaxed) > 0
-            && let Some(uses) = USES.lock().as_mut()
-            && let Some(found) = uses.get_mut(&(context as usize))
-        {
-            found.destroy = true;
+        if CONTEXTS.postpone(context as usize, |postponed| postponed.destroy = true) {
             return Ok(());
         }
         destroy_inner(context)

@@ -60,6 +60,16 @@ impl Error {
         }
     }
 
+    /// Forgets the error.
+    pub fn discard(self) {
+        if let Error::Inner(error) = self {
+            let mut args = crate::call::new_args::<PJRT_Error_Destroy_Args>();
+            args.error = error;
+            // SAFETY: owned, and destroyed once.
+            unsafe { destroy(&mut args) };
+        }
+    }
+
     /// The pointer to return to the framework, which destroys it.
     pub fn into_raw(self) -> *mut PJRT_Error {
         match self {

@@ -12,14 +12,20 @@ use parking_lot::{ReentrantMutex, RwLock};
 use pjrt_sys::*;
 
 use crate::boundary;
+use crate::buffers;
 use crate::call::{call, new_args, slice};
 use crate::client;
 use crate::context;
+use crate::deferred;
 use crate::error::Error;
 use crate::events;
-use crate::handles::destroy_event;
+use crate::handles::{destroy_event, destroy_loaded};
+use crate::holds::Holds;
 use crate::nested;
+use crate::options::Options;
 use crate::plugin::{plugin, world};
+use crate::promise::End;
+use crate::room;
 
 /// What we know of a loaded executable that has operations of ours or host callbacks.
 #[derive(Clone, Copy)]
@@ -75,13 +81,51 @@ pub fn ticket_of(run_id: i64) -> Option<Ticket> {
     Some(Ticket(run_id as u32)).filter(|ticket| ticket.0 != 0)
 }
 
+/// Executables that deferred launches still need.
+static EXECUTABLES: Holds = Holds::new();
+
+/// Keeps an executable until dropped.
+pub struct Held(*mut PJRT_LoadedExecutable);
+
+/// Keeps `executable` until what is returned is dropped.
+pub fn hold(executable: *mut PJRT_LoadedExecutable) -> Held {
+    EXECUTABLES.hold(executable as usize);
+    Held(executable)
+}
+
+impl Held {
+    /// The executable.
+    pub fn handle(&self) -> *mut PJRT_LoadedExecutable {
+        self.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if EXECUTABLES.release(self.0 as usize).destroy {
+            forget(self.0);
+            destroy_loaded(self.0);
+        }
+    }
+}
+
+/// Addresses are reused, so this comes before destroying.
+fn forget(executable: *mut PJRT_LoadedExecutable) {
+    PROGRAMS.write().remove(&(executable as usize));
+    nested::forget(executable);
+    deferred::forget(executable);
+}
+
 /// `PJRT_LoadedExecutable_Destroy`
 pub unsafe extern "C" fn destroy(args: *mut PJRT_LoadedExecutable_Destroy_Args) -> *mut PJRT_Error {
     boundary::pjrt(|| {
-        // SAFETY: the framework passes valid arguments. Addresses are reused, so forget first.
+        // SAFETY: the framework passes valid arguments.
         unsafe {
-            PROGRAMS.write().remove(&((*args).executable as usize));
-            nested::forget((*args).executable);
+            let executable = (*args).executable;
+            if EXECUTABLES.postpone(executable as usize, |postponed| postponed.destroy = true) {
+                return Ok(());
+            }
+            forget(executable);
             call(plugin().inner.api().PJRT_LoadedExecutable_Destroy, args)
         }
     })
@@ -99,27 +143,101 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
         return boundary::pjrt(|| unsafe { launch_in_background(&mut *args, program) });
     }
     match program {
-        None => match plugin().inner.api().PJRT_LoadedExecutable_Execute {
+        None if !room::may_be_short() => match plugin().inner.api().PJRT_LoadedExecutable_Execute {
             // SAFETY: passed through.
             Some(function) => unsafe { function(args) },
             None => std::ptr::null_mut(),
         },
-        Some(program) if !program.operations => {
-            let completion = Completion {
-                held: context::hold(context),
-                callbacks: WithCallbacks::of(program),
-                ticket: None,
-            };
-            // SAFETY: as above. Without a ticket: JAX's own launch ids must not look like one.
+        Some(program) if program.operations => {
+            // SAFETY: as above.
             boundary::pjrt(|| unsafe {
-                with_launch_id(&mut *args, 0, |args| launch(args, completion))
+                launch_operations(&mut *args, program, context::hold(context))
             })
         }
-        // SAFETY: as above.
-        Some(program) => boundary::pjrt(|| unsafe {
-            launch_operations(&mut *args, program, context::hold(context))
-        }),
+        _ => {
+            // SAFETY: as above.
+            boundary::pjrt(|| unsafe { launch_others(&mut *args, program, context::hold(context)) })
+        }
     }
+}
+
+/// Launches a program without operations, which may have callbacks.
+///
+/// # Safety
+/// The arguments must be valid.
+unsafe fn launch_others(
+    args: &mut PJRT_LoadedExecutable_Execute_Args,
+    program: Option<Program>,
+    held: context::Held,
+) -> Result<(), Error> {
+    let callbacks = program.is_some_and(|program| program.callbacks);
+    let several = world().is_some_and(|world| world.size > 1);
+    let order = several.then(|| LAUNCHING.lock());
+    // SAFETY: valid arguments.
+    let deferred = several && unsafe { must_defer(args, 1) };
+    let completion = Completion {
+        inputs: if several && room::may_be_short() {
+            // SAFETY: valid arguments.
+            unsafe { buffers::hold_inputs(args) }
+        } else {
+            Vec::new()
+        },
+        held,
+        callbacks: callbacks.then(WithCallbacks::new),
+        ticket: None,
+        taken: several.then(|| room::Taken::new(1, callbacks)),
+        ends: Vec::new(),
+    };
+    if deferred {
+        // SAFETY: valid arguments.
+        return unsafe { defer(args, 0, completion) };
+    }
+    // Only the order of deferring matters here, and a callback may wait for another thread's launch.
+    drop(order);
+    // SAFETY: valid arguments. Without a ticket: JAX's own launch ids must not look like one.
+    unsafe { with_launch_id(args, 0, |args| launch(args, completion)) }
+}
+
+/// Whether the dispatching thread would wait for a peer, and a thread of ours can do so instead.
+/// Call with the launching lock held.
+///
+/// # Safety
+/// The arguments must be valid.
+unsafe fn must_defer(args: &PJRT_LoadedExecutable_Execute_Args, launches: usize) -> bool {
+    // The launch whose callback this is would wait for what is deferred.
+    if LAUNCHES_HERE.get() > 0 || crate::fork::is_child() || room::wait_for(launches) {
+        return false;
+    }
+    // SAFETY: as the caller promises.
+    let possible = unsafe { deferred::is_possible(args) };
+    if !possible {
+        room::wait_none_deferred();
+    }
+    possible
+}
+
+/// Defers a launch.
+///
+/// # Safety
+/// The arguments must be valid, and [`deferred::is_possible`] for them.
+unsafe fn defer(
+    args: &mut PJRT_LoadedExecutable_Execute_Args,
+    launch_id: i32,
+    mut completion: Completion,
+) -> Result<(), Error> {
+    let watched = completion.ticket.is_some() && !args.device_complete_events.is_null();
+    // SAFETY: as the caller promises; the options of `args` are valid when it runs, and the
+    // framework's event is there when it was deferred.
+    unsafe {
+        deferred::defer(args, move |args, ends| {
+            completion.ends = ends;
+            with_launch_id(args, launch_id, |args| launch(args, completion))
+        })?;
+        if watched {
+            events::watch_completion(*args.device_complete_events);
+        }
+    }
+    Ok(())
 }
 
 /// Runs what a callback launches while its own program is in the background: to the end, here.
@@ -179,6 +297,9 @@ unsafe fn launch_operations(
     }
     let _order = LAUNCHING.lock();
     let nested = CALLBACK_OF.get();
+    let launches = 1 + usize::from(program.cheap);
+    // SAFETY: valid arguments.
+    let deferred = world.size > 1 && nested.is_none() && unsafe { must_defer(args, launches) };
     let ticket = nested.unwrap_or_else(|| world.engine.issue_ticket());
     // The outer launch retires the ticket of what its callbacks launch.
     let own = if nested.is_none() {
@@ -188,23 +309,32 @@ unsafe fn launch_operations(
     };
     // Alone in the world nothing waits for a peer, and with everybody here nothing for long.
     // SAFETY: valid arguments.
-    let alone = world.size == 1 || unsafe { all_are_here(world, program, args) };
+    let alone = world.size == 1 || !deferred && unsafe { all_are_here(world, program, args) };
+    let completion = Completion {
+        inputs: if alone {
+            Vec::new()
+        } else {
+            // SAFETY: valid arguments.
+            unsafe { buffers::hold_inputs(args) }
+        },
+        held,
+        callbacks: program.callbacks.then(WithCallbacks::new),
+        ticket: own,
+        taken: (world.size > 1).then(|| room::Taken::new(launches, true)),
+        ends: Vec::new(),
+    };
+    let launch_id = ticket.0 as i32;
+    if deferred {
+        // SAFETY: valid arguments.
+        return unsafe { defer(args, launch_id, completion) };
+    }
     let gate = if program.cheap && !alone {
         shut_gate()
     } else {
         None
     };
     // SAFETY: valid arguments.
-    let result = unsafe {
-        with_launch_id(args, ticket.0 as i32, |args| {
-            let completion = Completion {
-                held,
-                callbacks: WithCallbacks::of(program),
-                ticket: own,
-            };
-            launch(args, completion)
-        })
-    };
+    let result = unsafe { with_launch_id(args, launch_id, |args| launch(args, completion)) };
     drop(gate);
     if alone && program.alike.is_some() && world.size > 1 {
         HERE.fetch_add(1, Ordering::Relaxed);
@@ -273,10 +403,9 @@ unsafe fn with_launch_id(
     body: impl FnOnce(&mut PJRT_LoadedExecutable_Execute_Args) -> Result<(), Error>,
 ) -> Result<(), Error> {
     // SAFETY: the framework's options are valid.
-    let mut options = unsafe { copy_options(args.options) };
-    // SAFETY: `copy_options` returns at least the members we know.
-    unsafe { (*options.as_mut_ptr().cast::<PJRT_ExecuteOptions>()).launch_id = launch_id };
-    let user_options = std::mem::replace(&mut args.options, options.as_mut_ptr().cast());
+    let mut options = unsafe { Options::borrow(args.options) };
+    options.get().launch_id = launch_id;
+    let user_options = std::mem::replace(&mut args.options, options.get());
     let result = body(args);
     args.options = user_options;
     result
@@ -285,10 +414,27 @@ unsafe fn with_launch_id(
 /// What a launch holds until it has ended.
 struct Completion {
     #[expect(dead_code, reason = "held for its drop")]
+    inputs: Vec<buffers::Held>,
+    #[expect(dead_code, reason = "held for its drop")]
     held: context::Held,
     #[expect(dead_code, reason = "held for its drop")]
     callbacks: Option<WithCallbacks>,
     ticket: Option<InFlight>,
+    #[expect(dead_code, reason = "held for its drop")]
+    taken: Option<room::Taken>,
+    /// What the framework waits for, if the launch was deferred.
+    ends: Vec<End>,
+}
+
+impl Completion {
+    /// The launch has ended, or failed.
+    fn reach(mut self, error: Option<&str>) {
+        let ends = std::mem::take(&mut self.ends);
+        drop(self);
+        for end in ends {
+            end.reach(error);
+        }
+    }
 }
 
 /// Launches in flight of programs with callbacks, which may wait for anything.
@@ -298,14 +444,11 @@ static WITH_CALLBACKS: AtomicUsize = AtomicUsize::new(0);
 struct WithCallbacks;
 
 impl WithCallbacks {
-    fn of(program: Program) -> Option<WithCallbacks> {
-        program.callbacks.then(|| {
-            // Not while another thread makes sure that there are none.
-            let several = world().is_some_and(|world| world.size > 1);
-            let _order = several.then(|| LAUNCHING.lock());
-            WITH_CALLBACKS.fetch_add(1, Ordering::AcqRel);
-            WithCallbacks
-        })
+    /// Call with the launching lock held if there are several ranks: not while another thread makes
+    /// sure that there are none.
+    fn new() -> WithCallbacks {
+        WITH_CALLBACKS.fetch_add(1, Ordering::AcqRel);
+        WithCallbacks
     }
 }
 
@@ -349,7 +492,10 @@ unsafe fn launch(
         .ok()
         .map(|()| unsafe { *args.device_complete_events });
     args.device_complete_events = user_events;
-    result?;
+    if let Err(error) = result {
+        completion.reach(Some(&error.to_string()));
+        return Err(error);
+    }
     let Some(event) = event else { return Ok(()) };
     if own_event.is_null() && completion.ticket.is_some() {
         events::watch_completion(event);
@@ -380,13 +526,12 @@ unsafe extern "C" fn launch_ended(error: *mut PJRT_Error, ended: *mut c_void) {
             completion,
             own_event,
         } = *unsafe { Box::from_raw(ended.cast::<Ended>()) };
-        if !error.is_null() {
-            let mut args = new_args::<PJRT_Error_Destroy_Args>();
-            args.error = error;
-            // SAFETY: the callback owns the error (`pjrt_c_api.h`, PJRT_Event_OnReadyCallback).
-            unsafe { crate::error::destroy(&mut args) };
+        // The callback owns the error (`pjrt_c_api.h`, PJRT_Event_OnReadyCallback).
+        let error = (!error.is_null()).then_some(Error::Inner(error));
+        completion.reach(error.as_ref().map(Error::to_string).as_deref());
+        if let Some(error) = error {
+            error.discard();
         }
-        drop(completion);
         destroy_event(own_event);
     });
 }
@@ -401,22 +546,4 @@ fn shut_gate() -> Option<crate::gate::Shut> {
             None
         }
     }
-}
-
-/// A copy of the options, as long as the framework made them and as we know them.
-///
-/// # Safety
-/// `options` must be valid for its `struct_size`.
-unsafe fn copy_options(options: *const PJRT_ExecuteOptions) -> Vec<u64> {
-    // SAFETY: as the caller promises.
-    let size = unsafe { (*options).struct_size };
-    let words = size
-        .max(size_of::<PJRT_ExecuteOptions>())
-        .div_ceil(size_of::<u64>());
-    let mut copy = vec![0u64; words];
-    // SAFETY: the copy is at least `size` long.
-    unsafe {
-        std::ptr::copy_nonoverlapping(options.cast::<u8>(), copy.as_mut_ptr().cast::<u8>(), size);
-    }
-    copy
 }

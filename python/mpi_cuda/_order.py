@@ -123,6 +123,7 @@ def install() -> None:
     if fast_dispatch:
         return
     _install_barrier()
+    _install_token_passing()
     original: Any = getattr(pxla, "_cached_lowering_to_hlo", None)
     if original is None or not hasattr(mlir, "jaxpr_subcomp"):
         warnings.warn(
@@ -156,3 +157,27 @@ def _install_barrier() -> None:
             raise RuntimeError(_library.last_error())
 
     tokens.block_until_ready = block_until_ready
+
+
+def _install_token_passing() -> None:
+    """JAX waits for the token of one program with ordered callbacks before it dispatches the next;
+    here the next gets the token as it is, so that dispatch does not wait for a peer."""
+    from mpi_cuda import _library
+
+    original: Any = pxla.shard_arg_handlers[core.Token]
+
+    def as_it_is(token: core.Token, sharding: Any) -> Any:
+        array, devices = token._buf, sharding._addressable_device_assignment
+        same_device = array.sharding.num_devices == 1 and array.devices() == set(devices)
+        if not same_device or not _library.is_ours(devices[0].client):
+            return None
+        return pxla.batched_device_put(array.aval, sharding, [array], devices)
+
+    @functools.wraps(original)
+    def shard_tokens(tokens: Any, shardings: Any, *others: Any) -> Any:
+        passed = [as_it_is(*pair) for pair in zip(tokens, shardings, strict=True)]
+        if any(token is None for token in passed):
+            return original(tokens, shardings, *others)
+        return passed
+
+    pxla.shard_arg_handlers[core.Token] = shard_tokens

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+from functools import partial
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -240,6 +242,81 @@ def test_dispatch_does_not_wait_for_the_peer() -> None:
         comm.Recv(buffer, 0)
         token = m.send(small, 0, comm=comm)
         token.block_until_ready()
+
+
+def test_dispatch_does_not_wait_however_many_launches_do() -> None:
+    """Hundreds of launches dispatched before the message that their peer waits for."""
+    from mpi4py import MPI
+
+    comm, count = MPI.COMM_WORLD, 150
+
+    @partial(jax.jit, donate_argnums=0)
+    def add(total, x):
+        return total + x, jnp.outer(x, x)
+
+    receive = jax.jit(lambda x: nt.recv(x, 1))
+    if RANK == 0:
+        total, squares, last = jnp.zeros(3), [], None
+        for i in range(count):
+            received = receive(X)
+            total, square = add(total, received)
+            # Some results are dropped, some are kept, some go through eager operations.
+            if i % 10 == 0:
+                squares.append(square + i)
+            last = [total, received * 2, square.T]
+        comm.send("dispatched", 1)
+        totals = sum(range(count))
+        np.testing.assert_allclose(last[0], X * count + totals)
+        np.testing.assert_allclose(last[1], (X + count - 1) * 2)
+        np.testing.assert_allclose(last[2], np.outer(X + count - 1, X + count - 1))
+        for index, square in enumerate(squares):
+            value = X + index * 10
+            np.testing.assert_allclose(square, np.outer(value, value) + index * 10)
+    elif RANK == 1:
+        assert comm.recv(source=0) == "dispatched"
+        for i in range(count):
+            nt.send(X + i, 0)
+    np.testing.assert_allclose(nt.allreduce(X, m.SUM), X * SIZE)
+
+
+def test_deferred_launches_have_callbacks_errors_and_tokens() -> None:
+    from mpi4py import MPI
+
+    comm, count, seen = MPI.COMM_WORLD, 40, []
+    receive = jax.jit(lambda x: nt.recv(x, 1, tag=3))
+
+    @jax.jit
+    def note(x):
+        jax.experimental.io_callback(lambda x: seen.append(float(x[0])), None, x, ordered=True)
+        return x
+
+    @jax.jit
+    def fail(x):
+        return jax.pure_callback(raise_it, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    def raise_it(_):
+        raise ValueError("raised in a deferred launch")
+
+    if RANK == 0:
+        for _ in range(count):
+            received = note(receive(X))
+        deleted = note(received)
+        deleted.delete()
+        assert deleted.is_deleted()
+        failed, after = fail(received), note(received + 1)
+        token = m.barrier(comm=m.COMM_SELF)
+        comm.send("dispatched", 1)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="raised in a deferred launch"):
+            failed.block_until_ready()
+        np.testing.assert_allclose(after, X + count)
+        token.block_until_ready()
+        jax.effects_barrier()
+        assert seen == [*range(count), count - 1, count]
+    elif RANK == 1:
+        assert comm.recv(source=0) == "dispatched"
+        for i in range(count):
+            nt.send(X + i, 0, tag=3)
+    np.testing.assert_allclose(nt.allreduce(X, m.SUM), X * SIZE)
 
 
 def test_unused_operations_are_not_deleted() -> None:

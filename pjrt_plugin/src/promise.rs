@@ -1,0 +1,168 @@
+//! Buffers that the framework gets before the launch that fills them: alias buffers of the inner
+//! plugin (`pjrt_c_api.h`, `PJRT_Client_CreateAliasBuffer`).
+
+use pjrt_sys::*;
+
+use crate::buffers::{self, Held};
+use crate::call::{call, new_args};
+use crate::error::Error;
+use crate::handles::{Owned, destroy_event};
+use crate::plugin::plugin;
+
+/// What a promised buffer will be like.
+#[derive(Clone)]
+pub struct Shape {
+    /// Where.
+    pub memory: *mut PJRT_Memory,
+    /// Of what.
+    pub element_type: PJRT_Buffer_Type,
+    /// How many.
+    pub dims: Vec<i64>,
+}
+
+/// A promised buffer; it is kept until the promise is fulfilled, whatever the framework does with it.
+pub struct Promise {
+    client: *mut PJRT_Client,
+    callback: *mut PJRT_FulfillAliasBufferCallback,
+    buffer: Held,
+}
+
+// SAFETY: handles of the inner plugin, which is thread-safe.
+unsafe impl Send for Promise {}
+
+impl Promise {
+    /// The buffer, for the framework, and the promise to fill it.
+    pub fn new(
+        client: *mut PJRT_Client,
+        shape: &Shape,
+    ) -> Result<(*mut PJRT_Buffer, Promise), Error> {
+        let mut args = new_args::<PJRT_Client_CreateAliasBuffer_Args>();
+        args.client = client;
+        args.memory = shape.memory;
+        args.shape_element_type = shape.element_type;
+        args.shape_dims = shape.dims.as_ptr();
+        args.shape_num_dims = shape.dims.len();
+        // SAFETY: live handles, and dimensions that outlive the call.
+        unsafe {
+            call(
+                plugin().inner.api().PJRT_Client_CreateAliasBuffer,
+                &mut args,
+            )
+        }?;
+        let promise = Promise {
+            client,
+            callback: args.fulfill_alias_buffer_cb,
+            buffer: buffers::hold(args.alias_buffer),
+        };
+        Ok((args.alias_buffer, promise))
+    }
+
+    /// The promised buffer becomes `buffer`, which need not be ready.
+    pub fn fulfil(mut self, buffer: Owned) {
+        let mut args = new_args::<PJRT_Client_FulfillAliasBuffer_Args>();
+        args.buffer = buffer.0;
+        self.settle(args);
+    }
+
+    /// Whoever waits for the promised buffer gets this error.
+    pub fn fail(mut self, message: &str) {
+        self.settle_with(message);
+    }
+
+    fn settle_with(&mut self, message: &str) {
+        let mut args = new_args::<PJRT_Client_FulfillAliasBuffer_Args>();
+        args.status_code = PJRT_Error_Code_INTERNAL;
+        args.error_message = message.as_ptr().cast();
+        args.error_message_size = message.len();
+        self.settle(args);
+    }
+
+    fn settle(&mut self, mut args: PJRT_Client_FulfillAliasBuffer_Args) {
+        args.client = self.client;
+        args.fulfill_alias_buffer_cb = std::mem::replace(&mut self.callback, std::ptr::null_mut());
+        // SAFETY: the callback is used once. If that fails (as it says for every error passed on),
+        // the promised buffer carries the error.
+        let _ = unsafe {
+            call(
+                plugin().inner.api().PJRT_Client_FulfillAliasBuffer,
+                &mut args,
+            )
+        };
+    }
+
+    /// An event that the framework owns, ready when the promised buffer is.
+    fn ready_event(&self) -> Result<*mut PJRT_Event, Error> {
+        let mut ready = new_args::<PJRT_Buffer_ReadyEvent_Args>();
+        ready.buffer = self.buffer.handle();
+        // SAFETY: a live buffer.
+        unsafe { call(plugin().inner.api().PJRT_Buffer_ReadyEvent, &mut ready) }?;
+        Ok(ready.event)
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if !self.callback.is_null() {
+            self.settle_with("mpi_cuda: the launch that computes this was given up");
+        }
+    }
+}
+
+/// The end of a launch, promised as an empty buffer: PJRT has no events of ours, and the inner
+/// plugin no promise of a token.
+pub struct End {
+    promise: Promise,
+    device: *mut PJRT_Device,
+}
+
+// SAFETY: as above.
+unsafe impl Send for End {}
+
+const EMPTY: [i64; 1] = [0];
+
+impl End {
+    /// The empty buffer, for the framework, and the promise of it.
+    pub fn new(
+        client: *mut PJRT_Client,
+        device: *mut PJRT_Device,
+        memory: *mut PJRT_Memory,
+    ) -> Result<(*mut PJRT_Buffer, End), Error> {
+        let shape = Shape {
+            memory,
+            element_type: PJRT_Buffer_Type_PRED,
+            dims: EMPTY.to_vec(),
+        };
+        let (buffer, promise) = Promise::new(client, &shape)?;
+        Ok((buffer, End { promise, device }))
+    }
+
+    /// An event that the framework owns.
+    pub fn event(&self) -> Result<*mut PJRT_Event, Error> {
+        self.promise.ready_event()
+    }
+
+    /// The launch has ended.
+    pub fn reach(self, error: Option<&str>) {
+        if let Some(error) = error {
+            return self.promise.fail(error);
+        }
+        static NOTHING: u8 = 0;
+        let mut args = new_args::<PJRT_Client_BufferFromHostBuffer_Args>();
+        args.client = self.promise.client;
+        args.data = (&raw const NOTHING).cast();
+        args.type_ = PJRT_Buffer_Type_PRED;
+        args.dims = EMPTY.as_ptr();
+        args.num_dims = EMPTY.len();
+        args.host_buffer_semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
+        args.device = self.device;
+        let api = plugin().inner.api();
+        // SAFETY: valid arguments; what they point to is static.
+        match unsafe { call(api.PJRT_Client_BufferFromHostBuffer, &mut args) } {
+            Ok(()) => {
+                destroy_event(args.done_with_host_buffer);
+                self.promise.fulfil(Owned(args.buffer));
+            }
+            Err(error) => self.promise.fail(&error.to_string()),
+        }
+    }
+}

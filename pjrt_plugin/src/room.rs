@@ -1,0 +1,162 @@
+//! How many launches the inner plugin still takes without making the dispatching thread wait.
+//!
+//! XLA:CPU holds 32 launches of a device in flight (`xla/pjrt/cpu/cpu_client.cc`,
+//! `max_inflight_computations`); the next dispatch waits until one has ended. That keeps a program
+//! from running far ahead of its device, and is what we want while launches do end. But if
+//! they wait for a peer that waits for this very thread, none ever ends: then the launch is deferred
+//! (`deferred.rs`).
+
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+/// Launches that we let the inner plugin hold; the rest is for those that are not counted.
+const ROOM: usize = 28;
+/// A dispatch waits this long for any launch to end, before it is deferred.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// So many launches are deferred without waiting again, if none has ended meanwhile.
+const MANY: usize = 1024;
+/// Beyond them every dispatch waits this long, since what is deferred holds its inputs.
+const LONG_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Launches in flight or deferred that may wait for a peer.
+static BEHIND_PEERS: AtomicUsize = AtomicUsize::new(0);
+static STATE: Mutex<State> = Mutex::new(State {
+    taken: 0,
+    deferred: 0,
+    ended: 0,
+    stalled_at: None,
+    waiting: 0,
+});
+static CHANGED: Condvar = Condvar::new();
+
+struct State {
+    /// Launches of the inner plugin in flight.
+    taken: usize,
+    /// Launches that it has not got yet.
+    deferred: usize,
+    /// How many have ended.
+    ended: u64,
+    /// What `ended` was when waiting for it was in vain.
+    stalled_at: Option<u64>,
+    /// Threads that wait for a change.
+    waiting: usize,
+}
+
+impl State {
+    fn has_room(&self, launches: usize) -> bool {
+        self.deferred == 0 && self.taken + launches <= ROOM
+    }
+}
+
+/// Whether a launch now may find the room taken by launches that wait for peers.
+pub fn may_be_short() -> bool {
+    BEHIND_PEERS.load(Ordering::Acquire) > 0
+}
+
+/// What a launch takes until it has ended.
+pub struct Taken {
+    launches: usize,
+    behind_peers: bool,
+}
+
+impl Taken {
+    /// Takes room for a launch; `waits` if it may wait for a peer.
+    pub fn new(launches: usize, waits: bool) -> Taken {
+        STATE.lock().taken += launches;
+        if waits {
+            BEHIND_PEERS.fetch_add(1, Ordering::AcqRel);
+        }
+        Taken {
+            launches,
+            behind_peers: waits,
+        }
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if self.behind_peers {
+            BEHIND_PEERS.fetch_sub(1, Ordering::AcqRel);
+        }
+        change(|state| {
+            state.taken -= self.launches;
+            state.ended += 1;
+        });
+    }
+}
+
+/// Counts a launch as deferred until dropped.
+pub struct Deferred(());
+
+impl Deferred {
+    /// One more.
+    pub fn new() -> Deferred {
+        BEHIND_PEERS.fetch_add(1, Ordering::AcqRel);
+        STATE.lock().deferred += 1;
+        Deferred(())
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        BEHIND_PEERS.fetch_sub(1, Ordering::AcqRel);
+        change(|state| state.deferred -= 1);
+    }
+}
+
+fn change(how: impl FnOnce(&mut State)) {
+    let mut state = STATE.lock();
+    how(&mut state);
+    if state.waiting > 0 {
+        CHANGED.notify_all();
+    }
+}
+
+/// Whether there is room for `launches` more, after those already deferred. Waits for it as long as
+/// launches end.
+pub fn wait_for(launches: usize) -> bool {
+    let mut state = STATE.lock();
+    loop {
+        if state.has_room(launches) {
+            return true;
+        }
+        let many = state.deferred >= MANY;
+        if state.stalled_at == Some(state.ended) && !many {
+            return false;
+        }
+        let before = state.ended;
+        let deadline = Instant::now() + if many { LONG_PATIENCE } else { PATIENCE };
+        while state.ended == before && !state.has_room(launches) {
+            if wait(&mut state, Some(deadline)) {
+                state.stalled_at = Some(before);
+                return false;
+            }
+        }
+    }
+}
+
+/// Waits until no launch is deferred.
+pub fn wait_none_deferred() {
+    let mut state = STATE.lock();
+    while state.deferred > 0 {
+        wait(&mut state, None);
+    }
+}
+
+/// Whether the time is over.
+fn wait(state: &mut parking_lot::MutexGuard<'_, State>, deadline: Option<Instant>) -> bool {
+    state.waiting += 1;
+    let over = match deadline {
+        Some(deadline) => CHANGED.wait_until(state, deadline).timed_out(),
+        None => {
+            CHANGED.wait(state);
+            false
+        }
+    };
+    state.waiting -= 1;
+    over
+}
