@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use mpi_shim_abi::{Kind, PROC_NULL, ShimReceived};
@@ -85,6 +85,13 @@ fn message(source: i32, dest: i32) -> u64 {
     bits ^ (bits >> 31)
 }
 
+/// A communicator that the user has freed and that launches dispatched before still use.
+struct Leaving {
+    number: i64,
+    handle: u64,
+    launches: Vec<Ticket>,
+}
+
 /// Executes operations in order. One per process.
 pub struct Engine {
     shim: Option<Shim>,
@@ -96,6 +103,9 @@ pub struct Engine {
     unread: Mutex<Vec<OperationError>>,
     /// What was executed so far on [`WORLD`] and on [`DEFAULT`].
     histories: [History; 2],
+    leaving: Mutex<Vec<Leaving>>,
+    /// How many there are; spares the lock where there are none.
+    leaving_count: AtomicUsize,
     rank: i32,
     /// Say for each operation what served it.
     verbose: bool,
@@ -115,6 +125,8 @@ impl Engine {
             pending,
             unread: Mutex::default(),
             histories: Default::default(),
+            leaving: Mutex::default(),
+            leaving_count: AtomicUsize::new(0),
             rank,
             verbose: options.verbose,
             arrivals: None,
@@ -154,7 +166,7 @@ impl Engine {
     pub fn execute(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
         let start = self.verbose.then(Instant::now);
-        let result = self.run(op);
+        let result = self.run(ticket, op);
         if let Some(start) = start {
             self.tell(ticket, op, start.elapsed(), result.is_ok());
         }
@@ -174,8 +186,8 @@ impl Engine {
         ));
     }
 
-    fn run(&self, op: &Operation<'_>) -> Result<(), OperationError> {
-        let Some(comm) = self.communicators.get(op.comm) else {
+    fn run(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), OperationError> {
+        let Some(mut comm) = self.communicators.get(op.comm) else {
             return Err(OperationError {
                 operation: op.to_string(),
                 rank: -1,
@@ -186,6 +198,7 @@ impl Engine {
                     .into(),
             });
         };
+        comm.freed &= !self.is_leaving(op.comm, ticket);
         let failed = |reason: String| OperationError {
             operation: op.to_string(),
             rank: comm.rank,
@@ -225,6 +238,43 @@ impl Engine {
     /// Ends a launch; without this, later launches wait forever.
     pub fn retire(&self, ticket: Ticket) {
         self.order.retire(ticket);
+        if self.leaving_count.load(Ordering::Acquire) > 0 {
+            self.let_go(ticket);
+        }
+    }
+
+    /// Frees the communicators that only this launch still used.
+    fn let_go(&self, ticket: Ticket) {
+        let gone: Vec<Leaving> = {
+            let mut leaving = self.leaving.lock();
+            for row in leaving.iter_mut() {
+                row.launches.retain(|launch| *launch != ticket);
+            }
+            let gone = leaving
+                .extract_if(.., |row| row.launches.is_empty())
+                .collect();
+            self.leaving_count.store(leaving.len(), Ordering::Release);
+            gone
+        };
+        for row in gone {
+            if let Some(shim) = &self.shim
+                && let Err(error) = shim.comm_free(row.handle)
+            {
+                pending::say(&format!(
+                    "mpi_cuda: rank {}: cannot free communicator {}: {}",
+                    self.rank, row.number, error.0
+                ));
+            }
+        }
+    }
+
+    fn is_leaving(&self, number: i64, ticket: Ticket) -> bool {
+        self.leaving_count.load(Ordering::Acquire) > 0
+            && self
+                .leaving
+                .lock()
+                .iter()
+                .any(|row| row.number == number && row.launches.contains(&ticket))
     }
 
     /// Waits until the launches dispatched so far have ended.
@@ -286,15 +336,28 @@ impl Engine {
     }
 
     /// The user frees communicator `number`: waits for our operations if `may_wait`, then refuses
-    /// later ones.
+    /// later ones. Whether MPI must keep it for launches dispatched before.
     ///
     /// MPICH calls this when the last operation in progress on it ends, on that operation's own
-    /// thread, which must not wait for itself: what was queued behind it is refused then.
-    pub fn comm_deleted(&self, number: i64, may_wait: bool) {
-        if may_wait && !EXECUTING.get() {
+    /// thread, which must not wait for itself: it is freed when the launches that may use it have
+    /// ended.
+    pub fn comm_deleted(&self, number: i64, may_wait: bool) -> bool {
+        let executing = EXECUTING.get();
+        if may_wait && !executing {
             self.wait_idle();
         }
+        let handle = self.communicators.get(number).map(|comm| comm.handle);
+        if executing && let Some(handle) = handle {
+            let mut leaving = self.leaving.lock();
+            leaving.push(Leaving {
+                number,
+                handle,
+                launches: self.order.not_ended(),
+            });
+            self.leaving_count.store(leaving.len(), Ordering::Release);
+        }
         self.communicators.free(number);
+        executing
     }
 }
 

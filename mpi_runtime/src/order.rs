@@ -87,6 +87,11 @@ impl Order {
         }
     }
 
+    /// The launches that have not ended.
+    pub fn not_ended(&self) -> Vec<Ticket> {
+        self.state.lock().in_flight.iter().copied().collect()
+    }
+
     /// Number of launches that have not ended.
     pub fn in_flight(&self) -> usize {
         self.state.lock().in_flight.len()

@@ -67,14 +67,13 @@ fn world_of_this_process() -> Option<&'static mpi_runtime::World> {
     world().filter(|_| !crate::fork::is_child())
 }
 
-extern "C" fn on_comm_deleted(number: i64) {
-    quiet((), || {
-        if let Some(world) = world() {
-            world
-                .engine
-                .comm_deleted(number, !crate::execute::in_callback());
-        }
-    });
+extern "C" fn on_comm_deleted(number: i64) -> c_int {
+    quiet(0, || {
+        let may_wait = !crate::execute::in_callback();
+        world().map_or(0, |world| {
+            c_int::from(world.engine.comm_deleted(number, may_wait))
+        })
+    })
 }
 
 /// The number of a communicator given by its MPI handle, and rank and size in it; −1 on error.

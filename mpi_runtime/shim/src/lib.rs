@@ -240,8 +240,12 @@ unsafe extern "C" fn on_delete(
 ) -> c_int {
     // SAFETY: `comm_watch` put a boxed Watch there, and MPI calls this once (MPI 4.0, 7.7.2).
     let watch = unsafe { Box::from_raw(attribute.cast::<Watch>()) };
-    (watch.deleted)(watch.number);
-    SUCCESS
+    if (watch.deleted)(watch.number) == 0 {
+        SUCCESS
+    } else {
+        // MPI does not free a communicator whose attribute cannot be deleted (MPI 4.0, 7.7.2).
+        ffi::MPI_ERR_OTHER as c_int
+    }
 }
 
 unsafe extern "C" fn comm_watch(comm: u64, number: i64, deleted: CommDeleted) -> c_int {

@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -139,8 +139,10 @@ pub struct ShimReceived {
     pub bytes: i64,
 }
 
-/// Called when MPI deletes the communicator registered under `number`.
-pub type CommDeleted = extern "C" fn(number: i64);
+/// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be kept,
+/// and [`ShimApi::comm_free`] will be called for it; only for an MPI that deletes it when an operation
+/// ends instead of when the user frees it (MPICH).
+pub type CommDeleted = extern "C" fn(number: i64) -> c_int;
 
 /// The function table of a shim.
 #[repr(C)]
