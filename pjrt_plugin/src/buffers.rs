@@ -122,8 +122,11 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_Buffer_Destroy_Args) -> *mut PJ
     if BUFFERS.postpone(buffer as usize, |postponed| postponed.destroy = true) {
         return std::ptr::null_mut();
     }
-    // SAFETY: passed through.
-    boundary::pjrt(|| unsafe { call(plugin().inner.api().PJRT_Buffer_Destroy, args) })
+    match plugin().inner.api().PJRT_Buffer_Destroy {
+        // SAFETY: passed through.
+        Some(function) => unsafe { function(args) },
+        None => std::ptr::null_mut(),
+    }
 }
 
 /// `PJRT_Buffer_Delete`
@@ -133,8 +136,11 @@ pub unsafe extern "C" fn delete(args: *mut PJRT_Buffer_Delete_Args) -> *mut PJRT
     if BUFFERS.postpone(buffer as usize, |postponed| postponed.delete = true) {
         return std::ptr::null_mut();
     }
-    // SAFETY: passed through.
-    boundary::pjrt(|| unsafe { call(plugin().inner.api().PJRT_Buffer_Delete, args) })
+    match plugin().inner.api().PJRT_Buffer_Delete {
+        // SAFETY: passed through.
+        Some(function) => unsafe { function(args) },
+        None => std::ptr::null_mut(),
+    }
 }
 
 /// `PJRT_Buffer_IsDeleted`
@@ -146,6 +152,9 @@ pub unsafe extern "C" fn is_deleted(args: *mut PJRT_Buffer_IsDeleted_Args) -> *m
         unsafe { (*args).is_deleted = true };
         return std::ptr::null_mut();
     }
-    // SAFETY: passed through.
-    boundary::pjrt(|| unsafe { call(plugin().inner.api().PJRT_Buffer_IsDeleted, args) })
+    match plugin().inner.api().PJRT_Buffer_IsDeleted {
+        // SAFETY: passed through.
+        Some(function) => unsafe { function(args) },
+        None => std::ptr::null_mut(),
+    }
 }
