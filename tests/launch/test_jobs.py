@@ -133,6 +133,18 @@ def test_the_wrong_launcher_is_refused() -> None:
     assert result.returncode == 0 and twice("1", result), result.stderr
 
 
+def test_two_mpis_in_one_process_are_refused_with_both_names() -> None:
+    result = job(
+        None,
+        "import ctypes\n"
+        "for name in ('libmpi.so.40', 'libmpich.so.12'):\n"
+        "    ctypes.CDLL(name, ctypes.RTLD_GLOBAL)\n"
+        "import jax\njax.devices()",
+    )
+    assert result.returncode != 0
+    assert "libmpi.so.40 and" in result.stderr and "libmpich.so.12:" in result.stderr
+
+
 def test_a_missing_shim_is_refused_under_a_launcher(tmp_path) -> None:
     code = f"""if True:
         import shutil, mpi_cuda._library as library
