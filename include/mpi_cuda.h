@@ -26,6 +26,9 @@ extern "C" {
  *
  * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits.
  *
+ * mpi4jax's targets (0.9: mpi_allreduce_ffi and so on) are served too, with mpi4jax's attributes; where
+ * those are MPI handles, numbers as below are taken as well.
+ *
  *   target               data operand -> result     attributes
  *   mpi_cuda_allgather   x -> y (size, *x)          comm
  *   mpi_cuda_allreduce   x -> y as x                comm, op

@@ -41,11 +41,11 @@ fn clear(op: &Operation<'_>) {
     }
 }
 
-/// Copies the operand to the result; both have the same size (checked before).
+/// Copies the operand to the result, if there is one; both have the same size (checked before).
 pub fn copy_through(op: &Operation<'_>) {
     let bytes = op.send.bytes();
     debug_assert_eq!(bytes, op.recv.bytes());
-    if bytes > 0 && !ptr::eq(op.send.data, op.recv.data) {
+    if bytes > 0 && !op.recv.data.is_null() && !ptr::eq(op.send.data, op.recv.data) {
         // SAFETY: both buffers are valid for `bytes` bytes, as whoever made the operation
         // promises, and XLA gives results memory of their own (or exactly the operand's).
         unsafe { ptr::copy_nonoverlapping(op.send.data.cast::<u8>(), op.recv.data.cast(), bytes) };

@@ -20,6 +20,7 @@ pub mod world;
 
 pub use engine::{Alike, Engine};
 pub use error::{OperationError, StartError};
+pub use family::Family;
 pub use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 pub use operation::{Buffer, ElementType, Operation};
 pub use order::Ticket;

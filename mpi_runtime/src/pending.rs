@@ -93,6 +93,7 @@ impl Drop for Pending<'_> {
 fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
     let Operation {
         kind,
+        library,
         comm,
         reduction,
         dest,
@@ -112,6 +113,7 @@ fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
     };
     Operation {
         kind,
+        library,
         comm,
         send,
         recv,
@@ -159,6 +161,7 @@ mod tests {
         let shape = [5];
         let operation = Operation {
             kind: Kind::Recv,
+            library: None,
             comm: 0,
             send: Buffer::NONE,
             recv: Buffer {

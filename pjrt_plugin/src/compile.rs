@@ -10,7 +10,7 @@ use crate::boundary;
 use crate::call::{bytes, call, new_args, slice};
 use crate::error::Error;
 use crate::execute::{self, Program};
-use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, TARGET_PREFIX};
+use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations};
 use crate::handles::destroy_loaded;
 use crate::plugin::plugin;
 use crate::search::{contains, find};
@@ -76,7 +76,7 @@ struct Contents {
 impl Contents {
     fn of(program: &[u8]) -> Contents {
         Contents {
-            operations: contains(program, TARGET_PREFIX.as_bytes()),
+            operations: has_operations(program),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
             alike: find(program, ALIKE_MARK.as_bytes())
                 .and_then(|start| alike(&program[start + ALIKE_MARK.len()..])),

@@ -24,6 +24,16 @@ OWN = frozenset(
 )
 
 
+# mpi4jax's (0.9): the library brings its own handlers for them.
+MPI4JAX = frozenset(
+    f"mpi_{operation}_ffi"
+    for operation in (
+        *("allgather", "allreduce", "alltoall", "barrier", "bcast", "gather", "recv", "reduce"),
+        *("scan", "scatter", "send", "sendrecv"),
+    )
+)
+
+
 def _pointer(capsule: Any) -> int | None:
     if capsule is None:
         return None
@@ -31,7 +41,7 @@ def _pointer(capsule: Any) -> int | None:
 
 
 def _register(name: str, target: Any, platform: str, api_version: int = 0) -> None:
-    if name in OWN or name.startswith("mpi_cuda_"):
+    if name in OWN or name in MPI4JAX or name.startswith("mpi_cuda_"):
         return
     handler: int | None
     if api_version != 1:

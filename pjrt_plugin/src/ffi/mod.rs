@@ -9,6 +9,7 @@ use pjrt_sys::*;
 use crate::call::call;
 use crate::error::Error;
 use crate::extension::inner_ffi;
+use crate::search::contains;
 
 mod callbacks;
 mod forward;
@@ -19,7 +20,21 @@ pub use callbacks::{Trampoline, set_trampoline};
 pub use forward::register_foreign;
 
 /// What all our targets' names begin with.
-pub const TARGET_PREFIX: &str = "mpi_cuda_";
+const TARGET_PREFIX: &str = "mpi_cuda_";
+
+/// mpi4jax's target for an operation.
+fn mpi4jax_target(operation: &str) -> String {
+    format!("mpi_{operation}_ffi")
+}
+
+/// Whether a program, in any format, calls operations of ours or of mpi4jax.
+pub fn has_operations(program: &[u8]) -> bool {
+    contains(program, TARGET_PREFIX.as_bytes())
+        || contains(program, b"_ffi")
+            && operations::MPI4JAX_HANDLERS
+                .iter()
+                .any(|(name, _)| contains(program, mpi4jax_target(name).as_bytes()))
+}
 
 /// What the names of all targets for host callbacks contain.
 pub const CALLBACK_MARK: &str = "_python_cpu_callback";
@@ -40,6 +55,9 @@ pub fn register_all() -> Result<(), Error> {
     }
     for (name, handler) in operations::HANDLERS {
         register(&format!("{TARGET_PREFIX}{name}"), *handler)?;
+    }
+    for (name, handler) in operations::MPI4JAX_HANDLERS {
+        register(&mpi4jax_target(name), *handler)?;
     }
     register(crate::gate::TARGET, operations::gate)?;
     for (name, handler) in callbacks::HANDLERS {

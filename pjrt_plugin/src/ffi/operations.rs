@@ -1,9 +1,10 @@
 //! Handlers of our targets: a call frame becomes an [`Operation`], and the engine executes it.
 //!
-//! Targets, operands, results and attributes are documented in `include/mpi_cuda.h`.
+//! Targets, operands, results and attributes are documented in `include/mpi_cuda.h`. mpi4jax's
+//! targets (0.9, `mpi_allreduce_ffi` and so on) differ little from ours and are executed likewise.
 
 use mpi_runtime::operation::{KINDS, REDUCTIONS};
-use mpi_runtime::{ANY, Buffer, Kind, Operation, PROC_NULL, Ticket};
+use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Ticket, World};
 use pjrt_sys::*;
 
 use super::Handler;
@@ -21,6 +22,9 @@ macro_rules! handlers {
         /// Every operation by the name of its target, without the prefix.
         pub const HANDLERS: &[(&str, Handler)] =
             &[$((name_of(Kind::$kind), operation::<{ Kind::$kind as usize }>)),+];
+        /// The same of mpi4jax, by the name of the operation.
+        pub const MPI4JAX_HANDLERS: &[(&str, Handler)] =
+            &[$((name_of(Kind::$kind), mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
     };
 }
 
@@ -51,7 +55,88 @@ unsafe extern "C" fn operation<const KIND: usize>(
     frame: *mut XLA_FFI_CallFrame,
 ) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
-    unsafe { handle(frame, |frame| execute(KINDS[KIND], frame)) }
+    unsafe { handle(frame, |frame| execute(KINDS[KIND], &Dialect::Ours, frame)) }
+}
+
+unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
+    frame: *mut XLA_FFI_CallFrame,
+) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        handle(frame, |frame| {
+            execute(KINDS[KIND], &Dialect::Mpi4jax, frame)
+        })
+    }
+}
+
+/// What mpi4jax's targets are on JAX's own CPU backend, where nothing of ours can serve them.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_mpi4jax_elsewhere(
+    frame: *mut XLA_FFI_CallFrame,
+) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        handle(frame, |_| {
+            Err(
+                "mpi_cuda: with JAX_PLATFORMS=mpi_cuda mpi4jax's operations run on the backend \
+                 mpi_cuda only; leave it out of JAX_PLATFORMS to run them on JAX's CPU backend"
+                    .into(),
+            )
+        })
+    }
+}
+
+/// Whose custom call it is.
+enum Dialect {
+    Ours,
+    Mpi4jax,
+}
+
+impl Dialect {
+    /// Attribute with the tag of what is received.
+    fn receive_tag(&self, kind: Kind) -> &'static str {
+        match self {
+            Dialect::Mpi4jax if kind == Kind::Recv => "tag",
+            _ => "recvtag",
+        }
+    }
+
+    /// Attribute with the tag of what is sent.
+    fn send_tag(&self, kind: Kind) -> &'static str {
+        match self {
+            Dialect::Mpi4jax if kind == Kind::Sendrecv => "sendtag",
+            _ => "tag",
+        }
+    }
+
+    /// `ANY_SOURCE` and `PROC_NULL` as attributes. mpi4jax passes those of the running MPI: its
+    /// families have swapped values (`mpi.h` of each).
+    fn special_ranks(&self, world: &World) -> (i64, i64) {
+        match self {
+            Dialect::Mpi4jax if world.family() == Some(Family::Mpich) => {
+                (ATTRIBUTE_PROC_NULL, ATTRIBUTE_ANY)
+            }
+            _ => (ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL),
+        }
+    }
+
+    /// The communicator's number. Of mpi4jax's calls it is one too, since its handles are
+    /// translated when a program is lowered (`python/mpi_cuda/_mpi4jax.py`); a handle that got here
+    /// must be known.
+    fn communicator(&self, attribute: i64, world: &World) -> Result<i64, String> {
+        const NUMBERS: std::ops::Range<i64> = 0..1 << 20;
+        if matches!(self, Dialect::Ours) || NUMBERS.contains(&attribute) {
+            return Ok(attribute);
+        }
+        let handle = attribute as u64;
+        world.engine.communicators.find(handle).ok_or_else(|| {
+            format!(
+                "mpi_cuda: mpi4jax's program names a communicator by the MPI handle {handle:#x}, \
+                 which is none in this process; start Python with JAX_PLATFORMS=mpi_cuda set, so \
+                 that mpi_cuda translates handles when programs are compiled"
+            )
+        })
+    }
 }
 
 /// The gate's custom call; see [`crate::gate`].
@@ -66,19 +151,34 @@ pub unsafe extern "C" fn gate(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Err
     }
 }
 
-fn execute(kind: Kind, frame: &Frame<'_>) -> Result<(), String> {
+fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), String> {
+    let world =
+        world().ok_or("mpi_cuda: an operation was executed before the world was started")?;
     let operands = usize::from(!matches!(kind, Kind::Barrier | Kind::Recv));
     let results = usize::from(!matches!(kind, Kind::Barrier | Kind::Send));
+    let send = data(operands, frame.arg(0), "operand")?;
+    let mut recv = data(results, frame.ret(0), "result")?;
+    if matches!(dialect, Dialect::Mpi4jax)
+        && matches!(kind, Kind::Bcast | Kind::Gather | Kind::Reduce)
+        && recv.shape == [0]
+    {
+        // Where there is nothing to receive, its result is empty; ours is the operand.
+        recv = Buffer {
+            data: std::ptr::null_mut(),
+            ..send
+        };
+    }
+    let number = |name: &str, default: i64| frame.integer(name).unwrap_or(default);
+    let special = dialect.special_ranks(world);
     let op = Operation {
         kind,
-        comm: frame
-            .integer("comm")
-            .unwrap_or(mpi_runtime::communicators::DEFAULT),
-        send: data(operands, frame.arg(0), "operand")?,
-        recv: data(results, frame.ret(0), "result")?,
+        library: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax"),
+        comm: dialect.communicator(number("comm", mpi_runtime::communicators::DEFAULT), world)?,
+        send,
+        recv,
         reduction: match kind {
             Kind::Allreduce | Kind::Reduce | Kind::Scan => {
-                let number = frame.integer("op").unwrap_or(0);
+                let number = number("op", 0);
                 let reduction = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n));
                 Some(
                     reduction
@@ -88,22 +188,28 @@ fn execute(kind: Kind, frame: &Frame<'_>) -> Result<(), String> {
             }
             _ => None,
         },
-        dest: rank(frame.integer(destination_name(kind)).unwrap_or(0), false)?,
-        source: rank(frame.integer("source").unwrap_or(ATTRIBUTE_ANY), true)?,
-        send_tag: small(frame.integer("tag").unwrap_or(0), "tag")?,
-        recv_tag: match frame.integer("recvtag").unwrap_or(ATTRIBUTE_ANY) {
+        dest: rank(number(destination_name(kind), 0), special, false)?,
+        source: rank(number("source", special.0), special, true)?,
+        send_tag: small(number(dialect.send_tag(kind), 0), "tag")?,
+        recv_tag: match number(dialect.receive_tag(kind), ATTRIBUTE_ANY) {
             ATTRIBUTE_ANY => ANY,
             tag => small(tag, "recvtag")?,
         },
-        status: frame.integer("status").map_or(0, crate::status::address),
+        status: crate::status::address(number("status", 0)),
     };
-    let world =
-        world().ok_or("mpi_cuda: an operation was executed before the world was started")?;
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
-    world
-        .engine
-        .execute(ticket, &op)
-        .map_err(|error| error.to_string())?;
+    world.engine.execute(ticket, &op).map_err(|error| {
+        if matches!(dialect, Dialect::Mpi4jax) {
+            // What its users look for; the job ends as usual, with a Python exception.
+            let mut name = name_of(kind).to_owned();
+            name[..1].make_ascii_uppercase();
+            eprintln!(
+                "r{} | MPI_{name} returned error code: {}",
+                error.rank, error.reason
+            );
+        }
+        error.to_string()
+    })?;
     fill_tokens(frame, results);
     Ok(())
 }
@@ -123,10 +229,10 @@ fn destination_name(kind: Kind) -> &'static str {
     }
 }
 
-fn rank(attribute: i64, may_be_any: bool) -> Result<i32, String> {
+fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32, String> {
     match attribute {
-        ATTRIBUTE_ANY if may_be_any => Ok(ANY),
-        ATTRIBUTE_PROC_NULL => Ok(PROC_NULL),
+        rank if rank == any && may_be_any => Ok(ANY),
+        rank if rank == null => Ok(PROC_NULL),
         rank => small(rank, "rank"),
     }
 }
