@@ -129,7 +129,12 @@ def resolve_comm(comm: Any) -> Comm:
     )
     if number < 0:
         raise RuntimeError(_library.last_error())
-    return Comm(number, rank.value, size.value)
+    return _registered.setdefault(number, Comm(number, rank.value, size.value))
+
+
+def known_comm(number: int) -> Comm:
+    """The communicator with a number that `resolve_comm` gave."""
+    return _registered[number] if number in _registered else world_comm(number)
 
 
 def resolve_op(op: Any) -> Op:

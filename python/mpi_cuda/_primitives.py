@@ -17,10 +17,9 @@ from jax._src import core, dispatch
 from jax._src import ffi as jax_ffi
 from jax._src.interpreters import batching
 from jax._src.interpreters import mlir as jax_mlir
-from jax.interpreters import ad, mlir
+from jax.interpreters import mlir
 
 from mpi_cuda import _alike, _library, _order
-from mpi_cuda._arguments import ATTRIBUTE_ANY
 
 TOKEN = core.ShapedArray((), np.dtype(np.int32))
 
@@ -160,99 +159,3 @@ def _define(name: str) -> core.Primitive:
 
 for _name in RULES:
     primitives[_name] = _define(_name)
-
-
-# Derivatives of allreduce SUM, with mpi4jax's convention: the transpose of the sum is the
-# identity (right where every rank holds the same loss), whose transpose is the sum again.
-
-_identity_p = core.Primitive("mpi_cuda_allreduce_transpose")
-_identity_p.def_abstract_eval(lambda x, **_: x)
-_identity_p.def_impl(lambda x, **_: x)
-mlir.register_lowering(_identity_p, lambda ctx, x, **_: [x])
-batching.primitive_batchers[_identity_p] = lambda args, dims, **params: (
-    _identity_p.bind(args[0], **params),
-    dims[0],
-)
-
-
-def _identity_transpose(ct: Any, _: Any, **params: Any) -> Any:
-    if isinstance(ct, ad.Zero):
-        return [ct]
-    # Under vmap the shape is not that of the original operation.
-    result = Result(jax.typeof(ct).shape, jax.typeof(ct).dtype)
-    return [primitives["allreduce"].bind(ct, **{**params, "result": result})[0]]
-
-
-ad.deflinear2(_identity_p, _identity_transpose)
-
-
-def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-    if dict(params["attributes"])["op"] != 0:
-        raise NotImplementedError(
-            "mpi_cuda.allreduce can be differentiated only with SUM; its other reductions are not "
-            "linear"
-        )
-    outs = primitives["allreduce"].bind(*primals, **params)
-    tangent = tangents[0]
-    if isinstance(tangent, ad.Zero):
-        out_tangents = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
-    else:
-        without_token = {**params, "token": False}
-        out_tangents = primitives["allreduce"].bind(tangent, **without_token)
-        out_tangents += [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs[1:]]
-    return outs, out_tangents
-
-
-def _allreduce_transpose(cotangents: Any, x: Any, *_: Any, **params: Any) -> Any:
-    ct = cotangents[0]
-    if isinstance(ct, ad.Zero):
-        return [ad.Zero(x.aval)] + [None] * len(_)
-    return [_identity_p.bind(ct, **params)] + [None] * len(_)
-
-
-ad.primitive_jvps[primitives["allreduce"]] = _allreduce_jvp
-ad.primitive_transposes[primitives["allreduce"]] = _allreduce_transpose
-
-
-# Derivatives of sendrecv: it is linear in what is sent. Tangents and cotangents that are zero are
-# sent all the same, since the peer waits for them.
-
-
-def _sendrecv_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-    outs = primitives["sendrecv"].bind(*primals, **params)
-    tangent = ad.instantiate_zeros(tangents[0])
-    without = {**params, "token": False, "template": False}
-    out_tangents = primitives["sendrecv"].bind(tangent, **without)
-    return outs, out_tangents + [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs[1:]]
-
-
-def _sendrecv_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
-    attributes = dict(params["attributes"])
-    if attributes["source"] == ATTRIBUTE_ANY:
-        raise NotImplementedError(
-            "mpi_cuda.sendrecv from ANY_SOURCE has no transpose: name the source to differentiate"
-        )
-    any_tag = attributes["recvtag"] == ATTRIBUTE_ANY
-    swapped = {
-        **attributes,
-        "source": attributes["dest"],
-        "dest": attributes["source"],
-        "tag": attributes["tag"] if any_tag else attributes["recvtag"],
-        "recvtag": ATTRIBUTE_ANY if any_tag else attributes["tag"],
-        "status": 0,
-    }
-    back = primitives["sendrecv"].bind(
-        ad.instantiate_zeros(cotangents[0]),
-        **{
-            **params,
-            "token": False,
-            "template": False,
-            "result": Result(x.aval.shape, x.aval.dtype),
-            "attributes": tuple(sorted(swapped.items())),
-        },
-    )
-    return [back[0]] + [None] * len(rest)
-
-
-ad.primitive_jvps[primitives["sendrecv"]] = _sendrecv_jvp
-ad.primitive_transposes[primitives["sendrecv"]] = _sendrecv_transpose

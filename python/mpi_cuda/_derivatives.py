@@ -1,0 +1,185 @@
+"""Derivatives of the operations (docs/derivatives.md).
+
+An operation is a linear map from the arrays of all ranks to the arrays of all ranks (reductions
+only with SUM). Its tangent is the operation itself, on tangents; its transpose is the adjoint map,
+for the scalar product that sums over ranks: Σ ⟨A x, y⟩ = Σ ⟨x, Aᵀ y⟩. One exception, as in mpi4jax:
+the transpose of allreduce SUM is the identity, which is right where every rank holds the same loss.
+
+Tangents and cotangents that are zero are sent all the same, since other ranks wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import core
+from jax.interpreters import ad, batching, mlir
+
+from mpi_cuda import _operations
+from mpi_cuda._arguments import ATTRIBUTE_ANY, OPS, Comm, known_comm
+from mpi_cuda._primitives import Result, primitives
+
+SUM = OPS["SUM"]
+Adjoint = Callable[[jax.Array, Any, Comm, dict[str, int]], jax.Array]
+
+
+def _require_sum(name: str, attributes: dict[str, int]) -> None:
+    if attributes.get("op", SUM.number) != SUM.number:
+        reduction = next(op.name for op in OPS.values() if op.number == attributes["op"])
+        raise NotImplementedError(
+            f"mpi_cuda.{name} can be differentiated only with SUM; {reduction} is not linear"
+        )
+
+
+def _jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
+    _require_sum(name, dict(params["attributes"]))
+    outs = primitives[name].bind(*primals, **params)
+    without = {**params, "token": False, "template": False}
+    out_tangents = primitives[name].bind(ad.instantiate_zeros(tangents[0]), **without)
+    return outs, out_tangents + [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs[1:]]
+
+
+def _transpose(
+    name: str, adjoint: Adjoint, cotangents: Any, x: Any, *rest: Any, **params: Any
+) -> Any:
+    attributes = dict(params["attributes"])
+    _require_sum(name, attributes)
+    ct = ad.instantiate_zeros(cotangents[0])
+    back = adjoint(ct, x.aval, known_comm(attributes["comm"]), attributes)
+    return [back] + [None] * len(rest)
+
+
+def _allgather(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
+    return _operations.alltoall(ct, comm=comm, token=False)[0].sum(axis=0, dtype=x.dtype)
+
+
+def _alltoall(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
+    return _operations.alltoall(ct, comm=comm, token=False)[0]
+
+
+def _bcast(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
+    root = attributes["root"]
+    total = _operations.reduce(ct, SUM, root, comm=comm, token=False)[0]
+    return total if comm.rank == root else jnp.zeros_like(ct)
+
+
+def _reduce(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
+    root = attributes["root"]
+    back = _operations.bcast(ct, root, comm=comm, token=False)[0]
+    # Elsewhere the result is the operand itself.
+    return back if comm.rank == root else back + ct
+
+
+def _gather(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
+    root = attributes["root"]
+    back = _operations.scatter(ct, root, comm=comm, token=False)[0]
+    return back if comm.rank == root else back + ct
+
+
+def _scatter(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
+    root = attributes["root"]
+    back = _operations.gather(ct, root, comm=comm, token=False)[0]
+    return back if comm.rank == root else jnp.zeros(x.shape, x.dtype)
+
+
+def _scan(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
+    everything = _operations.allgather(ct, comm=comm, token=False)[0]
+    return everything[comm.rank :].sum(axis=0, dtype=x.dtype)
+
+
+def _sendrecv(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
+    if attributes["source"] == ATTRIBUTE_ANY:
+        raise NotImplementedError(
+            "mpi_cuda.sendrecv from ANY_SOURCE has no transpose: name the source to differentiate"
+        )
+    any_tag = attributes["recvtag"] == ATTRIBUTE_ANY
+    swapped: dict[str, Any] = {
+        "source": attributes["dest"],
+        "dest": attributes["source"],
+        "tag": attributes["tag"] if any_tag else attributes["recvtag"],
+        "recvtag": ATTRIBUTE_ANY if any_tag else attributes["tag"],
+        "status": 0,
+    }
+    return _operations.bind("sendrecv", comm, ct, (x.shape, x.dtype), False, **swapped)[0]
+
+
+ADJOINTS: dict[str, Adjoint] = {
+    "allgather": _allgather,
+    "alltoall": _alltoall,
+    "bcast": _bcast,
+    "gather": _gather,
+    "reduce": _reduce,
+    "scan": _scan,
+    "scatter": _scatter,
+    "sendrecv": _sendrecv,
+}
+
+
+def _define(name: str, adjoint: Adjoint) -> None:
+    ad.primitive_jvps[primitives[name]] = lambda primals, tangents, **params: _jvp(
+        name, primals, tangents, **params
+    )
+    ad.primitive_transposes[primitives[name]] = lambda cts, *args, **params: _transpose(
+        name, adjoint, cts, *args, **params
+    )
+
+
+for _name, _adjoint in ADJOINTS.items():
+    _define(_name, _adjoint)
+
+
+# The transpose of allreduce SUM is the identity, whose transpose is the sum again.
+
+_identity_p = core.Primitive("mpi_cuda_allreduce_transpose")
+_identity_p.def_abstract_eval(lambda x, **_: x)
+_identity_p.def_impl(lambda x, **_: x)
+mlir.register_lowering(_identity_p, lambda ctx, x, **_: [x])
+batching.primitive_batchers[_identity_p] = lambda args, dims, **params: (
+    _identity_p.bind(args[0], **params),
+    dims[0],
+)
+
+
+def _identity_transpose(ct: Any, _: Any, **params: Any) -> Any:
+    if isinstance(ct, ad.Zero):
+        return [ct]
+    # Under vmap the shape is not that of the original operation.
+    result = Result(jax.typeof(ct).shape, jax.typeof(ct).dtype)
+    return [primitives["allreduce"].bind(ct, **{**params, "result": result})[0]]
+
+
+def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    return _jvp("allreduce", primals, tangents, **params)
+
+
+def _allreduce_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
+    ct = cotangents[0]
+    if isinstance(ct, ad.Zero):
+        return [ad.Zero(x.aval)] + [None] * len(rest)
+    return [_identity_p.bind(ct, **params)] + [None] * len(rest)
+
+
+ad.deflinear2(_identity_p, _identity_transpose)
+ad.primitive_jvps[primitives["allreduce"]] = _allreduce_jvp
+ad.primitive_transposes[primitives["allreduce"]] = _allreduce_transpose
+
+
+# What one rank sends another receives: neither rank alone knows the map.
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def rule(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            f"mpi_cuda.{name} cannot be differentiated, since this rank does not see what its peer "
+            "does with the message: use mpi_cuda.sendrecv, or stop_gradient on what is passed"
+        )
+
+    return rule
+
+
+for _name in ("send", "recv"):
+    ad.primitive_jvps[primitives[_name]] = _refuse(_name)
+    ad.primitive_transposes[primitives[_name]] = _refuse(_name)

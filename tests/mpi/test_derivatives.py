@@ -1,0 +1,182 @@
+"""Derivatives: tangents are the operation itself, transposes the adjoint over all ranks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpi_cuda as m
+from mpi_cuda import notoken as nt
+
+COMM = MPI.COMM_WORLD
+RANK, SIZE = COMM.rank, COMM.size
+NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+LAST = SIZE - 1
+
+ROWS = (SIZE, 2)
+# Every linear operation, with the shape of its operand.
+LINEAR = {
+    "allgather": (nt.allgather, (3, 2)),
+    "alltoall": (nt.alltoall, ROWS),
+    "bcast": (lambda x: nt.bcast(x, LAST), (4,)),
+    "gather": (lambda x: nt.gather(x, LAST), (2, 3)),
+    "reduce": (lambda x: nt.reduce(x, m.SUM, LAST), (5,)),
+    "scan": (lambda x: nt.scan(x, m.SUM), (3,)),
+    "scatter": (lambda x: nt.scatter(x, 0), ROWS if RANK == 0 else (2,)),
+    "sendrecv": (lambda x: nt.sendrecv(x, x, PREVIOUS, NEXT, sendtag=1, recvtag=1), (3,)),
+    "sendrecv at ends": (
+        lambda x: nt.sendrecv(
+            x,
+            x,
+            RANK - 1 if RANK else m.PROC_NULL,
+            RANK + 1 if RANK < LAST else m.PROC_NULL,
+        ),
+        (3,),
+    ),
+}
+
+
+def random(shape: tuple[int, ...], seed: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed * 100 + RANK), shape)
+
+
+def inner(x: jax.Array, y: jax.Array) -> float:
+    """The scalar product over all ranks."""
+    return COMM.allreduce(float(jnp.vdot(x, y)))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", LINEAR)
+def test_transposes_are_adjoints(name: str, jit: bool) -> None:
+    function, shape = LINEAR[name]
+    if jit:
+        function = jax.jit(function)
+    x = random(shape, 1)
+    y, pull = jax.vjp(function, x)
+    ct = random(y.shape, 2)
+    (back,) = pull(ct)
+    assert back.shape == x.shape
+    np.testing.assert_allclose(inner(y, ct), inner(x, back), rtol=1e-5)
+    (transposed,) = jax.linear_transpose(function, x)(ct)
+    np.testing.assert_allclose(transposed, back, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_tangents_are_the_operation(name: str) -> None:
+    function, shape = LINEAR[name]
+    x, tangent = random(shape, 3), random(shape, 4)
+    y, y_tangent = jax.jvp(function, (x,), (tangent,))
+    np.testing.assert_array_equal(y, function(x))
+    np.testing.assert_array_equal(y_tangent, function(tangent))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_transposes_of_batches_mixed_modes_and_remat(name: str) -> None:
+    function, shape = LINEAR[name]
+    xs = random((3, *shape), 5)
+
+    def loss(x):
+        return (function(x) ** 3).sum()
+
+    one_by_one = jnp.stack([jax.grad(loss)(x) for x in xs])
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss))(xs), one_by_one, rtol=1e-5, atol=1e-5)
+    in_one = jax.grad(lambda xs: jax.vmap(loss)(xs).sum())(xs)
+    np.testing.assert_allclose(in_one, one_by_one, rtol=1e-5, atol=1e-5)
+    again = jax.grad(jax.checkpoint(loss))(xs[0])
+    np.testing.assert_allclose(again, one_by_one[0], rtol=1e-5, atol=1e-5)
+    # Forward over reverse: a Hessian-vector product is symmetric over all ranks.
+    u, v = random(shape, 6), random(shape, 7)
+
+    def product(vector):
+        return jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (vector,))[1])(xs[0])
+
+    np.testing.assert_allclose(inner(u, product(v)), inner(v, product(u)), rtol=1e-4)
+
+
+def test_tokens_pass_through() -> None:
+    def loss(x):
+        y, token = m.allgather(x, token=None)
+        y, token = m.scan(y, m.SUM, token=token)
+        return (y**2).sum()
+
+    def without(x):
+        return (nt.scan(nt.allgather(x), m.SUM) ** 2).sum()
+
+    x = random((3,), 8)
+    np.testing.assert_allclose(jax.grad(loss)(x), jax.grad(without)(x), rtol=1e-6)
+
+
+def test_a_rank_that_does_not_use_its_result_takes_part() -> None:
+    def loss(x):
+        gathered = nt.gather(x, 0)
+        return (gathered**2).sum() if RANK == 0 else 0.0 * x.sum()
+
+    x = random((3,), 9)
+    np.testing.assert_allclose(jax.grad(loss)(x), 2 * x, rtol=1e-6)
+
+
+def test_replicated_and_local_losses() -> None:
+    """docs/derivatives.md: where the factor of the number of ranks comes from."""
+    w = jnp.float32(3.0)
+    data = jnp.float32(RANK + 1)
+    total = sum(range(1, SIZE + 1))
+
+    # Every rank holds the same loss: the transpose of allreduce is the identity.
+    replicated = jax.grad(lambda w: nt.allreduce(w * data, m.SUM))(w)
+    np.testing.assert_allclose(nt.allreduce(replicated, m.SUM), total)
+    # The loss is the sum of the ranks' parts: the exact adjoint counts every rank's use.
+    local = jax.grad(lambda w: nt.bcast(w, 0) * data)(w)
+    np.testing.assert_allclose(local, total if RANK == 0 else 0)
+    # The exact adjoint of the sum over ranks counts each of the copies of the loss.
+    exact = jax.grad(lambda w: nt.allgather(w * data).sum())(w)
+    np.testing.assert_allclose(exact, SIZE * data)
+
+
+def test_solvers_and_custom_rules() -> None:
+    """A distributed matrix of block columns, solved by conjugate gradients."""
+    n = 2 * SIZE
+    a = jax.random.normal(jax.random.key(0), (n, n))
+    a = a @ a.T + n * jnp.eye(n)
+    mine = a[:, 2 * RANK : 2 * RANK + 2]
+    b = jnp.arange(1.0, n + 1)
+
+    def matvec(x):
+        return nt.allreduce(mine @ x[2 * RANK : 2 * RANK + 2], m.SUM)
+
+    def solve(b):
+        return jax.scipy.sparse.linalg.cg(matvec, b, tol=1e-7)[0]
+
+    np.testing.assert_allclose(jax.jit(solve)(b), np.linalg.solve(a, b), rtol=1e-3, atol=1e-4)
+
+    @jax.custom_vjp
+    def total(x):
+        return nt.allreduce(x, m.SUM)
+
+    total.defvjp(lambda x: (total(x), None), lambda _, ct: (nt.allreduce(ct, m.SUM),))
+    np.testing.assert_allclose(jax.grad(lambda x: total(x).sum())(b), np.full(n, SIZE))
+
+    @jax.custom_jvp
+    def doubled(x):
+        return 2 * nt.allreduce(x, m.SUM)
+
+    doubled.defjvp(lambda primals, tangents: (doubled(*primals), doubled(*tangents)))
+    _, tangent = jax.jvp(doubled, (b,), (b,))
+    np.testing.assert_allclose(tangent, 2 * SIZE * b)
+
+
+def test_what_is_not_linear_is_refused_by_name() -> None:
+    x = random((3,), 10)
+    for name, function in {
+        "allreduce.*MAX": lambda x: nt.allreduce(x, m.MAX),
+        "reduce.*PROD": lambda x: nt.reduce(x, m.PROD, 0),
+        "scan.*MIN": lambda x: nt.scan(x, m.MIN),
+        "send cannot": lambda x: (nt.send(x, NEXT), x)[1],
+        "recv cannot": lambda x: nt.recv(x, PREVIOUS),
+    }.items():
+        with pytest.raises(NotImplementedError, match=name):
+            jax.grad(lambda x, function=function: function(x).sum())(x)
+    with pytest.raises(NotImplementedError, match="ANY_SOURCE"):
+        jax.grad(lambda x: nt.sendrecv(x, x, m.ANY_SOURCE, NEXT).sum())(x)
