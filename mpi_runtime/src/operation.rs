@@ -123,7 +123,7 @@ pub fn reduction_name(reduction: Reduction) -> &'static str {
 /// What kind of number an element is; decides which reductions it has (MPI 4.0, table 6.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// `bool`: logical reductions.
+    /// `bool`: every reduction, as in numpy.
     Logical,
     /// Signed and unsigned integers: every reduction.
     Integer,
@@ -131,8 +131,8 @@ pub enum Class {
     Real,
     /// Complex numbers: SUM and PROD.
     Complex,
-    /// Not communicated yet.
-    Unsupported,
+    /// Moved only: no reductions.
+    Opaque,
 }
 
 macro_rules! element_types {
@@ -177,9 +177,10 @@ element_types! {
     F64 = "float64", 8, Real, Some(Datatype::F64);
     C64 = "complex64", 8, Complex, Some(Datatype::C64);
     C128 = "complex128", 16, Complex, Some(Datatype::C128);
-    F16 = "float16", 2, Unsupported, None;
-    BF16 = "bfloat16", 2, Unsupported, None;
-    Other = "a sub-byte or 8-bit float type", 1, Unsupported, None;
+    F16 = "float16", 2, Real, Some(Datatype::F16);
+    BF16 = "bfloat16", 2, Real, Some(Datatype::BF16);
+    F8 = "an 8-bit float type", 1, Opaque, Some(Datatype::U8);
+    Other = "a type of less than 8 bits", 1, Opaque, None;
 }
 
 impl fmt::Display for Operation<'_> {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,13 @@ import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
-DTYPES = ["bool", "int8", "uint16", "int32", "float32", "complex64"]
+DTYPES = ["bool", "int8", "uint16", "int32", "float32", "complex64", "float16", "bfloat16"]
+FLOAT8 = [name for name in dir(jnp) if name.startswith("float8_")]
 
 
 def data(rank: int, shape: tuple[int, ...] = (3, 2), dtype: str = "float32") -> np.ndarray:
     values = np.random.default_rng(rank).integers(0, 5, shape)
-    return values.astype(dtype) + (
+    return values.astype(jnp.dtype(dtype)) + (
         np.asarray(1j * rank).astype(dtype) if dtype == "complex64" else 0
     )
 
@@ -25,9 +28,19 @@ def everyone(dtype: str = "float32") -> np.ndarray:
     return np.stack([data(rank, dtype=dtype) for rank in range(SIZE)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + FLOAT8)
 def test_movement_of_every_dtype(dtype: str) -> None:
-    mine, everything = data(RANK, dtype=dtype).astype(dtype), everyone(dtype).astype(dtype)
+    if dtype in FLOAT8:
+        bits = np.random.default_rng(0).integers(0, 256, (SIZE, 3, 2), np.uint8)
+        everything = bits.view(jnp.dtype(dtype))
+        mine, moved = everything[RANK], nt.allgather(everything[RANK])
+        assert moved.dtype == everything.dtype
+        np.testing.assert_array_equal(np.asarray(moved).view(np.uint8), bits)
+        with pytest.raises(Exception, match="there is no SUM of an 8-bit float type"):
+            nt.allreduce(mine, m.SUM).block_until_ready()
+        return
+    kind = jnp.dtype(dtype)
+    mine, everything = data(RANK, dtype=dtype).astype(kind), everyone(dtype).astype(kind)
     np.testing.assert_array_equal(nt.allgather(mine), everything)
     np.testing.assert_array_equal(nt.bcast(mine, SIZE - 1), everything[SIZE - 1])
     expected = everything if RANK == 0 else mine
@@ -60,6 +73,58 @@ def test_every_reduction(op: str, expected) -> None:
     root = SIZE - 1
     result = nt.reduce(mine, reduction, root)
     np.testing.assert_array_equal(result, expected(everything) if RANK == root else mine)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_rounded_after_every_step(dtype: str) -> None:
+    kind, size = jnp.dtype(dtype), 1500
+    everything = np.random.default_rng(1).normal(size=(SIZE, size)).astype(kind)
+    mine = everything[RANK]
+    for op, combine in (("SUM", np.add), ("PROD", np.multiply)):
+        expected = everything[0]
+        for row in everything[1:]:
+            expected = combine(expected.astype(np.float32), row.astype(np.float32)).astype(kind)
+        result = nt.allreduce(mine, getattr(m, op))
+        assert result.dtype == kind
+        # MPI may choose another order of the ranks.
+        tolerance = 4 * float(jnp.finfo(kind).eps) if SIZE > 2 else 0
+        np.testing.assert_allclose(
+            result.astype(np.float32), expected.astype(np.float32), rtol=tolerance, atol=tolerance
+        )
+        if SIZE == 2:
+            scanned = nt.scan(mine, getattr(m, op))
+            np.testing.assert_array_equal(scanned, expected if RANK else mine)
+    np.testing.assert_array_equal(nt.allreduce(mine, m.MAX), everything.max(0))
+    np.testing.assert_array_equal(nt.allreduce(mine, m.MIN), everything.min(0))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_not_a_number_is_passed_on(dtype: str) -> None:
+    x = np.full(SIZE + 1, 1.0 + RANK)
+    x[RANK] = np.nan
+    for op in (m.MIN, m.MAX):
+        result = nt.allreduce(x.astype(jnp.dtype(dtype)), op).astype(np.float32)
+        np.testing.assert_array_equal(np.isnan(result), [True] * SIZE + [False])
+        assert result[SIZE] == (1 if op is m.MIN else SIZE)
+
+
+def test_reductions_of_bool_are_those_of_numpy() -> None:
+    everything = np.random.default_rng(2).integers(0, 2, (SIZE, 40)).astype(bool)
+    mine = everything[RANK]
+    for op, combine in {
+        "SUM": np.add,
+        "PROD": np.multiply,
+        "MIN": np.minimum,
+        "MAX": np.maximum,
+        "LAND": np.logical_and,
+        "LOR": np.logical_or,
+        "LXOR": np.logical_xor,
+        "BAND": np.bitwise_and,
+        "BOR": np.bitwise_or,
+        "BXOR": np.bitwise_xor,
+    }.items():
+        result = nt.allreduce(mine, getattr(m, op))
+        np.testing.assert_array_equal(result, functools.reduce(combine, everything), err_msg=op)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])

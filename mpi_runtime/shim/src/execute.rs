@@ -173,7 +173,7 @@ pub(crate) fn datatype(datatype: Datatype) -> ffi::MPI_Datatype {
             Datatype::I32 => ffi::RSMPI_INT32_T,
             Datatype::I64 => ffi::RSMPI_INT64_T,
             Datatype::U8 => ffi::RSMPI_UINT8_T,
-            Datatype::U16 => ffi::RSMPI_UINT16_T,
+            Datatype::U16 | Datatype::F16 | Datatype::BF16 => ffi::RSMPI_UINT16_T,
             Datatype::U32 => ffi::RSMPI_UINT32_T,
             Datatype::U64 => ffi::RSMPI_UINT64_T,
             Datatype::F32 => ffi::RSMPI_FLOAT,

@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -43,7 +43,8 @@ pub enum Kind {
     Sendrecv,
 }
 
-/// Element types MPI reduces or moves (MPI 4.0, section 3.2.2).
+/// Element types MPI reduces or moves (MPI 4.0, section 3.2.2); it knows the 16-bit floats only as
+/// integers of that size, and the shim reduces them.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
@@ -61,6 +62,8 @@ pub enum Datatype {
     F64,
     C64,
     C128,
+    F16,
+    BF16,
 }
 
 impl Datatype {
@@ -68,7 +71,7 @@ impl Datatype {
     pub fn size(self) -> usize {
         match self {
             Datatype::Bool | Datatype::I8 | Datatype::U8 => 1,
-            Datatype::I16 | Datatype::U16 => 2,
+            Datatype::I16 | Datatype::U16 | Datatype::F16 | Datatype::BF16 => 2,
             Datatype::I32 | Datatype::U32 | Datatype::F32 => 4,
             Datatype::I64 | Datatype::U64 | Datatype::F64 | Datatype::C64 => 8,
             Datatype::C128 => 16,

@@ -199,6 +199,14 @@ fn element_type(dtype: XLA_FFI_DataType) -> ElementType {
         XLA_FFI_DataType_C128 => ElementType::C128,
         XLA_FFI_DataType_F16 => ElementType::F16,
         XLA_FFI_DataType_BF16 => ElementType::BF16,
+        XLA_FFI_DataType_F8E5M2
+        | XLA_FFI_DataType_F8E4M3
+        | XLA_FFI_DataType_F8E4M3FN
+        | XLA_FFI_DataType_F8E4M3B11FNUZ
+        | XLA_FFI_DataType_F8E5M2FNUZ
+        | XLA_FFI_DataType_F8E4M3FNUZ
+        | XLA_FFI_DataType_F8E3M4
+        | XLA_FFI_DataType_F8E8M0FNU => ElementType::F8,
         _ => ElementType::Other,
     }
 }
