@@ -21,8 +21,12 @@ const PATIENCE: Duration = Duration::from_micros(200);
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
 const STRIDE: usize = MARKS * size_of::<Arrival>();
-/// After failures in a row a rank looks only every so many launches.
-const LONGEST_PAUSE: u32 = 64;
+/// Who looked in vain does not look again before the clock shows the next multiple of this, in
+/// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each further
+/// failure doubles it.
+const PAUSE: u64 = 1 << 18;
+/// At most so often: 34 ms, of which looking in vain takes less than a hundredth.
+const MOST_DOUBLINGS: u32 = 7;
 
 /// One rank's arrival at one launch; all zero bytes mean none.
 #[repr(C)]
@@ -52,10 +56,10 @@ pub struct Arrivals {
     memory: MmapRaw,
     rank: usize,
     size: usize,
-    /// Launches for which we do not look.
-    pause: AtomicU32,
-    /// How many the next failure adds.
-    next_pause: AtomicU32,
+    /// When this rank looks again, by [`now`]; 0 if it always looks.
+    paused_until: AtomicU64,
+    /// Failures in a row.
+    failures: AtomicU32,
 }
 
 impl Arrivals {
@@ -106,8 +110,8 @@ impl Arrivals {
             memory: MmapRaw::map_raw(file)?,
             rank,
             size,
-            pause: AtomicU32::new(0),
-            next_pause: AtomicU32::new(1),
+            paused_until: AtomicU64::new(0),
+            failures: AtomicU32::new(0),
         })
     }
 
@@ -122,31 +126,37 @@ impl Arrivals {
     /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if everybody
     /// else has too, soon, and all balances add up to 0.
     pub fn meet(&self, free: impl Fn() -> bool, arrival: impl Fn() -> (u64, u64)) -> bool {
-        let pause = self.pause.load(Ordering::Relaxed);
-        let patient = pause == 0;
-        if !(free() || patient && soon(&free)) {
-            self.note(patient, false);
-            return false;
+        let patient = self.may_look();
+        let met = (free() || patient && soon(&free)) && {
+            let (mark, balance) = arrival();
+            self.slot(self.rank, mark).write(mark, balance);
+            patient && self.look(mark)
+        };
+        if met {
+            self.failures.store(0, Ordering::Relaxed);
+        } else if patient {
+            self.pause(now());
         }
-        let (mark, balance) = arrival();
-        self.slot(self.rank, mark).write(mark, balance);
-        let met = patient && self.look(mark);
-        self.note(patient, met);
         met
     }
 
-    /// Counts successes and failures; who looked in vain looks less often.
-    fn note(&self, looked: bool, met: bool) {
-        if !looked {
-            self.pause.fetch_sub(1, Ordering::Relaxed);
-        } else if met {
-            self.next_pause.store(1, Ordering::Relaxed);
-        } else {
-            let next = self.next_pause.load(Ordering::Relaxed);
-            self.pause.store(next, Ordering::Relaxed);
-            self.next_pause
-                .store((2 * next).min(LONGEST_PAUSE), Ordering::Relaxed);
+    fn may_look(&self) -> bool {
+        let until = self.paused_until.load(Ordering::Relaxed);
+        until == 0 || {
+            let over = now() >= until;
+            if over {
+                self.paused_until.store(0, Ordering::Relaxed);
+            }
+            over
         }
+    }
+
+    /// Who looked in vain looks less often.
+    fn pause(&self, now: u64) {
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed);
+        let pause = PAUSE << failures.min(MOST_DOUBLINGS);
+        self.paused_until
+            .store((now / pause + 1) * pause, Ordering::Relaxed);
     }
 
     fn look(&self, mark: u64) -> bool {
@@ -158,6 +168,12 @@ impl Arrivals {
             sum == Some(0)
         })
     }
+}
+
+/// Nanoseconds by a clock that all processes of a node share.
+fn now() -> u64 {
+    let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    time.map_or(0, |time| time.as_nanos() as u64)
 }
 
 /// Whether `true_at_last` becomes true before this rank's patience ends.
@@ -204,7 +220,7 @@ mod tests {
         }
         assert!(!ranks[0].meet(|| false, || (9, 0)));
         assert!(ranks[0].slot(0, 9).read(9).is_none());
-        assert_eq!(ranks[0].pause.load(Ordering::Relaxed), 1);
+        assert_ne!(ranks[0].paused_until.load(Ordering::Relaxed), 0);
     }
 
     #[test]
@@ -264,15 +280,31 @@ mod tests {
     }
 
     #[test]
-    fn failures_make_it_look_less_often() {
+    fn after_failures_all_look_again_at_the_same_moment() {
         let ranks = three();
-        let looked = |mark| {
-            let before = ranks[0].pause.load(Ordering::Relaxed);
-            meet(&ranks[0], mark);
-            before == 0
-        };
-        let times = (1..1000).filter(|&mark| looked(mark)).count();
-        assert!((10..30).contains(&times), "{times}");
+        for (failures, rank) in ranks.iter().enumerate() {
+            for _ in 0..=failures {
+                rank.pause(1000 * PAUSE + 17 * failures as u64);
+            }
+        }
+        let until = |rank: &Arrivals| rank.paused_until.load(Ordering::Relaxed);
+        assert_eq!(until(&ranks[0]), 1001 * PAUSE);
+        assert_eq!(until(&ranks[1]), 1002 * PAUSE);
+        assert_eq!(until(&ranks[2]), 1004 * PAUSE);
+        for _ in 0..40 {
+            ranks[0].pause(1000 * PAUSE);
+        }
+        assert_eq!(until(&ranks[0]), 1024 * PAUSE);
+    }
+
+    #[test]
+    fn who_looked_in_vain_waits_and_looks_again() {
+        let ranks = three();
+        assert!(ranks[0].may_look() && !meet(&ranks[0], 1));
+        ranks[0].pause(now() + 3_600_000_000_000);
+        assert!(!ranks[0].may_look());
+        ranks[0].paused_until.store(now(), Ordering::Relaxed);
+        assert!(ranks[0].may_look() && ranks[0].may_look());
     }
 
     #[test]

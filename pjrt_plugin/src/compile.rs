@@ -130,6 +130,9 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
                 alike: ours.alike.filter(|_| cheap && !ours.callbacks),
             };
             execute::remember(loaded, program);
+            if cheap {
+                execute::prepare_gate();
+            }
         }
     }
     Ok(())

@@ -14,11 +14,11 @@ use pjrt_sys::*;
 use crate::boundary;
 use crate::buffers;
 use crate::call::{call, new_args, slice};
-use crate::client;
 use crate::context;
 use crate::deferred;
 use crate::error::Error;
 use crate::events;
+use crate::gate;
 use crate::handles::{destroy_event, destroy_loaded};
 use crate::holds::Holds;
 use crate::nested;
@@ -328,14 +328,10 @@ unsafe fn launch_operations(
         // SAFETY: valid arguments.
         return unsafe { defer(args, launch_id, completion) };
     }
-    let gate = if program.cheap && !alone {
-        shut_gate()
-    } else {
-        None
-    };
+    let shut = (program.cheap && !alone).then(shut_gate);
     // SAFETY: valid arguments.
     let result = unsafe { with_launch_id(args, launch_id, |args| launch(args, completion)) };
-    drop(gate);
+    drop(shut);
     if alone && program.alike.is_some() && world.size > 1 {
         HERE.fetch_add(1, Ordering::Relaxed);
     }
@@ -537,13 +533,25 @@ unsafe extern "C" fn launch_ended(error: *mut PJRT_Error, ended: *mut c_void) {
 }
 
 /// Call with the launching lock held.
-fn shut_gate() -> Option<crate::gate::Shut> {
+fn shut_gate() -> Option<gate::Shut> {
     let client = plugin().clients.read().first().cloned()?;
-    match client::find(client.handle)?.gate.shut(&client) {
+    match client.gate.shut(&client) {
         Ok(shut) => Some(shut),
         Err(error) => {
             eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
             None
         }
+    }
+}
+
+/// Makes the gate, which a program now compiled may need.
+pub fn prepare_gate() {
+    let client = plugin().clients.read().first().cloned();
+    if let Some(client) = client
+        && world().is_some_and(|world| world.size > 1)
+        && let Err(error) = client.gate.prepare(&client)
+    {
+        // The launch that needs it tries again, and says so.
+        error.discard();
     }
 }

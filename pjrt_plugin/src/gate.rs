@@ -34,7 +34,7 @@ static SHUT: Mutex<Option<HashSet<u32>>> = Mutex::new(None);
 static OPENED: Condvar = Condvar::new();
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
-/// The gate's program and its operand; made at first use.
+/// The gate's program and its operand; made with the first program that may need it.
 #[derive(Default)]
 pub struct Gate {
     made: Mutex<Option<Made>>,
@@ -69,30 +69,41 @@ pub fn wait_open(run_id: i64) {
 }
 
 impl Gate {
+    /// Makes the program, if that has not happened. It takes 20 ms, which belong to the compilation of
+    /// a program that may need it, and not to one of its launches.
+    pub fn prepare(&self, client: &Client) -> Result<(), Error> {
+        self.with(client, |_| Ok(()))
+    }
+
+    fn with<T>(
+        &self,
+        client: &Client,
+        body: impl FnOnce(&Made) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let mut made = self.made.lock();
+        match &mut *made {
+            Some(made) => body(made),
+            none => body(none.insert(make(client)?)),
+        }
+    }
+
     /// Queues a shut gate on this rank's device.
     pub fn shut(&self, client: &Client) -> Result<Shut, Error> {
-        let mut made = self.made.lock();
-        if made.is_none() {
-            *made = Some(make(client)?);
-        }
-        let Some(Made {
-            executable,
-            operand,
-        }) = made.as_ref()
-        else {
-            return Err(Error::internal("the gate was not made"));
-        };
+        self.with(client, Self::launch)
+    }
+
+    fn launch(made: &Made) -> Result<Shut, Error> {
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         SHUT.lock().get_or_insert_with(HashSet::new).insert(id);
         let shut = Shut(id);
         let mut options = new_args::<PJRT_ExecuteOptions>();
         options.launch_id = id as i32;
-        let arguments = [*operand];
+        let arguments = [made.operand];
         let argument_lists = [arguments.as_ptr()];
         let mut outputs: [*mut PJRT_Buffer; 1] = [std::ptr::null_mut()];
         let output_lists = [outputs.as_mut_ptr()];
         let mut args = new_args::<PJRT_LoadedExecutable_Execute_Args>();
-        args.executable = *executable;
+        args.executable = made.executable;
         args.options = &mut options;
         args.argument_lists = argument_lists.as_ptr();
         args.num_devices = 1;
