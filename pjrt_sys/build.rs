@@ -59,9 +59,8 @@ fn find(header: &Header) -> PathBuf {
         return path;
     }
     println!("cargo::rerun-if-env-changed=VIRTUAL_ENV");
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("workspace root");
+    let package = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    let root = Path::new(&package).parent().expect("workspace root");
     let environments = env::var_os("VIRTUAL_ENV")
         .map(PathBuf::from)
         .into_iter()

@@ -62,6 +62,24 @@ pub fn owner<T>(handle: *const T) -> Option<(Arc<Client>, i32)> {
         .find_map(|client| Some((client.clone(), client.owner(handle)?)))
 }
 
+/// The client that an executable is loaded on, and its device there.
+pub fn of_executable(
+    loaded: *mut PJRT_LoadedExecutable,
+) -> Result<(Arc<Client>, *mut PJRT_Device), Error> {
+    let mut args = new_args::<PJRT_LoadedExecutable_AddressableDevices_Args>();
+    args.executable = loaded;
+    let api = plugin().inner.api();
+    // SAFETY: the framework uses the executable, so it is live; its list lives as long.
+    let devices = unsafe {
+        call(api.PJRT_LoadedExecutable_AddressableDevices, &mut args)?;
+        slice(args.addressable_devices, args.num_addressable_devices)
+    };
+    devices
+        .first()
+        .and_then(|&device| Some((owner(device)?.0, device)))
+        .ok_or_else(|| Error::internal("an executable is loaded on no client"))
+}
+
 /// `PJRT_Client_Create`: collective over the ranks of the job.
 pub unsafe extern "C" fn create(args: *mut PJRT_Client_Create_Args) -> *mut PJRT_Error {
     boundary::pjrt(|| {

@@ -131,7 +131,7 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
             };
             execute::remember(loaded, program);
             if cheap {
-                execute::prepare_gate();
+                execute::prepare_gate(loaded);
             }
         }
     }

@@ -237,20 +237,10 @@ unsafe fn look_at(loaded: *mut PJRT_LoadedExecutable) -> Result<Option<Outlook>,
     let api = plugin().inner.api();
     let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
     get.loaded_executable = loaded;
-    let mut devices = new_args::<PJRT_LoadedExecutable_AddressableDevices_Args>();
-    devices.executable = loaded;
+    let (client, device) = client::of_executable(loaded)?;
     // SAFETY: `loaded` is live; the executable got from it is destroyed below; its lists live as
     // long.
     unsafe {
-        call(api.PJRT_LoadedExecutable_AddressableDevices, &mut devices)?;
-        let Some(&device) =
-            slice(devices.addressable_devices, devices.num_addressable_devices).first()
-        else {
-            return Ok(None);
-        };
-        let Some((client, _)) = client::owner(device) else {
-            return Ok(None);
-        };
         let memory = default_memory(device)?;
         call(api.PJRT_LoadedExecutable_GetExecutable, &mut get)?;
         let outputs = shapes(get.executable, memory, &client.memories);

@@ -14,6 +14,7 @@ use pjrt_sys::*;
 use crate::boundary;
 use crate::buffers;
 use crate::call::{call, new_args, slice};
+use crate::client;
 use crate::context;
 use crate::deferred;
 use crate::error::Error;
@@ -328,7 +329,7 @@ unsafe fn launch_operations(
         // SAFETY: valid arguments.
         return unsafe { defer(args, launch_id, completion) };
     }
-    let shut = (program.cheap && !alone).then(shut_gate);
+    let shut = (program.cheap && !alone).then(|| shut_gate(args.executable));
     // SAFETY: valid arguments.
     let result = unsafe { with_launch_id(args, launch_id, |args| launch(args, completion)) };
     drop(shut);
@@ -533,25 +534,20 @@ unsafe extern "C" fn launch_ended(error: *mut PJRT_Error, ended: *mut c_void) {
 }
 
 /// Call with the launching lock held.
-fn shut_gate() -> Option<gate::Shut> {
-    let client = plugin().clients.read().first().cloned()?;
-    match client.gate.shut(&client) {
-        Ok(shut) => Some(shut),
-        Err(error) => {
-            eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
-            None
-        }
-    }
+fn shut_gate(executable: *mut PJRT_LoadedExecutable) -> Option<gate::Shut> {
+    let shut = client::of_executable(executable).and_then(|(client, _)| client.gate.shut(&client));
+    shut.inspect_err(|error| {
+        eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
+    })
+    .ok()
 }
 
 /// Makes the gate, which a program now compiled may need.
-pub fn prepare_gate() {
-    let client = plugin().clients.read().first().cloned();
-    if let Some(client) = client
-        && world().is_some_and(|world| world.size > 1)
-        && let Err(error) = client.gate.prepare(&client)
-    {
+pub fn prepare_gate(executable: *mut PJRT_LoadedExecutable) {
+    if world().is_some_and(|world| world.size > 1) {
+        let made =
+            client::of_executable(executable).and_then(|(client, _)| client.gate.prepare(&client));
         // The launch that needs it tries again, and says so.
-        error.discard();
+        made.map_err(Error::discard).ok();
     }
 }

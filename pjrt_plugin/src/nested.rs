@@ -45,9 +45,7 @@ pub unsafe fn execute(
     with_callbacks: bool,
 ) -> Result<(), Error> {
     let api = plugin().inner.api();
-    let Some(home) = plugin().clients.read().first().cloned() else {
-        return Err(Error::internal("a program was launched without a client"));
-    };
+    let (home, _) = client::of_executable(args.executable)?;
     let spare = choose(&home, with_callbacks)?;
     let _busy = with_callbacks.then(|| Busy(spare.clone()));
     // SAFETY: as the caller promises; there is one device.

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -291,6 +292,72 @@ def test_the_job_ends_soon_after_an_exception(mpi: str) -> None:
     raised = re.search(r"raised at ([\d.]+)", result.stderr)
     assert raised and result.returncode != 0, result.stderr
     assert time.time() - float(raised[1]) < 4
+
+
+RESTARTED = """if True:
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    from jax.extend import backend
+    from mpi4py import MPI
+    rank, comm = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD
+    kept = m.allreduce(jnp.ones(3), m.SUM)[0] + 1
+    backend.clear_backends()
+    # The first client lives as long as its array; what is dispatched now runs on the second.
+    if rank == 0:
+        y = m.recv(jax.ShapeDtypeStruct((3,), jnp.float32), 1)[0]
+        comm.send("now", 1)
+        print(float(y.sum()), float(kept.sum()))
+    else:
+        comm.recv()
+        m.send(jnp.ones(3), 0)
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_second_client_while_the_first_one_lives(mpi: str) -> None:
+    result = job(mpi, RESTARTED)
+    assert result.returncode == 0 and result.stdout == "3.0 9.0\n", result.stderr
+
+
+MANY = """if True:
+    import time, jax, jax.numpy as jnp, mpi_cuda as m
+    from mpi4py import MPI
+    comm, count = MPI.COMM_WORLD, 1024 + 17
+    receive = jax.jit(lambda x: m.notoken.recv(x, 1))
+    x = jnp.zeros(())
+    if comm.rank == 0:
+        received, slowest = [], 0
+        for _ in range(count):
+            start = time.monotonic()
+            received.append(receive(x))
+            slowest = max(slowest, time.monotonic() - start)
+        comm.send("now", 1)
+        assert [float(y) for y in received] == list(range(count))
+        print(slowest > 0.9)
+    else:
+        comm.recv()
+        for i in range(count):
+            m.send(jnp.float32(i), 0)
+"""
+
+
+def test_beyond_a_thousand_deferred_launches_dispatch_is_slow_but_goes_on() -> None:
+    result = job("openmpi", MANY)
+    assert result.returncode == 0 and result.stdout == "True\n", result.stderr
+
+
+def test_a_missing_header_is_named_with_the_remedy(tmp_path) -> None:
+    """The build script itself, as cargo built it."""
+    scripts = Path(__file__).parents[2].glob("target/release/build/pjrt_sys-*/build-script-build")
+    script = max(scripts, key=lambda path: path.stat().st_mtime)
+    names = ("OUT_DIR", "VIRTUAL_ENV", "PATH", "CARGO_MANIFEST_DIR")
+    env = dict.fromkeys(names, str(tmp_path / "package"))
+    result = subprocess.run([script], env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    for said in ("pjrt_c_api.h", "MPI_CUDA_PJRT_HEADER", "xla-cpu-pjrt"):
+        assert said in result.stderr, result.stderr
+    env["MPI_CUDA_PJRT_HEADER"] = "/nowhere/pjrt_c_api.h"
+    result = subprocess.run([script], env=env, capture_output=True, text=True, timeout=60)
+    assert "MPI_CUDA_PJRT_HEADER=/nowhere/pjrt_c_api.h is not a file" in result.stderr
 
 
 FORKED = """if True:

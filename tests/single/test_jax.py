@@ -135,6 +135,22 @@ def test_both_platforms() -> None:
     assert result.stdout == "3.0\n2.0\n3.0\n2.0\n", result.stderr
 
 
+def test_backends_of_others_need_not_be_like_ours() -> None:
+    code = """if True:
+        import jax, jax._src.xla_bridge as bridge
+        class Other:
+            platform = "other"
+            def device_count(self): return 1
+            def process_index(self): return 0
+            def devices(self): return ["one"]
+        bridge.register_backend_factory("other", Other, priority=1)
+        jax.config.update("jax_platforms", "other,mpi_cuda")
+        print(type(bridge.get_backend("other")).__name__, len(jax.devices("cpu")))
+    """
+    result = run(code, JAX_PLATFORMS="mpi_cuda")
+    assert result.stdout == "Other 1\n", result.stderr
+
+
 def test_log_info_says_what_was_found() -> None:
     result = run("import jax; jax.devices()", JAX_PLATFORMS="mpi_cuda", MPI_CUDA_LOG="info")
     for text in ("rank 0 of 1", "device cpu", "PJRT 0.", "Open MPI", "multiple"):
