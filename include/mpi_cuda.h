@@ -35,9 +35,11 @@ extern "C" {
  *   mpi_cuda_alltoall    x (size, ...) -> y as x    comm
  *   mpi_cuda_barrier     none                       comm
  *   mpi_cuda_bcast       x -> y as x                comm, root
+ *   mpi_cuda_exscan      x -> y as x                comm, op
  *   mpi_cuda_gather      x -> y (size, *x) on the root, as x elsewhere    comm, root
  *   mpi_cuda_recv        none -> y                  comm, source, recvtag, status
  *   mpi_cuda_reduce      x -> y as x                comm, op, root
+ *   mpi_cuda_reduce_scatter  x (size, *y) -> y      comm, op
  *   mpi_cuda_scan        x -> y as x                comm, op
  *   mpi_cuda_scatter     x (size, *y) on the root, as y elsewhere -> y    comm, root
  *   mpi_cuda_send        x -> none                  comm, dest, tag

@@ -4,6 +4,7 @@ use std::ptr;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
+use crate::identity;
 use crate::operation::Operation;
 
 /// Executes `op` in a world of one rank.
@@ -19,10 +20,21 @@ pub fn execute(op: &Operation<'_>) -> Result<(), String> {
              the message in a world of size 1"
                 .into(),
         ),
+        Kind::Exscan => {
+            nothing_before(op);
+            Ok(())
+        }
         _ => {
             copy_through(op);
             Ok(())
         }
+    }
+}
+
+/// The result of `exscan` where no rank is before this one.
+pub fn nothing_before(op: &Operation<'_>) {
+    if let Some(reduction) = op.reduction {
+        identity::fill(&op.recv, reduction);
     }
 }
 

@@ -10,6 +10,7 @@ pub mod communicators;
 pub mod engine;
 pub mod error;
 pub mod family;
+mod identity;
 pub mod launcher;
 pub mod operation;
 pub mod order;

@@ -67,39 +67,28 @@ impl Buffer<'_> {
     }
 }
 
-/// Lower-case name of an operation, as users write it.
-pub fn name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Allgather => "allgather",
-        Kind::Allreduce => "allreduce",
-        Kind::Alltoall => "alltoall",
-        Kind::Barrier => "barrier",
-        Kind::Bcast => "bcast",
-        Kind::Gather => "gather",
-        Kind::Recv => "recv",
-        Kind::Reduce => "reduce",
-        Kind::Scan => "scan",
-        Kind::Scatter => "scatter",
-        Kind::Send => "send",
-        Kind::Sendrecv => "sendrecv",
-    }
-}
-
-/// Every kind, in the order of the C contract.
-pub const KINDS: [Kind; 12] = [
-    Kind::Allgather,
-    Kind::Allreduce,
-    Kind::Alltoall,
-    Kind::Barrier,
-    Kind::Bcast,
-    Kind::Gather,
-    Kind::Recv,
-    Kind::Reduce,
-    Kind::Scan,
-    Kind::Scatter,
-    Kind::Send,
-    Kind::Sendrecv,
+/// Every kind and its lower-case name, as users write it, in the order of the C contract.
+pub const KINDS: [(Kind, &str); 14] = [
+    (Kind::Allgather, "allgather"),
+    (Kind::Allreduce, "allreduce"),
+    (Kind::Alltoall, "alltoall"),
+    (Kind::Barrier, "barrier"),
+    (Kind::Bcast, "bcast"),
+    (Kind::Gather, "gather"),
+    (Kind::Recv, "recv"),
+    (Kind::Reduce, "reduce"),
+    (Kind::Scan, "scan"),
+    (Kind::Scatter, "scatter"),
+    (Kind::Send, "send"),
+    (Kind::Sendrecv, "sendrecv"),
+    (Kind::Exscan, "exscan"),
+    (Kind::ReduceScatter, "reduce_scatter"),
 ];
+
+/// Name of an operation.
+pub const fn name(kind: Kind) -> &'static str {
+    KINDS[kind as usize].1
+}
 
 /// Reductions and their names, in the order of the numbers used by the custom calls.
 pub const REDUCTIONS: [(Reduction, &str); 10] = [
@@ -305,7 +294,7 @@ mod tests {
 
     #[test]
     fn tables_are_in_the_order_of_the_contract() {
-        for (number, kind) in KINDS.iter().enumerate() {
+        for (number, (kind, _)) in KINDS.iter().enumerate() {
             assert_eq!(*kind as usize, number);
         }
         for (number, (reduction, _)) in REDUCTIONS.iter().enumerate() {

@@ -53,7 +53,11 @@ def _transpose(
 
 
 def _allgather(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
-    return _operations.alltoall(ct, comm=comm, token=False)[0].sum(axis=0, dtype=x.dtype)
+    return _operations.reduce_scatter(ct, SUM, comm=comm, token=False)[0]
+
+
+def _reduce_scatter(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
+    return _operations.allgather(ct, comm=comm, token=False)[0]
 
 
 def _alltoall(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
@@ -90,6 +94,11 @@ def _scan(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
     return everything[comm.rank :].sum(axis=0, dtype=x.dtype)
 
 
+def _exscan(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
+    everything = _operations.allgather(ct, comm=comm, token=False)[0]
+    return everything[comm.rank + 1 :].sum(axis=0, dtype=x.dtype)
+
+
 def _sendrecv(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
     if attributes["source"] == ATTRIBUTE_ANY:
         raise NotImplementedError(
@@ -110,8 +119,10 @@ ADJOINTS: dict[str, Adjoint] = {
     "allgather": _allgather,
     "alltoall": _alltoall,
     "bcast": _bcast,
+    "exscan": _exscan,
     "gather": _gather,
     "reduce": _reduce,
+    "reduce_scatter": _reduce_scatter,
     "scan": _scan,
     "scatter": _scatter,
     "sendrecv": _sendrecv,

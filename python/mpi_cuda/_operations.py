@@ -1,4 +1,4 @@
-"""The twelve operations, with explicit tokens. `mpi_cuda.notoken` has them without."""
+"""The operations, with explicit tokens. `mpi_cuda.notoken` has them without."""
 
 from __future__ import annotations
 
@@ -83,6 +83,14 @@ def bind(
     return (outs[0] if outs else None), new_token
 
 
+def _require_leading(rule: str, x: Any, comm: Comm) -> None:
+    if x.ndim == 0 or x.shape[0] != comm.size:
+        raise ValueError(
+            f"{rule}: on rank {comm.rank} it has {x.shape}, and the leading dimension must be the "
+            f"number of ranks, {comm.size}"
+        )
+
+
 def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Gathers `x` of every rank on every rank (MPI 4.0, section 6.7).
 
@@ -132,11 +140,7 @@ def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Tok
       ValueError: the leading dimension is not the number of ranks.
     """
     x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
-    if x.ndim == 0 or x.shape[0] != where.size:
-        raise ValueError(
-            f"Alltoall input must have shape (nproc, ...): on rank {where.rank} it has {x.shape}, "
-            f"and the leading dimension must be the number of ranks, {where.size}"
-        )
+    _require_leading("Alltoall input must have shape (nproc, ...)", x, where)
     return bind("alltoall", where, x, (x.shape, x.dtype), token)
 
 
@@ -168,6 +172,27 @@ def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Ar
     x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
     root = _arguments.resolve_rank("bcast", "root", root, where)
     return bind("bcast", where, x, (x.shape, x.dtype), token, root=root)
+
+
+def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Reduces `x` over the ranks before this one (MPI 4.0, section 6.11.2).
+
+    On rank 0, where MPI leaves the result undefined, it is the reduction's identity: 0 for SUM, LOR,
+    LXOR, BOR and BXOR, 1 for PROD and LAND, the largest value for MIN and the smallest for MAX
+    (infinities of real types), all bits set for BAND.
+
+    Args:
+      x: array or scalar of the same shape and dtype on every rank.
+      op: reduction, `mpi_cuda.SUM` or mpi4py's `MPI.SUM` and so on.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `x`, and a token.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    number = _arguments.resolve_op(op).number
+    return bind("exscan", where, x, (x.shape, x.dtype), token, op=number)
 
 
 def gather(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
@@ -242,6 +267,27 @@ def reduce(
     return bind("reduce", where, x, (x.shape, x.dtype), token, op=number, root=root)
 
 
+def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
+    """Reduces `x` over all ranks, of which rank i gets `x[i]` (MPI 4.0, section 6.10.1).
+
+    Args:
+      x: array of shape `(size, *shape)`, of the same shape and dtype on every rank.
+      op: reduction, `mpi_cuda.SUM` or mpi4py's `MPI.SUM` and so on.
+      comm: communicator; None is a private one of all ranks.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of shape `shape`, and a token.
+
+    Raises:
+      ValueError: the leading dimension is not the number of ranks.
+    """
+    x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
+    _require_leading("Reduce_scatter input must have shape (nproc, ...)", x, where)
+    number = _arguments.resolve_op(op).number
+    return bind("reduce_scatter", where, x, (x.shape[1:], x.dtype), token, op=number)
+
+
 def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks up to and including this one (MPI 4.0, section 6.11.1).
 
@@ -278,11 +324,7 @@ def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[
     root = _arguments.resolve_rank("scatter", "root", root, where)
     if where.rank != root:
         return bind("scatter", where, x, (x.shape, x.dtype), token, batch_as="bcast", root=root)
-    if x.ndim == 0 or x.shape[0] != where.size:
-        raise ValueError(
-            f"Scatter input must have shape (nproc, ...) on the root: on rank {where.rank} it has "
-            f"{x.shape}, and the leading dimension must be the number of ranks, {where.size}"
-        )
+    _require_leading("Scatter input must have shape (nproc, ...) on the root", x, where)
     return bind("scatter", where, x, (x.shape[1:], x.dtype), token, root=root)
 
 

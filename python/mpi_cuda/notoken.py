@@ -19,9 +19,11 @@ __all__ = [
     "alltoall",
     "barrier",
     "bcast",
+    "exscan",
     "gather",
     "recv",
     "reduce",
+    "reduce_scatter",
     "scan",
     "scatter",
     "send",
@@ -51,9 +53,11 @@ allreduce = _without_token(_operations.allreduce)
 alltoall = _without_token(_operations.alltoall)
 barrier = _without_token(_operations.barrier)
 bcast = _without_token(_operations.bcast)
+exscan = _without_token(_operations.exscan)
 gather = _without_token(_operations.gather)
 recv = _without_token(_operations.recv)
 reduce = _without_token(_operations.reduce)
+reduce_scatter = _without_token(_operations.reduce_scatter)
 scan = _without_token(_operations.scan)
 scatter = _without_token(_operations.scatter)
 send = _without_token(_operations.send)

@@ -1,4 +1,4 @@
-"""The twelve operations against numpy, in both styles."""
+"""The operations against numpy, in both styles."""
 
 from __future__ import annotations
 
@@ -73,6 +73,40 @@ def test_every_reduction(op: str, expected) -> None:
     root = SIZE - 1
     result = nt.reduce(mine, reduction, root)
     np.testing.assert_array_equal(result, expected(everything) if RANK == root else mine)
+    before = nt.exscan(mine, reduction)
+    if RANK:
+        np.testing.assert_array_equal(before, expected(everything[:RANK]))
+    blocks = np.stack([mine + rank * (op not in ("LAND", "LOR", "LXOR")) for rank in range(SIZE)])
+    every_block = everything + (blocks - mine)[RANK]
+    np.testing.assert_array_equal(nt.reduce_scatter(blocks, reduction), expected(every_block))
+
+
+IDENTITIES = {
+    "SUM": lambda kind: 0,
+    "PROD": lambda kind: 1,
+    "MIN": lambda kind: np.inf if kind.kind == "f" else np.iinfo(kind).max,
+    "MAX": lambda kind: -np.inf if kind.kind == "f" else np.iinfo(kind).min,
+    "LAND": lambda kind: 1,
+    "BAND": lambda kind: kind.type(0) - kind.type(1) if kind.kind == "i" else np.iinfo(kind).max,
+    "BXOR": lambda kind: 0,
+}
+
+
+@pytest.mark.parametrize("op", IDENTITIES)
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "float32"])
+def test_exscan_on_rank_0_is_the_identity(op: str, dtype: str) -> None:
+    kind = np.dtype(dtype)
+    if kind.kind == "f" and op in ("LAND", "BAND", "BXOR"):
+        return
+    result = nt.exscan(np.full((2, 3), 7, kind), getattr(m, op))
+    if RANK == 0:
+        np.testing.assert_array_equal(result, np.full((2, 3), IDENTITIES[op](kind), kind))
+
+
+def test_reduce_scatter_needs_a_block_for_every_rank() -> None:
+    with pytest.raises(ValueError, match="number of ranks"):
+        nt.reduce_scatter(jnp.ones((SIZE + 1, 2)), m.SUM)
+    np.testing.assert_array_equal(nt.reduce_scatter(jnp.ones(SIZE), m.SUM), float(SIZE))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi::ffi;
 use mpi_shim_abi::{Datatype, Kind, ShimOp, ShimReceived};
 
-use crate::SUCCESS;
 use crate::handle::comm_from_bits;
+use crate::large;
 use crate::messages::exchange;
 use crate::reduction::reduction;
+use crate::{SUCCESS, attempt};
 
 /// Whether to give up the core while waiting; see [`mpi_shim_abi::ShimApi::set_polite`].
 pub(crate) static POLITE: AtomicBool = AtomicBool::new(false);
@@ -34,86 +35,128 @@ pub(crate) unsafe fn execute(op: &ShimOp, received: &mut ShimReceived) -> c_int 
     };
     // SAFETY: as the caller promises.
     unsafe {
-        if polite() {
-            politely(op, received)
+        match op.kind {
+            Kind::Recv | Kind::Send | Kind::Sendrecv => exchange(op, received),
+            _ if large::is_large(op) => large::in_parts(op),
+            _ => run(op.kind, &Call::of(op)),
+        }
+    }
+}
+
+/// Elements as MPI counts them.
+#[derive(Clone, Copy)]
+pub(crate) struct Counted {
+    pub(crate) count: c_int,
+    pub(crate) datatype: ffi::MPI_Datatype,
+}
+
+/// The arguments of a collective.
+pub(crate) struct Call {
+    pub(crate) send: *const c_void,
+    pub(crate) recv: *mut c_void,
+    pub(crate) sent: Counted,
+    pub(crate) received: Counted,
+    pub(crate) reduce: ffi::MPI_Op,
+    pub(crate) root: c_int,
+    pub(crate) comm: ffi::MPI_Comm,
+}
+
+impl Call {
+    /// The whole operation, whose counts fit, as one call.
+    pub(crate) fn of(op: &ShimOp) -> Call {
+        let counted = |count: i64| Counted {
+            count: count as c_int,
+            datatype: datatype(op.datatype),
+        };
+        Call {
+            send: op.send,
+            recv: op.recv,
+            sent: counted(op.count),
+            received: counted(op.recv_count),
+            reduce: reduction(op.reduction, op.datatype),
+            root: op.dest,
+            comm: comm_from_bits(op.comm),
+        }
+    }
+
+    /// The root sends from its operand (its result pointer is null); the others receive.
+    fn bcast_buffer(&self) -> *mut c_void {
+        if self.recv.is_null() {
+            self.send.cast_mut()
         } else {
-            blocking(op, received)
+            self.recv
+        }
+    }
+}
+
+/// Executes a collective.
+///
+/// # Safety
+/// As for [`execute`].
+pub(crate) unsafe fn run(kind: Kind, call: &Call) -> c_int {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if polite() {
+            politely(kind, call)
+        } else {
+            blocking(kind, call)
         }
     }
 }
 
 /// # Safety
 /// As for [`execute`].
-unsafe fn blocking(op: &ShimOp, received: &mut ShimReceived) -> c_int {
-    let comm = comm_from_bits(op.comm);
-    let (send, recv) = (op.send, op.recv);
-    let (count, recv_count) = (op.count, op.recv_count);
-    let kind = datatype(op.datatype);
-    let reduce = reduction(op.reduction, op.datatype);
+#[rustfmt::skip]
+unsafe fn blocking(kind: Kind, call: &Call) -> c_int {
+    let &Call { send, recv, sent, received, reduce, root, comm } = call;
+    let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
     // SAFETY: the caller upholds the buffers; handles are live for the duration of the call.
     unsafe {
-        match op.kind {
-            Kind::Allgather => ffi::MPI_Allgather(send, count, kind, recv, recv_count, kind, comm),
-            Kind::Allreduce => ffi::MPI_Allreduce(send, recv, count, kind, reduce, comm),
-            Kind::Alltoall => ffi::MPI_Alltoall(send, count, kind, recv, recv_count, kind, comm),
+        match kind {
+            Kind::Allgather => ffi::MPI_Allgather(send, n, of, recv, m, into, comm),
+            Kind::Allreduce => ffi::MPI_Allreduce(send, recv, n, of, reduce, comm),
+            Kind::Alltoall => ffi::MPI_Alltoall(send, n, of, recv, m, into, comm),
             Kind::Barrier => ffi::MPI_Barrier(comm),
-            Kind::Bcast => ffi::MPI_Bcast(bcast_buffer(op), count, kind, op.dest, comm),
-            Kind::Gather => {
-                ffi::MPI_Gather(send, count, kind, recv, recv_count, kind, op.dest, comm)
-            }
-            Kind::Reduce => ffi::MPI_Reduce(send, recv, count, kind, reduce, op.dest, comm),
-            Kind::Scan => ffi::MPI_Scan(send, recv, count, kind, reduce, comm),
-            Kind::Scatter => {
-                ffi::MPI_Scatter(send, count, kind, recv, recv_count, kind, op.dest, comm)
-            }
-            Kind::Recv | Kind::Send | Kind::Sendrecv => exchange(op, received),
+            Kind::Bcast => ffi::MPI_Bcast(call.bcast_buffer(), n, of, root, comm),
+            Kind::Exscan => ffi::MPI_Exscan(send, recv, n, of, reduce, comm),
+            Kind::Gather => ffi::MPI_Gather(send, n, of, recv, m, into, root, comm),
+            Kind::Reduce => ffi::MPI_Reduce(send, recv, n, of, reduce, root, comm),
+            Kind::ReduceScatter => ffi::MPI_Reduce_scatter_block(send, recv, m, into, reduce, comm),
+            Kind::Scan => ffi::MPI_Scan(send, recv, n, of, reduce, comm),
+            Kind::Scatter => ffi::MPI_Scatter(send, n, of, recv, m, into, root, comm),
+            Kind::Recv | Kind::Send | Kind::Sendrecv => ffi::MPI_ERR_OTHER as c_int,
         }
     }
 }
 
 /// # Safety
 /// As for [`execute`].
-unsafe fn politely(op: &ShimOp, received: &mut ShimReceived) -> c_int {
-    let comm = comm_from_bits(op.comm);
-    let (send, recv) = (op.send, op.recv);
-    let (count, recv_count) = (op.count, op.recv_count);
-    let kind = datatype(op.datatype);
-    let reduce = reduction(op.reduction, op.datatype);
+#[rustfmt::skip]
+unsafe fn politely(kind: Kind, call: &Call) -> c_int {
+    let &Call { send, recv, sent, received, reduce, root, comm } = call;
+    let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
     // SAFETY: as for `blocking`; the buffers outlive the request, which is waited for.
     unsafe {
-        let mut own_request = ffi::RSMPI_REQUEST_NULL;
-        let request = &mut own_request;
-        let started = match op.kind {
-            Kind::Allgather => {
-                ffi::MPI_Iallgather(send, count, kind, recv, recv_count, kind, comm, request)
-            }
-            Kind::Allreduce => ffi::MPI_Iallreduce(send, recv, count, kind, reduce, comm, request),
-            Kind::Alltoall => {
-                ffi::MPI_Ialltoall(send, count, kind, recv, recv_count, kind, comm, request)
-            }
-            Kind::Barrier => ffi::MPI_Ibarrier(comm, request),
-            Kind::Bcast => ffi::MPI_Ibcast(bcast_buffer(op), count, kind, op.dest, comm, request),
-            Kind::Gather => {
-                let root = op.dest;
-                ffi::MPI_Igather(
-                    send, count, kind, recv, recv_count, kind, root, comm, request,
-                )
-            }
-            Kind::Reduce => {
-                ffi::MPI_Ireduce(send, recv, count, kind, reduce, op.dest, comm, request)
-            }
-            Kind::Scan => ffi::MPI_Iscan(send, recv, count, kind, reduce, comm, request),
-            Kind::Scatter => {
-                let root = op.dest;
-                ffi::MPI_Iscatter(
-                    send, count, kind, recv, recv_count, kind, root, comm, request,
-                )
-            }
-            Kind::Recv | Kind::Send | Kind::Sendrecv => return exchange(op, received),
+        let mut own = ffi::RSMPI_REQUEST_NULL;
+        let request = &mut own;
+        attempt! {
+            match kind {
+                Kind::Allgather => ffi::MPI_Iallgather(send, n, of, recv, m, into, comm, request),
+                Kind::Allreduce => ffi::MPI_Iallreduce(send, recv, n, of, reduce, comm, request),
+                Kind::Alltoall => ffi::MPI_Ialltoall(send, n, of, recv, m, into, comm, request),
+                Kind::Barrier => ffi::MPI_Ibarrier(comm, request),
+                Kind::Bcast => ffi::MPI_Ibcast(call.bcast_buffer(), n, of, root, comm, request),
+                Kind::Exscan => ffi::MPI_Iexscan(send, recv, n, of, reduce, comm, request),
+                Kind::Gather => ffi::MPI_Igather(send, n, of, recv, m, into, root, comm, request),
+                Kind::Reduce => ffi::MPI_Ireduce(send, recv, n, of, reduce, root, comm, request),
+                Kind::ReduceScatter => {
+                    ffi::MPI_Ireduce_scatter_block(send, recv, m, into, reduce, comm, request)
+                }
+                Kind::Scan => ffi::MPI_Iscan(send, recv, n, of, reduce, comm, request),
+                Kind::Scatter => ffi::MPI_Iscatter(send, n, of, recv, m, into, root, comm, request),
+                Kind::Recv | Kind::Send | Kind::Sendrecv => ffi::MPI_ERR_OTHER as c_int,
+            };
         };
-        if started != SUCCESS {
-            return started;
-        }
         let mut status = MaybeUninit::zeroed().assume_init();
         wait(request, &mut status)
     }
@@ -151,15 +194,6 @@ pub(crate) fn until(mut test: impl FnMut(&mut c_int) -> c_int) -> c_int {
         } else {
             std::thread::yield_now();
         }
-    }
-}
-
-/// The root sends from its operand (its result pointer is null); the others receive.
-fn bcast_buffer(op: &ShimOp) -> *mut c_void {
-    if op.recv.is_null() {
-        op.send.cast_mut()
-    } else {
-        op.recv
     }
 }
 

@@ -12,6 +12,7 @@ use mpi_shim_abi::{ABI_VERSION, CommDeleted, ShimApi, ShimOp, ShimReceived};
 
 mod execute;
 mod handle;
+mod large;
 mod messages;
 mod reduction;
 

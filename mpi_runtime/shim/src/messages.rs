@@ -10,6 +10,7 @@ use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::execute::{datatype, polite, wait};
 use crate::handle::comm_from_bits;
+use crate::large::{self, Made};
 use crate::{SUCCESS, attempt};
 
 /// Executes a send, a receive or both.
@@ -19,11 +20,15 @@ use crate::{SUCCESS, attempt};
 pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     // SAFETY: as the caller promises; the buffers outlive the request, which is waited for.
     unsafe {
+        let sent = match Elements::new(op.count, op.datatype) {
+            Ok(sent) => sent,
+            Err(code) => return code,
+        };
         if op.kind == Kind::Send && !polite() {
             return ffi::MPI_Send(
                 op.send,
-                op.count,
-                datatype(op.datatype),
+                sent.count,
+                sent.datatype,
                 rank(op.dest),
                 op.send_tag,
                 comm_from_bits(op.comm),
@@ -34,8 +39,8 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
             attempt! {
                 ffi::MPI_Isend(
                     op.send,
-                    op.count,
-                    datatype(op.datatype),
+                    sent.count,
+                    sent.datatype,
                     rank(op.dest),
                     op.send_tag,
                     comm_from_bits(op.comm),
@@ -50,12 +55,38 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
         };
         // Whatever happened: the buffer is MPI's until the send is complete.
         let mut status = MaybeUninit::zeroed().assume_init();
-        let sent = wait(&mut sending, &mut status);
+        let sending = wait(&mut sending, &mut status);
         if receiving == SUCCESS {
-            sent
+            sending
         } else {
             receiving
         }
+    }
+}
+
+/// Elements of a message as MPI counts them.
+struct Elements {
+    count: c_int,
+    datatype: ffi::MPI_Datatype,
+    #[expect(dead_code, reason = "held for its drop")]
+    made: Option<Made>,
+}
+
+impl Elements {
+    fn new(count: i64, element: Datatype) -> Result<Elements, c_int> {
+        let Ok(count) = c_int::try_from(count) else {
+            let made = large::whole(count, element)?;
+            return Ok(Elements {
+                count: 1,
+                datatype: made.handle(),
+                made: Some(made),
+            });
+        };
+        Ok(Elements {
+            count,
+            datatype: datatype(element),
+            made: None,
+        })
     }
 }
 
@@ -70,7 +101,11 @@ unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     } else {
         op.datatype
     };
-    let capacity = i64::from(op.recv_count) * element.size() as i64;
+    let capacity = op.recv_count * element.size() as i64;
+    let expected = match Elements::new(op.recv_count, element) {
+        Ok(expected) => expected,
+        Err(code) => return code,
+    };
     // SAFETY: as the caller promises; a matched message is received once.
     unsafe {
         let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
@@ -104,14 +139,14 @@ unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
             let mut request = ffi::RSMPI_REQUEST_NULL;
             attempt! {
                 ffi::MPI_Imrecv(
-                    op.recv, op.recv_count, datatype(element), &mut message, &mut request,
+                    op.recv, expected.count, expected.datatype, &mut message, &mut request,
                 );
                 wait(&mut request, &mut status);
             };
         } else {
             attempt! {
                 ffi::MPI_Mrecv(
-                    op.recv, op.recv_count, datatype(element), &mut message, &mut status,
+                    op.recv, expected.count, expected.datatype, &mut message, &mut status,
                 );
             };
         }

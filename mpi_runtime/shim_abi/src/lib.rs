@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -41,6 +41,8 @@ pub enum Kind {
     Scatter,
     Send,
     Sendrecv,
+    Exscan,
+    ReduceScatter,
 }
 
 /// Element types MPI reduces or moves (MPI 4.0, section 3.2.2); it knows the 16-bit floats only as
@@ -110,10 +112,10 @@ pub struct ShimOp {
     pub reduction: Reduction,
     /// Communicator handle.
     pub comm: u64,
-    /// Elements sent; for gathering and scattering kinds, per rank.
-    pub count: i32,
+    /// Elements sent; for gathering and scattering kinds, per rank. May be more than MPI takes in a call.
+    pub count: i64,
     /// Elements received; for gathering and scattering kinds, per rank.
-    pub recv_count: i32,
+    pub recv_count: i64,
     /// Root, destination or `PROC_NULL`.
     pub dest: i32,
     /// Source, `ANY` or `PROC_NULL`.

@@ -3,7 +3,7 @@
 //! Targets, operands, results and attributes are documented in `include/mpi_cuda.h`. mpi4jax's
 //! targets (0.9, `mpi_allreduce_ffi` and so on) differ little from ours and are executed likewise.
 
-use mpi_runtime::operation::{KINDS, REDUCTIONS};
+use mpi_runtime::operation::{KINDS, REDUCTIONS, name};
 use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Ticket, World};
 use pjrt_sys::*;
 
@@ -18,44 +18,29 @@ const ATTRIBUTE_ANY: i64 = -1;
 const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 macro_rules! handlers {
-    ($($kind:ident),+) => {
+    (both: $($kind:ident),+; ours: $($own:ident),+) => {
         /// Every operation by the name of its target, without the prefix.
-        pub const HANDLERS: &[(&str, Handler)] =
-            &[$((name_of(Kind::$kind), operation::<{ Kind::$kind as usize }>)),+];
+        pub const HANDLERS: &[(&str, Handler)] = &[
+            $((name(Kind::$kind), operation::<{ Kind::$kind as usize }>),)+
+            $((name(Kind::$own), operation::<{ Kind::$own as usize }>),)+
+        ];
         /// The same of mpi4jax, by the name of the operation.
         pub const MPI4JAX_HANDLERS: &[(&str, Handler)] =
-            &[$((name_of(Kind::$kind), mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
+            &[$((name(Kind::$kind), mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
     };
 }
 
 handlers!(
-    Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
-    Sendrecv
+    both: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
+    Sendrecv;
+    ours: Exscan, ReduceScatter
 );
-
-const fn name_of(kind: Kind) -> &'static str {
-    const NAMES: [&str; 12] = [
-        "allgather",
-        "allreduce",
-        "alltoall",
-        "barrier",
-        "bcast",
-        "gather",
-        "recv",
-        "reduce",
-        "scan",
-        "scatter",
-        "send",
-        "sendrecv",
-    ];
-    NAMES[kind as usize]
-}
 
 unsafe extern "C" fn operation<const KIND: usize>(
     frame: *mut XLA_FFI_CallFrame,
 ) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
-    unsafe { handle(frame, |frame| execute(KINDS[KIND], &Dialect::Ours, frame)) }
+    unsafe { handle(frame, |frame| execute(KINDS[KIND].0, &Dialect::Ours, frame)) }
 }
 
 unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
@@ -64,7 +49,7 @@ unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |frame| {
-            execute(KINDS[KIND], &Dialect::Mpi4jax, frame)
+            execute(KINDS[KIND].0, &Dialect::Mpi4jax, frame)
         })
     }
 }
@@ -168,7 +153,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
             ..send
         };
     }
-    let number = |name: &str, default: i64| frame.integer(name).unwrap_or(default);
+    let number = |attribute: &str, default: i64| frame.integer(attribute).unwrap_or(default);
     let special = dialect.special_ranks(world);
     let op = Operation {
         kind,
@@ -177,7 +162,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
         send,
         recv,
         reduction: match kind {
-            Kind::Allreduce | Kind::Reduce | Kind::Scan => {
+            Kind::Allreduce | Kind::Exscan | Kind::Reduce | Kind::ReduceScatter | Kind::Scan => {
                 let number = number("op", 0);
                 let reduction = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n));
                 Some(
@@ -201,7 +186,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     world.engine.execute(ticket, &op).map_err(|error| {
         if matches!(dialect, Dialect::Mpi4jax) {
             // What its users look for; the job ends as usual, with a Python exception.
-            let mut name = name_of(kind).to_owned();
+            let mut name = name(kind).to_owned();
             name[..1].make_ascii_uppercase();
             eprintln!(
                 "r{} | MPI_{name} returned error code: {}",
