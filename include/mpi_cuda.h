@@ -109,6 +109,11 @@ int mpi_cuda_start(int *rank, int *size, const char **family);
  * handle: the MPI_Comm's bits, zero-extended. name: for messages. Nothing collective happens. */
 int64_t mpi_cuda_comm(uint64_t handle, const char *name, int *rank, int *size);
 
+/* A number for the attribute op that names a user-defined reduction in this process.
+ * handle: the MPI_Op's bits, zero-extended; it must not be freed as long as programs with it run. Each
+ * call gives another number. Its function is called on a thread of XLA's. */
+int64_t mpi_cuda_op(uint64_t handle);
+
 /* The number of an MPI_Status for the attribute status; it must outlive all programs with it. */
 int64_t mpi_cuda_status(void *status);
 

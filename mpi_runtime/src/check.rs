@@ -7,7 +7,7 @@
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp};
 
 use crate::communicators::Communicator;
-use crate::operation::{Buffer, Class, Operation, reduction_name};
+use crate::operation::{Buffer, Class, ElementType, Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String> {
@@ -20,6 +20,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
         datatype: Datatype::U8,
         recv_datatype: Datatype::U8,
         reduction: Reduction::Sum,
+        user_reduction: op.user_reduction,
         comm: comm.handle,
         count: 0,
         recv_count: 0,
@@ -110,8 +111,13 @@ fn datatype(buffer: &Buffer<'_>) -> Result<Datatype, String> {
 }
 
 fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), String> {
-    use Reduction::{Max, Min, Prod, Sum};
+    use Reduction::{Max, Min, Prod, Sum, User};
     let has = match buffer.dtype.class() {
+        // It would see integers (MPI has no type for these).
+        _ if reduction == User => !matches!(
+            buffer.dtype,
+            ElementType::F16 | ElementType::BF16 | ElementType::F8 | ElementType::Other
+        ),
         Class::Integer | Class::Logical => true,
         Class::Real => matches!(reduction, Sum | Prod | Min | Max),
         Class::Complex => matches!(reduction, Sum | Prod),
@@ -168,7 +174,6 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ElementType;
 
     const COMM: Communicator = Communicator {
         name: "test",
@@ -195,6 +200,7 @@ mod tests {
             send,
             recv,
             reduction: None,
+            user_reduction: 0,
             dest: 0,
             source: 0,
             send_tag: 0,

@@ -2,6 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use parking_lot::RwLock;
 
 /// `COMM_WORLD`, through a private duplicate.
@@ -10,6 +13,16 @@ pub const WORLD: i64 = 0;
 pub const DEFAULT: i64 = 1;
 /// `COMM_SELF`, through a private duplicate.
 pub const SELF: i64 = 2;
+
+/// The communicators that always exist.
+pub const NAMES: [(&str, i64); 3] = [
+    ("COMM_WORLD", WORLD),
+    ("the default communicator", DEFAULT),
+    ("COMM_SELF", SELF),
+];
+
+/// Numbers of the user's communicators have this bit, which no MPI's handles have.
+const USERS: u64 = 1 << 61;
 
 /// A communicator as the engine knows it.
 #[derive(Clone, Copy, Debug)]
@@ -31,43 +44,51 @@ pub struct Communicator {
 /// All communicators of this process by number.
 #[derive(Default)]
 pub struct Communicators {
-    rows: RwLock<Vec<Communicator>>,
+    rows: RwLock<BTreeMap<i64, Communicator>>,
 }
 
 impl Communicators {
-    /// Adds a communicator and returns its number.
-    pub fn add(&self, communicator: Communicator) -> i64 {
+    /// Adds a communicator under a number of [`NAMES`].
+    pub fn add(&self, number: i64, communicator: Communicator) {
+        self.rows.write().insert(number, communicator);
+    }
+
+    /// Adds a communicator of the user's and returns its number, which tells its members (their ranks
+    /// in `MPI_COMM_WORLD`, in order) and which of those with these members it is. A program that was
+    /// compiled in another run so finds the communicator that it was compiled for, or none.
+    pub fn add_users(&self, members: &[i32], communicator: Communicator) -> i64 {
         let mut rows = self.rows.write();
-        rows.push(communicator);
-        rows.len() as i64 - 1
+        let mut ordinal = 0u64;
+        loop {
+            let mut hasher = DefaultHasher::new();
+            (members, ordinal).hash(&mut hasher);
+            let number = (hasher.finish() % USERS + USERS) as i64;
+            if let std::collections::btree_map::Entry::Vacant(free) = rows.entry(number) {
+                free.insert(communicator);
+                return number;
+            }
+            ordinal += 1;
+        }
     }
 
     /// The communicator of that number.
     pub fn get(&self, number: i64) -> Option<Communicator> {
-        usize::try_from(number)
-            .ok()
-            .and_then(|index| self.rows.read().get(index).copied())
+        self.rows.read().get(&number).copied()
     }
 
     /// The number of the live communicator with that user's handle.
     pub fn find(&self, user_handle: u64) -> Option<i64> {
         let rows = self.rows.read();
         // `comm=None` has COMM_WORLD's handle too; it has its number, and is not found by handle.
-        rows.iter()
-            .enumerate()
-            .position(|(number, row)| {
-                number as i64 != DEFAULT && !row.freed && row.user_handle == user_handle
-            })
-            .map(|index| index as i64)
+        let mut found = rows.iter().filter(|&(&number, row)| {
+            number != DEFAULT && !row.freed && row.user_handle == user_handle
+        });
+        found.next().map(|(&number, _)| number)
     }
 
     /// Marks a communicator as freed.
     pub fn free(&self, number: i64) {
-        let mut rows = self.rows.write();
-        if let Some(row) = usize::try_from(number)
-            .ok()
-            .and_then(|index| rows.get_mut(index))
-        {
+        if let Some(row) = self.rows.write().get_mut(&number) {
             row.freed = true;
         }
     }
@@ -91,15 +112,31 @@ mod tests {
     #[test]
     fn a_handle_reused_after_free_is_another_communicator() {
         let all = Communicators::default();
-        all.add(communicator(7));
-        all.add(communicator(7));
-        let number = all.add(communicator(9));
+        all.add(WORLD, communicator(7));
+        all.add(DEFAULT, communicator(7));
+        let number = all.add_users(&[0], communicator(9));
         assert_eq!(all.find(9), Some(number));
         assert_eq!(all.find(7), Some(WORLD));
         all.free(number);
         assert!(all.get(number).unwrap().freed);
         assert_eq!(all.find(9), None);
-        assert_ne!(all.add(communicator(9)), number);
+        assert_ne!(all.add_users(&[0], communicator(9)), number);
         assert!(all.get(99).is_none() && all.get(-1).is_none());
+    }
+
+    #[test]
+    fn another_run_gives_a_communicator_of_the_same_members_the_same_number() {
+        let run = |sets: &[&[i32]]| {
+            let all = Communicators::default();
+            let add = |(handle, members): (usize, &&[i32])| {
+                all.add_users(members, communicator(handle as u64))
+            };
+            sets.iter().enumerate().map(add).collect::<Vec<_>>()
+        };
+        let first = run(&[&[0, 1], &[1, 0], &[0, 1], &[2]]);
+        let second = run(&[&[2], &[0, 1], &[0, 1], &[1, 0]]);
+        assert_eq!([first[0], first[2]], [second[1], second[2]]);
+        assert_eq!([first[1], first[3]], [second[3], second[0]]);
+        assert!(first[0] != first[2] && first.iter().all(|&number| number >= 1 << 61));
     }
 }

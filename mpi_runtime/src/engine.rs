@@ -193,8 +193,9 @@ impl Engine {
                 rank: -1,
                 comm: format!("communicator {}", op.comm),
                 size: 0,
-                reason: "no communicator has this number in this process; a compiled program was \
-                         loaded from another run, or the number was never registered"
+                reason: "no communicator has this number in this process; if a compiled program \
+                         was loaded from another run, make the communicators that it uses first, \
+                         of the same ranks, and pass each to an operation"
                     .into(),
             });
         };
@@ -324,7 +325,8 @@ impl Engine {
         if inter {
             return Err("intercommunicators are not supported; use an intracommunicator".into());
         }
-        let number = self.communicators.add(Communicator {
+        let members = shim.comm_members(handle, size).map_err(|error| error.0)?;
+        let row = Communicator {
             // Few communicators live as long as the process; their names may.
             name: String::leak(name.to_owned()),
             handle,
@@ -332,7 +334,8 @@ impl Engine {
             rank,
             size,
             freed: false,
-        });
+        };
+        let number = self.communicators.add_users(&members, row);
         shim.comm_watch(handle, number, deleted)
             .map_err(|error| error.0)?;
         Ok(number)

@@ -71,6 +71,17 @@ pub enum StartError {
          'multiple'`, or let mpi_cuda initialise MPI"
     )]
     ThreadLevel { level: &'static str },
+    #[error(
+        "{variable} is {own} on rank {rank} and differs between ranks ({smallest} to {largest}): set it \
+         to one value for the whole job"
+    )]
+    Disagree {
+        variable: &'static str,
+        rank: i32,
+        smallest: u64,
+        largest: u64,
+        own: u64,
+    },
     #[error("MPI has already been finalized in this process: create the JAX backend before that")]
     Finalized,
     #[error(

@@ -21,6 +21,8 @@ pub struct Operation<'a> {
     pub recv: Buffer<'a>,
     /// Reduction, of the reducing kinds.
     pub reduction: Option<Reduction>,
+    /// Handle of the user's own reduction, for [`Reduction::User`].
+    pub user_reduction: u64,
     /// Root, or destination of a send.
     pub dest: i32,
     /// Source of a receive; may be [`ANY`].
@@ -106,7 +108,9 @@ pub const REDUCTIONS: [(Reduction, &str); 10] = [
 
 /// Name of a reduction.
 pub fn reduction_name(reduction: Reduction) -> &'static str {
-    REDUCTIONS[reduction as usize].1
+    REDUCTIONS
+        .get(reduction as usize)
+        .map_or("user-defined reduction", |row| row.1)
 }
 
 /// What kind of number an element is; decides which reductions it has (MPI 4.0, table 6.4).
@@ -266,6 +270,7 @@ mod tests {
             send: x,
             recv: Buffer::NONE,
             reduction: None,
+            user_reduction: 0,
             dest: 1,
             source: ANY,
             send_tag: 7,

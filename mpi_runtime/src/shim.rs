@@ -158,6 +158,14 @@ impl Shim {
         Ok((rank, size, inter != 0))
     }
 
+    /// The ranks in `MPI_COMM_WORLD` of the `size` members of `comm`.
+    pub fn comm_members(&self, comm: u64, size: i32) -> Result<Vec<i32>, MpiError> {
+        let mut members = vec![0; size as usize];
+        // SAFETY: `comm` is a live communicator of that size.
+        self.check(unsafe { (self.api.comm_members)(comm, members.as_mut_ptr()) })?;
+        Ok(members)
+    }
+
     /// Rank among those of `comm` on this node, their number, and the number of cores that they
     /// may use together; collective.
     pub fn node(&self, comm: u64) -> Result<(i32, i32, i32), MpiError> {
@@ -167,10 +175,10 @@ impl Shim {
         Ok((rank, size, cores))
     }
 
-    /// Whether to give up the core while waiting.
-    pub fn set_polite(&self, polite: bool) {
-        // SAFETY: stores a flag.
-        unsafe { (self.api.set_polite)(c_int::from(polite)) }
+    /// Whether to give up the core while waiting, and the largest part of a collective in bytes.
+    pub fn configure(&self, polite: bool, part_bytes: i64) {
+        // SAFETY: stores both.
+        unsafe { (self.api.configure)(c_int::from(polite), part_bytes) }
     }
 
     /// Calls `deleted(number)` when `comm` is freed.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
 use crate::arrivals::Arrivals;
-use crate::communicators::{Communicator, DEFAULT, SELF, WORLD};
+use crate::communicators::{Communicator, DEFAULT, NAMES, SELF};
 use crate::engine::Engine;
 use crate::error::StartError;
 use crate::family::{self, Family};
@@ -25,6 +25,8 @@ pub struct WorldOptions {
     pub singleton: bool,
     /// `MPI_CUDA_WARN_AFTER`.
     pub warn_after: Duration,
+    /// `MPI_CUDA_PART_BYTES`.
+    pub part_bytes: i64,
     /// `MPI_CUDA_LOG=debug`: say for each operation what served it.
     pub verbose: bool,
 }
@@ -89,12 +91,7 @@ impl World {
             });
         }
         let mut engine = Engine::new(Some(shim), rank, options);
-        let names = [
-            ("COMM_WORLD", WORLD),
-            ("the default communicator", DEFAULT),
-            ("COMM_SELF", SELF),
-        ];
-        for (name, number) in names {
+        for (name, number) in NAMES {
             let of = if number == SELF {
                 shim.comm_self()
             } else {
@@ -110,8 +107,7 @@ impl World {
                 size,
                 freed: false,
             };
-            let added = engine.communicators.add(row);
-            debug_assert_eq!(added, number);
+            engine.communicators.add(number, row);
         }
         let Some(everybody) = engine.communicators.get(DEFAULT) else {
             unreachable!("added above");
@@ -124,7 +120,20 @@ impl World {
         let agree = mpi_error("MPI_Allreduce");
         let crowded =
             max_over_ranks(&shim, &everybody, u64::from(node_size > cores)).map_err(&agree)? != 0;
-        shim.set_polite(crowded);
+        let part = options.part_bytes as u64;
+        let largest = max_over_ranks(&shim, &everybody, part).map_err(&agree)?;
+        let smallest =
+            u64::MAX - max_over_ranks(&shim, &everybody, u64::MAX - part).map_err(&agree)?;
+        if smallest != largest {
+            return Err(StartError::Disagree {
+                variable: "MPI_CUDA_PART_BYTES",
+                rank,
+                smallest,
+                largest,
+                own: part,
+            });
+        }
+        shim.configure(crowded, options.part_bytes);
         if size > 1 && node_size == size {
             engine.arrivals =
                 share_arrivals(&shim, &everybody, rank as usize, size as usize).map_err(&agree)?;
@@ -145,15 +154,18 @@ impl World {
     /// A world of size 1 without MPI.
     fn alone(options: &WorldOptions) -> World {
         let engine = Engine::new(None, 0, options);
-        for name in ["COMM_WORLD", "the default communicator", "COMM_SELF"] {
-            engine.communicators.add(Communicator {
-                name,
-                handle: 0,
-                user_handle: 0,
-                rank: 0,
-                size: 1,
-                freed: false,
-            });
+        for (name, number) in NAMES {
+            engine.communicators.add(
+                number,
+                Communicator {
+                    name,
+                    handle: 0,
+                    user_handle: 0,
+                    rank: 0,
+                    size: 1,
+                    freed: false,
+                },
+            );
         }
         World {
             rank: 0,
@@ -207,6 +219,7 @@ fn max_over_ranks(shim: &Shim, comm: &Communicator, mine: u64) -> Result<u64, Mp
         datatype: Datatype::U64,
         recv_datatype: Datatype::U64,
         reduction: Reduction::Max,
+        user_reduction: 0,
         comm: comm.handle,
         count: 1,
         recv_count: 1,

@@ -69,6 +69,11 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "keep freed memory in the process, which spares page faults",
     },
     Variable {
+        name: "MPI_CUDA_PART_BYTES",
+        values: "1073741824, bytes from 64",
+        meaning: "larger collectives go in parts of this size; the same on all ranks",
+    },
+    Variable {
         name: "MPI_CUDA_PRETEND_SIZE",
         values: "ranks",
         meaning: "tests only: show a world of this size without starting it",
@@ -77,6 +82,9 @@ pub const VARIABLES: &[Variable] = &[
 
 /// Largest world; the inner CPU client holds about 1.3 threads for every device of the world.
 pub const MAX_WORLD: i32 = 1024;
+
+/// What MPI surely takes in one call: some products of it still fit a C `int`.
+const LARGEST_PART: i64 = 1 << 30;
 
 /// Which XLA plugin to wrap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +125,7 @@ pub struct Config {
     pub warn_after: Duration,
     pub log: Log,
     pub keep_memory: bool,
+    pub part_bytes: i64,
     pub pretend_size: Option<i32>,
 }
 
@@ -167,6 +176,14 @@ impl Config {
                 Some(other) => return Err(wrong("MPI_CUDA_LOG", other)),
             },
             keep_memory: flag("MPI_CUDA_KEEP_MEMORY", true)?,
+            part_bytes: match get("MPI_CUDA_PART_BYTES") {
+                None => LARGEST_PART,
+                Some(text) => text
+                    .parse()
+                    .ok()
+                    .filter(|bytes| (64..=LARGEST_PART).contains(bytes))
+                    .ok_or_else(|| wrong("MPI_CUDA_PART_BYTES", &text))?,
+            },
             pretend_size: match get("MPI_CUDA_PRETEND_SIZE") {
                 None => None,
                 Some(text) => Some(

@@ -110,6 +110,12 @@ pub unsafe extern "C" fn mpi_cuda_comm(
     })
 }
 
+/// The number of a user-defined reduction for the attribute `op`.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_op(handle: u64) -> i64 {
+    quiet(-1, || crate::user_reductions::register(handle))
+}
+
 /// The number of an `MPI_Status` for the attribute `status`.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_status(address: *mut c_void) -> i64 {

@@ -35,4 +35,5 @@ mod room;
 mod search;
 mod status;
 mod topology;
+mod user_reductions;
 mod xla_flags;

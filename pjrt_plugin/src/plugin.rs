@@ -84,6 +84,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         shim_folders,
         singleton: config.singleton,
         warn_after: config.warn_after,
+        part_bytes: config.part_bytes,
         verbose: config.log >= Log::Debug,
     };
     let world = World::start(&options)

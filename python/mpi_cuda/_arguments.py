@@ -142,6 +142,7 @@ def resolve_op(op: Any) -> Op:
 
     Raises:
       TypeError: it is none, or one that is not supported (named).
+      ValueError: it was freed.
     """
     if isinstance(op, Op):
         return op
@@ -153,8 +154,26 @@ def resolve_op(op: Any) -> Op:
         for name in ("MAXLOC", "MINLOC", "REPLACE", "NO_OP"):
             if op == getattr(mpi, name):
                 raise TypeError(f"reduction {name} is not supported; use one of {', '.join(OPS)}")
-        raise TypeError(f"user-defined reductions are not supported; use one of {', '.join(OPS)}")
+        return _user_op(mpi, op)
     raise TypeError(f"op must be a reduction such as mpi_cuda.SUM or MPI.SUM, got {op!r}")
+
+
+# By handle: mpi4py's object, which is kept from being freed, and ours.
+_user_ops: dict[int, tuple[Any, Op]] = {}
+
+
+def _user_op(mpi: Any, op: Any) -> Op:
+    if op == mpi.OP_NULL:
+        raise ValueError("op is OP_NULL: it was freed")
+    handle = mpi._handleof(op)
+    kept, known = _user_ops.get(handle, (None, None))
+    # The handle of one that was freed may have become another's.
+    if known is None or kept != op:
+        _library.start()
+        number = _library.load().mpi_cuda_op(handle & 0xFFFF_FFFF_FFFF_FFFF)
+        known = Op("user-defined", number)
+        _user_ops[handle] = op, known
+    return known
 
 
 def _integer(operation: str, what: str, value: Any) -> int:

@@ -28,7 +28,8 @@ Adjoint = Callable[[jax.Array, Any, Comm, dict[str, int]], jax.Array]
 
 def _require_sum(name: str, attributes: dict[str, int]) -> None:
     if attributes.get("op", SUM.number) != SUM.number:
-        reduction = next(op.name for op in OPS.values() if op.number == attributes["op"])
+        names = {op.number: op.name for op in OPS.values()}
+        reduction = names.get(attributes["op"], "a user-defined reduction")
         raise NotImplementedError(
             f"mpi_cuda.{name} can be differentiated only with SUM; {reduction} is not linear"
         )

@@ -58,6 +58,7 @@ def load() -> ctypes.CDLL:
             ctypes.c_int64,
             [ctypes.c_uint64, ctypes.c_char_p, int_pointer, int_pointer],
         ),
+        "mpi_cuda_op": (ctypes.c_int64, [ctypes.c_uint64]),
         "mpi_cuda_status": (ctypes.c_int64, [ctypes.c_void_p]),
         "mpi_cuda_wait": (ctypes.c_int, []),
         "mpi_cuda_in_flight": (ctypes.c_int, []),

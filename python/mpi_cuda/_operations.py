@@ -17,6 +17,16 @@ Array = jax.Array
 Token = jax.Array
 
 
+# Types of less than 8 bits, and the type in which they travel, one byte for each element.
+CARRIERS = {
+    "int2": jnp.int8,
+    "uint2": jnp.uint8,
+    "int4": jnp.int8,
+    "uint4": jnp.uint8,
+    "float4_e2m1fn": jnp.float8_e4m3fn,
+}
+
+
 def create_token() -> Token:
     """A token to start a chain with: a 0-d int32 array, which can go wherever an array can."""
     return jnp.zeros((), np.int32)
@@ -63,6 +73,14 @@ def bind(
     rank's part differs from the operation's (a rank that is not the root).
     """
     _order.install()
+    narrow = CARRIERS.get(np.dtype(result[1]).name) if result else None
+    if narrow and "op" in attributes:
+        raise TypeError(
+            f"mpi_cuda.{name}: there is no reduction of {data.dtype}; cast to int8 or a larger type "
+            "first"
+        )
+    if data is not None and data.dtype.name in CARRIERS:
+        data = data.astype(CARRIERS[data.dtype.name])
     operands = [] if data is None else [data]
     has_template = name in TEMPLATES and template is not None and _is_template_array(template)
     if has_template:
@@ -72,7 +90,7 @@ def bind(
         operands.append(_as_token(token))
     outs = primitives[name].bind(
         *operands,
-        result=None if result is None else Result(tuple(result[0]), np.dtype(result[1])),
+        result=None if result is None else Result(tuple(result[0]), np.dtype(narrow or result[1])),
         token=with_token,
         template=has_template,
         batch_as=batch_as or name,
@@ -80,6 +98,8 @@ def bind(
     )
     outs = list(outs)
     new_token = outs.pop() if with_token else None
+    if narrow and result:
+        outs = [outs[0].astype(result[1])]
     return (outs[0] if outs else None), new_token
 
 
@@ -177,9 +197,9 @@ def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Ar
 def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks before this one (MPI 4.0, section 6.11.2).
 
-    On rank 0, where MPI leaves the result undefined, it is the reduction's identity: 0 for SUM, LOR,
-    LXOR, BOR and BXOR, 1 for PROD and LAND, the largest value for MIN and the smallest for MAX
-    (infinities of real types), all bits set for BAND.
+    On rank 0, where MPI leaves the result undefined, it is the reduction's identity: 0 for SUM,
+    LOR, LXOR, BOR and BXOR, 1 for PROD and LAND, the largest value for MIN and the smallest for MAX
+    (infinities of real types), all bits set for BAND; and 0 for user-defined reductions.
 
     Args:
       x: array or scalar of the same shape and dtype on every rank.

@@ -52,7 +52,7 @@ def memory(array: jax.Array) -> np.ndarray:
 def check(
     got: jax.Array, expected: Callable[[np.ndarray], np.ndarray], first: int = 0, count: int = COUNT
 ) -> None:
-    """Elements `first` to `first + count` of the flat result, computed by numpy from their places."""
+    """Compares elements `first` to `first + count` of the flat result with what numpy computes."""
     assert got.size >= first + count
     flat, piece = memory(got.block_until_ready())[first : first + count], 1 << 24
     for start in range(0, count, piece):

@@ -379,3 +379,58 @@ FORKED = """if True:
 def test_a_forked_child_is_refused_and_the_parent_goes_on(mpi: str) -> None:
     result = job(mpi, FORKED)
     assert result.returncode == 0 and twice("2.0", result), result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_settings_that_ranks_must_share_are_compared(mpi: str) -> None:
+    code = """if True:
+        import os
+        rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"])
+        os.environ["MPI_CUDA_PART_BYTES"] = str(64 + rank)
+        import jax
+        jax.devices()
+    """
+    result = job(mpi, code)
+    assert result.returncode != 0
+    assert "differs between ranks (64 to 65)" in result.stderr, result.stderr
+
+
+SERIALIZED = """if True:
+    import pickle, sys, jax, jax.numpy as jnp, mpi_cuda as m
+    from jax.experimental import serialize_executable as serial
+    from mpi4py import MPI
+    world, (mode, path) = MPI.COMM_WORLD, sys.argv[1:]
+    path += str(world.rank)
+    x = jnp.arange(3.0) + world.rank
+    if mode == "write":
+        alone, both = world.Split(world.rank), world.Clone()
+        sum_alone = m.notoken.allreduce(x, m.SUM, comm=alone)
+        program = jax.jit(lambda x: m.notoken.allreduce(x, m.SUM, comm=both)).lower(x).compile()
+        payload = serial.serialize(program)
+        pickle.dump(payload, open(path, "wb"))
+    else:
+        payload = pickle.load(open(path, "rb"))
+        devices = jax.local_devices()
+        program = serial.deserialize_and_load(*payload, execution_devices=devices)
+        if mode == "other":
+            # Made and used in another order than where the program was compiled.
+            both, alone = world.Clone(), world.Split(world.rank)
+            m.notoken.allreduce(x, m.SUM, comm=both)
+            m.notoken.allreduce(x, m.SUM, comm=alone)
+        try:
+            print(float(program(x)[0]))
+        except Exception as error:
+            print("no communicator has this number" in str(error) or error)
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_program_of_another_run_finds_its_communicator_or_none(mpi: str, tmp_path) -> None:
+    def run(mode: str) -> subprocess.CompletedProcess[str]:
+        result = job(mpi, SERIALIZED, mode, str(tmp_path / "program"))
+        assert result.returncode == 0, result.stderr
+        return result
+
+    run("write")
+    assert twice("1.0", run("other"))
+    assert twice("True", run("none"))

@@ -12,6 +12,7 @@ import pytest
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
+X = jnp.arange(3.0)
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 DTYPES = ["bool", "int8", "uint16", "int32", "float32", "complex64", "float16", "bfloat16"]
 FLOAT8 = [name for name in dir(jnp) if name.startswith("float8_")]
@@ -79,6 +80,55 @@ def test_every_reduction(op: str, expected) -> None:
     blocks = np.stack([mine + rank * (op not in ("LAND", "LOR", "LXOR")) for rank in range(SIZE)])
     every_block = everything + (blocks - mine)[RANK]
     np.testing.assert_array_equal(nt.reduce_scatter(blocks, reduction), expected(every_block))
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4", "float4_e2m1fn"])
+def test_types_of_less_than_8_bits_are_moved(dtype: str) -> None:
+    kind = jnp.dtype(dtype)
+    high = 1 if dtype == "int2" else 3
+    everything = np.random.default_rng(3).integers(0, high + 1, (SIZE, 3)).astype(kind)
+    mine, right, left = everything[RANK], (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    jitted = jax.jit(lambda x: nt.sendrecv(x, x, left, right))
+    for got, expected in (
+        (nt.allgather(mine), everything),
+        (nt.bcast(mine, SIZE - 1), everything[SIZE - 1]),
+        (jitted(mine), everything[left]),
+    ):
+        assert got.dtype == kind
+        np.testing.assert_array_equal(np.asarray(got).astype(float), expected.astype(float))
+    with pytest.raises(TypeError, match=f"no reduction of {dtype}"):
+        nt.allreduce(jnp.asarray(mine), m.SUM)
+
+
+def test_reductions_of_the_user() -> None:
+    from mpi4py import MPI
+
+    calls = []
+
+    def farther(left, right, datatype) -> None:
+        """The number that is farther from 0; a wrong order of ranks would be seen in its sign."""
+        calls.append(datatype.Get_size())
+        a, b = (np.frombuffer(buffer, np.float32) for buffer in (left, right))
+        b[:] = np.where(np.abs(a) >= np.abs(b), a, b)
+
+    op = MPI.Op.Create(farther, commute=False)
+    everything = np.random.default_rng(4).normal(size=(SIZE, 5)).astype(np.float32)
+    everything[:, 0] = 3.0 * (-1.0) ** np.arange(SIZE)
+    expected = functools.reduce(lambda a, b: np.where(np.abs(a) >= np.abs(b), a, b), everything)
+    program = jax.jit(lambda x: (nt.allreduce(x, op), m.scan(x, op)[0]))
+    for _ in range(2):
+        result, scanned = program(everything[RANK])
+        np.testing.assert_array_equal(result, expected)
+        if RANK == SIZE - 1:
+            np.testing.assert_array_equal(scanned, expected)
+    with pytest.raises(NotImplementedError, match="a user-defined reduction is not linear"):
+        jax.grad(lambda x: nt.allreduce(x, op).sum())(everything[RANK])
+    with pytest.raises(Exception, match="there is no user-defined reduction of bfloat16"):
+        nt.allreduce(jnp.ones(3, jnp.bfloat16), op).block_until_ready()
+    assert SIZE == 1 or calls
+    op.Free()
+    with pytest.raises(ValueError, match="freed"):
+        nt.allreduce(X, op)
 
 
 IDENTITIES = {

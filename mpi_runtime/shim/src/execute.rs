@@ -5,15 +5,15 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mpi::ffi;
-use mpi_shim_abi::{Datatype, Kind, ShimOp, ShimReceived};
+use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp, ShimReceived};
 
-use crate::handle::comm_from_bits;
+use crate::handle::{comm_from_bits, op_from_bits};
 use crate::large;
 use crate::messages::exchange;
 use crate::reduction::reduction;
 use crate::{SUCCESS, attempt};
 
-/// Whether to give up the core while waiting; see [`mpi_shim_abi::ShimApi::set_polite`].
+/// Whether to give up the core while waiting; see [`mpi_shim_abi::ShimApi::configure`].
 pub(crate) static POLITE: AtomicBool = AtomicBool::new(false);
 
 /// Tests before the core is given up for the first time.
@@ -73,7 +73,10 @@ impl Call {
             recv: op.recv,
             sent: counted(op.count),
             received: counted(op.recv_count),
-            reduce: reduction(op.reduction, op.datatype),
+            reduce: match op.reduction {
+                Reduction::User => op_from_bits(op.user_reduction),
+                known => reduction(known, op.datatype),
+            },
             root: op.dest,
             comm: comm_from_bits(op.comm),
         }

@@ -22,6 +22,12 @@ pub(crate) fn comm_from_bits(bits: u64) -> ffi::MPI_Comm {
     unsafe { std::ptr::from_ref(&bits).cast::<ffi::MPI_Comm>().read() }
 }
 
+pub(crate) fn op_from_bits(bits: u64) -> ffi::MPI_Op {
+    const { assert!(size_of::<ffi::MPI_Op>() <= size_of::<u64>()) };
+    // SAFETY: as for `comm_from_bits`.
+    unsafe { std::ptr::from_ref(&bits).cast::<ffi::MPI_Op>().read() }
+}
+
 /// `MPI_COMM_NULL_COPY_FN`: an attribute that duplicates do not inherit (MPI 4.0, 7.7.2).
 pub(crate) fn null_copy_fn() -> ffi::MPI_Comm_copy_attr_function {
     Some(copy_nothing)

@@ -31,8 +31,9 @@ static API: ShimApi = ShimApi {
     comm_dup,
     comm_free,
     comm_info,
+    comm_members,
     node,
-    set_polite,
+    configure,
     comm_watch,
     execute: execute_op,
     error_string,
@@ -185,6 +186,24 @@ unsafe extern "C" fn comm_info(
     }
 }
 
+unsafe extern "C" fn comm_members(comm: u64, members: *mut c_int) -> c_int {
+    let mut size = 0;
+    // SAFETY: a live communicator and room for its ranks, as the caller promises; the groups are freed.
+    unsafe {
+        let (mut own, mut world) = (ffi::RSMPI_GROUP_NULL, ffi::RSMPI_GROUP_NULL);
+        attempt! {
+            ffi::MPI_Comm_group(comm_from_bits(comm), &mut own);
+            ffi::MPI_Comm_group(ffi::RSMPI_COMM_WORLD, &mut world);
+            ffi::MPI_Group_size(own, &mut size);
+        };
+        let ranks: Vec<c_int> = (0..size).collect();
+        let code = ffi::MPI_Group_translate_ranks(own, size, ranks.as_ptr(), world, members);
+        ffi::MPI_Group_free(&mut own);
+        ffi::MPI_Group_free(&mut world);
+        code
+    }
+}
+
 unsafe extern "C" fn node(
     comm: u64,
     rank: *mut c_int,
@@ -223,8 +242,9 @@ unsafe extern "C" fn node(
     SUCCESS
 }
 
-unsafe extern "C" fn set_polite(polite: c_int) {
+unsafe extern "C" fn configure(polite: c_int, part_bytes: i64) {
     execute::POLITE.store(polite != 0, Ordering::Relaxed);
+    large::PART.store(part_bytes, Ordering::Relaxed);
 }
 
 /// What a watched communicator carries as its attribute.

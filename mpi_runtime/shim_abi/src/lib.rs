@@ -96,6 +96,8 @@ pub enum Reduction {
     Band,
     Bor,
     Bxor,
+    /// One of the user's, by its handle ([`ShimOp::user_reduction`]).
+    User,
 }
 
 /// One operation, ready for MPI: checked, its communicator a handle, its buffers host memory.
@@ -110,6 +112,8 @@ pub struct ShimOp {
     pub recv_datatype: Datatype,
     /// Reduction, of the reducing kinds.
     pub reduction: Reduction,
+    /// Handle of the user's `MPI_Op`, for [`Reduction::User`].
+    pub user_reduction: u64,
     /// Communicator handle.
     pub comm: u64,
     /// Elements sent; for gathering and scattering kinds, per rank. May be more than MPI takes in a call.
@@ -181,6 +185,9 @@ pub struct ShimApi {
         size: *mut c_int,
         inter: *mut c_int,
     ) -> c_int,
+    /// Writes the ranks that the members of `comm` have in `MPI_COMM_WORLD` (`MPI_UNDEFINED` for a
+    /// process outside it); `members` has as many elements as `comm` has ranks.
+    pub comm_members: unsafe extern "C" fn(comm: u64, members: *mut c_int) -> c_int,
     /// Rank among those of this node, their number (`MPI_Comm_split_type`, shared memory), and the
     /// number of cores that they may use together.
     pub node: unsafe extern "C" fn(
@@ -189,8 +196,9 @@ pub struct ShimApi {
         size: *mut c_int,
         cores: *mut c_int,
     ) -> c_int,
-    /// 1: give up the core while waiting, since there are more ranks than cores. 0: spin.
-    pub set_polite: unsafe extern "C" fn(polite: c_int),
+    /// `polite` is 1: give up the core while waiting, since there are more ranks than cores; 0: spin.
+    /// Collectives of more than `part_bytes` go in parts. Both are the same on all ranks.
+    pub configure: unsafe extern "C" fn(polite: c_int, part_bytes: i64),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
     /// Executes an operation and waits until its buffers may be used again.

@@ -4,7 +4,7 @@
 //! targets (0.9, `mpi_allreduce_ffi` and so on) differ little from ours and are executed likewise.
 
 use mpi_runtime::operation::{KINDS, REDUCTIONS, name};
-use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Ticket, World};
+use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
 use pjrt_sys::*;
 
 use super::Handler;
@@ -109,12 +109,12 @@ impl Dialect {
     /// translated when a program is lowered (`python/mpi_cuda/_mpi4jax.py`); a handle that got here
     /// must be known.
     fn communicator(&self, attribute: i64, world: &World) -> Result<i64, String> {
-        const NUMBERS: std::ops::Range<i64> = 0..1 << 20;
-        if matches!(self, Dialect::Ours) || NUMBERS.contains(&attribute) {
+        let known = &world.engine.communicators;
+        if matches!(self, Dialect::Ours) || known.get(attribute).is_some() {
             return Ok(attribute);
         }
         let handle = attribute as u64;
-        world.engine.communicators.find(handle).ok_or_else(|| {
+        known.find(handle).ok_or_else(|| {
             format!(
                 "mpi_cuda: mpi4jax's program names a communicator by the MPI handle {handle:#x}, \
                  which is none in this process; start Python with JAX_PLATFORMS=mpi_cuda set, so \
@@ -155,24 +155,19 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     }
     let number = |attribute: &str, default: i64| frame.integer(attribute).unwrap_or(default);
     let special = dialect.special_ranks(world);
+    let reduces = matches!(
+        kind,
+        Kind::Allreduce | Kind::Exscan | Kind::Reduce | Kind::ReduceScatter | Kind::Scan
+    );
+    let reduction = reduces.then(|| reduction(number("op", 0))).transpose()?;
     let op = Operation {
         kind,
         library: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax"),
         comm: dialect.communicator(number("comm", mpi_runtime::communicators::DEFAULT), world)?,
         send,
         recv,
-        reduction: match kind {
-            Kind::Allreduce | Kind::Exscan | Kind::Reduce | Kind::ReduceScatter | Kind::Scan => {
-                let number = number("op", 0);
-                let reduction = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n));
-                Some(
-                    reduction
-                        .ok_or_else(|| format!("mpi_cuda: op={number} is no reduction"))?
-                        .0,
-                )
-            }
-            _ => None,
-        },
+        reduction: reduction.map(|(reduction, _)| reduction),
+        user_reduction: reduction.map_or(0, |(_, handle)| handle),
         dest: rank(number(destination_name(kind), 0), special, false)?,
         source: rank(number("source", special.0), special, true)?,
         send_tag: small(number(dialect.send_tag(kind), 0), "tag")?,
@@ -197,6 +192,20 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     })?;
     fill_tokens(frame, results);
     Ok(())
+}
+
+/// A reduction by its number, and the handle of a user's.
+fn reduction(number: i64) -> Result<(Reduction, u64), String> {
+    if let Some(row) = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n)) {
+        return Ok((row.0, 0));
+    }
+    let handle = crate::user_reductions::handle(number).ok_or_else(|| {
+        format!(
+            "mpi_cuda: op={number} is no reduction in this process; a program with a user-defined one \
+             cannot be loaded in another run"
+        )
+    })?;
+    Ok((Reduction::User, handle))
 }
 
 fn data<'a>(wanted: usize, found: Option<Buffer<'a>>, what: &str) -> Result<Buffer<'a>, String> {
