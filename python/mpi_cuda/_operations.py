@@ -76,8 +76,8 @@ def bind(
     narrow = CARRIERS.get(np.dtype(result[1]).name) if result else None
     if narrow and "op" in attributes:
         raise TypeError(
-            f"mpi_cuda.{name}: there is no reduction of {data.dtype}; cast to int8 or a larger type "
-            "first"
+            f"mpi_cuda.{name}: there is no reduction of {data.dtype}; cast to int8 "
+            "or a larger type first"
         )
     if data is not None and data.dtype.name in CARRIERS:
         data = data.astype(CARRIERS[data.dtype.name])

@@ -140,8 +140,18 @@ def test_errors_are_exceptions() -> None:
     with pytest.raises(Exception, match=r"mpi4jax's send of float32.*destination 1000"):
         mpi4jax.send(X, 1000)
         jax.effects_barrier()
-    with pytest.raises(TypeError, match="user-defined"):
-        mpi4jax.allreduce(X, op=MPI.Op.Create(lambda a, b, t: None))
+    with pytest.raises(TypeError, match="MAXLOC"):
+        mpi4jax.allreduce(X, op=MPI.MAXLOC)
+
+
+def test_user_defined_reductions() -> None:
+    def larger(left, right, _):
+        a, b = np.frombuffer(left, np.float32), np.frombuffer(right, np.float32)
+        np.maximum(a, b, out=b)
+
+    op = MPI.Op.Create(larger, commute=True)
+    np.testing.assert_array_equal(mpi4jax.allreduce(X, op=op), ALL.max(axis=0))
+    op.Free()
 
 
 def test_a_handle_of_another_run_is_refused() -> None:

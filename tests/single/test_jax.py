@@ -143,6 +143,7 @@ def test_backends_of_others_need_not_be_like_ours() -> None:
             def device_count(self): return 1
             def process_index(self): return 0
             def devices(self): return ["one"]
+            local_devices = devices
         bridge.register_backend_factory("other", Other, priority=1)
         jax.config.update("jax_platforms", "other,mpi_cuda")
         print(type(bridge.get_backend("other")).__name__, len(jax.devices("cpu")))
