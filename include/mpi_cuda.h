@@ -37,6 +37,8 @@ extern "C" {
  *   mpi_cuda_bcast       x -> y as x                comm, root
  *   mpi_cuda_exscan      x -> y as x                comm, op
  *   mpi_cuda_gather      x -> y (size, *x) on the root, as x elsewhere    comm, root
+ *   mpi_cuda_irecv       x, empty, tells the dtype -> u32[]    comm, source, recvtag
+ *   mpi_cuda_isend       x -> u32[]                 comm, dest, tag
  *   mpi_cuda_recv        none -> y                  comm, source, recvtag, status
  *   mpi_cuda_reduce      x -> y as x                comm, op, root
  *   mpi_cuda_reduce_scatter  x (size, *y) -> y      comm, op
@@ -44,6 +46,8 @@ extern "C" {
  *   mpi_cuda_scatter     x (size, *y) on the root, as y elsewhere -> y    comm, root
  *   mpi_cuda_send        x -> none                  comm, dest, tag
  *   mpi_cuda_sendrecv    x -> y                     comm, dest, tag, source, recvtag, status
+ *   mpi_cuda_wait        u32[] of an irecv -> y     comm, status
+ *   mpi_cuda_wait_send   u32[] of an isend -> none  comm
  *
  * Optional, and faster for small programs: an attribute named mpi_cuda_alike_<comm>_<sequence>, of any
  * integer, on one operation promises that this program always runs the same sequence of operations of

@@ -11,7 +11,7 @@ use crate::operation::{Buffer, Class, ElementType, Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String> {
-    if comm.freed {
+    if comm.freed && !matches!(op.kind, Kind::Wait | Kind::WaitSend) {
         return Err("the communicator has been freed".into());
     }
     check_ranks(op, comm)?;
@@ -32,7 +32,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
         recv: op.recv.data,
         status: op.status as *mut _,
     };
-    if op.kind == Kind::Barrier {
+    if matches!(op.kind, Kind::Barrier | Kind::Wait | Kind::WaitSend) {
         return Ok(shim);
     }
     let described = if op.kind == Kind::Recv {
@@ -84,17 +84,19 @@ fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
     };
     match op.kind {
         Kind::Bcast | Kind::Gather | Kind::Reduce | Kind::Scatter => inside("root", op.dest)?,
-        Kind::Send | Kind::Sendrecv if op.dest != PROC_NULL => inside("destination", op.dest)?,
+        Kind::Send | Kind::Sendrecv | Kind::Isend if op.dest != PROC_NULL => {
+            inside("destination", op.dest)?
+        }
         _ => {}
     }
     match op.kind {
-        Kind::Recv | Kind::Sendrecv if op.source != PROC_NULL && op.source != ANY => {
+        Kind::Recv | Kind::Sendrecv | Kind::Irecv if op.source != PROC_NULL && op.source != ANY => {
             inside("source", op.source)?;
         }
         _ => {}
     }
-    let sends = matches!(op.kind, Kind::Send | Kind::Sendrecv);
-    let receives = matches!(op.kind, Kind::Recv | Kind::Sendrecv);
+    let sends = matches!(op.kind, Kind::Send | Kind::Sendrecv | Kind::Isend);
+    let receives = matches!(op.kind, Kind::Recv | Kind::Sendrecv | Kind::Irecv);
     if sends && op.send_tag < 0 || receives && op.recv_tag < 0 && op.recv_tag != ANY {
         return Err("tags must not be negative".into());
     }
@@ -157,8 +159,9 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String>
             }
             (recv == send, (send / size, send / size))
         }
-        Kind::Send => (true, (send, 0)),
+        Kind::Send | Kind::Isend => (true, (send, 0)),
         Kind::Recv => (true, (0, recv)),
+        Kind::Irecv | Kind::Wait | Kind::WaitSend => (true, (0, 0)),
         Kind::Sendrecv => (true, (send, recv)),
         Kind::Barrier => (true, (0, 0)),
     };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::{Kind, PROC_NULL, ShimReceived};
+use mpi_shim_abi::{Kind, PROC_NULL, ShimOp, ShimReceived};
 use parking_lot::Mutex;
 
 use crate::alone;
@@ -16,15 +16,24 @@ use crate::arrivals::Arrivals;
 use crate::check;
 use crate::communicators::{Communicator, Communicators, DEFAULT, WORLD};
 use crate::error::OperationError;
-use crate::operation::Operation;
+use crate::operation::{Buffer, Operation};
 use crate::order::{Order, Ticket};
 use crate::pending::{self, PendingTable};
 use crate::shim::Shim;
+use crate::split::Splits;
 use crate::world::WorldOptions;
 
 thread_local! {
     /// This thread is inside an operation.
     static EXECUTING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `body`, in which MPI may wait for a peer or call us back, on this thread.
+pub(crate) fn executing<T>(body: impl FnOnce() -> T) -> T {
+    let outer = EXECUTING.replace(true);
+    let result = body();
+    EXECUTING.set(outer);
+    result
 }
 
 /// A program that is the same fixed sequence of collectives and exchanges of all ranks, wherever it
@@ -62,10 +71,13 @@ struct History {
 
 impl History {
     fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
-        if !matches!(op.kind, Kind::Send | Kind::Recv | Kind::Sendrecv) {
+        if !matches!(
+            op.kind,
+            Kind::Send | Kind::Recv | Kind::Sendrecv | Kind::Isend | Kind::Irecv
+        ) {
             self.position.fetch_add(1, Ordering::Relaxed);
         }
-        if matches!(op.kind, Kind::Send | Kind::Sendrecv) && op.dest != PROC_NULL {
+        if matches!(op.kind, Kind::Send | Kind::Sendrecv | Kind::Isend) && op.dest != PROC_NULL {
             self.balance
                 .fetch_add(message(rank, op.dest), Ordering::Relaxed);
         }
@@ -103,6 +115,8 @@ pub struct Engine {
     unread: Mutex<Vec<OperationError>>,
     /// What was executed so far on [`WORLD`] and on [`DEFAULT`].
     histories: [History; 2],
+    /// Messages whose start and end are separate; none without MPI.
+    splits: Option<Splits>,
     leaving: Mutex<Vec<Leaving>>,
     /// How many there are; spares the lock where there are none.
     leaving_count: AtomicUsize,
@@ -125,6 +139,7 @@ impl Engine {
             pending,
             unread: Mutex::default(),
             histories: Default::default(),
+            splits: shim.map(Splits::new),
             leaving: Mutex::default(),
             leaving_count: AtomicUsize::new(0),
             rank,
@@ -207,15 +222,25 @@ impl Engine {
             size: comm.size,
             reason,
         };
+        if let Kind::Wait | Kind::WaitSend = op.kind {
+            return self.wait_for_message(op, &comm).map_err(failed);
+        }
         let shim_op = check::prepare(op, &comm).map_err(failed)?;
+        if let Kind::Isend | Kind::Irecv = op.kind {
+            return self.start_message(op, &shim_op, &comm).map_err(failed);
+        }
         let _pending = self.pending.enter(op, comm.name);
         let Some(shim) = &self.shim else {
             return alone::execute(op).map_err(failed);
         };
-        let outer = EXECUTING.replace(true);
-        let result = shim.execute(&shim_op);
-        EXECUTING.set(outer);
-        let received = result.map_err(|error| failed(error.0))?;
+        let received = match &self.splits {
+            // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
+            Some(splits) if receives(op) && splits.are_first() => unsafe {
+                splits.receive_after(&shim_op)
+            },
+            _ => executing(|| shim.execute(&shim_op)),
+        };
+        let received = received.map_err(|error| failed(error.0))?;
         if let Some(history) = self.history(op.comm) {
             history.add(op, comm.rank, &received);
         }
@@ -226,6 +251,66 @@ impl Engine {
             alone::nothing_before(op);
         }
         check_received(op, &received).map_err(failed)
+    }
+
+    /// Starts a message, whose number is the operation's result.
+    fn start_message(
+        &self,
+        op: &Operation<'_>,
+        shim_op: &ShimOp,
+        comm: &Communicator,
+    ) -> Result<(), String> {
+        let splits = self.splits.as_ref().ok_or(NO_MESSAGES)?;
+        let number = splits.start(op, shim_op)?;
+        if let Some(history) = self.history(op.comm) {
+            history.add(op, comm.rank, &ShimReceived::default());
+        }
+        // SAFETY: the result is a number of 32 bits, as whoever made the operation promises.
+        unsafe { op.recv.data.cast::<u32>().write(number) };
+        Ok(())
+    }
+
+    /// Waits for the message whose number is the operand.
+    fn wait_for_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
+        let (Some(splits), Some(shim)) = (&self.splits, &self.shim) else {
+            return Err(NO_MESSAGES.into());
+        };
+        if op.send.elements() != 1 || op.send.bytes() != size_of::<u32>() {
+            return Err("the request must be one number of 32 bits".into());
+        }
+        // SAFETY: the operand is a number of 32 bits.
+        let number = unsafe { op.send.data.cast::<u32>().read() };
+        let (mut started, shape) = splits.find(number)?;
+        started.send.shape = &shape;
+        let _pending = self.pending.enter(&started, comm.name);
+        let about = |reason: String| format!("{started}: {reason}");
+        let ended = splits.wait(number).map_err(about)?;
+        if op.kind == Kind::WaitSend {
+            return Ok(());
+        }
+        ended.write(&op.recv, shim, op.status);
+        let receive = Operation {
+            kind: Kind::Recv,
+            send: Buffer::NONE,
+            recv: op.recv,
+            status: op.status,
+            ..ended.operation
+        };
+        if let Some(history) = self.history(op.comm) {
+            history.add(&receive, comm.rank, &ended.received);
+        }
+        check_received(&receive, &ended.received).map_err(about)
+    }
+
+    /// Ends all messages that were started, and says which of them nobody has waited for. Last, when
+    /// everything else has ended.
+    pub fn finish_messages(&self) {
+        for lost in self.splits.iter().flat_map(Splits::finish) {
+            pending::say(&format!(
+                "mpi_cuda: rank {}: {lost} was never waited for, and its message is lost",
+                self.rank
+            ));
+        }
     }
 
     /// Takes the ticket of what a host callback launches, if its own program has none: that program
@@ -261,6 +346,9 @@ impl Engine {
             gone
         };
         for row in gone {
+            if let Some(splits) = &self.splits {
+                splits.free(row.handle);
+            }
             if let Some(shim) = &self.shim
                 && let Err(error) = shim.comm_free(row.handle)
             {
@@ -353,6 +441,9 @@ impl Engine {
             self.wait_idle();
         }
         let handle = self.communicators.get(number).map(|comm| comm.handle);
+        if !executing && let (Some(splits), Some(handle)) = (&self.splits, handle) {
+            splits.free(handle);
+        }
         if executing && let Some(handle) = handle {
             let mut leaving = self.leaving.lock();
             leaving.push(Leaving {
@@ -365,6 +456,12 @@ impl Engine {
         self.communicators.free(number);
         executing
     }
+}
+
+const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
+
+fn receives(op: &Operation<'_>) -> bool {
+    matches!(op.kind, Kind::Recv | Kind::Sendrecv) && op.source != PROC_NULL
 }
 
 /// A message longer than the result was not written to it, and a shorter one would leave part of it

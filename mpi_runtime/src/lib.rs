@@ -17,6 +17,7 @@ pub mod order;
 mod output;
 pub mod pending;
 pub mod shim;
+pub mod split;
 pub mod world;
 
 pub use engine::{Alike, Engine};

@@ -70,7 +70,7 @@ impl Buffer<'_> {
 }
 
 /// Every kind and its lower-case name, as users write it, in the order of the C contract.
-pub const KINDS: [(Kind, &str); 14] = [
+pub const KINDS: [(Kind, &str); 18] = [
     (Kind::Allgather, "allgather"),
     (Kind::Allreduce, "allreduce"),
     (Kind::Alltoall, "alltoall"),
@@ -85,6 +85,10 @@ pub const KINDS: [(Kind, &str); 14] = [
     (Kind::Sendrecv, "sendrecv"),
     (Kind::Exscan, "exscan"),
     (Kind::ReduceScatter, "reduce_scatter"),
+    (Kind::Isend, "isend"),
+    (Kind::Irecv, "irecv"),
+    (Kind::Wait, "wait"),
+    (Kind::WaitSend, "wait_send"),
 ];
 
 /// Name of an operation.
@@ -185,6 +189,8 @@ impl fmt::Display for Operation<'_> {
         write!(f, "{}", name(self.kind))?;
         match self.kind {
             Kind::Barrier => return Ok(()),
+            Kind::Wait | Kind::WaitSend => return Ok(()),
+            Kind::Irecv => write!(f, " of {}", self.send.dtype.name())?,
             Kind::Recv => write!(f, " into {}", Shaped(&self.recv))?,
             Kind::Sendrecv => {
                 write!(f, " of {} into {}", Shaped(&self.send), Shaped(&self.recv))?;
@@ -195,8 +201,10 @@ impl fmt::Display for Operation<'_> {
             write!(f, " with {}", reduction_name(reduction))?;
         }
         match self.kind {
-            Kind::Send => write!(f, " to rank {} with tag {}", Rank(self.dest), self.send_tag),
-            Kind::Recv => {
+            Kind::Send | Kind::Isend => {
+                write!(f, " to rank {} with tag {}", Rank(self.dest), self.send_tag)
+            }
+            Kind::Recv | Kind::Irecv => {
                 write!(
                     f,
                     " from rank {} with tag {}",

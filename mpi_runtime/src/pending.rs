@@ -90,7 +90,8 @@ impl Drop for Pending<'_> {
     }
 }
 
-fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
+/// What an operation is, without its arrays.
+pub(crate) fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
     let Operation {
         kind,
         library,

@@ -1,10 +1,13 @@
 //! Loading a shim and calling it: results instead of codes.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
-use mpi_shim_abi::{ABI_VERSION, CommDeleted, ENTRY_POINT, Entry, ShimApi, ShimOp, ShimReceived};
+use mpi_shim_abi::{
+    ABI_VERSION, CommDeleted, Datatype, ENTRY_POINT, Entry, ShimApi, ShimOp, ShimReceived,
+    ShimStatus,
+};
 
 use crate::error::StartError;
 use crate::family::Family;
@@ -16,6 +19,10 @@ pub struct Shim {
     /// The family it was built for.
     pub family: Family,
 }
+
+/// A message on its way.
+#[derive(Debug)]
+pub struct Request(u64);
 
 /// A failed MPI call: MPI's own text.
 #[derive(Debug)]
@@ -193,6 +200,68 @@ impl Shim {
         // SAFETY: `check::prepare` made `op` from buffers that outlive this call.
         self.check(unsafe { (self.api.execute)(op, &mut received) })?;
         Ok(received)
+    }
+
+    /// Starts the send of `op`.
+    ///
+    /// # Safety
+    /// What it sends must stay in place, unchanged, until [`Shim::test`] says that it is complete.
+    pub unsafe fn start_send(&self, op: &ShimOp) -> Result<Request, MpiError> {
+        let mut request = 0;
+        // SAFETY: as the caller promises.
+        self.check(unsafe { (self.api.start_send)(op, &mut request) })?;
+        Ok(Request(request))
+    }
+
+    /// The message that `op` would receive now, if one is there.
+    pub fn probe(&self, op: &ShimOp) -> Result<Option<ShimReceived>, MpiError> {
+        let (mut found, mut envelope) = (0, ShimReceived::default());
+        // SAFETY: `check::prepare` made `op`; its communicator is live.
+        self.check(unsafe { (self.api.probe)(op, &mut found, &mut envelope) })?;
+        Ok((found != 0).then_some(envelope))
+    }
+
+    /// Starts to receive the message that [`Shim::probe`] found; none if it is gone.
+    ///
+    /// # Safety
+    /// `buffer` must be valid for the message's bytes until [`Shim::test`] says that it is complete.
+    pub unsafe fn start_receive(
+        &self,
+        op: &ShimOp,
+        envelope: &ShimReceived,
+        datatype: Datatype,
+        buffer: *mut c_void,
+    ) -> Result<Option<Request>, MpiError> {
+        let (mut taken, mut request) = (0, 0);
+        let start = self.api.start_receive;
+        // SAFETY: as the caller promises.
+        self.check(unsafe { start(op, envelope, datatype, buffer, &mut taken, &mut request) })?;
+        Ok((taken != 0).then_some(Request(request)))
+    }
+
+    /// The status of a request, if it is complete; it must not be tested again then.
+    pub fn test(&self, request: &mut Request) -> Result<Option<ShimStatus>, MpiError> {
+        let (mut done, mut status) = (0, ShimStatus([0; 64]));
+        // SAFETY: a live request of the functions above.
+        self.check(unsafe { (self.api.test)(&mut request.0, &mut done, &mut status) })?;
+        Ok((done != 0).then_some(status))
+    }
+
+    /// Writes a status to the user's `MPI_Status` at that address; 0 is none.
+    ///
+    /// # Safety
+    /// There must be an `MPI_Status`.
+    pub unsafe fn write_status(&self, status: &ShimStatus, address: usize) {
+        if address != 0 {
+            // SAFETY: as the caller promises; the shim says how long it is.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    status.0.as_ptr(),
+                    address as *mut u8,
+                    self.api.status_size.min(status.0.len()),
+                );
+            }
+        }
     }
 
     fn check(&self, code: c_int) -> Result<(), MpiError> {

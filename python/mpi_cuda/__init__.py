@@ -27,6 +27,7 @@ from mpi_cuda._operations import (
     send,
     sendrecv,
 )
+from mpi_cuda._split import Request, irecv, isend, wait
 
 SUM = OPS["SUM"]
 PROD = OPS["PROD"]
@@ -72,6 +73,7 @@ __all__ = [
     "SUM",
     "Comm",
     "Op",
+    "Request",
     "Status",
     "allgather",
     "allreduce",
@@ -83,6 +85,8 @@ __all__ = [
     "gather",
     "has_cuda_support",
     "notoken",
+    "irecv",
+    "isend",
     "recv",
     "reduce",
     "reduce_scatter",
@@ -90,4 +94,5 @@ __all__ = [
     "scatter",
     "send",
     "sendrecv",
+    "wait",
 ]

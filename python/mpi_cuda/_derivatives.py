@@ -192,6 +192,6 @@ def _refuse(name: str) -> Callable[..., Any]:
     return rule
 
 
-for _name in ("send", "recv"):
+for _name in ("send", "recv", "isend", "irecv", "wait", "wait_send"):
     ad.primitive_jvps[primitives[_name]] = _refuse(_name)
     ad.primitive_transposes[primitives[_name]] = _refuse(_name)

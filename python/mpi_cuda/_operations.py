@@ -47,11 +47,12 @@ def _as_token(token: Any) -> Any:
     return token
 
 
-def _is_template_array(x: Any) -> bool:
+def is_template_array(x: Any) -> bool:
+    """Whether the first argument of a receive is an array, which `vmap` may batch."""
     return not isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _template(x: Any) -> Any:
+def template_of(x: Any) -> Any:
     """Shape and dtype of what is to be received."""
     return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
 
@@ -82,7 +83,7 @@ def bind(
     if data is not None and data.dtype.name in CARRIERS:
         data = data.astype(CARRIERS[data.dtype.name])
     operands = [] if data is None else [data]
-    has_template = name in TEMPLATES and template is not None and _is_template_array(template)
+    has_template = name in TEMPLATES and template is not None and is_template_array(template)
     if has_template:
         operands.append(template)
     with_token = token is not False
@@ -256,7 +257,7 @@ def recv(
     Returns:
       Array of the shape and dtype of `x`, and a token.
     """
-    template, where = _template(x), _arguments.resolve_comm(comm)
+    template, where = template_of(x), _arguments.resolve_comm(comm)
     attributes: dict[str, Any] = {
         "source": _arguments.resolve_rank("recv", "source", source, where),
         "recvtag": _arguments.resolve_tag("recv", "recvtag", tag),
@@ -400,7 +401,7 @@ def sendrecv(
     Returns:
       Array of the shape and dtype of `recvbuf`, and a token.
     """
-    x, template, where = jnp.asarray(sendbuf), _template(recvbuf), _arguments.resolve_comm(comm)
+    x, template, where = jnp.asarray(sendbuf), template_of(recvbuf), _arguments.resolve_comm(comm)
     attributes: dict[str, Any] = {
         "source": _arguments.resolve_rank("sendrecv", "source", source, where),
         "dest": _arguments.resolve_rank("sendrecv", "dest", dest, where),

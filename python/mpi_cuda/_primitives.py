@@ -36,12 +36,13 @@ class Result:
 class Rule:
     """How an operation behaves under `vmap`: where the batch dimension goes.
 
-    None: in front. A number: behind that many dimensions, on the operand (`operand`) and on the
-    result (`result`), because MPI splits or joins the dimension in front.
+    Behind that many dimensions, on the operand (`operand`) and on the result (`result`): 0 is in
+    front; more where MPI splits or joins the dimension in front. None: nowhere, since it is the
+    number of a message, which is one for the whole batch.
     """
 
-    operand: int = 0
-    result: int = 0
+    operand: int | None = 0
+    result: int | None = 0
 
 
 RULES = {
@@ -52,6 +53,8 @@ RULES = {
     "bcast": Rule(),
     "exscan": Rule(),
     "gather": Rule(result=1),
+    "irecv": Rule(operand=None, result=None),
+    "isend": Rule(result=None),
     "recv": Rule(),
     "reduce": Rule(),
     "reduce_scatter": Rule(operand=1),
@@ -59,10 +62,12 @@ RULES = {
     "scatter": Rule(operand=1),
     "send": Rule(),
     "sendrecv": Rule(),
+    "wait": Rule(operand=None),
+    "wait_send": Rule(operand=None),
 }
 
 # Their first argument gives only shape and dtype; it is an operand so that vmap sees it.
-TEMPLATES = ("recv", "sendrecv")
+TEMPLATES = ("irecv", "recv", "sendrecv", "wait")
 
 primitives: dict[str, core.Primitive] = {}
 
@@ -132,16 +137,23 @@ def _batch(
         outs = primitive.bind(*args, result=result, **rest)
         return outs, [None] * len(outs)
     for i in range(data):
-        args[i] = batching.bdim_at_front(args[i], dims[i], size)
         is_template = template and i == data - 1
+        if rule.operand is None and not is_template:
+            if dims[i] is not None:
+                raise ValueError(
+                    f"mpi_cuda.{name}: the request was batched by vmap; start the message and wait "
+                    "for it in one vmap, or both outside"
+                )
+            continue
+        args[i] = batching.bdim_at_front(args[i], dims[i], size)
         if rule.operand and not is_template:
             args[i] = jnp.moveaxis(args[i], 0, rule.operand)
-    if result is not None:
+    if result is not None and rule.result is not None:
         shape = list(result.shape)
         shape.insert(rule.result, size)
         result = Result(tuple(shape), result.dtype)
     outs = primitive.bind(*args, result=result, **rest)
-    out_dims = [] if result is None else [rule.result]
+    out_dims: list[int | None] = [] if result is None else [rule.result]
     return outs, out_dims + [None] * token
 
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _operations
+from mpi_cuda import _operations, _split
 
 __all__ = [
     "allgather",
@@ -21,6 +21,8 @@ __all__ = [
     "bcast",
     "exscan",
     "gather",
+    "irecv",
+    "isend",
     "recv",
     "reduce",
     "reduce_scatter",
@@ -28,6 +30,7 @@ __all__ = [
     "scatter",
     "send",
     "sendrecv",
+    "wait",
 ]
 
 
@@ -55,6 +58,8 @@ barrier = _without_token(_operations.barrier)
 bcast = _without_token(_operations.bcast)
 exscan = _without_token(_operations.exscan)
 gather = _without_token(_operations.gather)
+irecv = _without_token(_split.irecv)
+isend = _without_token(_split.isend)
 recv = _without_token(_operations.recv)
 reduce = _without_token(_operations.reduce)
 reduce_scatter = _without_token(_operations.reduce_scatter)
@@ -62,3 +67,4 @@ scan = _without_token(_operations.scan)
 scatter = _without_token(_operations.scatter)
 send = _without_token(_operations.send)
 sendrecv = _without_token(_operations.sendrecv)
+wait = _without_token(_split.wait)

@@ -294,6 +294,26 @@ def test_the_job_ends_soon_after_an_exception(mpi: str) -> None:
     assert time.time() - float(raised[1]) < 4
 
 
+NOT_WAITED = """if True:
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    x = jnp.arange(1 << 20, dtype=jnp.float32)
+    if m.COMM_WORLD.rank == 0:
+        m.isend(x, 1, tag=1)
+        m.irecv(x, 1, tag=2)
+    else:
+        print(float(m.recv(x, 0, tag=1)[0][-1]))
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_messages_that_nobody_waits_for(mpi: str) -> None:
+    """What was sent arrives; a receive is named."""
+    result = job(mpi, NOT_WAITED)
+    assert result.returncode == 0 and result.stdout == "1048575.0\n", result.stderr
+    said = "rank 0: irecv of float32 from rank 1 with tag 2 was never waited for"
+    assert said in result.stderr, result.stderr
+
+
 RESTARTED = """if True:
     import jax, jax.numpy as jnp, mpi_cuda as m
     from jax.extend import backend

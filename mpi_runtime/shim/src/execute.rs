@@ -127,7 +127,8 @@ unsafe fn blocking(kind: Kind, call: &Call) -> c_int {
             Kind::ReduceScatter => ffi::MPI_Reduce_scatter_block(send, recv, m, into, reduce, comm),
             Kind::Scan => ffi::MPI_Scan(send, recv, n, of, reduce, comm),
             Kind::Scatter => ffi::MPI_Scatter(send, n, of, recv, m, into, root, comm),
-            Kind::Recv | Kind::Send | Kind::Sendrecv => ffi::MPI_ERR_OTHER as c_int,
+            // Messages are no collectives.
+            _ => ffi::MPI_ERR_OTHER as c_int,
         }
     }
 }
@@ -157,7 +158,7 @@ unsafe fn politely(kind: Kind, call: &Call) -> c_int {
                 }
                 Kind::Scan => ffi::MPI_Iscan(send, recv, n, of, reduce, comm, request),
                 Kind::Scatter => ffi::MPI_Iscatter(send, n, of, recv, m, into, root, comm, request),
-                Kind::Recv | Kind::Send | Kind::Sendrecv => ffi::MPI_ERR_OTHER as c_int,
+                _ => ffi::MPI_ERR_OTHER as c_int,
             };
         };
         let mut status = MaybeUninit::zeroed().assume_init();

@@ -4,28 +4,39 @@ use std::mem::size_of;
 
 use mpi::ffi;
 
-pub(crate) fn comm_to_bits(comm: ffi::MPI_Comm) -> u64 {
-    const { assert!(size_of::<ffi::MPI_Comm>() <= size_of::<u64>()) };
+fn to_bits<T>(handle: T) -> u64 {
+    const { assert!(size_of::<T>() <= size_of::<u64>()) };
     let mut bits = 0u64;
     // SAFETY: handles are plain bytes that fit; x86-64 and AArch64 are little-endian, so the low
     // bytes are the handle and the rest stays zero.
-    unsafe {
-        std::ptr::from_mut(&mut bits)
-            .cast::<ffi::MPI_Comm>()
-            .write(comm);
-    }
+    unsafe { std::ptr::from_mut(&mut bits).cast::<T>().write(handle) };
     bits
 }
 
+fn from_bits<T: Copy>(bits: u64) -> T {
+    const { assert!(size_of::<T>() <= size_of::<u64>()) };
+    // SAFETY: the inverse of `to_bits`; the engine passes only bits that came from an MPI.
+    unsafe { std::ptr::from_ref(&bits).cast::<T>().read() }
+}
+
+pub(crate) fn comm_to_bits(comm: ffi::MPI_Comm) -> u64 {
+    to_bits(comm)
+}
+
 pub(crate) fn comm_from_bits(bits: u64) -> ffi::MPI_Comm {
-    // SAFETY: the inverse of `comm_to_bits`; the engine passes only bits that came from an MPI.
-    unsafe { std::ptr::from_ref(&bits).cast::<ffi::MPI_Comm>().read() }
+    from_bits(bits)
 }
 
 pub(crate) fn op_from_bits(bits: u64) -> ffi::MPI_Op {
-    const { assert!(size_of::<ffi::MPI_Op>() <= size_of::<u64>()) };
-    // SAFETY: as for `comm_from_bits`.
-    unsafe { std::ptr::from_ref(&bits).cast::<ffi::MPI_Op>().read() }
+    from_bits(bits)
+}
+
+pub(crate) fn request_to_bits(request: ffi::MPI_Request) -> u64 {
+    to_bits(request)
+}
+
+pub(crate) fn request_from_bits(bits: u64) -> ffi::MPI_Request {
+    from_bits(bits)
 }
 
 /// `MPI_COMM_NULL_COPY_FN`: an attribute that duplicates do not inherit (MPI 4.0, 7.7.2).

@@ -15,6 +15,7 @@ mod handle;
 mod large;
 mod messages;
 mod reduction;
+mod split;
 
 use handle::{comm_from_bits, comm_to_bits};
 
@@ -36,6 +37,11 @@ static API: ShimApi = ShimApi {
     configure,
     comm_watch,
     execute: execute_op,
+    start_send: split::start_send,
+    probe: split::probe,
+    start_receive: split::start_receive,
+    test: split::test,
+    status_size: size_of::<ffi::MPI_Status>(),
     error_string,
 };
 

@@ -65,15 +65,15 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
 }
 
 /// Elements of a message as MPI counts them.
-struct Elements {
-    count: c_int,
-    datatype: ffi::MPI_Datatype,
+pub(crate) struct Elements {
+    pub(crate) count: c_int,
+    pub(crate) datatype: ffi::MPI_Datatype,
     #[expect(dead_code, reason = "held for its drop")]
     made: Option<Made>,
 }
 
 impl Elements {
-    fn new(count: i64, element: Datatype) -> Result<Elements, c_int> {
+    pub(crate) fn new(count: i64, element: Datatype) -> Result<Elements, c_int> {
         let Ok(count) = c_int::try_from(count) else {
             let made = large::whole(count, element)?;
             return Ok(Elements {
@@ -110,14 +110,11 @@ unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     unsafe {
         let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
         let mut message: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
-        let mut length: ffi::MPI_Count = 0;
-        attempt! {
-            find(op, &mut message, &mut status);
-            ffi::MPI_Get_elements_x(&status, ffi::RSMPI_UINT8_T, &mut length);
+        attempt! { find(op, &mut message, &mut status); };
+        let length = match length(&status) {
+            Ok(length) => length,
+            Err(code) => return code,
         };
-        // Debian's two MPIs disagree on the C type of a count.
-        #[allow(clippy::useless_conversion)]
-        let length = i64::from(length);
         if length > capacity {
             // In the largest elements, so that their number fits for whatever was sent.
             let elements = (length as usize).div_ceil(Datatype::C128.size());
@@ -166,6 +163,21 @@ unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
     SUCCESS
 }
 
+/// Bytes of the message that a probe has found.
+pub(crate) fn length(status: &ffi::MPI_Status) -> Result<i64, c_int> {
+    let mut length: ffi::MPI_Count = 0;
+    // SAFETY: a status that MPI filled in.
+    let code = unsafe { ffi::MPI_Get_elements_x(status, ffi::RSMPI_UINT8_T, &mut length) };
+    // Debian's two MPIs disagree on the C type of a count.
+    #[allow(clippy::useless_conversion)]
+    let length = i64::from(length);
+    if code == SUCCESS {
+        Ok(length)
+    } else {
+        Err(code)
+    }
+}
+
 /// Waits for a message that matches, and takes it out of the queue.
 ///
 /// # Safety
@@ -183,7 +195,7 @@ unsafe fn find(op: &ShimOp, message: &mut ffi::MPI_Message, status: &mut ffi::MP
     })
 }
 
-fn rank(rank: i32) -> c_int {
+pub(crate) fn rank(rank: i32) -> c_int {
     match rank {
         ANY => ffi::MPI_ANY_SOURCE,
         PROC_NULL => ffi::MPI_PROC_NULL,
@@ -191,6 +203,6 @@ fn rank(rank: i32) -> c_int {
     }
 }
 
-fn tag(tag: i32) -> c_int {
+pub(crate) fn tag(tag: i32) -> c_int {
     if tag == ANY { ffi::MPI_ANY_TAG } else { tag }
 }

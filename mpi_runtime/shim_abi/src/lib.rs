@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -43,6 +43,11 @@ pub enum Kind {
     Sendrecv,
     Exscan,
     ReduceScatter,
+    /// The three halves of messages ([`ShimApi::start_send`] and the functions after it).
+    Isend,
+    Irecv,
+    Wait,
+    WaitSend,
 }
 
 /// Element types MPI reduces or moves (MPI 4.0, section 3.2.2); it knows the 16-bit floats only as
@@ -148,6 +153,11 @@ pub struct ShimReceived {
     pub bytes: i64,
 }
 
+/// Room for an `MPI_Status` of any family, in its first bytes.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug)]
+pub struct ShimStatus(pub [u8; 64]);
+
 /// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be kept,
 /// and [`ShimApi::comm_free`] will be called for it; only for an MPI that deletes it when an operation
 /// ends instead of when the user frees it (MPICH).
@@ -203,6 +213,30 @@ pub struct ShimApi {
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
     /// Executes an operation and waits until its buffers may be used again.
     pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
+    /// `MPI_Isend` of what `op` sends, which must stay as it is until the request is complete.
+    pub start_send: unsafe extern "C" fn(op: *const ShimOp, request: *mut u64) -> c_int,
+    /// `MPI_Iprobe`: whether a message is there that `op` would receive, and which.
+    pub probe: unsafe extern "C" fn(
+        op: *const ShimOp,
+        found: *mut c_int,
+        envelope: *mut ShimReceived,
+    ) -> c_int,
+    /// Starts to receive the first message with the source and tag of `envelope`, which `probe` found
+    /// on the communicator of `op`, into `buffer`, which holds its bytes, as elements of `datatype`.
+    /// `taken` is 0 if the message is gone: another thread of the user's received it.
+    pub start_receive: unsafe extern "C" fn(
+        op: *const ShimOp,
+        envelope: *const ShimReceived,
+        datatype: Datatype,
+        buffer: *mut c_void,
+        taken: *mut c_int,
+        request: *mut u64,
+    ) -> c_int,
+    /// `MPI_Test`; fills `status` when the request is complete.
+    pub test:
+        unsafe extern "C" fn(request: *mut u64, done: *mut c_int, status: *mut ShimStatus) -> c_int,
+    /// Bytes of an `MPI_Status`.
+    pub status_size: usize,
     /// `MPI_Error_string`, NUL-terminated.
     pub error_string: unsafe extern "C" fn(code: c_int, text: *mut c_char, capacity: usize),
 }

@@ -33,7 +33,7 @@ macro_rules! handlers {
 handlers!(
     both: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
     Sendrecv;
-    ours: Exscan, ReduceScatter
+    ours: Exscan, ReduceScatter, Isend, Irecv, Wait, WaitSend
 );
 
 unsafe extern "C" fn operation<const KIND: usize>(
@@ -140,7 +140,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     let world =
         world().ok_or("mpi_cuda: an operation was executed before the world was started")?;
     let operands = usize::from(!matches!(kind, Kind::Barrier | Kind::Recv));
-    let results = usize::from(!matches!(kind, Kind::Barrier | Kind::Send));
+    let results = usize::from(!matches!(kind, Kind::Barrier | Kind::Send | Kind::WaitSend));
     let send = data(operands, frame.arg(0), "operand")?;
     let mut recv = data(results, frame.ret(0), "result")?;
     if matches!(dialect, Dialect::Mpi4jax)
@@ -218,7 +218,7 @@ fn data<'a>(wanted: usize, found: Option<Buffer<'a>>, what: &str) -> Result<Buff
 
 fn destination_name(kind: Kind) -> &'static str {
     match kind {
-        Kind::Send | Kind::Sendrecv => "dest",
+        Kind::Send | Kind::Sendrecv | Kind::Isend => "dest",
         _ => "root",
     }
 }

@@ -1,0 +1,116 @@
+//! Messages whose start and end are separate operations. None of these calls waits: the engine decides
+//! which receive gets which message, and tests requests until they are complete.
+
+use std::ffi::{c_int, c_void};
+use std::mem::MaybeUninit;
+
+use mpi::ffi;
+use mpi_shim_abi::{Datatype, ShimOp, ShimReceived, ShimStatus};
+
+use crate::handle::{comm_from_bits, request_from_bits, request_to_bits};
+use crate::messages::{Elements, length, rank, tag};
+use crate::{SUCCESS, attempt};
+
+pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64) -> c_int {
+    // SAFETY: the engine passes a checked operation, and keeps its buffer until the request is complete.
+    unsafe {
+        let op = &*op;
+        let sent = match Elements::new(op.count, op.datatype) {
+            Ok(sent) => sent,
+            Err(code) => return code,
+        };
+        let mut own = ffi::RSMPI_REQUEST_NULL;
+        attempt! {
+            ffi::MPI_Isend(
+                op.send,
+                sent.count,
+                sent.datatype,
+                rank(op.dest),
+                op.send_tag,
+                comm_from_bits(op.comm),
+                &mut own,
+            );
+        };
+        *request = request_to_bits(own);
+    }
+    SUCCESS
+}
+
+pub(crate) unsafe extern "C" fn probe(
+    op: *const ShimOp,
+    found: *mut c_int,
+    envelope: *mut ShimReceived,
+) -> c_int {
+    // SAFETY: the engine passes a checked operation and writable memory; the communicator is live.
+    unsafe {
+        let op = &*op;
+        let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
+        let (source, tag) = (rank(op.source), tag(op.recv_tag));
+        attempt! { ffi::MPI_Iprobe(source, tag, comm_from_bits(op.comm), found, &mut status); };
+        if *found != 0 {
+            *envelope = ShimReceived {
+                source: status.MPI_SOURCE,
+                tag: status.MPI_TAG,
+                bytes: match length(&status) {
+                    Ok(bytes) => bytes,
+                    Err(code) => return code,
+                },
+            };
+        }
+    }
+    SUCCESS
+}
+
+pub(crate) unsafe extern "C" fn start_receive(
+    op: *const ShimOp,
+    envelope: *const ShimReceived,
+    datatype: Datatype,
+    buffer: *mut c_void,
+    taken: *mut c_int,
+    request: *mut u64,
+) -> c_int {
+    // SAFETY: as for `start_send`; the buffer holds the message that was probed, and another one from
+    // there with that tag cannot come before it (MPI 4.0, section 3.5).
+    unsafe {
+        let (op, envelope) = (&*op, &*envelope);
+        let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
+        let mut message: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
+        let comm = comm_from_bits(op.comm);
+        // A message of another type than expected may end inside an element.
+        let whole = envelope.bytes % datatype.size() as i64 == 0;
+        let element = if whole { datatype } else { Datatype::U8 };
+        let expected = match Elements::new(envelope.bytes / element.size() as i64, element) {
+            Ok(expected) => expected,
+            Err(code) => return code,
+        };
+        let mut own = ffi::RSMPI_REQUEST_NULL;
+        attempt! {
+            ffi::MPI_Improbe(
+                envelope.source, envelope.tag, comm, &mut *taken, &mut message, &mut status,
+            );
+        };
+        if *taken == 0 {
+            return SUCCESS;
+        }
+        attempt! {
+            ffi::MPI_Imrecv(buffer, expected.count, expected.datatype, &mut message, &mut own);
+        };
+        *request = request_to_bits(own);
+    }
+    SUCCESS
+}
+
+pub(crate) unsafe extern "C" fn test(
+    request: *mut u64,
+    done: *mut c_int,
+    status: *mut ShimStatus,
+) -> c_int {
+    const { assert!(size_of::<ffi::MPI_Status>() <= size_of::<ShimStatus>()) };
+    // SAFETY: a live request of the functions above, and writable memory.
+    unsafe {
+        let mut own = request_from_bits(*request);
+        let code = ffi::MPI_Test(&mut own, done, status.cast());
+        *request = request_to_bits(own);
+        code
+    }
+}

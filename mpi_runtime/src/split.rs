@@ -1,0 +1,562 @@
+//! Messages whose start and end are separate operations: `isend`, `irecv` and `wait`.
+//!
+//! The engine keeps their data in memory of its own, since XLA may use an operand's memory for
+//! something else as soon as the operation that starts the message returns. It also decides itself
+//! which receive gets which message, so that each message's length is known before a byte is written: in
+//! the order in which the receives were started (MPI 4.0, section 3.5), of which the first that
+//! accepts a message gets it. A thread moves messages on while the program computes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
+use parking_lot::{Condvar, Mutex};
+
+use crate::engine;
+use crate::operation::{Buffer, Operation};
+use crate::pending;
+use crate::shim::{MpiError, Request, Shim};
+
+/// Rounds in a row without progress after which the thread sleeps between them, and how long.
+const BUSY_ROUNDS: u32 = 20;
+const PAUSE: Duration = Duration::from_micros(50);
+/// Messages whose memory is kept.
+const SPARES: usize = 8;
+/// Looks at a message before the core is given up between them.
+const SPINS: u32 = 64;
+
+/// The messages of this process that were started and not waited for.
+pub struct Splits {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    shim: Shim,
+    table: Mutex<Table>,
+    /// Something was started.
+    started: Condvar,
+    /// Receives that have no message yet; spares other receives the lock if there are none.
+    unmatched: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Table {
+    last: u32,
+    rows: Vec<Row>,
+    has_thread: bool,
+    /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would pay
+    /// for page faults.
+    spare: Vec<Vec<u128>>,
+}
+
+/// A message.
+struct Row {
+    number: u32,
+    /// What started it, without its arrays.
+    operation: Operation<'static>,
+    shape: Vec<i64>,
+    posted: Posted,
+    /// What is sent, or arrives; in 16-byte elements, so that it is aligned for all types.
+    memory: Vec<u128>,
+    state: State,
+}
+
+/// As the shim takes it; its pointers are not used, but for what is sent, which is the row's memory.
+#[derive(Clone, Copy)]
+struct Posted(ShimOp);
+
+// SAFETY: see above; memory of a vector does not move with it.
+unsafe impl Send for Posted {}
+
+enum State {
+    /// A receive that has no message yet.
+    Unmatched,
+    Running(Request, ShimReceived),
+    Done(ShimStatus, ShimReceived),
+    Failed(String),
+}
+
+/// A message that was waited for.
+pub struct Ended<'a> {
+    splits: &'a Splits,
+    /// What started it.
+    pub operation: Operation<'static>,
+    /// What arrived.
+    pub received: ShimReceived,
+    status: ShimStatus,
+    memory: Vec<u128>,
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let memory = std::mem::take(&mut self.memory);
+        self.splits.shared.table.lock().keep(memory);
+    }
+}
+
+impl Ended<'_> {
+    /// Copies what arrived to `result`, if it fits, and fills the user's status.
+    pub fn write(&self, result: &Buffer<'_>, shim: &Shim, status: usize) {
+        let arrived = usize::try_from(self.received.bytes).unwrap_or(0);
+        if arrived > 0 && arrived <= result.bytes() {
+            // SAFETY: the memory holds what arrived, and the result as many bytes, as whoever made the
+            // operation promises.
+            unsafe {
+                self.memory
+                    .as_ptr()
+                    .cast::<u8>()
+                    .copy_to_nonoverlapping(result.data.cast(), arrived);
+            }
+        }
+        // SAFETY: the user's status lives as long as programs that name it.
+        unsafe { shim.write_status(&self.status, status) };
+    }
+}
+
+impl Splits {
+    /// None yet.
+    pub fn new(shim: Shim) -> Splits {
+        Splits {
+            shared: Arc::new(Shared {
+                shim,
+                table: Mutex::default(),
+                started: Condvar::new(),
+                unmatched: AtomicUsize::new(0),
+            }),
+        }
+    }
+
+    /// Starts a message and returns its number.
+    pub fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, String> {
+        let shared = &self.shared;
+        let sends = op.kind == Kind::Isend;
+        let mut memory = Vec::new();
+        let mut posted = *shim_op;
+        if sends {
+            memory = shared.table.lock().memory(op.send.bytes())?;
+            // SAFETY: the operand is valid for its bytes, as whoever made the operation promises, and
+            // the memory is as large.
+            unsafe {
+                op.send
+                    .data
+                    .cast::<u8>()
+                    .copy_to_nonoverlapping(memory.as_mut_ptr().cast(), op.send.bytes());
+            }
+            posted.send = memory.as_ptr().cast();
+        }
+        let peer = if sends { op.dest } else { op.source };
+        let nothing = ShimReceived {
+            source: -1,
+            tag: ANY,
+            bytes: 0,
+        };
+        let mut table = shared.table.lock();
+        let state = if peer == PROC_NULL {
+            State::Done(ShimStatus([0; 64]), nothing)
+        } else if sends {
+            // SAFETY: the row keeps the memory until the request is complete.
+            let request = engine::executing(|| unsafe { shared.shim.start_send(&posted) });
+            State::Running(request.map_err(|error| error.0)?, nothing)
+        } else {
+            shared.unmatched.fetch_add(1, Ordering::AcqRel);
+            State::Unmatched
+        };
+        table.last = table.last.wrapping_add(1).max(1);
+        let number = table.last;
+        table.rows.push(Row {
+            number,
+            operation: pending::without_shapes(op),
+            shape: op.send.shape.to_vec(),
+            posted: Posted(posted),
+            memory,
+            state,
+        });
+        shared.progress(&mut table);
+        if !table.has_thread {
+            let shared = shared.clone();
+            std::thread::Builder::new()
+                .name("mpi_cuda messages".into())
+                .spawn(move || shared.work())
+                .map_err(|error| format!("cannot start a thread: {error}"))?;
+            table.has_thread = true;
+        }
+        shared.started.notify_one();
+        Ok(number)
+    }
+
+    /// What started the message with that number, and the shape of what it sends.
+    pub fn find(&self, number: u32) -> Result<(Operation<'static>, Vec<i64>), String> {
+        let table = self.shared.table.lock();
+        let row = table.rows.iter().find(|row| row.number == number);
+        row.map(|row| (row.operation, row.shape.clone()))
+            .ok_or_else(|| {
+                "no message has this request: it was waited for before, or it is of another run"
+                    .into()
+            })
+    }
+
+    /// Waits until the message is complete and takes it out of the table.
+    pub fn wait(&self, number: u32) -> Result<Ended<'_>, String> {
+        let mut spins = 0;
+        loop {
+            let mut table = self.shared.table.lock();
+            self.shared.progress(&mut table);
+            let index = table.rows.iter().position(|row| row.number == number);
+            let Some(index) = index else {
+                return Err("another thread has waited for this request".into());
+            };
+            if table.rows[index].has_ended() {
+                let row = table.rows.remove(index);
+                return match row.state {
+                    State::Done(status, received) => Ok(Ended {
+                        splits: self,
+                        operation: row.operation,
+                        received,
+                        status,
+                        memory: row.memory,
+                    }),
+                    State::Failed(reason) => Err(reason),
+                    State::Unmatched | State::Running(..) => unreachable!("it has ended"),
+                };
+            }
+            drop(table);
+            pause(&mut spins);
+        }
+    }
+
+    /// Whether a receive must look whether its message belongs to one started before.
+    pub fn are_first(&self) -> bool {
+        self.shared.unmatched.load(Ordering::Acquire) > 0
+    }
+
+    /// Executes a receive or exchange behind the receives started before.
+    ///
+    /// # Safety
+    /// The buffers of `op` must be valid for its counts and types.
+    pub unsafe fn receive_after(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
+        let shim = &self.shared.shim;
+        let exchanges = op.kind == Kind::Sendrecv;
+        let mut sending = if exchanges && op.dest != PROC_NULL {
+            // SAFETY: the operand outlives this call, which waits for the request.
+            Some(engine::executing(|| unsafe { shim.start_send(op) })?)
+        } else {
+            None
+        };
+        let element = if exchanges {
+            op.recv_datatype
+        } else {
+            op.datatype
+        };
+        let received = self.receive(op, element);
+        // Whatever happened: the operand is MPI's until the send is complete.
+        if let Some(sending) = &mut sending {
+            complete(shim, sending)?;
+        }
+        received
+    }
+
+    fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, MpiError> {
+        let shared = &self.shared;
+        let capacity = op.recv_count * element.size() as i64;
+        let mut spins = 0;
+        let mut spill = Vec::new();
+        let (mut request, envelope) = loop {
+            let mut table = shared.table.lock();
+            shared.progress(&mut table);
+            if let Some(envelope) = engine::executing(|| shared.shim.probe(op))? {
+                let memory = table.memory(envelope.bytes as usize);
+                if let Some(row) = taker(&mut table.rows, op.comm, &envelope) {
+                    shared.receive_into(row, &envelope, memory);
+                    continue;
+                }
+                table.keep(memory.unwrap_or_default());
+                let mut buffer = op.recv;
+                if envelope.bytes > capacity {
+                    // A longer message is taken out of the way.
+                    spill = allocate(envelope.bytes as usize).map_err(MpiError)?;
+                    buffer = spill.as_mut_ptr().cast();
+                }
+                // SAFETY: the buffer holds the message, and outlives the request, which is waited for.
+                let taken = engine::executing(|| unsafe {
+                    shared.shim.start_receive(op, &envelope, element, buffer)
+                })?;
+                if let Some(request) = taken {
+                    break (request, envelope);
+                }
+            }
+            drop(table);
+            pause(&mut spins);
+        };
+        let status = complete(&shared.shim, &mut request)?;
+        drop(spill);
+        // SAFETY: the user's status lives as long as programs that name it.
+        unsafe { shared.shim.write_status(&status, op.status as usize) };
+        Ok(envelope)
+    }
+
+    /// The communicator with that handle is freed when this returns. Not from within MPI.
+    pub fn free(&self, comm: u64) {
+        let mut table = self.shared.table.lock();
+        for row in &mut table.rows {
+            if matches!(row.state, State::Unmatched) && row.posted.0.comm == comm {
+                self.shared.fail(
+                    row,
+                    "the communicator was freed before the message came; wait for it first".into(),
+                );
+            }
+        }
+    }
+
+    /// Ends everything: what is sent is sent; returns what nobody will wait for.
+    pub fn finish(&self) -> Vec<String> {
+        let mut lost = Vec::new();
+        let mut spins = 0;
+        loop {
+            let mut table = self.shared.table.lock();
+            self.shared.progress(&mut table);
+            table.rows.retain_mut(|row| {
+                let receives = row.operation.kind == Kind::Irecv;
+                let ends = row.has_ended() || matches!(row.state, State::Unmatched);
+                if ends && receives && row.operation.source != PROC_NULL {
+                    lost.push(row.operation.to_string());
+                }
+                !ends
+            });
+            self.shared.unmatched.store(0, Ordering::Release);
+            if table.rows.is_empty() {
+                return lost;
+            }
+            drop(table);
+            pause(&mut spins);
+        }
+    }
+}
+
+impl Table {
+    /// Memory for so many bytes.
+    fn memory(&mut self, bytes: usize) -> Result<Vec<u128>, String> {
+        let elements = bytes.div_ceil(size_of::<u128>());
+        let fits = |spare: &Vec<u128>| (elements..=4 * elements).contains(&spare.capacity());
+        match self.spare.iter().position(fits) {
+            Some(index) if elements > 0 => Ok(self.spare.swap_remove(index)),
+            _ => allocate(bytes),
+        }
+    }
+
+    /// Keeps the memory of a message that has ended.
+    fn keep(&mut self, memory: Vec<u128>) {
+        if memory.capacity() > 0 {
+            if self.spare.len() == SPARES {
+                self.spare.remove(0);
+            }
+            self.spare.push(memory);
+        }
+    }
+}
+
+impl Row {
+    fn has_ended(&self) -> bool {
+        matches!(self.state, State::Done(..) | State::Failed(_))
+    }
+}
+
+impl Shared {
+    /// What the thread does.
+    fn work(&self) {
+        let mut idle = 0;
+        loop {
+            let mut table = self.table.lock();
+            while table.rows.iter().all(Row::has_ended) {
+                self.started.wait(&mut table);
+            }
+            idle = if self.progress(&mut table) {
+                0
+            } else {
+                idle + 1
+            };
+            drop(table);
+            if idle < BUSY_ROUNDS {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(PAUSE);
+            }
+        }
+    }
+
+    /// Moves every message on; whether anything changed.
+    fn progress(&self, table: &mut Table) -> bool {
+        let mut changed = false;
+        for index in 0..table.rows.len() {
+            let row = &mut table.rows[index];
+            match &mut row.state {
+                State::Unmatched => {
+                    let probed = engine::executing(|| self.shim.probe(&row.posted.0));
+                    match probed {
+                        Ok(None) => {}
+                        Ok(Some(envelope)) => {
+                            let comm = row.posted.0.comm;
+                            let memory = table.memory(envelope.bytes as usize);
+                            if let Some(row) = taker(&mut table.rows, comm, &envelope) {
+                                self.receive_into(row, &envelope, memory);
+                                changed = true;
+                            }
+                        }
+                        Err(error) => self.fail(row, error.0),
+                    }
+                }
+                State::Running(request, envelope) => {
+                    let envelope = *envelope;
+                    match engine::executing(|| self.shim.test(request)) {
+                        Ok(None) => {}
+                        Ok(Some(status)) => {
+                            row.state = State::Done(status, envelope);
+                            changed = true;
+                        }
+                        Err(error) => row.state = State::Failed(error.0),
+                    }
+                }
+                State::Done(..) | State::Failed(_) => {}
+            }
+        }
+        changed
+    }
+
+    /// Starts to receive the message with that envelope into a row without one.
+    fn receive_into(
+        &self,
+        row: &mut Row,
+        envelope: &ShimReceived,
+        memory: Result<Vec<u128>, String>,
+    ) {
+        match memory {
+            Ok(memory) => row.memory = memory,
+            Err(reason) => return self.fail(row, reason),
+        }
+        let (op, buffer) = (&row.posted.0, row.memory.as_mut_ptr());
+        // SAFETY: the row keeps the memory until the request is complete.
+        let started = engine::executing(|| unsafe {
+            self.shim
+                .start_receive(op, envelope, op.datatype, buffer.cast())
+        });
+        match started {
+            Ok(None) => {}
+            Ok(Some(request)) => {
+                self.unmatched.fetch_sub(1, Ordering::AcqRel);
+                row.state = State::Running(request, *envelope);
+            }
+            Err(error) => self.fail(row, error.0),
+        }
+    }
+
+    /// Ends a receive that has no message.
+    fn fail(&self, row: &mut Row, reason: String) {
+        self.unmatched.fetch_sub(1, Ordering::AcqRel);
+        row.state = State::Failed(reason);
+    }
+}
+
+/// The row that gets a message: of those without one that accept it, the first.
+fn taker<'a>(rows: &'a mut [Row], comm: u64, envelope: &ShimReceived) -> Option<&'a mut Row> {
+    rows.iter_mut().find(|row| {
+        let op = &row.posted.0;
+        matches!(row.state, State::Unmatched)
+            && op.comm == comm
+            && (op.source == ANY || op.source == envelope.source)
+            && (op.recv_tag == ANY || op.recv_tag == envelope.tag)
+    })
+}
+
+/// Waits until a request is complete.
+fn complete(shim: &Shim, request: &mut Request) -> Result<ShimStatus, MpiError> {
+    let mut spins = 0;
+    loop {
+        if let Some(status) = engine::executing(|| shim.test(request))? {
+            return Ok(status);
+        }
+        pause(&mut spins);
+    }
+}
+
+/// Memory for so many bytes.
+fn allocate(bytes: usize) -> Result<Vec<u128>, String> {
+    let mut memory = Vec::new();
+    memory
+        .try_reserve_exact(bytes.div_ceil(size_of::<u128>()))
+        .map_err(|_| format!("no memory for a message of {bytes} bytes"))?;
+    Ok(memory)
+}
+
+fn pause(spins: &mut u32) {
+    if *spins < SPINS {
+        *spins += 1;
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check;
+    use crate::communicators::Communicator;
+
+    fn receive(number: u32, comm: u64, source: i32, tag: i32, state: State) -> Row {
+        let operation = Operation {
+            kind: Kind::Irecv,
+            library: None,
+            comm: 0,
+            send: Buffer::NONE,
+            recv: Buffer::NONE,
+            reduction: None,
+            user_reduction: 0,
+            dest: 0,
+            source,
+            send_tag: 0,
+            recv_tag: tag,
+            status: 0,
+        };
+        let communicator = Communicator {
+            name: "test",
+            handle: comm,
+            user_handle: comm,
+            rank: 0,
+            size: 4,
+            freed: false,
+        };
+        let posted = check::prepare(&operation, &communicator).unwrap();
+        Row {
+            number,
+            operation,
+            shape: Vec::new(),
+            posted: Posted(posted),
+            memory: Vec::new(),
+            state,
+        }
+    }
+
+    #[test]
+    fn a_message_goes_to_the_first_receive_that_accepts_it() {
+        let mut rows = [
+            receive(1, 7, 1, 5, State::Failed(String::new())),
+            receive(2, 8, ANY, ANY, State::Unmatched),
+            receive(3, 7, 1, 5, State::Unmatched),
+            receive(4, 7, ANY, 5, State::Unmatched),
+            receive(5, 7, ANY, ANY, State::Unmatched),
+        ];
+        let mut gets = |comm, source, tag| {
+            let envelope = ShimReceived {
+                source,
+                tag,
+                bytes: 0,
+            };
+            taker(&mut rows, comm, &envelope).map(|row| row.number)
+        };
+        assert_eq!(gets(7, 1, 5), Some(3));
+        assert_eq!(gets(7, 2, 5), Some(4));
+        assert_eq!(gets(7, 1, 6), Some(5));
+        assert_eq!(gets(8, 1, 5), Some(2));
+        assert_eq!(gets(9, 1, 5), None);
+    }
+}
