@@ -10,6 +10,7 @@ from typing import Any
 
 from mpi_cuda import _derivatives, notoken  # noqa: F401
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
+from mpi_cuda._arguments import resolve_comm as as_comm
 from mpi_cuda._operations import (
     allgather,
     allreduce,
@@ -78,6 +79,7 @@ __all__ = [
     "allgather",
     "allreduce",
     "alltoall",
+    "as_comm",
     "barrier",
     "bcast",
     "create_token",
