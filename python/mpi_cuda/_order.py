@@ -86,15 +86,15 @@ mlir._uncacheable_primitives.add(_scope_p)
 public_mlir.register_lowering(_scope_p, _scope_lowering)
 
 
-def _has_host_callback(jaxpr: core.Jaxpr) -> bool:
-    """Programs with ordered callbacks keep JAX's own tokens between programs."""
+def has_host_callback(jaxpr: core.Jaxpr) -> bool:
+    """Whether a program has callbacks; those keep JAX's own tokens between programs."""
     for eqn in jaxpr.eqns:
         if eqn.primitive in (jax_callback.io_callback_p, jax_callback.pure_callback_p):
             return True
         if "callback" in eqn.primitive.name:
             return True
         for sub in core.jaxprs_in_params(eqn.params):
-            if _has_host_callback(getattr(sub, "jaxpr", sub)):
+            if has_host_callback(getattr(sub, "jaxpr", sub)):
                 return True
     return False
 
@@ -134,7 +134,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def lowering(closed: core.ClosedJaxpr, *args: Any, **kwargs: Any) -> Any:
-        if effect in closed.effects and not _has_host_callback(closed.jaxpr):
+        if effect in closed.effects and not has_host_callback(closed.jaxpr):
             closed = _hide(closed)
         return original(closed, *args, **kwargs)
 
