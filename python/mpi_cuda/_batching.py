@@ -45,8 +45,8 @@ def _refuse(what: str, *programs: Any) -> None:
     names = dict.fromkeys(name for program in programs for name in _names(program.jaxpr))
     raise NotImplementedError(
         f"mpi_cuda: {', '.join(names)} inside a {what} whose predicate is batched by vmap: "
-        f"{'both branches' if what == 'cond' else 'iterations past the end'} would run, and communicate; "
-        "take the predicate out of the batch, or communicate outside"
+        f"{'both branches' if what == 'cond' else 'iterations past the end'} would run, and "
+        "communicate; take the predicate out of the batch, or communicate outside"
     )
 
 
