@@ -186,8 +186,8 @@ def _refuse(name: str) -> Callable[..., Any]:
     def rule(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
             f"mpi_cuda.{name} cannot be differentiated, since this rank does not see what its peer "
-            "does with the message: use mpi_cuda.sendrecv on both sides, with PROC_NULL where nothing "
-            "comes or goes, or stop_gradient on what is passed"
+            "does with the message: use mpi_cuda.sendrecv on both sides (with PROC_NULL where "
+            "nothing comes or goes), or stop_gradient on what is passed"
         )
 
     return rule

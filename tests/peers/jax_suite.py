@@ -4,10 +4,11 @@
 
 SOURCE is a checkout of JAX at the version installed (`git clone --branch jax-v0.10.2
 https://github.com/jax-ml/jax`); the tests need `absl-py`, `hypothesis` and `pytest-timeout`, and
-two of them SOURCE's jax/_src/hypothesis_test_util.py in the installed JAX. Every FILE of SOURCE/tests (all, if none is named) runs on one rank with JAX's backend and with ours; a
-test that differs runs once more on the inner plugin, registered without us. JAX's tests give its
-CPU backend eight devices, and one rank has one: tests that skip for want of devices are counted.
-Results stay in OUT, one JUnit file for each, and files that have one are not run again.
+two of them SOURCE's jax/_src/hypothesis_test_util.py in the installed JAX. Every FILE of
+SOURCE/tests (all, if none is named) runs on one rank with JAX's backend and with ours; a test that
+differs runs once more on the inner plugin, registered without us. JAX's tests give its CPU backend
+eight devices, and one rank has one: tests that skip for want of devices are counted. Results stay
+in OUT, one JUnit file for each, and files that have one are not run again.
 """
 
 from __future__ import annotations
