@@ -13,6 +13,7 @@ use crate::client;
 use crate::error::Error;
 use crate::execute;
 use crate::handles::{Owned, discard};
+use crate::layouts;
 use crate::options::Options;
 use crate::plugin::plugin;
 use crate::promise::{End, Promise, Shape};
@@ -285,6 +286,12 @@ unsafe fn shapes(
         let mut dims = slice(dims.dims, ranks.iter().sum());
         let texts = slice(kinds.memory_kinds, kinds.num_outputs);
         let sizes = slice(kinds.memory_kind_sizes, kinds.num_outputs);
+        // XLA:CPU has none for a program with a token.
+        let orders = layouts::of_outputs(executable).map_err(Error::discard);
+        let mut orders = orders.unwrap_or_default();
+        if orders.len() != types.len() {
+            orders.clear();
+        }
         let mut shapes = Vec::with_capacity(types.len());
         for (index, &element_type) in types.iter().enumerate() {
             let (own, rest) = dims.split_at(ranks[index]);
@@ -305,6 +312,10 @@ unsafe fn shapes(
                     memory,
                     element_type,
                     dims: own.to_vec(),
+                    order: orders
+                        .get_mut(index)
+                        .map(std::mem::take)
+                        .unwrap_or_default(),
                 })),
                 _ => return Ok(None),
             }

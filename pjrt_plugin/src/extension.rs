@@ -63,12 +63,28 @@ unsafe fn copy(link: &PJRT_Extension_Base) -> *mut PJRT_Extension_Base {
 
 /// The FFI extension of the inner plugin.
 pub fn inner_ffi() -> Option<&'static PJRT_FFI_Extension> {
-    let mut next = crate::plugin::plugin().inner.api().extension_start;
+    // SAFETY: the type says which struct it is.
+    find(PJRT_Extension_Type_FFI).map(|found| unsafe { &*found.cast() })
+}
+
+/// The layouts extension of the inner plugin, if it has all that we use of it.
+pub fn inner_layouts() -> Option<&'static PJRT_Layouts_Extension> {
+    let found = find(PJRT_Extension_Type_Layouts)?;
+    // SAFETY: the type says which struct it is, and it is as long as it says.
+    unsafe { ((*found).struct_size >= size_of::<PJRT_Layouts_Extension>()).then(|| &*found.cast()) }
+}
+
+fn find(kind: PJRT_Extension_Type) -> Option<*const PJRT_Extension_Base> {
+    let mut next = crate::plugin::plugin()
+        .inner
+        .api()
+        .extension_start
+        .cast_const();
     // SAFETY: see `chain`.
     unsafe {
         while !next.is_null() {
-            if (*next).type_ == PJRT_Extension_Type_FFI {
-                return Some(&*next.cast::<PJRT_FFI_Extension>());
+            if (*next).type_ == kind {
+                return Some(next);
             }
             next = (*next).next;
         }

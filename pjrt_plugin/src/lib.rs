@@ -27,6 +27,7 @@ mod gate;
 mod handles;
 mod holds;
 mod inner;
+mod layouts;
 mod nested;
 mod options;
 mod plugin;

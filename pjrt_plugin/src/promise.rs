@@ -18,6 +18,8 @@ pub struct Shape {
     pub element_type: PJRT_Buffer_Type,
     /// How many.
     pub dims: Vec<i64>,
+    /// The order of its dimensions, the fastest varying first; empty if it is the inner plugin's own.
+    pub order: Vec<i64>,
 }
 
 /// A promised buffer; it is kept until the promise is fulfilled, whatever the framework does with it.
@@ -42,7 +44,16 @@ impl Promise {
         args.shape_element_type = shape.element_type;
         args.shape_dims = shape.dims.as_ptr();
         args.shape_num_dims = shape.dims.len();
-        // SAFETY: live handles, and dimensions that outlive the call.
+        let mut layout = new_args::<PJRT_Buffer_MemoryLayout>();
+        if !shape.order.is_empty() {
+            let mut tiled = new_args::<PJRT_Buffer_MemoryLayout_Tiled>();
+            tiled.minor_to_major = shape.order.as_ptr();
+            tiled.minor_to_major_size = shape.order.len();
+            layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
+            layout.__bindgen_anon_1.tiled = tiled;
+            args.shape_layout = &mut layout;
+        }
+        // SAFETY: live handles, and dimensions and a layout that outlive the call.
         unsafe {
             call(
                 plugin().inner.api().PJRT_Client_CreateAliasBuffer,
@@ -131,6 +142,7 @@ impl End {
             memory,
             element_type: PJRT_Buffer_Type_PRED,
             dims: EMPTY.to_vec(),
+            order: Vec::new(),
         };
         let (buffer, promise) = Promise::new(client, &shape)?;
         Ok((buffer, End { promise, device }))

@@ -1,4 +1,5 @@
-//! Extension structs of `xla/pjrt/c/pjrt_c_api_ffi_extension.h`, which no wheel ships.
+//! Extension structs of `xla/pjrt/c/pjrt_c_api_ffi_extension.h` and
+//! `xla/pjrt/c/pjrt_c_api_layouts_extension.h`, which no wheel ships.
 
 use crate::bindings::*;
 
@@ -34,9 +35,10 @@ pub struct PJRT_FFI_Register_Handler_Args {
     pub traits: u32,
 }
 
-/// A function of the FFI extension.
+/// A function of an extension.
 #[allow(non_camel_case_types)]
-pub type PJRT_FFI_Function<Args> = Option<unsafe extern "C" fn(args: *mut Args) -> *mut PJRT_Error>;
+pub type PJRT_Extension_Function<Args> =
+    Option<unsafe extern "C" fn(args: *mut Args) -> *mut PJRT_Error>;
 
 /// The FFI extension (`PJRT_Extension_Type_FFI`), version 3.
 #[repr(C)]
@@ -45,6 +47,45 @@ pub type PJRT_FFI_Function<Args> = Option<unsafe extern "C" fn(args: *mut Args) 
 pub struct PJRT_FFI_Extension {
     pub base: PJRT_Extension_Base,
     pub type_register: *const core::ffi::c_void,
-    pub user_data_add: PJRT_FFI_Function<PJRT_FFI_UserData_Add_Args>,
-    pub register_handler: PJRT_FFI_Function<PJRT_FFI_Register_Handler_Args>,
+    pub user_data_add: PJRT_Extension_Function<PJRT_FFI_UserData_Add_Args>,
+    pub register_handler: PJRT_Extension_Function<PJRT_FFI_Register_Handler_Args>,
+}
+
+/// Arguments of `PJRT_Layouts_MemoryLayout_Serialize`: a layout as XLA's text, such as `{0,1}`.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PJRT_Layouts_MemoryLayout_Serialize_Args {
+    pub struct_size: usize,
+    pub extension_start: *mut PJRT_Extension_Base,
+    pub layout: *mut core::ffi::c_void,
+    pub serialized_bytes: *const core::ffi::c_char,
+    pub serialized_bytes_size: usize,
+    pub serialized_layout: *mut core::ffi::c_void,
+    pub serialized_layout_deleter: Option<unsafe extern "C" fn(layout: *mut core::ffi::c_void)>,
+}
+
+/// Arguments of `PJRT_Layouts_PJRT_Executable_GetOutputLayouts`; the layouts are the executable's.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PJRT_Layouts_PJRT_Executable_GetOutputLayouts_Args {
+    pub struct_size: usize,
+    pub extension_start: *mut PJRT_Extension_Base,
+    pub executable: *mut PJRT_Executable,
+    pub num_outputs: usize,
+    pub layouts: *mut *mut core::ffi::c_void,
+}
+
+/// The layouts extension (`PJRT_Extension_Type_Layouts`), up to the functions that are used.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct PJRT_Layouts_Extension {
+    pub base: PJRT_Extension_Base,
+    pub memory_layout_destroy: *const core::ffi::c_void,
+    pub memory_layout_serialize: PJRT_Extension_Function<PJRT_Layouts_MemoryLayout_Serialize_Args>,
+    pub client_get_default_layout: *const core::ffi::c_void,
+    pub buffer_memory_layout: *const core::ffi::c_void,
+    pub topology_get_default_layout: *const core::ffi::c_void,
+    pub executable_get_output_layouts:
+        PJRT_Extension_Function<PJRT_Layouts_PJRT_Executable_GetOutputLayouts_Args>,
 }

@@ -319,6 +319,28 @@ def test_deferred_launches_have_callbacks_errors_and_tokens() -> None:
     np.testing.assert_allclose(nt.allreduce(X, m.SUM), X * SIZE)
 
 
+def test_deferred_launches_keep_the_layout_of_their_results() -> None:
+    from jax.experimental.layout import Format, Layout
+    from mpi4py import MPI
+
+    comm, count = MPI.COMM_WORLD, 40
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    columns = Format(Layout((1, 0)), device)
+    x = jnp.arange(6.0).reshape(2, 3)
+    receive = jax.jit(lambda x: nt.recv(x, 1, tag=4), out_shardings=columns)
+    if RANK == 0:
+        received = [receive(x) for _ in range(count)]
+        comm.send("dispatched", 1)
+        for i, y in enumerate(received):
+            np.testing.assert_array_equal(y, x + i)
+            assert y.format.layout.major_to_minor == (1, 0)
+    elif RANK == 1:
+        assert comm.recv(source=0) == "dispatched"
+        for i in range(count):
+            nt.send(x + i, 0, tag=4)
+    np.testing.assert_allclose(nt.allreduce(X, m.SUM), X * SIZE)
+
+
 def test_unused_operations_are_not_deleted() -> None:
     @jax.jit
     def program(x):
