@@ -284,6 +284,53 @@ def test_0d_and_empty_arrays() -> None:
     assert nt.sendrecv(jnp.zeros((0,)), jnp.zeros((0,)), RANK, RANK).shape == (0,)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 0)])
+def test_every_operation_of_0d_and_empty_arrays(shape: tuple[int, ...]) -> None:
+    mine, right, left = np.full(shape, RANK, np.float32), (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    everything = np.stack([np.full(shape, rank, np.float32) for rank in range(SIZE)])
+    total = everything.sum(0)
+    expected = [
+        (nt.allgather(mine), everything),
+        (nt.allreduce(mine, m.SUM), total),
+        (nt.alltoall(everything + RANK), everything + RANK),
+        (nt.bcast(mine, 1), everything[1]),
+        (nt.exscan(mine, m.SUM), everything[:RANK].sum(0)),
+        (nt.gather(mine, 0), everything if RANK == 0 else mine),
+        (nt.reduce(mine, m.MAX, 0), everything[SIZE - 1] if RANK == 0 else mine),
+        (nt.reduce_scatter(everything, m.SUM), mine * SIZE),
+        (nt.scan(mine, m.SUM), everything[: RANK + 1].sum(0)),
+        (nt.scatter(everything if RANK == 0 else mine, 0), mine),
+        (nt.sendrecv(mine, mine, left, right), everything[left]),
+    ]
+    for number, (got, wanted) in enumerate(expected):
+        assert got.shape == wanted.shape, number
+        np.testing.assert_array_equal(got, wanted, err_msg=str(number))
+
+
+def test_eager_calls_compile_once() -> None:
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    rows = jnp.ones((SIZE, 2))
+    calls = {
+        "allgather": lambda: nt.allgather(rows),
+        "allreduce": lambda: m.allreduce(rows, m.SUM)[0],
+        "alltoall": lambda: nt.alltoall(rows, comm=m.COMM_WORLD),
+        "bcast": lambda: m.bcast(rows, 0)[0],
+        "scan": lambda: nt.scan(rows, m.MAX),
+        "sendrecv": lambda: nt.sendrecv(rows, rows, (RANK - 1) % SIZE, (RANK + 1) % SIZE),
+    }
+    for call in calls.values():
+        call().block_until_ready()
+    before = len(compiled)
+    assert before > 0
+    for call in calls.values():
+        for _ in range(3):
+            call().block_until_ready()
+    assert len(compiled) == before
+
+
 def test_operands_keep_their_values() -> None:
     x = jnp.arange(4.0)
     for _ in range(3):
