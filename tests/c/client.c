@@ -177,6 +177,31 @@ static const char *pair(void) {
                "}\n";
 }
 
+/* Both ranks start a send and a receive, and then wait for both. */
+static const char *halves(void) {
+  static char text[2048];
+  snprintf(text, sizeof text,
+           "module @halves {\n"
+           "  func.func public @main(%%x: tensor<4xf32>) -> tensor<4xf32> {\n"
+           "    %%e = stablehlo.constant dense<> : tensor<0xf32>\n"
+           "    %%r, %%a = stablehlo.custom_call @mpi_cuda_irecv(%%e) {api_version = 4 : i32,\n"
+           "      has_side_effect = true, backend_config = {source = %d : i64}}\n"
+           "      : (tensor<0xf32>) -> (tensor<ui32>, tensor<i32>)\n"
+           "    %%s, %%b = stablehlo.custom_call @mpi_cuda_isend(%%x, %%a) {api_version = 4 : i32,\n"
+           "      has_side_effect = true, backend_config = {dest = %d : i64}}\n"
+           "      : (tensor<4xf32>, tensor<i32>) -> (tensor<ui32>, tensor<i32>)\n"
+           "    %%y, %%c = stablehlo.custom_call @mpi_cuda_wait(%%r, %%b) {api_version = 4 : i32,\n"
+           "      has_side_effect = true}\n"
+           "      : (tensor<ui32>, tensor<i32>) -> (tensor<4xf32>, tensor<i32>)\n"
+           "    %%d = stablehlo.custom_call @mpi_cuda_wait_send(%%s, %%c) {api_version = 4 : i32,\n"
+           "      has_side_effect = true} : (tensor<ui32>, tensor<i32>) -> tensor<i32>\n"
+           "    return %%y : tensor<4xf32>\n"
+           "  }\n"
+           "}\n",
+           1 - rank, 1 - rank);
+  return text;
+}
+
 int main(int argc, char **argv) {
   if (argc != 2) return 2;
   void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
@@ -263,6 +288,10 @@ int main(int argc, char **argv) {
     check(text[0] == 0 && result[0] == 2 && result[3] == 8, "rank 0 gets back twice what it sent");
   else
     check(text[0] == 0 && result[0] == 1 && result[3] == 4, "rank 1 gets what rank 0 sent");
+
+  run(compile(client, halves()), x, result, text, sizeof text);
+  check(text[0] == 0 && result[0] == 2 - rank && result[3] == 5 - rank,
+        "messages in two halves cross");
 
   run(compile(client, program("mpi_cuda_allreduce", "op = 8 : i64")), x, result, text, sizeof text);
   check(strstr(text, "allreduce of float32[4] with BOR") && strstr(text, "there is no BOR of float32"),
