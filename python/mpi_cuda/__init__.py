@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpi_cuda import _batching, _derivatives, notoken  # noqa: F401
+from mpi_cuda import _batching, _derivatives, _hoisting, notoken  # noqa: F401
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
 from mpi_cuda._operations import (

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax._src import core
 from jax.interpreters import ad, batching, mlir
 
-from mpi_cuda import _operations
+from mpi_cuda import _linear, _operations, _order
 from mpi_cuda._arguments import ATTRIBUTE_ANY, OPS, Comm, known_comm
 from mpi_cuda._primitives import Result, primitives
 
@@ -37,10 +36,16 @@ def _require_sum(name: str, attributes: dict[str, int]) -> None:
 
 def _jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
     _require_sum(name, dict(params["attributes"]))
-    outs = primitives[name].bind(*primals, **params)
-    without = {**params, "token": False, "template": False}
-    out_tangents = primitives[name].bind(ad.instantiate_zeros(tangents[0]), **without)
-    return outs, out_tangents + [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs[1:]]
+    # Of an outer derivative, an operation that an inner one made is one like any other.
+    outs = primitives[name].bind(*primals, **{**params, "derived": False})
+    zeros = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+    if not _linear.is_differentiable(jax.typeof(primals[0])):
+        return outs, zeros
+    # In place of a template, something that ties what the transpose makes of it to the operand.
+    tangent_params = {**params, "token": False, "template": True, "derived": True}
+    tie = _linear.nothing(primals[0])
+    tangent = ad.instantiate_zeros(tangents[0])
+    return outs, primitives[name].bind(tangent, tie, **tangent_params) + zeros[1:]
 
 
 def _transpose(
@@ -49,7 +54,10 @@ def _transpose(
     attributes = dict(params["attributes"])
     _require_sum(name, attributes)
     ct = ad.instantiate_zeros(cotangents[0])
-    back = adjoint(ct, x.aval, known_comm(attributes["comm"]), attributes)
+    if params["template"] and isinstance(rest[0], core.Tracer):
+        ct = ct + _linear.nothing(rest[0], ct.shape, ct.dtype)
+    with _linear.derived():
+        back = adjoint(ct, x.aval, known_comm(attributes["comm"]), attributes)
     return [back] + [None] * len(rest)
 
 
@@ -68,7 +76,7 @@ def _alltoall(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
 def _bcast(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
     root = attributes["root"]
     total = _operations.reduce(ct, SUM, root, comm=comm, token=False)[0]
-    return total if comm.rank == root else jnp.zeros_like(ct)
+    return total if comm.rank == root else _linear.nothing(total, ct.shape, ct.dtype)
 
 
 def _reduce(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
@@ -87,7 +95,7 @@ def _gather(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
 def _scatter(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
     root = attributes["root"]
     back = _operations.gather(ct, root, comm=comm, token=False)[0]
-    return back if comm.rank == root else jnp.zeros(x.shape, x.dtype)
+    return back if comm.rank == root else _linear.nothing(back, x.shape, x.dtype)
 
 
 def _scan(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
@@ -130,6 +138,9 @@ ADJOINTS: dict[str, Adjoint] = {
 }
 
 
+_linear.install(_order.effect)
+
+
 def _define(name: str, adjoint: Adjoint) -> None:
     ad.primitive_jvps[primitives[name]] = lambda primals, tangents, **params: _jvp(
         name, primals, tangents, **params
@@ -145,10 +156,18 @@ for _name, _adjoint in ADJOINTS.items():
 
 # The transpose of allreduce SUM is the identity, whose transpose is the sum again.
 
-_identity_p = core.Primitive("mpi_cuda_allreduce_transpose")
-_identity_p.def_abstract_eval(lambda x, **_: x)
+_identity_p = _linear.Linear("mpi_cuda_allreduce_transpose")
+_identity_p.def_effectful_abstract_eval(lambda x, **_: (x, {_order.effect}))
 _identity_p.def_impl(lambda x, **_: x)
-mlir.register_lowering(_identity_p, lambda ctx, x, **_: [x])
+
+
+def _identity_lowering(ctx: Any, x: Any, **_: Any) -> Any:
+    # The effect only keeps it: its own transpose communicates.
+    ctx.set_tokens_out(ctx.tokens_in)
+    return [x]
+
+
+mlir.register_lowering(_identity_p, _identity_lowering)
 batching.primitive_batchers[_identity_p] = lambda args, dims, **params: (
     _identity_p.bind(args[0], **params),
     dims[0],
@@ -156,11 +175,11 @@ batching.primitive_batchers[_identity_p] = lambda args, dims, **params: (
 
 
 def _identity_transpose(ct: Any, _: Any, **params: Any) -> Any:
-    if isinstance(ct, ad.Zero):
-        return [ct]
+    ct = ad.instantiate_zeros(ct)
     # Under vmap the shape is not that of the original operation.
     result = Result(jax.typeof(ct).shape, jax.typeof(ct).dtype)
-    return [primitives["allreduce"].bind(ct, **{**params, "result": result})[0]]
+    params |= {"result": result, "token": False, "template": False, "derived": True}
+    return [primitives["allreduce"].bind(ct, **params)[0]]
 
 
 def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -168,9 +187,9 @@ def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _allreduce_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
-    ct = cotangents[0]
-    if isinstance(ct, ad.Zero):
-        return [ad.Zero(x.aval)] + [None] * len(rest)
+    ct = ad.instantiate_zeros(cotangents[0])
+    if params["template"] and isinstance(rest[0], core.Tracer):
+        ct = ct + _linear.nothing(rest[0], ct.shape, ct.dtype)
     return [_identity_p.bind(ct, **params)] + [None] * len(rest)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import core
 
-from mpi_cuda import _arguments, _order
+from mpi_cuda import _arguments, _linear, _order
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, Comm
 from mpi_cuda._primitives import TEMPLATES, Result, primitives
 
@@ -95,6 +95,7 @@ def bind(
         token=with_token,
         template=has_template,
         batch_as=batch_as or name,
+        derived=_linear.is_derived(),
         attributes=tuple(sorted({"comm": comm.number, **attributes}.items())),
     )
     outs = list(outs)

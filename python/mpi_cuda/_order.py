@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from jax._src import callback as jax_callback
@@ -99,6 +100,20 @@ def has_host_callback(jaxpr: core.Jaxpr) -> bool:
     return False
 
 
+def program(
+    invars: Sequence[core.Var],
+    outvars: Sequence[core.Var],
+    eqns: Sequence[core.JaxprEqn],
+    effects: set[core.Effect],
+    debug_info: core.DebugInfo,
+) -> core.ClosedJaxpr:
+    """A program without constants."""
+    jaxpr = core.Jaxpr([], invars, outvars, eqns, effects, debug_info=debug_info, is_high=False)
+    # JAX 0.12 has one class for both.
+    close: Any = getattr(core, "ClosedJaxpr", lambda jaxpr, _: jaxpr)
+    return close(jaxpr, ())
+
+
 # The same object for the same program, so that JAX's own caches by identity work; a program that
 # falls out is lowered again.
 @functools.lru_cache(maxsize=1024)
@@ -109,12 +124,7 @@ def _hide(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     outvars = [core.Var(v.aval) for v in jaxpr.outvars]
     remaining = {e for e in closed.effects if e != effect}
     eqn = core.new_jaxpr_eqn(invars, outvars, _scope_p, {"program": closed}, remaining)
-    outer = core.Jaxpr(
-        [], invars, outvars, [eqn], remaining, debug_info=jaxpr.debug_info, is_high=False
-    )
-    # JAX 0.12 has one class for both.
-    close: Any = getattr(core, "ClosedJaxpr", lambda jaxpr, _: jaxpr)
-    return close(outer, ())
+    return program(invars, outvars, [eqn], remaining, jaxpr.debug_info)
 
 
 def install() -> None:

@@ -19,7 +19,8 @@ from jax._src.interpreters import batching
 from jax._src.interpreters import mlir as jax_mlir
 from jax.interpreters import mlir
 
-from mpi_cuda import _alike, _library, _order
+from mpi_cuda import _alike, _library, _linear, _order
+from mpi_cuda._arguments import OPS
 
 TOKEN = core.ShapedArray((), np.dtype(np.int32))
 
@@ -65,6 +66,15 @@ RULES = {
     "wait": Rule(operand=None),
     "wait_send": Rule(operand=None),
 }
+
+# They have derivatives (`_derivatives`).
+LINEAR = frozenset(
+    (
+        *("allgather", "allreduce", "alltoall", "bcast", "exscan", "gather", "reduce"),
+        *("reduce_scatter", "scan", "scatter", "sendrecv"),
+    )
+)
+SUM_NUMBER = OPS["SUM"].number
 
 # Their first argument gives only shape and dtype; it is an operand so that vmap sees it.
 TEMPLATES = ("irecv", "recv", "sendrecv", "wait")
@@ -157,8 +167,17 @@ def _batch(
     return outs, out_dims + [None] * token
 
 
+class Operation(_linear.Linear):
+    """One of the operations."""
+
+    def is_linear(self, params: dict[str, Any]) -> bool:
+        """Reductions only with SUM; a message has no derivative by itself."""
+        name = self.name.removeprefix("mpi_cuda_")
+        return name in LINEAR and dict(params["attributes"]).get("op", SUM_NUMBER) == SUM_NUMBER
+
+
 def _define(name: str) -> core.Primitive:
-    primitive = core.Primitive(f"mpi_cuda_{name}")
+    primitive = Operation(f"mpi_cuda_{name}")
     primitive.multiple_results = True
     primitive.def_effectful_abstract_eval(_abstract_eval)
     primitive.def_impl(lambda *args, **params: dispatch.apply_primitive(primitive, *args, **params))

@@ -1,0 +1,86 @@
+"""Operations stay in their loops while derivatives are taken.
+
+To differentiate a `scan`, JAX moves out of it what is the same in every iteration, and forgets what
+no result depends on: a `recv` or `barrier`, whose operands are constant, would run once instead of
+every time, and a `send` not at all. Loops with operations are left as they are here.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from threading import local
+from typing import Any
+
+from jax._src import core
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax.control_flow import loops
+
+from mpi_cuda import _order
+
+_state = local()
+
+
+def _keep_known(original: Any) -> Any:
+    """For the part of a loop that does not depend on tangents."""
+
+    @functools.wraps(original)
+    def hoisting(jaxpr: Any, consts: Sequence[Any], num_residuals: int) -> Any:
+        if _order.effect in jaxpr.effects:
+            return jaxpr, consts, [False] * num_residuals, []
+        return original(jaxpr, consts, num_residuals)
+
+    return hoisting
+
+
+def _keep_rematerialized(original: Any) -> Any:
+    """For a loop inside `jax.checkpoint`."""
+
+    @functools.wraps(original)
+    def rule(saveable: Any, unknown: Any, instantiated: Any, eqn: Any) -> Any:
+        outer = getattr(_state, "inside", False)
+        _state.inside = _order.effect in eqn.effects
+        try:
+            return original(saveable, unknown, instantiated, eqn)
+        finally:
+            _state.inside = outer
+
+    return rule
+
+
+def _split_nothing(original: Any) -> Any:
+    """The rule above splits a loop's body by what depends on the iteration; here all of it does."""
+
+    @functools.wraps(original)
+    def split(jaxpr: Any, unknowns: Sequence[bool], instantiate: Any) -> Any:
+        if not getattr(_state, "inside", False) or _order.effect not in jaxpr.effects:
+            return original(jaxpr, unknowns, instantiate)
+        known = [not is_unknown for is_unknown in unknowns]
+        avals = [aval for aval, is_known in zip(jaxpr.in_avals, known, strict=True) if is_known]
+        consts = [core.Var(aval) for aval in avals]
+        names = jaxpr.jaxpr.debug_info.with_unknown_names()
+        passed_on = _order.program(consts, consts, [], set(), names)
+        loop = pe.move_binders_to_front(jaxpr, known)
+        return passed_on, loop, [True] * len(jaxpr.out_avals), avals
+
+    return split
+
+
+def install() -> None:
+    """Replaces what JAX does; another JAX that does it elsewhere is warned of."""
+    rules: Any = pe.partial_eval_jaxpr_custom_rules
+    module: Any = loops
+    if not hasattr(module, "_scan_known_hoisting") or loops.scan_p not in rules:
+        warnings.warn(
+            "mpi_cuda: with this version of JAX, operations in a scan may be moved "
+            "out of it when it is differentiated",
+            stacklevel=2,
+        )
+        return
+    module._scan_known_hoisting = _keep_known(module._scan_known_hoisting)
+    rules[loops.scan_p] = _keep_rematerialized(rules[loops.scan_p])
+    setattr(pe, "partial_eval_jaxpr_nounits", _split_nothing(pe.partial_eval_jaxpr_nounits))  # noqa: B010
+
+
+install()
