@@ -22,6 +22,7 @@ use crate::pending::{self, PendingTable};
 use crate::shim::Shim;
 use crate::split::Splits;
 use crate::world::WorldOptions;
+use crate::written;
 
 thread_local! {
     /// This thread is inside an operation.
@@ -233,6 +234,7 @@ impl Engine {
         let Some(shim) = &self.shim else {
             return alone::execute(op).map_err(failed);
         };
+        let marks = written::mark(op, &comm);
         let received = match &self.splits {
             // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
             Some(splits) if receives(op) && splits.are_first() => unsafe {
@@ -249,6 +251,9 @@ impl Engine {
         }
         if op.kind == Kind::Exscan && comm.rank == 0 {
             alone::nothing_before(op);
+        }
+        if let Some(marks) = marks {
+            marks.check(op).map_err(failed)?;
         }
         check_received(op, &received).map_err(failed)
     }

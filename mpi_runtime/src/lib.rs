@@ -19,6 +19,7 @@ pub mod pending;
 pub mod shim;
 pub mod split;
 pub mod world;
+mod written;
 
 pub use engine::{Alike, Engine};
 pub use error::{OperationError, StartError};
