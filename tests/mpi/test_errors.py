@@ -68,10 +68,12 @@ def test_unsupported_dtypes_and_reductions_are_named() -> None:
 
 @pytest.mark.parametrize("kind", ["scatter", "bcast"])
 def test_a_root_that_sends_less_is_named(kind: str) -> None:
-    """MPI says nothing where there is room for more; MPICH does, for a broadcast. Its scatter on more
-    than 2 ranks passes on what was in memory of its own, which cannot be told from data."""
-    if kind == "scatter" and SIZE > 2 and "MPICH" in MPI.Get_library_version():
+    """Open MPI says nothing where there is room for more; MPICH does, for a broadcast. Its scatter on
+    more than 2 ranks passes on memory of its own, which cannot be told from data."""
+    mpich = "MPICH" in MPI.Get_library_version()
+    if kind == "scatter" and SIZE > 2 and mpich:
         return
+    said = rf"{kind} of float32\[5,4\].*failed" if mpich else "rank 0 sent less than the 80 bytes"
     comm = MPI.COMM_WORLD.Clone()
     room = jnp.ones((5, 4))
     if kind == "scatter":
@@ -82,7 +84,7 @@ def test_a_root_that_sends_less_is_named(kind: str) -> None:
     if RANK == 0:
         np.testing.assert_array_equal(operation(x, 0, comm=comm), np.ones(4))
     else:
-        with pytest.raises(Exception, match=r"rank 0 sent less than the 80 bytes|[Mm]essage size"):
+        with pytest.raises(Exception, match=said):
             operation(x, 0, comm=comm).block_until_ready()
     MPI.COMM_WORLD.Barrier()
 
