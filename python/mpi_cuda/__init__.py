@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpi_cuda import _batching, _derivatives, _hoisting, notoken  # noqa: F401
+from mpi_cuda import _batching, _derivatives, _hoisting, experimental, notoken  # noqa: F401
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
 from mpi_cuda._operations import (
@@ -58,6 +58,11 @@ def has_cuda_support() -> bool:
     return False
 
 
+def has_sycl_support() -> bool:
+    """Whether this build communicates SYCL arrays; mpi4jax's name, and it does not."""
+    return False
+
+
 __all__ = [
     "ANY_SOURCE",
     "ANY_TAG",
@@ -83,9 +88,11 @@ __all__ = [
     "barrier",
     "bcast",
     "create_token",
+    "experimental",
     "exscan",
     "gather",
     "has_cuda_support",
+    "has_sycl_support",
     "notoken",
     "irecv",
     "isend",

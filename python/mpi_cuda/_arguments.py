@@ -6,9 +6,10 @@ mpi4py's objects are accepted, and ours where mpi4py is absent.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -20,10 +21,16 @@ ATTRIBUTE_PROC_NULL = -2
 
 
 class Constant:
-    """A named constant, such as `ANY_SOURCE`."""
+    """A named constant, such as `ANY_SOURCE`; the same object when copied."""
 
     def __init__(self, name: str):
         self.name = name
+
+    def __deepcopy__(self, _: Any) -> Constant:
+        return self
+
+    def __copy__(self) -> Constant:
+        return self
 
     def __repr__(self) -> str:
         return f"mpi_cuda.{self.name}"
@@ -46,8 +53,13 @@ _REDUCTIONS = ("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR"
 OPS = {name: Op(name, number) for number, name in enumerate(_REDUCTIONS)}
 
 
-class Comm(NamedTuple):
-    """A communicator by its number; what operations and `mpi_cuda.COMM_WORLD` use."""
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Comm:
+    """A communicator by its number; what operations and `mpi_cuda.COMM_WORLD` use.
+
+    Hashable and comparable. An argument of a jitted function is static if it is one.
+    """
 
     number: int
     rank: int
@@ -114,6 +126,8 @@ def resolve_comm(comm: Any) -> Comm:
     if isinstance(comm, Comm):
         return comm
     mpi = _mpi()
+    if mpi is not None and isinstance(comm, mpi.Comm) and comm == mpi.COMM_NULL:
+        raise ValueError("comm is COMM_NULL: it was freed, or this rank is not in it")
     if mpi is None or not isinstance(comm, mpi.Intracomm):
         raise TypeError(
             f"comm must be an mpi4py Intracomm, an mpi_cuda communicator or None, got {comm!r}"
@@ -121,8 +135,6 @@ def resolve_comm(comm: Any) -> Comm:
     _library.start()
     handle = mpi._handleof(comm) & 0xFFFF_FFFF_FFFF_FFFF
     rank, size = ctypes.c_int(), ctypes.c_int()
-    if comm == mpi.COMM_NULL:
-        raise ValueError("comm is COMM_NULL: it was freed, or this rank is not in it")
     name = comm.Get_name() or "an unnamed communicator"
     number = _library.load().mpi_cuda_comm(
         handle, name.encode(), ctypes.byref(rank), ctypes.byref(size)
@@ -215,18 +227,23 @@ def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
     return rank
 
 
+_LARGEST_TAG = 2**31 - 1
+
+
 def resolve_tag(operation: str, what: str, value: Any) -> int:
     """A tag, or `ANY_TAG` for a receive, as an attribute value.
 
     Raises:
       TypeError: it is no static integer.
-      ValueError: it is negative.
+      ValueError: it is negative, or does not fit a C `int`.
     """
     if what == "recvtag" and _is(value, ANY_TAG):
         return ATTRIBUTE_ANY
     tag = _integer(operation, what, value)
     if tag < 0:
         raise ValueError(f"{operation}: {what} {tag} is negative")
+    if tag > _LARGEST_TAG:
+        raise ValueError(f"{operation}: {what} {tag} is above {_LARGEST_TAG}, the largest there is")
     return tag
 
 

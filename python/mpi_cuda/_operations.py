@@ -53,8 +53,13 @@ def is_template_array(x: Any) -> bool:
 
 
 def template_of(x: Any) -> Any:
-    """Shape and dtype of what is to be received."""
-    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+    """Shape and dtype of what is to be received, as this JAX has it (with or without 64 bits)."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.asarray(x)
+    dtype = x.dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(x.shape, dtype)
 
 
 def bind(
@@ -74,6 +79,12 @@ def bind(
     rank's part differs from the operation's (a rank that is not the root).
     """
     _order.install()
+    for dtype in ([] if data is None else [data.dtype]) + ([] if result is None else [result[1]]):
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"mpi_cuda.{name}: arrays of {dtype} cannot be sent; of keys, pass "
+                "jax.random.key_data(x), and wrap what arrives with jax.random.wrap_key_data"
+            )
     narrow = CARRIERS.get(np.dtype(result[1]).name) if result else None
     if narrow and "op" in attributes:
         raise TypeError(

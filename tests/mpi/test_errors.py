@@ -46,6 +46,15 @@ def test_negative_tags() -> None:
 
 
 def test_wrong_kinds_of_arguments() -> None:
+    with pytest.raises(TypeError, match=r"key<fry> cannot be sent.*key_data"):
+        nt.bcast(jax.random.key(0), 0)
+    with pytest.raises(ValueError, match="tag 1180591620717411303424 is above"):
+        nt.send(X, 0, tag=2**70)
+    import copy
+
+    wanted = jax.ShapeDtypeStruct((3,), np.float64)
+    status = copy.deepcopy({"source": m.PROC_NULL, "tag": m.ANY_TAG})
+    assert nt.recv(wanted, **status).dtype == np.float32
     with pytest.raises(TypeError, match="comm must be"):
         nt.barrier(comm="world")
     with pytest.raises(TypeError, match="op must be"):
@@ -68,8 +77,8 @@ def test_unsupported_dtypes_and_reductions_are_named() -> None:
 
 @pytest.mark.parametrize("kind", ["scatter", "bcast"])
 def test_a_root_that_sends_less_is_named(kind: str) -> None:
-    """Open MPI says nothing where there is room for more; MPICH does, for a broadcast. Its scatter on
-    more than 2 ranks passes on memory of its own, which cannot be told from data."""
+    """Open MPI says nothing where there is room for more; MPICH does, for a broadcast. Its scatter
+    on more than 2 ranks passes on memory of its own, which cannot be told from data."""
     mpich = "MPICH" in MPI.Get_library_version()
     if kind == "scatter" and SIZE > 2 and mpich:
         return

@@ -80,6 +80,33 @@ def test_freeing_waits_and_a_freed_one_is_refused() -> None:
         program(X).block_until_ready()
 
 
+def test_communicators_as_arguments_and_keys() -> None:
+    split = MPI.COMM_WORLD.Split(0, -RANK)
+    ours = m.as_comm(split)
+    assert ours == m.as_comm(split) != m.COMM_WORLD and ours.rank == SIZE - 1 - RANK
+    assert {ours: 1, m.COMM_WORLD: 2}[m.as_comm(split)] == 1
+    traced = []
+
+    def program(x, comm):
+        traced.append(comm)
+        return nt.bcast(x, 0, comm=comm)
+
+    for function in (jax.jit(program), jax.jit(program, static_argnames="comm")):
+        for _ in range(2):
+            np.testing.assert_array_equal(function(X + RANK, comm=ours), X + SIZE - 1)
+            np.testing.assert_array_equal(function(X + RANK, comm=m.COMM_WORLD), X)
+    assert len(traced) == 4
+    with pytest.raises(ValueError, match="this rank is not in it"):
+        nt.barrier(comm=MPI.COMM_NULL)
+
+
+def test_names_of_old_mpi4jax() -> None:
+    from mpi_cuda.experimental import auto_tokenize, notoken
+
+    assert notoken is nt and not m.has_sycl_support()
+    np.testing.assert_array_equal(auto_tokenize(lambda x: nt.allreduce(x, m.SUM))(X), X * SIZE)
+
+
 def test_status_of_mpi4py() -> None:
     status = MPI.Status()
     right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
