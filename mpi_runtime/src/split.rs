@@ -18,8 +18,8 @@ use crate::operation::{Buffer, Operation};
 use crate::pending;
 use crate::shim::{MpiError, Request, Shim};
 
-/// Rounds in a row without progress after which the thread sleeps between them, and how long.
-const BUSY_ROUNDS: u32 = 20;
+/// How long the thread sleeps between rounds that change nothing. It never yields instead: a thread
+/// that wakes up is let in by one that computes, and a thread that yielded waits for its time slice.
 const PAUSE: Duration = Duration::from_micros(50);
 /// Messages whose memory is kept.
 const SPARES: usize = 8;
@@ -364,21 +364,14 @@ impl Row {
 impl Shared {
     /// What the thread does.
     fn work(&self) {
-        let mut idle = 0;
         loop {
             let mut table = self.table.lock();
             while table.rows.iter().all(Row::has_ended) {
                 self.started.wait(&mut table);
             }
-            idle = if self.progress(&mut table) {
-                0
-            } else {
-                idle + 1
-            };
+            let changed = self.progress(&mut table);
             drop(table);
-            if idle < BUSY_ROUNDS {
-                std::thread::yield_now();
-            } else {
+            if !changed {
                 std::thread::sleep(PAUSE);
             }
         }
