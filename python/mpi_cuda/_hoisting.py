@@ -26,10 +26,10 @@ def _keep_known(original: Any) -> Any:
     """For the part of a loop that does not depend on tangents."""
 
     @functools.wraps(original)
-    def hoisting(jaxpr: Any, consts: Sequence[Any], num_residuals: int) -> Any:
+    def hoisting(jaxpr: Any, consts: Sequence[Any], num_residuals: int, *others: Any) -> Any:
         if _order.effect in jaxpr.effects:
             return jaxpr, consts, [False] * num_residuals, []
-        return original(jaxpr, consts, num_residuals)
+        return original(jaxpr, consts, num_residuals, *others)
 
     return hoisting
 
