@@ -339,20 +339,16 @@ def test_a_second_client_while_the_first_one_lives(mpi: str) -> None:
 
 
 MANY = """if True:
-    import time, jax, jax.numpy as jnp, mpi_cuda as m
+    import jax, jax.numpy as jnp, mpi_cuda as m
     from mpi4py import MPI
-    comm, count = MPI.COMM_WORLD, 1024 + 17
+    comm, count = MPI.COMM_WORLD, 1024 + 28 + 2
     receive = jax.jit(lambda x: m.notoken.recv(x, 1))
     x = jnp.zeros(())
     if comm.rank == 0:
-        received, slowest = [], 0
-        for _ in range(count):
-            start = time.monotonic()
-            received.append(receive(x))
-            slowest = max(slowest, time.monotonic() - start)
+        # The last ones wait a second each, since what is deferred holds its inputs.
+        received = [receive(x) for _ in range(count)]
         comm.send("now", 1)
-        assert [float(y) for y in received] == list(range(count))
-        print(slowest > 0.9)
+        print([float(y) for y in received] == list(range(count)))
     else:
         comm.recv()
         for i in range(count):
