@@ -49,6 +49,9 @@ extern "C" {
  *   mpi_cuda_wait        u32[] of an irecv -> y     comm, status
  *   mpi_cuda_wait_send   u32[] of an isend -> none  comm
  *
+ * The u32[] of an irecv or isend names the message until it is waited for, once; mpi_cuda_shutdown()
+ * completes what was sent.
+ *
  * Optional, and faster for small programs: an attribute named mpi_cuda_alike_<comm>_<sequence>, of any
  * integer, on one operation promises that this program always runs the same sequence of operations of
  * all ranks on that communicator (0 or 1), everywhere where <sequence> (16 hexadecimal digits) is the
@@ -92,7 +95,7 @@ enum {
 
 /* ---------------------------------------------------------------------------------------------
  * Create options of PJRT_Client_Create. Each has the name of an environment variable in lower case
- * without MPI_CUDA_, and wins over it: topology, mpi, shim_dir, singleton, warn_after, log
+ * without MPI_CUDA_, and wins over it: topology, mpi, shim_dir, singleton, warn_after, log, part_bytes
  * (docs/configuration.md). Values are strings, integers or booleans. Which inner plugin is wrapped
  * is decided when the library is asked for its table, by the environment; the options device and
  * inner_plugin are refused if they disagree.

@@ -11,7 +11,7 @@ use crate::operation::{Buffer, Class, ElementType, Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String> {
-    if comm.freed && !matches!(op.kind, Kind::Wait | Kind::WaitSend) {
+    if comm.freed {
         return Err("the communicator has been freed".into());
     }
     check_ranks(op, comm)?;
@@ -32,7 +32,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
         recv: op.recv.data,
         status: op.status as *mut _,
     };
-    if matches!(op.kind, Kind::Barrier | Kind::Wait | Kind::WaitSend) {
+    if op.kind == Kind::Barrier {
         return Ok(shim);
     }
     let described = if op.kind == Kind::Recv {
@@ -161,6 +161,7 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String>
         }
         Kind::Send | Kind::Isend => (true, (send, 0)),
         Kind::Recv => (true, (0, recv)),
+        // The engine knows the lengths of these when the messages have come.
         Kind::Irecv | Kind::Wait | Kind::WaitSend => (true, (0, 0)),
         Kind::Sendrecv => (true, (send, recv)),
         Kind::Barrier => (true, (0, 0)),

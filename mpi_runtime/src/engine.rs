@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::{Kind, PROC_NULL, ShimOp, ShimReceived};
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 use parking_lot::Mutex;
 
 use crate::alone;
@@ -158,6 +158,10 @@ impl Engine {
         let (Some(arrivals), Some(history)) = (&self.arrivals, self.history(program.comm)) else {
             return false;
         };
+        // A receive that was started before may take a message that this launch waits for.
+        if self.splits.as_ref().is_some_and(Splits::are_first) {
+            return false;
+        }
         // A caller that waited for a result is back a little before its launch is retired.
         arrivals.meet(
             || self.in_flight() == 1,
@@ -224,7 +228,7 @@ impl Engine {
             reason,
         };
         if let Kind::Wait | Kind::WaitSend = op.kind {
-            return self.wait_for_message(op, &comm).map_err(failed);
+            return self.wait_for_message(ticket, op, &comm).map_err(failed);
         }
         let shim_op = check::prepare(op, &comm).map_err(failed)?;
         if let Kind::Isend | Kind::Irecv = op.kind {
@@ -265,8 +269,19 @@ impl Engine {
         shim_op: &ShimOp,
         comm: &Communicator,
     ) -> Result<(), String> {
-        let splits = self.splits.as_ref().ok_or(NO_MESSAGES)?;
-        let number = splits.start(op, shim_op)?;
+        if op.recv.elements() != 1 || op.recv.bytes() != size_of::<u32>() {
+            return Err("the result must be one number of 32 bits".into());
+        }
+        let peer = if op.kind == Kind::Isend {
+            op.dest
+        } else {
+            op.source
+        };
+        let number = match &self.splits {
+            _ if peer == PROC_NULL => TO_NOBODY,
+            Some(splits) => splits.start(op, shim_op)?,
+            None => return Err(NO_MESSAGES.into()),
+        };
         if let Some(history) = self.history(op.comm) {
             history.add(op, comm.rank, &ShimReceived::default());
         }
@@ -276,19 +291,42 @@ impl Engine {
     }
 
     /// Waits for the message whose number is the operand.
-    fn wait_for_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
-        let (Some(splits), Some(shim)) = (&self.splits, &self.shim) else {
-            return Err(NO_MESSAGES.into());
-        };
+    fn wait_for_message(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<(), String> {
         if op.send.elements() != 1 || op.send.bytes() != size_of::<u32>() {
             return Err("the request must be one number of 32 bits".into());
         }
         // SAFETY: the operand is a number of 32 bits.
         let number = unsafe { op.send.data.cast::<u32>().read() };
+        if number == TO_NOBODY {
+            let nobody = Operation {
+                kind: Kind::Recv,
+                send: Buffer::NONE,
+                source: PROC_NULL,
+                recv_tag: ANY,
+                ..*op
+            };
+            return match op.kind {
+                Kind::Wait => self.run(ticket, &nobody).map_err(|error| error.reason),
+                _ => Ok(()),
+            };
+        }
+        let (Some(splits), Some(shim)) = (&self.splits, &self.shim) else {
+            return Err(NO_MESSAGES.into());
+        };
         let (mut started, shape) = splits.find(number)?;
         started.send.shape = &shape;
         let _pending = self.pending.enter(&started, comm.name);
         let about = |reason: String| format!("{started}: {reason}");
+        if (op.kind == Kind::WaitSend) != (started.kind == Kind::Isend) {
+            return Err(about(
+                "wait belongs to irecv, and wait_send to isend".into(),
+            ));
+        }
         let ended = splits.wait(number).map_err(about)?;
         if op.kind == Kind::WaitSend {
             return Ok(());
@@ -301,7 +339,7 @@ impl Engine {
             status: op.status,
             ..ended.operation
         };
-        if let Some(history) = self.history(op.comm) {
+        if let Some(history) = self.history(receive.comm) {
             history.add(&receive, comm.rank, &ended.received);
         }
         check_received(&receive, &ended.received).map_err(about)
@@ -310,11 +348,20 @@ impl Engine {
     /// Ends all messages that were started, and says which of them nobody has waited for. Last, when
     /// everything else has ended.
     pub fn finish_messages(&self) {
-        for lost in self.splits.iter().flat_map(Splits::finish) {
-            pending::say(&format!(
-                "mpi_cuda: rank {}: {lost} was never waited for, and its message is lost",
-                self.rank
-            ));
+        let Some(splits) = &self.splits else { return };
+        let unfinished = splits.unfinished();
+        let _pending: Vec<_> = unfinished
+            .iter()
+            .map(|(operation, shape)| {
+                let mut operation: Operation<'_> = *operation;
+                operation.send.shape = shape;
+                let comm = self.communicators.get(operation.comm);
+                let name = comm.map_or("a communicator", |comm| comm.name);
+                self.pending.enter(&operation, name)
+            })
+            .collect();
+        for lost in splits.finish() {
+            pending::say(&format!("mpi_cuda: rank {}: {lost}", self.rank));
         }
     }
 
@@ -451,18 +498,22 @@ impl Engine {
         }
         if executing && let Some(handle) = handle {
             let mut leaving = self.leaving.lock();
+            // First, so that a launch that ends from now on looks here.
+            self.leaving_count
+                .store(leaving.len() + 1, Ordering::SeqCst);
             leaving.push(Leaving {
                 number,
                 handle,
                 launches: self.order.not_ended(),
             });
-            self.leaving_count.store(leaving.len(), Ordering::Release);
         }
         self.communicators.free(number);
         executing
     }
 }
 
+/// The number of a message to or from `PROC_NULL`.
+const TO_NOBODY: u32 = 0;
 const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
 
 fn receives(op: &Operation<'_>) -> bool {

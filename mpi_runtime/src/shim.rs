@@ -24,6 +24,14 @@ pub struct Shim {
 #[derive(Debug)]
 pub struct Request(u64);
 
+/// A message that was taken out of the queue, and must be received.
+#[derive(Debug, Default)]
+pub struct Message {
+    /// Where it is from, and how long it is.
+    pub envelope: ShimReceived,
+    handle: u64,
+}
+
 /// A failed MPI call: MPI's own text.
 #[derive(Debug)]
 pub struct MpiError(pub String);
@@ -153,7 +161,7 @@ impl Shim {
 
     /// `MPI_Comm_free`.
     pub fn comm_free(&self, comm: u64) -> Result<(), MpiError> {
-        // SAFETY: `comm` was made by `comm_dup`.
+        // SAFETY: `comm` was made by `comm_dup`, or is one that MPI was told to keep (`comm_watch`).
         self.check(unsafe { (self.api.comm_free)(comm) })
     }
 
@@ -213,30 +221,31 @@ impl Shim {
         Ok(Request(request))
     }
 
-    /// The message that `op` would receive now, if one is there.
-    pub fn probe(&self, op: &ShimOp) -> Result<Option<ShimReceived>, MpiError> {
-        let (mut found, mut envelope) = (0, ShimReceived::default());
+    /// Takes the message that `op` would receive out of the queue, if one is there.
+    pub fn take(&self, op: &ShimOp) -> Result<Option<Message>, MpiError> {
+        let (mut found, mut message) = (0, Message::default());
         // SAFETY: `check::prepare` made `op`; its communicator is live.
-        self.check(unsafe { (self.api.probe)(op, &mut found, &mut envelope) })?;
-        Ok((found != 0).then_some(envelope))
+        self.check(unsafe {
+            (self.api.take)(op, &mut found, &mut message.envelope, &mut message.handle)
+        })?;
+        Ok((found != 0).then_some(message))
     }
 
-    /// Starts to receive the message that [`Shim::probe`] found; none if it is gone.
+    /// Starts to receive a message as elements of `datatype`.
     ///
     /// # Safety
     /// `buffer` must be valid for the message's bytes until [`Shim::test`] says that it is complete.
     pub unsafe fn start_receive(
         &self,
-        op: &ShimOp,
-        envelope: &ShimReceived,
+        message: Message,
         datatype: Datatype,
         buffer: *mut c_void,
-    ) -> Result<Option<Request>, MpiError> {
-        let (mut taken, mut request) = (0, 0);
-        let start = self.api.start_receive;
-        // SAFETY: as the caller promises.
-        self.check(unsafe { start(op, envelope, datatype, buffer, &mut taken, &mut request) })?;
-        Ok((taken != 0).then_some(Request(request)))
+    ) -> Result<Request, MpiError> {
+        let mut request = 0;
+        let (start, bytes) = (self.api.start_receive, message.envelope.bytes);
+        // SAFETY: as the caller promises; the message was taken once.
+        self.check(unsafe { start(message.handle, bytes, datatype, buffer, &mut request) })?;
+        Ok(Request(request))
     }
 
     /// The status of a request, if it is complete; it must not be tested again then.

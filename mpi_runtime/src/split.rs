@@ -4,10 +4,12 @@
 //! something else as soon as the operation that starts the message returns. It also decides itself
 //! which receive gets which message, so that each message's length is known before a byte is written: in
 //! the order in which the receives were started (MPI 4.0, section 3.5), of which the first that
-//! accepts a message gets it. A thread moves messages on while the program computes.
+//! accepts a message gets it; so a blocking receive looks here too while one of these has no message. A
+//! thread moves messages on while the program computes.
 
-use std::sync::Arc;
+use std::ffi::c_int;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
@@ -16,13 +18,14 @@ use parking_lot::{Condvar, Mutex};
 use crate::engine;
 use crate::operation::{Buffer, Operation};
 use crate::pending;
-use crate::shim::{MpiError, Request, Shim};
+use crate::shim::{Message, MpiError, Request, Shim};
 
 /// How long the thread sleeps between rounds that change nothing. It never yields instead: a thread
 /// that wakes up is let in by one that computes, and a thread that yielded waits for its time slice.
 const PAUSE: Duration = Duration::from_micros(50);
-/// Messages whose memory is kept.
+/// Messages whose memory is kept, and bytes of the largest.
 const SPARES: usize = 8;
+const LARGEST_SPARE: usize = 64 << 20;
 /// Looks at a message before the core is given up between them.
 const SPINS: u32 = 64;
 
@@ -145,16 +148,10 @@ impl Splits {
             }
             posted.send = memory.as_ptr().cast();
         }
-        let peer = if sends { op.dest } else { op.source };
-        let nothing = ShimReceived {
-            source: -1,
-            tag: ANY,
-            bytes: 0,
-        };
+        let nothing = ShimReceived::default();
+        shared.clone().start_thread()?;
         let mut table = shared.table.lock();
-        let state = if peer == PROC_NULL {
-            State::Done(ShimStatus([0; 64]), nothing)
-        } else if sends {
+        let state = if sends {
             // SAFETY: the row keeps the memory until the request is complete.
             let request = engine::executing(|| unsafe { shared.shim.start_send(&posted) });
             State::Running(request.map_err(|error| error.0)?, nothing)
@@ -173,14 +170,6 @@ impl Splits {
             state,
         });
         shared.progress(&mut table);
-        if !table.has_thread {
-            let shared = shared.clone();
-            std::thread::Builder::new()
-                .name("mpi_cuda messages".into())
-                .spawn(move || shared.work())
-                .map_err(|error| format!("cannot start a thread: {error}"))?;
-            table.has_thread = true;
-        }
         shared.started.notify_one();
         Ok(number)
     }
@@ -264,13 +253,12 @@ impl Splits {
         let (mut request, envelope) = loop {
             let mut table = shared.table.lock();
             shared.progress(&mut table);
-            if let Some(envelope) = engine::executing(|| shared.shim.probe(op))? {
-                let memory = table.memory(envelope.bytes as usize);
-                if let Some(row) = taker(&mut table.rows, op.comm, &envelope) {
-                    shared.receive_into(row, &envelope, memory);
+            if let Some(message) = engine::executing(|| shared.shim.take(op))? {
+                let envelope = message.envelope;
+                if let Some(index) = taker(&table.rows, op.comm, &envelope) {
+                    shared.receive_into(&mut table, index, message);
                     continue;
                 }
-                table.keep(memory.unwrap_or_default());
                 let mut buffer = op.recv;
                 if envelope.bytes > capacity {
                     // A longer message is taken out of the way.
@@ -278,12 +266,10 @@ impl Splits {
                     buffer = spill.as_mut_ptr().cast();
                 }
                 // SAFETY: the buffer holds the message, and outlives the request, which is waited for.
-                let taken = engine::executing(|| unsafe {
-                    shared.shim.start_receive(op, &envelope, element, buffer)
+                let request = engine::executing(|| unsafe {
+                    shared.shim.start_receive(message, element, buffer)
                 })?;
-                if let Some(request) = taken {
-                    break (request, envelope);
-                }
+                break (request, envelope);
             }
             drop(table);
             pause(&mut spins);
@@ -308,7 +294,19 @@ impl Splits {
         }
     }
 
-    /// Ends everything: what is sent is sent; returns what nobody will wait for.
+    /// The messages that have not ended, for the table of pending operations.
+    pub fn unfinished(&self) -> Vec<(Operation<'static>, Vec<i64>)> {
+        let table = self.shared.table.lock();
+        let running = table
+            .rows
+            .iter()
+            .filter(|row| matches!(row.state, State::Running(..)));
+        running
+            .map(|row| (row.operation, row.shape.clone()))
+            .collect()
+    }
+
+    /// Ends everything: what is sent is sent; says what is lost.
     pub fn finish(&self) -> Vec<String> {
         let mut lost = Vec::new();
         let mut spins = 0;
@@ -316,12 +314,18 @@ impl Splits {
             let mut table = self.shared.table.lock();
             self.shared.progress(&mut table);
             table.rows.retain_mut(|row| {
-                let receives = row.operation.kind == Kind::Irecv;
-                let ends = row.has_ended() || matches!(row.state, State::Unmatched);
-                if ends && receives && row.operation.source != PROC_NULL {
-                    lost.push(row.operation.to_string());
+                let operation = &row.operation;
+                match &row.state {
+                    State::Running(..) => return true,
+                    State::Failed(reason) => lost.push(format!("{operation} failed: {reason}")),
+                    State::Unmatched | State::Done(..) if operation.kind == Kind::Irecv => {
+                        lost.push(format!(
+                            "{operation} was never waited for, and its message is lost"
+                        ));
+                    }
+                    State::Unmatched | State::Done(..) => {}
                 }
-                !ends
+                false
             });
             self.shared.unmatched.store(0, Ordering::Release);
             if table.rows.is_empty() {
@@ -346,7 +350,8 @@ impl Table {
 
     /// Keeps the memory of a message that has ended.
     fn keep(&mut self, memory: Vec<u128>) {
-        if memory.capacity() > 0 {
+        let bytes = memory.capacity() * size_of::<u128>();
+        if (1..=LARGEST_SPARE).contains(&bytes) {
             if self.spare.len() == SPARES {
                 self.spare.remove(0);
             }
@@ -361,7 +366,45 @@ impl Row {
     }
 }
 
+/// What MPI_Finalize must stop.
+static ACTIVE: OnceLock<Arc<Shared>> = OnceLock::new();
+
+extern "C" fn finalizing(_: i64) -> c_int {
+    if let Some(shared) = ACTIVE.get() {
+        shared.stop();
+    }
+    0
+}
+
 impl Shared {
+    /// MPI ends: fails what is not complete.
+    fn stop(&self) {
+        for row in self.table.lock().rows.iter_mut() {
+            if !row.has_ended() {
+                self.fail(row, "MPI was finalized before it was complete".into());
+            }
+        }
+    }
+
+    fn start_thread(self: Arc<Shared>) -> Result<(), String> {
+        let mut table = self.table.lock();
+        if !table.has_thread {
+            // MPI_Finalize begins with the attributes of COMM_SELF (MPI 4.0, section 11.2.4).
+            let of = self.shim.comm_self();
+            self.shim
+                .comm_watch(of, 0, finalizing)
+                .map_err(|error| error.0)?;
+            ACTIVE.get_or_init(|| self.clone());
+            let shared = self.clone();
+            std::thread::Builder::new()
+                .name("mpi_cuda messages".into())
+                .spawn(move || shared.work())
+                .map_err(|error| format!("cannot start a thread: {error}"))?;
+            table.has_thread = true;
+        }
+        Ok(())
+    }
+
     /// What the thread does.
     fn work(&self) {
         loop {
@@ -383,21 +426,18 @@ impl Shared {
         for index in 0..table.rows.len() {
             let row = &mut table.rows[index];
             match &mut row.state {
-                State::Unmatched => {
-                    let probed = engine::executing(|| self.shim.probe(&row.posted.0));
-                    match probed {
-                        Ok(None) => {}
-                        Ok(Some(envelope)) => {
-                            let comm = row.posted.0.comm;
-                            let memory = table.memory(envelope.bytes as usize);
-                            if let Some(row) = taker(&mut table.rows, comm, &envelope) {
-                                self.receive_into(row, &envelope, memory);
-                                changed = true;
-                            }
+                State::Unmatched => match engine::executing(|| self.shim.take(&row.posted.0)) {
+                    Ok(None) => {}
+                    Ok(Some(message)) => {
+                        let comm = row.posted.0.comm;
+                        // At least this row accepts it; an earlier one may, too.
+                        if let Some(first) = taker(&table.rows, comm, &message.envelope) {
+                            self.receive_into(table, first, message);
                         }
-                        Err(error) => self.fail(row, error.0),
+                        changed = true;
                     }
-                }
+                    Err(error) => self.fail(row, error.0),
+                },
                 State::Running(request, envelope) => {
                     let envelope = *envelope;
                     match engine::executing(|| self.shim.test(request)) {
@@ -406,7 +446,7 @@ impl Shared {
                             row.state = State::Done(status, envelope);
                             changed = true;
                         }
-                        Err(error) => row.state = State::Failed(error.0),
+                        Err(error) => self.fail(row, error.0),
                     }
                 }
                 State::Done(..) | State::Failed(_) => {}
@@ -415,43 +455,40 @@ impl Shared {
         changed
     }
 
-    /// Starts to receive the message with that envelope into a row without one.
-    fn receive_into(
-        &self,
-        row: &mut Row,
-        envelope: &ShimReceived,
-        memory: Result<Vec<u128>, String>,
-    ) {
+    /// Starts to receive a message into the row that gets it.
+    fn receive_into(&self, table: &mut Table, index: usize, message: Message) {
+        let envelope = message.envelope;
+        let memory = table.memory(envelope.bytes as usize);
+        let row = &mut table.rows[index];
         match memory {
             Ok(memory) => row.memory = memory,
             Err(reason) => return self.fail(row, reason),
         }
-        let (op, buffer) = (&row.posted.0, row.memory.as_mut_ptr());
+        let (datatype, buffer) = (row.posted.0.datatype, row.memory.as_mut_ptr());
         // SAFETY: the row keeps the memory until the request is complete.
         let started = engine::executing(|| unsafe {
-            self.shim
-                .start_receive(op, envelope, op.datatype, buffer.cast())
+            self.shim.start_receive(message, datatype, buffer.cast())
         });
         match started {
-            Ok(None) => {}
-            Ok(Some(request)) => {
+            Ok(request) => {
                 self.unmatched.fetch_sub(1, Ordering::AcqRel);
-                row.state = State::Running(request, *envelope);
+                row.state = State::Running(request, envelope);
             }
             Err(error) => self.fail(row, error.0),
         }
     }
 
-    /// Ends a receive that has no message.
     fn fail(&self, row: &mut Row, reason: String) {
-        self.unmatched.fetch_sub(1, Ordering::AcqRel);
+        if matches!(row.state, State::Unmatched) {
+            self.unmatched.fetch_sub(1, Ordering::AcqRel);
+        }
         row.state = State::Failed(reason);
     }
 }
 
 /// The row that gets a message: of those without one that accept it, the first.
-fn taker<'a>(rows: &'a mut [Row], comm: u64, envelope: &ShimReceived) -> Option<&'a mut Row> {
-    rows.iter_mut().find(|row| {
+fn taker(rows: &[Row], comm: u64, envelope: &ShimReceived) -> Option<usize> {
+    rows.iter().position(|row| {
         let op = &row.posted.0;
         matches!(row.state, State::Unmatched)
             && op.comm == comm
@@ -531,20 +568,20 @@ mod tests {
 
     #[test]
     fn a_message_goes_to_the_first_receive_that_accepts_it() {
-        let mut rows = [
+        let rows = [
             receive(1, 7, 1, 5, State::Failed(String::new())),
             receive(2, 8, ANY, ANY, State::Unmatched),
             receive(3, 7, 1, 5, State::Unmatched),
             receive(4, 7, ANY, 5, State::Unmatched),
             receive(5, 7, ANY, ANY, State::Unmatched),
         ];
-        let mut gets = |comm, source, tag| {
+        let gets = |comm, source, tag| {
             let envelope = ShimReceived {
                 source,
                 tag,
                 bytes: 0,
             };
-            taker(&mut rows, comm, &envelope).map(|row| row.number)
+            taker(&rows, comm, &envelope).map(|index| rows[index].number)
         };
         assert_eq!(gets(7, 1, 5), Some(3));
         assert_eq!(gets(7, 2, 5), Some(4));

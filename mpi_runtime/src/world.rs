@@ -198,8 +198,10 @@ impl World {
     /// Waits for everything dispatched and, if we initialised MPI, finalizes it. Call once, last.
     pub fn shutdown(&self) {
         self.engine.wait_idle();
-        self.engine.finish_messages();
         let Some(shim) = &self.shim else { return };
+        if shim.state() == State::Running {
+            self.engine.finish_messages();
+        }
         if self.owns_mpi && shim.state() == State::Running {
             // An error here has no one left to hear it but the user at the terminal.
             if let Err(error) = shim.finalize() {

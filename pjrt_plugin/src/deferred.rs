@@ -227,8 +227,11 @@ fn outlook(executable: *mut PJRT_LoadedExecutable) -> Option<Outlook> {
     known
         .get_or_insert_with(HashMap::new)
         .entry(executable as usize)
-        // SAFETY: the framework launches it, so it is live.
-        .or_insert_with(|| unsafe { look_at(executable) }.ok().flatten())
+        .or_insert_with(|| {
+            // SAFETY: the framework launches it, so it is live.
+            let found = unsafe { look_at(executable) };
+            found.map_err(Error::discard).ok().flatten()
+        })
         .clone()
 }
 

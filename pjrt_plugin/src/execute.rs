@@ -536,8 +536,9 @@ unsafe extern "C" fn launch_ended(error: *mut PJRT_Error, ended: *mut c_void) {
 /// Call with the launching lock held.
 fn shut_gate(executable: *mut PJRT_LoadedExecutable) -> Option<gate::Shut> {
     let shut = client::of_executable(executable).and_then(|(client, _)| client.gate.shut(&client));
-    shut.inspect_err(|error| {
+    shut.map_err(|error| {
         eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
+        error.discard();
     })
     .ok()
 }

@@ -40,6 +40,7 @@ pub struct Gate {
     made: Mutex<Option<Made>>,
 }
 
+#[derive(Clone, Copy)]
 struct Made {
     executable: *mut PJRT_LoadedExecutable,
     operand: *mut PJRT_Buffer,
@@ -72,27 +73,20 @@ impl Gate {
     /// Makes the program, if that has not happened. It takes 20 ms, which belong to the compilation of
     /// a program that may need it, and not to one of its launches.
     pub fn prepare(&self, client: &Client) -> Result<(), Error> {
-        self.with(client, |_| Ok(()))
+        self.get(client).map(|_| ())
     }
 
-    fn with<T>(
-        &self,
-        client: &Client,
-        body: impl FnOnce(&Made) -> Result<T, Error>,
-    ) -> Result<T, Error> {
+    fn get(&self, client: &Client) -> Result<Made, Error> {
         let mut made = self.made.lock();
-        match &mut *made {
-            Some(made) => body(made),
-            none => body(none.insert(make(client)?)),
+        match *made {
+            Some(made) => Ok(made),
+            None => Ok(*made.insert(make(client)?)),
         }
     }
 
     /// Queues a shut gate on this rank's device.
     pub fn shut(&self, client: &Client) -> Result<Shut, Error> {
-        self.with(client, Self::launch)
-    }
-
-    fn launch(made: &Made) -> Result<Shut, Error> {
+        let made = self.get(client)?;
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         SHUT.lock().get_or_insert_with(HashSet::new).insert(id);
         let shut = Shut(id);

@@ -28,11 +28,6 @@ def _names(jaxpr: Any) -> Iterator[str]:
             yield from _names(getattr(sub, "jaxpr", sub))
 
 
-def _ours(closed: Any) -> bool:
-    """Whether a program has operations and no ordered callbacks, which have the same effect."""
-    return _order.effect in closed.effects and not _order.has_host_callback(closed.jaxpr)
-
-
 def _without_effect(closed: Any) -> Any:
     """The program as JAX's rule takes it; what it makes of it has the effect again."""
     effects = {e for e in closed.effects if e != _order.effect}
@@ -52,10 +47,12 @@ def _refuse(what: str, *programs: Any) -> None:
 
 def _cond(original: Callable[..., Any]) -> Callable[..., Any]:
     def rule(axis_data: Any, args: Any, dims: Any, *, branches: Any, **params: Any) -> Any:
-        if any(map(_ours, branches)):
+        if any(map(_order.only_operations, branches)):
             if dims[0] is not None and "branches_platforms" not in params:
                 _refuse("cond", *branches)
-            branches = tuple(_without_effect(b) if _ours(b) else b for b in branches)
+            branches = tuple(
+                _without_effect(b) if _order.only_operations(b) else b for b in branches
+            )
         return original(axis_data, args, dims, branches=branches, **params)
 
     return rule
@@ -72,8 +69,10 @@ def _while_loop(original: Callable[..., Any]) -> Callable[..., Any]:
         body_jaxpr: Any,
     ) -> Any:
         programs = (cond_jaxpr, body_jaxpr)
-        if any(map(_ours, programs)):
-            cond_jaxpr, body_jaxpr = (_without_effect(p) if _ours(p) else p for p in programs)
+        if any(map(_order.only_operations, programs)):
+            cond_jaxpr, body_jaxpr = (
+                _without_effect(p) if _order.only_operations(p) else p for p in programs
+            )
             batched = [dim is not None for dim in dims]
             consts = cond_nconsts + body_nconsts
             carry = batched[consts:]

@@ -53,9 +53,7 @@ def _transpose(
 ) -> Any:
     attributes = dict(params["attributes"])
     _require_sum(name, attributes)
-    ct = ad.instantiate_zeros(cotangents[0])
-    if params["template"] and isinstance(rest[0], core.Tracer):
-        ct = ct + _linear.nothing(rest[0], ct.shape, ct.dtype)
+    ct = _tied(cotangents[0], rest, params)
     with _linear.derived():
         back = adjoint(ct, x.aval, known_comm(attributes["comm"]), attributes)
     return [back] + [None] * len(rest)
@@ -138,7 +136,15 @@ ADJOINTS: dict[str, Adjoint] = {
 }
 
 
-_linear.install(_order.effect)
+_linear.install(_order.only_operations)
+
+
+def _tied(ct: Any, rest: Any, params: dict[str, Any]) -> Any:
+    """A cotangent, never zero by itself, that depends on the operand (`_jvp`)."""
+    ct = ad.instantiate_zeros(ct)
+    if params["template"] and isinstance(rest[0], core.Tracer):
+        ct = ct + _linear.nothing(rest[0], ct.shape, ct.dtype)
+    return ct
 
 
 def _define(name: str, adjoint: Adjoint) -> None:
@@ -187,9 +193,7 @@ def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _allreduce_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
-    ct = ad.instantiate_zeros(cotangents[0])
-    if params["template"] and isinstance(rest[0], core.Tracer):
-        ct = ct + _linear.nothing(rest[0], ct.shape, ct.dtype)
+    ct = _tied(cotangents[0], rest, params)
     return [_identity_p.bind(ct, **params)] + [None] * len(rest)
 
 

@@ -10,7 +10,7 @@ derivatives make are always batched: zeros, but tied to what is differentiated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import local
 from typing import Any
@@ -74,7 +74,8 @@ def nothing(x: Any, shape: Sequence[int] = (), dtype: Any = np.float32) -> Any:
 
 def is_differentiable(aval: Any) -> bool:
     """Whether an array of this kind has tangents."""
-    return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
+    # Tokens have no dtype.
+    return hasattr(aval, "dtype") and bool(jnp.issubdtype(aval.dtype, jnp.inexact))
 
 
 class Linear(core.Primitive):
@@ -140,24 +141,26 @@ def _calls() -> frozenset[Any]:
     return frozenset({pjit.jit_p, loops.scan_p, loops.while_p, conditionals.cond_p, remat.remat_p})
 
 
-def install(effect: core.Effect) -> None:
+def install(has_operations: Callable[[Any], bool]) -> None:
     """Lets programs with operations have tangents in the same way; for this JAX, if it can."""
     try:
         calls = _calls()
     except AttributeError:
         return
     for trace in (ad.JVPTrace, ad.LinearizeTrace):
-        _install_calls(trace, calls, effect)
+        _install_calls(trace, calls, has_operations)
 
 
-def _install_calls(trace: Any, calls: frozenset[Any], effect: core.Effect) -> None:
+def _install_calls(
+    trace: Any, calls: frozenset[Any], has_operations: Callable[[Any], bool]
+) -> None:
     original = trace.process_primitive
 
     @functools.wraps(original)
     def process_primitive(self: Any, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive in calls:
             programs = core.jaxprs_in_params(params)
-            if any(effect in program.effects for program in programs):
+            if any(map(has_operations, programs)):
                 tracers = _some_tangent(self, tracers)
         return original(self, primitive, tracers, params)
 

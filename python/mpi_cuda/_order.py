@@ -100,6 +100,11 @@ def has_host_callback(jaxpr: core.Jaxpr) -> bool:
     return False
 
 
+def only_operations(jaxpr: Any) -> bool:
+    """Whether a program has the effect, and no ordered callbacks, which have the same one."""
+    return effect in jaxpr.effects and not has_host_callback(getattr(jaxpr, "jaxpr", jaxpr))
+
+
 def program(
     invars: Sequence[core.Var],
     outvars: Sequence[core.Var],

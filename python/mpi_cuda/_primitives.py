@@ -20,7 +20,7 @@ from jax._src.interpreters import mlir as jax_mlir
 from jax.interpreters import mlir
 
 from mpi_cuda import _alike, _library, _linear, _order
-from mpi_cuda._arguments import OPS
+from mpi_cuda._arguments import ATTRIBUTE_ANY, OPS
 
 TOKEN = core.ShapedArray((), np.dtype(np.int32))
 
@@ -171,9 +171,11 @@ class Operation(_linear.Linear):
     """One of the operations."""
 
     def is_linear(self, params: dict[str, Any]) -> bool:
-        """Reductions only with SUM; a message has no derivative by itself."""
-        name = self.name.removeprefix("mpi_cuda_")
-        return name in LINEAR and dict(params["attributes"]).get("op", SUM_NUMBER) == SUM_NUMBER
+        """Reductions only with SUM; no message by itself, nor one from ANY_SOURCE."""
+        name, attributes = self.name.removeprefix("mpi_cuda_"), dict(params["attributes"])
+        if name not in LINEAR or attributes.get("source") == ATTRIBUTE_ANY:
+            return False
+        return attributes.get("op", SUM_NUMBER) == SUM_NUMBER
 
 
 def _define(name: str) -> core.Primitive:

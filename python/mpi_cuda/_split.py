@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpi_cuda import _arguments
+from mpi_cuda import _arguments, _linear
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, Comm
 from mpi_cuda._operations import Array, Token, bind, is_template_array, template_of
 
@@ -37,7 +37,7 @@ def isend(
     """Starts to send `x` (MPI 4.0, section 3.7.2).
 
     The library copies `x`. The message moves on while the program computes; what is never waited
-    for is complete when the program ends.
+    for is complete when the program ends without an error.
 
     Args:
       x: array or scalar.
@@ -88,7 +88,8 @@ def irecv(
     # Tells the dtype.
     empty = jnp.zeros((0,), template.dtype)
     number, token = bind("irecv", where, empty, _NUMBER, token, template=template, **attributes)
-    kept = template if is_template_array(template) else None
+    # What vmap needs of it: whether it is batched.
+    kept = _linear.nothing(template) if is_template_array(template) else None
     return Request(number, kept, tuple(template.shape), np.dtype(template.dtype), where), token
 
 

@@ -314,6 +314,26 @@ def test_messages_that_nobody_waits_for(mpi: str) -> None:
     assert said in result.stderr, result.stderr
 
 
+FINALIZED = """if True:
+    from mpi4py import MPI
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    rank = MPI.COMM_WORLD.rank
+    request, _ = m.irecv(jnp.ones(3), 1 - rank, tag=9)
+    jax.block_until_ready(request.number)
+    MPI.Finalize()
+    try:
+        m.wait(request)[0].block_until_ready()
+    except Exception as error:
+        print("MPI was finalized before" in str(error) or error)
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_mpi_is_finalized_while_a_message_is_awaited(mpi: str) -> None:
+    result = job(mpi, FINALIZED)
+    assert twice("True", result), result.stdout + result.stderr
+
+
 RESTARTED = """if True:
     import jax, jax.numpy as jnp, mpi_cuda as m
     from jax.extend import backend

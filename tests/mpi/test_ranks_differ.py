@@ -7,6 +7,7 @@ it or meet another message. Loops keep their operations.
 from __future__ import annotations
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -170,6 +171,31 @@ def test_second_derivatives_of_allreduce_with_the_loss_on_the_root() -> None:
     assert twice.shape == (2,)
     second = jax.jvp(jax.grad(loss), (W,), (ONES,))[1]
     np.testing.assert_allclose(second, 6 * sums * SIZE if RANK == 0 else 0 * sums)
+
+
+def test_callbacks_are_left_as_they_are() -> None:
+    """They have the operations' effect, and JAX has no derivative of them."""
+    seen: list[float] = []
+
+    @jax.jit
+    def note(x):
+        jax.experimental.io_callback(lambda x: seen.append(float(x[0])), None, x, ordered=True)
+        return x
+
+    def loss(w):
+        return jnp.sum(note(ONES * 3) * nt.allgather(w)[0])
+
+    # Of rank 0, the sum of all ranks' losses.
+    np.testing.assert_allclose(jax.grad(loss)(W), ONES * 3 * SIZE if RANK == 0 else 0 * ONES)
+    jax.effects_barrier()
+    assert seen == [3.0]
+
+
+def test_an_exchange_from_any_source_of_what_is_constant() -> None:
+    def loss(w):
+        return jnp.sum(nt.sendrecv(lax.stop_gradient(w), ONES, m.ANY_SOURCE, NEXT) * w)
+
+    np.testing.assert_allclose(jax.grad(loss)(W), ALL[PREVIOUS])
 
 
 def test_integers_have_no_tangents() -> None:

@@ -169,13 +169,15 @@ def test_without_any_mpi(tmp_path) -> None:
         import jax, jax.numpy as jnp, mpi_cuda as m
         print(m.allreduce(jnp.ones(2), m.SUM)[0], jax.process_count())
         print(m.sendrecv(jnp.ones(2), jnp.ones(2), m.PROC_NULL, m.PROC_NULL)[0])
+        coming, _ = m.irecv(jnp.ones(2), m.PROC_NULL)
+        print(m.wait(m.isend(jnp.ones(2), m.PROC_NULL)[0])[0], m.wait(coming)[0])
         try:
             m.send(jnp.ones(2), 0).block_until_ready()
         except Exception as error:
             print("needs an MPI" in str(error))
     """.replace("FOLDER", repr(str(tmp_path)))
     result = run(code, JAX_PLATFORMS="mpi_cuda", MPI_CUDA_LOG="info")
-    assert result.stdout == "[1. 1.] 1\n[0. 0.]\nTrue\n", result.stderr
+    assert result.stdout == "[1. 1.] 1\n[0. 0.]\nNone [0. 0.]\nTrue\n", result.stderr
     assert "MPI no MPI" in result.stderr
 
 

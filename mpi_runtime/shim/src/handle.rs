@@ -31,6 +31,14 @@ pub(crate) fn op_from_bits(bits: u64) -> ffi::MPI_Op {
     from_bits(bits)
 }
 
+pub(crate) fn message_to_bits(message: ffi::MPI_Message) -> u64 {
+    to_bits(message)
+}
+
+pub(crate) fn message_from_bits(bits: u64) -> ffi::MPI_Message {
+    from_bits(bits)
+}
+
 pub(crate) fn request_to_bits(request: ffi::MPI_Request) -> u64 {
     to_bits(request)
 }

@@ -38,7 +38,7 @@ static API: ShimApi = ShimApi {
     comm_watch,
     execute: execute_op,
     start_send: split::start_send,
-    probe: split::probe,
+    take: split::take,
     start_receive: split::start_receive,
     test: split::test,
     status_size: size_of::<ffi::MPI_Status>(),
@@ -171,7 +171,7 @@ unsafe extern "C" fn comm_dup(comm: u64, new: *mut u64) -> c_int {
 
 unsafe extern "C" fn comm_free(comm: u64) -> c_int {
     let mut comm = comm_from_bits(comm);
-    // SAFETY: the engine frees only what it duplicated.
+    // SAFETY: the engine frees what it duplicated, and what a user freed while launches used it.
     unsafe { ffi::MPI_Comm_free(&mut comm) }
 }
 

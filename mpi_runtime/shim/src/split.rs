@@ -7,7 +7,9 @@ use std::mem::MaybeUninit;
 use mpi::ffi;
 use mpi_shim_abi::{Datatype, ShimOp, ShimReceived, ShimStatus};
 
-use crate::handle::{comm_from_bits, request_from_bits, request_to_bits};
+use crate::handle::{
+    comm_from_bits, message_from_bits, message_to_bits, request_from_bits, request_to_bits,
+};
 use crate::messages::{Elements, length, rank, tag};
 use crate::{SUCCESS, attempt};
 
@@ -36,18 +38,23 @@ pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64)
     SUCCESS
 }
 
-pub(crate) unsafe extern "C" fn probe(
+pub(crate) unsafe extern "C" fn take(
     op: *const ShimOp,
     found: *mut c_int,
     envelope: *mut ShimReceived,
+    message: *mut u64,
 ) -> c_int {
     // SAFETY: the engine passes a checked operation and writable memory; the communicator is live.
     unsafe {
         let op = &*op;
         let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
-        let (source, tag) = (rank(op.source), tag(op.recv_tag));
-        attempt! { ffi::MPI_Iprobe(source, tag, comm_from_bits(op.comm), found, &mut status); };
+        let mut own: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
+        let (source, tag, comm) = (rank(op.source), tag(op.recv_tag), comm_from_bits(op.comm));
+        attempt! {
+            ffi::MPI_Improbe(source, tag, comm, &mut *found, &mut own, &mut status);
+        };
         if *found != 0 {
+            *message = message_to_bits(own);
             *envelope = ShimReceived {
                 source: status.MPI_SOURCE,
                 tag: status.MPI_TAG,
@@ -62,36 +69,24 @@ pub(crate) unsafe extern "C" fn probe(
 }
 
 pub(crate) unsafe extern "C" fn start_receive(
-    op: *const ShimOp,
-    envelope: *const ShimReceived,
+    message: u64,
+    bytes: i64,
     datatype: Datatype,
     buffer: *mut c_void,
-    taken: *mut c_int,
     request: *mut u64,
 ) -> c_int {
-    // SAFETY: as for `start_send`; the buffer holds the message that was probed, and another one from
-    // there with that tag cannot come before it (MPI 4.0, section 3.5).
+    // A message of another type than expected may end inside an element.
+    let whole = bytes % datatype.size() as i64 == 0;
+    let element = if whole { datatype } else { Datatype::U8 };
+    let expected = match Elements::new(bytes / element.size() as i64, element) {
+        Ok(expected) => expected,
+        Err(code) => return code,
+    };
+    // SAFETY: a message that `take` found, received once; the engine keeps the buffer, which holds its
+    // bytes, until the request is complete.
     unsafe {
-        let (op, envelope) = (&*op, &*envelope);
-        let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
-        let mut message: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
-        let comm = comm_from_bits(op.comm);
-        // A message of another type than expected may end inside an element.
-        let whole = envelope.bytes % datatype.size() as i64 == 0;
-        let element = if whole { datatype } else { Datatype::U8 };
-        let expected = match Elements::new(envelope.bytes / element.size() as i64, element) {
-            Ok(expected) => expected,
-            Err(code) => return code,
-        };
+        let mut message = message_from_bits(message);
         let mut own = ffi::RSMPI_REQUEST_NULL;
-        attempt! {
-            ffi::MPI_Improbe(
-                envelope.source, envelope.tag, comm, &mut *taken, &mut message, &mut status,
-            );
-        };
-        if *taken == 0 {
-            return SUCCESS;
-        }
         attempt! {
             ffi::MPI_Imrecv(buffer, expected.count, expected.datatype, &mut message, &mut own);
         };

@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -215,21 +215,20 @@ pub struct ShimApi {
     pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
     /// `MPI_Isend` of what `op` sends, which must stay as it is until the request is complete.
     pub start_send: unsafe extern "C" fn(op: *const ShimOp, request: *mut u64) -> c_int,
-    /// `MPI_Iprobe`: whether a message is there that `op` would receive, and which.
-    pub probe: unsafe extern "C" fn(
+    /// `MPI_Improbe`: whether a message is there that `op` would receive. If so it is taken out of the
+    /// queue, and must be received by `start_receive`.
+    pub take: unsafe extern "C" fn(
         op: *const ShimOp,
         found: *mut c_int,
         envelope: *mut ShimReceived,
+        message: *mut u64,
     ) -> c_int,
-    /// Starts to receive the first message with the source and tag of `envelope`, which `probe` found
-    /// on the communicator of `op`, into `buffer`, which holds its bytes, as elements of `datatype`.
-    /// `taken` is 0 if the message is gone: another thread of the user's received it.
+    /// `MPI_Imrecv` of a message of `bytes` bytes into `buffer`, as elements of `datatype`.
     pub start_receive: unsafe extern "C" fn(
-        op: *const ShimOp,
-        envelope: *const ShimReceived,
+        message: u64,
+        bytes: i64,
         datatype: Datatype,
         buffer: *mut c_void,
-        taken: *mut c_int,
         request: *mut u64,
     ) -> c_int,
     /// `MPI_Test`; fills `status` when the request is complete.
