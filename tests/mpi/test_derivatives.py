@@ -182,3 +182,38 @@ def test_what_is_not_linear_is_refused_by_name() -> None:
             jax.grad(lambda x, function=function: function(x).sum())(x)
     with pytest.raises(NotImplementedError, match="ANY_SOURCE"):
         jax.grad(lambda x: nt.sendrecv(x, x, m.ANY_SOURCE, NEXT).sum())(x)
+
+
+def test_custom_linear_solve_over_all_ranks() -> None:
+    """A periodic, distributed operator: derivatives of its solution, against the dense one's."""
+    n = 3
+
+    def operator(x, c):
+        left = nt.sendrecv(x[-1:], x[:1], PREVIOUS, NEXT)
+        right = nt.sendrecv(x[:1], x[-1:], NEXT, PREVIOUS)
+        padded = jnp.concatenate([left, x, right])
+        return c * x - padded[:-2] - 0.5 * padded[2:]
+
+    def iterate(matvec, b):
+        # Richardson's iteration, which converges since the diagonal dominates.
+        return jax.lax.fori_loop(0, 60, lambda _, x: x + (b - matvec(x)) / 5.0, jnp.zeros_like(b))
+
+    def solve(b, c):
+        return jax.lax.custom_linear_solve(
+            lambda x: operator(x, c), b, iterate, transpose_solve=iterate
+        )
+
+    identity = np.eye(SIZE * n)
+    dense = 5.0 * identity - np.roll(identity, -1, 1) - 0.5 * np.roll(identity, 1, 1)
+    own = slice(RANK * n, RANK * n + n)
+    b = np.arange(1.0, SIZE * n + 1)
+    x = np.linalg.solve(dense, b)
+    mine = jnp.asarray(b[own], jnp.float32)
+    np.testing.assert_allclose(jax.jit(solve)(mine, 5.0), x[own], rtol=1e-4)
+    # Of the sum of squares over all ranks: A⁻ᵀ 2x, and its product with -∂A/∂c x = -x.
+    to_b, to_c = jax.grad(lambda b, c: jnp.sum(solve(b, c) ** 2), argnums=(0, 1))(mine, 5.0)
+    adjoint = np.linalg.solve(dense.T, 2 * x)
+    np.testing.assert_allclose(to_b, adjoint[own], rtol=1e-4)
+    np.testing.assert_allclose(to_c, -adjoint[own] @ x[own], rtol=1e-4)
+    tangent = jax.jvp(lambda b: solve(b, 5.0), (mine,), (jnp.ones(n),))[1]
+    np.testing.assert_allclose(tangent, np.linalg.solve(dense, np.ones(SIZE * n))[own], rtol=1e-4)
