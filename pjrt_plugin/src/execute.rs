@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use mpi_runtime::{Alike, Ticket, World};
 use parking_lot::{ReentrantMutex, RwLock};
@@ -27,6 +28,9 @@ use crate::options::Options;
 use crate::plugin::{plugin, world};
 use crate::promise::End;
 use crate::room;
+
+/// How long a program that cannot be deferred waits for those that are.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// What we know of a loaded executable that has operations of ours or host callbacks.
 #[derive(Clone, Copy)]
@@ -175,7 +179,7 @@ unsafe fn launch_others(
     let several = world().is_some_and(|world| world.size > 1);
     let order = several.then(|| LAUNCHING.lock());
     // SAFETY: valid arguments.
-    let deferred = several && unsafe { must_defer(args, 1) };
+    let deferred = several && unsafe { must_defer(args, 1)? };
     let completion = Completion {
         inputs: if several && room::may_be_short() {
             // SAFETY: valid arguments.
@@ -204,17 +208,26 @@ unsafe fn launch_others(
 ///
 /// # Safety
 /// The arguments must be valid.
-unsafe fn must_defer(args: &PJRT_LoadedExecutable_Execute_Args, launches: usize) -> bool {
+unsafe fn must_defer(
+    args: &PJRT_LoadedExecutable_Execute_Args,
+    launches: usize,
+) -> Result<bool, Error> {
     // The launch whose callback this is would wait for what is deferred.
     if LAUNCHES_HERE.get() > 0 || crate::fork::is_child() || room::wait_for(launches) {
-        return false;
+        return Ok(false);
     }
     // SAFETY: as the caller promises.
-    let possible = unsafe { deferred::is_possible(args) };
-    if !possible {
-        room::wait_none_deferred();
+    if unsafe { deferred::is_possible(args) } {
+        return Ok(true);
     }
-    possible
+    match room::wait_none_deferred_for(LONGEST_WAIT) {
+        0 => Ok(false),
+        waiting => Err(Error::precondition(format!(
+            "mpi_cuda: {waiting} launches wait for their peers, and a program whose results have less \
+             than 8 bits cannot be dispatched behind them: wait for earlier results first \
+             (block_until_ready), or return int8"
+        ))),
+    }
 }
 
 /// Defers a launch.
@@ -300,7 +313,7 @@ unsafe fn launch_operations(
     let nested = CALLBACK_OF.get();
     let launches = 1 + usize::from(program.cheap);
     // SAFETY: valid arguments.
-    let deferred = world.size > 1 && nested.is_none() && unsafe { must_defer(args, launches) };
+    let deferred = world.size > 1 && nested.is_none() && unsafe { must_defer(args, launches)? };
     let ticket = nested.unwrap_or_else(|| world.engine.issue_ticket());
     // The outer launch retires the ticket of what its callbacks launch.
     let own = if nested.is_none() {

@@ -147,6 +147,18 @@ pub fn wait_none_deferred() {
     }
 }
 
+/// Waits until no launch is deferred, but not without end; how many still are.
+pub fn wait_none_deferred_for(patience: Duration) -> usize {
+    let deadline = Instant::now() + patience;
+    let mut state = STATE.lock();
+    while state.deferred > 0 {
+        if wait(&mut state, Some(deadline)) {
+            break;
+        }
+    }
+    state.deferred
+}
+
 /// Whether the time is over.
 fn wait(state: &mut parking_lot::MutexGuard<'_, State>, deadline: Option<Instant>) -> bool {
     state.waiting += 1;

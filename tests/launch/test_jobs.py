@@ -376,6 +376,25 @@ MANY = """if True:
 """
 
 
+NARROW = MANY.replace("1024 + 28 + 2", "40").replace(
+    'comm.send("now", 1)',
+    """small = jax.jit(lambda x: x.astype(jnp.int4))
+        try:
+            small(x)
+        except RuntimeError as error:
+            assert "less than 8 bits" in str(error), error
+        comm.send("now", 1)
+        received[-1].block_until_ready()
+        assert int(small(x)) == 0""",
+)
+
+
+def test_a_program_that_cannot_be_deferred_is_refused_after_a_while() -> None:
+    assert NARROW != MANY
+    result = job("openmpi", NARROW, limit=150)
+    assert result.returncode == 0 and result.stdout == "True\n", result.stderr
+
+
 def test_beyond_a_thousand_deferred_launches_dispatch_is_slow_but_goes_on() -> None:
     result = job("openmpi", MANY)
     assert result.returncode == 0 and result.stdout == "True\n", result.stderr
