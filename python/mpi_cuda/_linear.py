@@ -138,7 +138,22 @@ def _any_input(trace: Any) -> Any:
 
 def _calls() -> frozenset[Any]:
     """What runs programs inside, and is left out like an operation if all it gets is constant."""
-    return frozenset({pjit.jit_p, loops.scan_p, loops.while_p, conditionals.cond_p, remat.remat_p})
+    return frozenset({pjit.jit_p, loops.scan_p, conditionals.cond_p, remat.remat_p})
+
+
+def _is_harmless(program: Any) -> bool:
+    """Whether a tangent can go through a program, wherever it gets: not through a reduction like
+    MAX, nor back through a `while_loop`, where what is constant on all ranks must be let in."""
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        primitive, inside = eqn.primitive, list(core.jaxprs_in_params(eqn.params))
+        if isinstance(primitive, Linear):
+            if not primitive.is_linear(eqn.params):
+                return False
+        elif primitive is loops.while_p or not all(map(_is_harmless, inside)):
+            return False
+        elif not inside and primitive not in ad.primitive_jvps:
+            return False
+    return True
 
 
 def install(has_operations: Callable[[Any], bool]) -> None:
@@ -159,8 +174,8 @@ def _install_calls(
     @functools.wraps(original)
     def process_primitive(self: Any, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive in calls:
-            programs = core.jaxprs_in_params(params)
-            if any(map(has_operations, programs)):
+            programs = list(core.jaxprs_in_params(params))
+            if any(map(has_operations, programs)) and all(map(_is_harmless, programs)):
                 tracers = _some_tangent(self, tracers)
         return original(self, primitive, tracers, params)
 

@@ -198,6 +198,20 @@ def test_an_exchange_from_any_source_of_what_is_constant() -> None:
     np.testing.assert_allclose(jax.grad(loss)(W), ALL[PREVIOUS])
 
 
+def test_what_is_constant_on_all_ranks_may_go_through_what_has_no_derivative() -> None:
+    largest = jax.jit(lambda x: nt.allreduce(x, m.MAX))
+
+    @jax.jit
+    def until_large(x):
+        return lax.while_loop(lambda x: x[0] < 100, lambda x: nt.allreduce(x, m.SUM) + 1, x)
+
+    def loss(w):
+        constant = lax.stop_gradient(w)
+        return jnp.sum(w * largest(constant)) + jnp.sum(w * until_large(constant) * 0)
+
+    np.testing.assert_allclose(jax.grad(loss)(W), ALL[SIZE - 1])
+
+
 def test_integers_have_no_tangents() -> None:
     counts = jnp.arange(2) + RANK
 
