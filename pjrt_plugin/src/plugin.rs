@@ -106,12 +106,14 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
 }
 
 /// Large results come from freshly mapped pages otherwise, whose faults cost more than the message
-/// (docs/measurements.md). No `M_TOP_PAD`: it made every small program slower.
+/// (docs/measurements.md). One arena: those of other threads are made of heaps of 64 MiB, which glibc maps and
+/// unmaps with every large result. No `M_TOP_PAD`: it made every small program slower.
 fn keep_memory() {
     const THRESHOLD: libc::c_int = 1 << 30;
     // SAFETY: mallopt only sets parameters of glibc's allocator (mallopt(3)).
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, THRESHOLD);
         libc::mallopt(libc::M_TRIM_THRESHOLD, THRESHOLD);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
