@@ -14,8 +14,9 @@ use parking_lot::Mutex;
 use crate::alone;
 use crate::arrivals::Arrivals;
 use crate::check;
-use crate::communicators::{Communicator, Communicators, DEFAULT, WORLD};
+use crate::communicators::{Communicator, Communicators, DEFAULT, NATIVE, WORLD};
 use crate::error::OperationError;
+use crate::native::Groups;
 use crate::operation::{Buffer, Operation};
 use crate::order::{Order, Ticket};
 use crate::pending::{self, PendingTable};
@@ -41,7 +42,7 @@ pub(crate) fn executing<T>(body: impl FnOnce() -> T) -> T {
 /// runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Alike {
-    /// The communicator of all of them: [`WORLD`] or [`DEFAULT`].
+    /// The communicator of all of them: [`WORLD`], [`DEFAULT`] or [`NATIVE`].
     pub comm: i64,
     /// The sequence, hashed.
     pub sequence: u64,
@@ -107,21 +108,23 @@ struct Leaving {
 
 /// Executes operations in order. One per process.
 pub struct Engine {
-    shim: Option<Shim>,
+    pub(crate) shim: Option<Shim>,
     /// The communicators by number.
     pub communicators: Communicators,
-    order: Order,
-    pending: Arc<PendingTable>,
+    pub(crate) order: Order,
+    pub(crate) pending: Arc<PendingTable>,
+    /// Groups of ranks of native collectives.
+    pub(crate) groups: Groups,
     /// Errors of operations that nobody may have read yet.
-    unread: Mutex<Vec<OperationError>>,
-    /// What was executed so far on [`WORLD`] and on [`DEFAULT`].
-    histories: [History; 2],
+    pub(crate) unread: Mutex<Vec<OperationError>>,
+    /// What was executed so far on [`WORLD`], on [`DEFAULT`], and of native collectives.
+    histories: [History; 3],
     /// Messages whose start and end are separate; none without MPI.
     splits: Option<Splits>,
     leaving: Mutex<Vec<Leaving>>,
     /// How many there are; spares the lock where there are none.
     leaving_count: AtomicUsize,
-    rank: i32,
+    pub(crate) rank: i32,
     /// Say for each operation what served it.
     verbose: bool,
     /// Where the ranks meet, if all of them are on this node.
@@ -139,6 +142,7 @@ impl Engine {
             order: Order::default(),
             pending,
             unread: Mutex::default(),
+            groups: Groups::default(),
             histories: Default::default(),
             splits: shim.map(Splits::new),
             leaving: Mutex::default(),
@@ -155,7 +159,7 @@ impl Engine {
     ///
     /// Call with the ticket of the launch taken, and only if its inputs are ready.
     pub fn all_have_arrived(&self, program: Alike) -> bool {
-        let (Some(arrivals), Some(history)) = (&self.arrivals, self.history(program.comm)) else {
+        let (Some(arrivals), Some(history)) = (&self.arrivals, self.history_of(program)) else {
             return false;
         };
         // A receive that was started before may take a message that this launch waits for.
@@ -177,9 +181,24 @@ impl Engine {
         )
     }
 
+    fn history_of(&self, program: Alike) -> Option<&History> {
+        match program.comm {
+            NATIVE => Some(&self.histories[2]),
+            comm => self.history(comm),
+        }
+    }
+
     fn history(&self, comm: i64) -> Option<&History> {
-        const { assert!(WORLD == 0 && DEFAULT == 1) };
-        self.histories.get(usize::try_from(comm).ok()?)
+        match comm {
+            WORLD => Some(&self.histories[0]),
+            DEFAULT => Some(&self.histories[1]),
+            _ => None,
+        }
+    }
+
+    /// A native collective in which all ranks take part has been executed.
+    pub(crate) fn count_native(&self) {
+        self.histories[2].position.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.
@@ -207,7 +226,11 @@ impl Engine {
     }
 
     fn run(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), OperationError> {
-        let Some(mut comm) = self.communicators.get(op.comm) else {
+        let comm = match self.communicators.get(op.comm) {
+            None => self.make_group(op)?,
+            known => known,
+        };
+        let Some(mut comm) = comm else {
             return Err(OperationError {
                 operation: op.to_string(),
                 rank: -1,

@@ -181,6 +181,16 @@ impl Shim {
         Ok(members)
     }
 
+    /// The communicator of some ranks of `comm`, in that order; collective over them.
+    pub fn comm_create_group(&self, comm: u64, members: &[i32], tag: i32) -> Result<u64, MpiError> {
+        let (mut new, count) = (0, members.len() as c_int);
+        // SAFETY: `comm` is a live communicator of the engine's; MPI checks the ranks.
+        self.check(unsafe {
+            (self.api.comm_create_group)(comm, members.as_ptr(), count, tag, &mut new)
+        })?;
+        Ok(new)
+    }
+
     /// Rank among those of `comm` on this node, their number, and the number of cores that they
     /// may use together; collective.
     pub fn node(&self, comm: u64) -> Result<(i32, i32, i32), MpiError> {
@@ -246,6 +256,18 @@ impl Shim {
         // SAFETY: as the caller promises; the message was taken once.
         self.check(unsafe { start(message.handle, bytes, datatype, buffer, &mut request) })?;
         Ok(Request(request))
+    }
+
+    /// The bytes of a message, which is there.
+    pub fn receive_bytes(&self, message: Message) -> Result<Vec<u8>, MpiError> {
+        let mut bytes = vec![0u8; usize::try_from(message.envelope.bytes).unwrap_or(0)];
+        // SAFETY: the bytes stay in place until the request is complete, which is waited for.
+        let mut request =
+            unsafe { self.start_receive(message, Datatype::U8, bytes.as_mut_ptr().cast()) }?;
+        while self.test(&mut request)?.is_none() {
+            std::thread::yield_now();
+        }
+        Ok(bytes)
     }
 
     /// The status of a request, if it is complete; it must not be tested again then.

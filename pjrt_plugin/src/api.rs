@@ -7,7 +7,7 @@ use pjrt_sys::*;
 
 use crate::error::Error;
 use crate::plugin::{self, Plugin};
-use crate::{buffers, client, compile, context, error, events, execute, extension, topology};
+use crate::{buffers, client, compile, context, error, events, execute, extension, spmd, topology};
 
 /// Replaces entries of a table, if the inner table is long enough to have them.
 macro_rules! replace {
@@ -73,6 +73,13 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_DeviceDescription_ProcessIndex = topology::description_process_index,
         PJRT_Client_Compile = compile::compile,
         PJRT_Compile = compile::compile_ahead,
+        PJRT_LoadedExecutable_GetExecutable = spmd::get_executable,
+        PJRT_LoadedExecutable_AddressableDevices = spmd::addressable_devices,
+        PJRT_LoadedExecutable_GetDeviceAssignment = spmd::device_assignment,
+        PJRT_Executable_Destroy = spmd::destroy_executable,
+        PJRT_Executable_NumPartitions = spmd::num_partitions,
+        PJRT_Executable_NumReplicas = spmd::num_replicas,
+        PJRT_Executable_OptimizedProgram = spmd::optimized,
         PJRT_Executable_DeserializeAndLoad = compile::deserialize_and_load,
         PJRT_ExecuteContext_Destroy = context::destroy,
         PJRT_LoadedExecutable_Execute = execute::execute,

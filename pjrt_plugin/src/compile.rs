@@ -14,6 +14,7 @@ use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations};
 use crate::handles::destroy_loaded;
 use crate::plugin::plugin;
 use crate::search::{contains, find};
+use crate::spmd::{self, Place};
 
 /// XLA runs a program with fewer floating-point operations on the calling thread
 /// (`xla/pjrt/cpu/cpu_client.cc`, `cheap_computation_`).
@@ -25,8 +26,22 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
         // SAFETY: the framework passes valid arguments.
         unsafe {
             let program = &*(*args).program;
-            let ours = Contents::of(bytes(program.code, program.code_size));
+            let mut ours = Contents::of(bytes(program.code, program.code_size));
+            let options = bytes((*args).compile_options, (*args).compile_options_size);
+            let place = spmd::place((*args).client, options);
             call(plugin().inner.api().PJRT_Client_Compile, args)?;
+            match place {
+                Place::Here => {}
+                Place::Elsewhere => {
+                    spmd::note_elsewhere((*args).executable);
+                    return Ok(());
+                }
+                Place::Several(options) => {
+                    let spmd = spmd::specialise(&mut *args, &options)?;
+                    ours.operations |= spmd.contents.operations;
+                    ours.alike = spmd.contents.alike.filter(|_| !ours.callbacks);
+                }
+            }
             note((*args).executable, ours)
         }
     })
@@ -113,6 +128,7 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
     // SAFETY: `loaded` is live; the executable got from it is destroyed below.
     unsafe {
         call(api.PJRT_LoadedExecutable_GetExecutable, &mut get)?;
+        // A rewritten program is for one device by now.
         let several = refuse_several_devices(get.executable);
         let cheap = ours.operations && is_cheap(get.executable);
         let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();

@@ -28,6 +28,7 @@ use crate::options::Options;
 use crate::plugin::{plugin, world};
 use crate::promise::End;
 use crate::room;
+use crate::spmd;
 
 /// How long a program that cannot be deferred waits for those that are.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
@@ -117,6 +118,7 @@ impl Drop for Held {
 /// Addresses are reused, so this comes before destroying.
 fn forget(executable: *mut PJRT_LoadedExecutable) {
     PROGRAMS.write().remove(&(executable as usize));
+    spmd::forget(executable);
     nested::forget(executable);
     deferred::forget(executable);
 }
@@ -139,6 +141,11 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_LoadedExecutable_Destroy_Args) 
 /// `PJRT_LoadedExecutable_Execute`
 pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) -> *mut PJRT_Error {
     // SAFETY: the framework passes valid arguments.
+    if unsafe { (*args).num_devices } == 0 {
+        // It runs on devices of other ranks alone.
+        return std::ptr::null_mut();
+    }
+    // SAFETY: as above.
     let (program, context) = unsafe {
         let program = PROGRAMS.read().get(&((*args).executable as usize)).copied();
         (program, (*(*args).options).context)

@@ -191,13 +191,3 @@ def test_an_array_on_another_ranks_device_has_no_data_here() -> None:
     other = jax.devices()[(RANK + 1) % SIZE]
     with pytest.raises(Exception, match="non-addressable"):
         np.asarray(jax.device_put(np.ones(3), other))
-
-
-def test_native_collectives_are_refused_by_name() -> None:
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    sharding = NamedSharding(Mesh(jax.devices(), "i"), PartitionSpec("i"))
-    local = jax.device_put(jnp.ones((1, 3)), jax.local_devices()[0])
-    x = jax.make_array_from_single_device_arrays((SIZE, 3), sharding, [local])
-    with pytest.raises(Exception, match="native collectives"):
-        jax.jit(lambda x: x.sum())(x).block_until_ready()

@@ -33,6 +33,7 @@ static API: ShimApi = ShimApi {
     comm_free,
     comm_info,
     comm_members,
+    comm_create_group,
     node,
     configure,
     comm_watch,
@@ -208,6 +209,34 @@ unsafe extern "C" fn comm_members(comm: u64, members: *mut c_int) -> c_int {
         ffi::MPI_Group_free(&mut world);
         code
     }
+}
+
+unsafe extern "C" fn comm_create_group(
+    comm: u64,
+    members: *const c_int,
+    count: c_int,
+    tag: c_int,
+    new: *mut u64,
+) -> c_int {
+    let comm = comm_from_bits(comm);
+    let mut made = comm;
+    // SAFETY: a live communicator with these ranks, as the caller promises; the groups are freed.
+    unsafe {
+        let (mut all, mut some) = (ffi::RSMPI_GROUP_NULL, ffi::RSMPI_GROUP_NULL);
+        attempt! {
+            ffi::MPI_Comm_group(comm, &mut all);
+            ffi::MPI_Group_incl(all, count, members, &mut some);
+        };
+        let code = ffi::MPI_Comm_create_group(comm, some, tag, &mut made);
+        ffi::MPI_Group_free(&mut some);
+        ffi::MPI_Group_free(&mut all);
+        attempt! {
+            code;
+            ffi::MPI_Comm_set_errhandler(made, ffi::RSMPI_ERRORS_RETURN);
+        };
+        *new = comm_to_bits(made);
+    }
+    SUCCESS
 }
 
 unsafe extern "C" fn node(

@@ -8,14 +8,14 @@
 //! What a shim promises: no function panics or aborts; every MPI failure comes back as the MPI
 //! error code, whose text is [`ShimApi::error_string`]; only [`ShimApi::execute`] may wait on a
 //! peer, except for [`ShimApi::comm_dup`], [`ShimApi::node`], [`ShimApi::init`] and
-//! [`ShimApi::finalize`], which are collective at start and end.
+//! [`ShimApi::finalize`], which are collective at start and end, and [`ShimApi::comm_create_group`].
 
 use std::ffi::{c_char, c_int, c_void};
 
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -198,6 +198,15 @@ pub struct ShimApi {
     /// Writes the ranks that the members of `comm` have in `MPI_COMM_WORLD` (`MPI_UNDEFINED` for a
     /// process outside it); `members` has as many elements as `comm` has ranks.
     pub comm_members: unsafe extern "C" fn(comm: u64, members: *mut c_int) -> c_int,
+    /// `MPI_Comm_create_group`, with errors returned: the communicator of these ranks of `comm`, in that
+    /// order. Collective over them alone; of those made at the same time each needs a `tag` of its own.
+    pub comm_create_group: unsafe extern "C" fn(
+        comm: u64,
+        members: *const c_int,
+        count: c_int,
+        tag: c_int,
+        new: *mut u64,
+    ) -> c_int,
     /// Rank among those of this node, their number (`MPI_Comm_split_type`, shared memory), and the
     /// number of cores that they may use together.
     pub node: unsafe extern "C" fn(

@@ -14,6 +14,7 @@ use crate::search::contains;
 mod callbacks;
 mod forward;
 mod frame;
+mod native;
 mod operations;
 
 pub use callbacks::{Trampoline, set_trampoline};
@@ -58,6 +59,9 @@ pub fn register_all() -> Result<(), Error> {
     }
     for (name, handler) in operations::MPI4JAX_HANDLERS {
         register(&mpi4jax_target(name), *handler)?;
+    }
+    for (name, handler) in native::HANDLERS {
+        register(&format!("{}{name}", hlo_rewrite::TARGET_PREFIX), *handler)?;
     }
     register(crate::gate::TARGET, operations::gate)?;
     for (name, handler) in callbacks::HANDLERS {

@@ -1,0 +1,283 @@
+//! Native collectives: the groups of ranks they run in, and the start of their programs.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
+use parking_lot::Mutex;
+
+use crate::communicators::{Communicator, NATIVE, SELF};
+use crate::engine::Engine;
+use crate::error::OperationError;
+use crate::operation::{Buffer, Operation};
+use crate::order::Ticket;
+use crate::shim::{MpiError, Shim};
+
+/// Tag of messages between the devices of native collectives.
+pub const TAG: i32 = 1;
+/// Tags of the first run of a program: what a rank is about to run, and the verdict.
+const ARRIVAL_TAG: i32 = 2;
+const VERDICT_TAG: i32 = 3;
+
+/// The groups that this process's rank is in, by number.
+#[derive(Default)]
+pub struct Groups {
+    members: Mutex<HashMap<i64, Vec<i32>>>,
+}
+
+/// A program with native collectives.
+#[derive(Debug)]
+pub struct Program {
+    /// Hash of its sequence of collectives.
+    pub sequence: u64,
+    /// The sequence in words.
+    pub summary: String,
+    /// The ranks that run it.
+    pub members: Vec<i32>,
+    /// All ranks of the world do.
+    pub everybody: bool,
+    /// Its first run has begun, everywhere.
+    begun: AtomicBool,
+}
+
+impl Program {
+    /// A program that has not run yet.
+    pub fn new(sequence: u64, summary: String, members: Vec<i32>, world_size: i32) -> Program {
+        Program {
+            sequence,
+            summary,
+            everybody: members.len() == world_size as usize,
+            members,
+            begun: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Engine {
+    /// Says which ranks the group `number` has that this rank is in.
+    pub fn know_group(&self, number: i64, members: Vec<i32>) {
+        self.groups.members.lock().insert(number, members);
+    }
+
+    /// Makes the communicator of a group, when `op` is the first to use it; collective over the group.
+    pub(crate) fn make_group(
+        &self,
+        op: &Operation<'_>,
+    ) -> Result<Option<Communicator>, OperationError> {
+        let Some(members) = self.groups.members.lock().get(&op.comm).cloned() else {
+            return Ok(None);
+        };
+        let everybody = self.communicators.get(NATIVE);
+        let Some(world) = everybody else {
+            return Ok(None);
+        };
+        let name: &'static str = String::leak(format!("the ranks {members:?}"));
+        let position = members.iter().position(|&rank| rank == self.rank);
+        let failed = |reason: String| OperationError {
+            operation: op.to_string(),
+            rank: self.rank,
+            comm: name.to_owned(),
+            size: members.len() as i32,
+            reason,
+        };
+        let position = position.ok_or_else(|| failed("this rank is not in its group".into()))?;
+        if let Some(&missing) = members.iter().find(|&&rank| rank >= world.size) {
+            let size = world.size;
+            return Err(failed(format!(
+                "there is no rank {missing}: the world has {size} ranks (MPI_CUDA_PRETEND_SIZE?)"
+            )));
+        }
+        let handle = if members.iter().copied().eq(0..world.size) {
+            world.handle
+        } else if members.len() == 1 {
+            self.communicators.get(SELF).map_or(0, |row| row.handle)
+        } else {
+            let Some(shim) = &self.shim else {
+                return Err(failed("it needs an MPI, and none was found".into()));
+            };
+            let _pending = self.pending.enter(op, name);
+            // Made one after the other by each rank, in the order of their program.
+            shim.comm_create_group(world.handle, &members, TAG)
+                .map_err(|error| failed(error.0))?
+        };
+        let row = Communicator {
+            name,
+            handle,
+            user_handle: u64::MAX,
+            rank: position as i32,
+            size: members.len() as i32,
+            freed: false,
+        };
+        self.communicators.add(op.comm, row);
+        Ok(Some(row))
+    }
+
+    /// Begins a native collective of `program` in the launch `ticket`: waits for its turn, and at the
+    /// program's first run for the other ranks, asleep, which must be about to run the same.
+    pub fn begin_native(&self, ticket: Ticket, program: &Program) -> Result<(), OperationError> {
+        self.order.wait_turn(ticket);
+        if program.begun.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.meet(program)
+            .inspect_err(|error| self.unread.lock().push(error.clone()))?;
+        program.begun.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Ends a native collective.
+    pub fn end_native(&self, program: &Program) {
+        if program.everybody {
+            self.count_native();
+        }
+    }
+
+    /// The first of the members collects what each is about to run, and tells them whether it is the
+    /// same.
+    fn meet(&self, program: &Program) -> Result<(), OperationError> {
+        let (Some(shim), [first, others @ ..]) = (&self.shim, &program.members[..]) else {
+            return Ok(());
+        };
+        if others.is_empty() {
+            return Ok(());
+        }
+        let waiting = Operation {
+            kind: Kind::Barrier,
+            library: Some("a program's first"),
+            comm: NATIVE,
+            send: Buffer::NONE,
+            recv: Buffer::NONE,
+            reduction: None,
+            user_reduction: 0,
+            dest: 0,
+            source: 0,
+            send_tag: 0,
+            recv_tag: 0,
+            status: 0,
+        };
+        let failed = |reason: String| OperationError {
+            operation: "the first run of a program".into(),
+            rank: self.rank,
+            comm: format!("the ranks {:?}", program.members),
+            size: program.members.len() as i32,
+            reason,
+        };
+        let _pending = self.pending.enter(&waiting, "its ranks");
+        let comm = self.communicators.get(NATIVE).map_or(0, |row| row.handle);
+        let post = Post { shim, comm };
+        let own = arrival(program);
+        let verdict = if *first == self.rank {
+            let mut verdict = String::new();
+            for &rank in others {
+                let theirs = post.receive(rank, ARRIVAL_TAG).map_err(|e| failed(e.0))?;
+                if theirs != own && verdict.is_empty() {
+                    verdict = format!(
+                        "the ranks run different programs. Rank {first}: {}. Rank {rank}: {}. All ranks \
+                         must run the same program in the same order; look for what depends on the rank",
+                        described(&own),
+                        described(&theirs)
+                    );
+                }
+            }
+            for &rank in others {
+                post.send(rank, VERDICT_TAG, verdict.as_bytes())
+                    .map_err(|e| failed(e.0))?;
+            }
+            verdict
+        } else {
+            post.send(*first, ARRIVAL_TAG, &own)
+                .map_err(|e| failed(e.0))?;
+            let verdict = post.receive(*first, VERDICT_TAG);
+            String::from_utf8_lossy(&verdict.map_err(|e| failed(e.0))?).into_owned()
+        };
+        if verdict.is_empty() {
+            Ok(())
+        } else {
+            Err(failed(verdict))
+        }
+    }
+}
+
+/// What a rank says of the program that it is about to run: the hash, then words.
+fn arrival(program: &Program) -> Vec<u8> {
+    let mut bytes = program.sequence.to_le_bytes().to_vec();
+    bytes.extend_from_slice(program.summary.as_bytes());
+    bytes
+}
+
+fn described(arrival: &[u8]) -> String {
+    let text = arrival.get(size_of::<u64>()..).unwrap_or_default();
+    match String::from_utf8_lossy(text) {
+        text if text.is_empty() => "no collectives".into(),
+        text => text.into_owned(),
+    }
+}
+
+/// Messages between ranks that wait asleep.
+struct Post<'a> {
+    shim: &'a Shim,
+    comm: u64,
+}
+
+impl Post<'_> {
+    fn operation(&self, kind: Kind, peer: i32, tag: i32, bytes: &[u8]) -> ShimOp {
+        ShimOp {
+            kind,
+            datatype: Datatype::U8,
+            recv_datatype: Datatype::U8,
+            reduction: Reduction::Sum,
+            user_reduction: 0,
+            comm: self.comm,
+            count: bytes.len() as i64,
+            recv_count: 0,
+            dest: peer,
+            source: peer,
+            send_tag: tag,
+            recv_tag: tag,
+            send: bytes.as_ptr().cast(),
+            recv: std::ptr::null_mut(),
+            status: std::ptr::null_mut(),
+        }
+    }
+
+    fn send(&self, peer: i32, tag: i32, bytes: &[u8]) -> Result<(), MpiError> {
+        // Short enough for every MPI's eager protocol, so it does not wait for the receiver.
+        self.shim
+            .execute(&self.operation(Kind::Send, peer, tag, bytes))
+            .map(|_| ())
+    }
+
+    fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
+        let wanted = self.operation(Kind::Recv, peer, tag, &[]);
+        let mut pause = Duration::from_micros(20);
+        loop {
+            if let Some(message) = self.shim.take(&wanted)? {
+                return self.shim.receive_bytes(message);
+            }
+            std::thread::sleep(pause);
+            const LONGEST: Duration = Duration::from_millis(2);
+            pause = (pause * 2).min(LONGEST);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arrival_names_its_program() {
+        let program = Program::new(7, "all-reduce f32[4] SUM".into(), vec![0, 1], 2);
+        assert!(program.everybody);
+        let bytes = arrival(&program);
+        assert_eq!(described(&bytes), "all-reduce f32[4] SUM");
+        assert_eq!(
+            described(&arrival(&Program::new(0, String::new(), vec![0], 2))),
+            "no collectives"
+        );
+        assert_eq!(described(&[1, 2]), "no collectives");
+    }
+}

@@ -1,0 +1,112 @@
+//! Rewriting a partitioned HLO module so that this plugin executes its collectives: each becomes a
+//! custom call, and one token passes through all of them and all other ordered calls.
+//!
+//! Pure: bytes in, bytes out, the same on every rank. Nothing here knows PJRT or MPI.
+//! `docs/architecture.md`, "Native collectives", says why it is done like that.
+
+#![forbid(unsafe_code)]
+
+mod chain;
+mod collective;
+mod groups;
+mod module;
+mod options;
+mod proto {
+    #![allow(missing_docs, clippy::all, unused)]
+    include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
+}
+
+use std::collections::BTreeMap;
+
+use protobuf::Message;
+
+pub use groups::Devices;
+pub use options::Options;
+
+use module::Module;
+use proto::hlo::{HloModuleProtoWithConfig, ShapeProto};
+
+/// What the names of the targets of native collectives begin with.
+pub const TARGET_PREFIX: &str = "mpi_cuda_native_";
+
+/// Why a module cannot be rewritten.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// The bytes are no module.
+    #[error("the inner plugin's optimized program cannot be read: {0}")]
+    Unreadable(#[from] protobuf::Error),
+    /// The module is inconsistent.
+    #[error("the inner plugin's optimized program is inconsistent: {0}")]
+    Inconsistent(String),
+    /// An instruction that we do not know how to execute.
+    #[error("{instruction} ({opcode}) cannot run over MPI: {reason}")]
+    Instruction {
+        /// Its name.
+        instruction: String,
+        /// Its opcode.
+        opcode: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a custom call refers to by number; the number is a hash of the content.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Table {
+    /// Groups of devices, in order; each device is in at most one.
+    Groups(Vec<Vec<i64>>),
+    /// From which device to which.
+    Pairs(Vec<(i64, i64)>),
+    /// A value for every device.
+    Values(Vec<(i64, u32)>),
+}
+
+/// A rewritten module.
+#[derive(Debug)]
+pub struct Rewritten {
+    /// The `HloModuleProto`, for one device.
+    pub module: Vec<u8>,
+    /// What its custom calls refer to.
+    pub tables: BTreeMap<i64, Table>,
+    /// Hash of the sequence of collectives; equal programs have equal ones in every process.
+    pub sequence: u64,
+    /// The sequence in words, for people; long ones are cut.
+    pub summary: String,
+    /// Number of collective instructions.
+    pub collectives: usize,
+    /// Other custom calls that take part in the order.
+    pub other_ordered: usize,
+    /// Layouts of the parameters and the result, which the second compilation must keep.
+    pub layouts: Layouts,
+}
+
+/// Shapes with layouts of a module's parameters and its result.
+#[derive(Clone, Debug, Default)]
+pub struct Layouts {
+    parameters: Vec<ShapeProto>,
+    result: Option<ShapeProto>,
+}
+
+/// Rewrites a serialized `HloModuleProtoWithConfig`.
+///
+/// # Errors
+/// If it is no module, or holds an instruction that cannot be executed.
+pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
+    let with_config = HloModuleProtoWithConfig::parse_from_bytes(program)?;
+    let proto = with_config
+        .hlo_module
+        .into_option()
+        .ok_or_else(|| Refused::Inconsistent("it has no module".into()))?;
+    let mut module = Module::new(proto)?;
+    let found = chain::thread(&mut module, devices)?;
+    let layouts = module.layouts();
+    Ok(Rewritten {
+        module: module.into_proto().write_to_bytes()?,
+        tables: found.tables,
+        sequence: found.sequence,
+        summary: found.summary,
+        collectives: found.collectives,
+        other_ordered: found.other_ordered,
+        layouts,
+    })
+}

@@ -1,0 +1,193 @@
+//! A module with what rewriting needs: lookups, fresh ids, and the shapes of instructions.
+
+use std::collections::HashMap;
+
+use protobuf::MessageField;
+
+use crate::proto::hlo::hlo_schedule_proto::InstructionSequence;
+use crate::proto::hlo::{
+    HloComputationProto, HloInstructionProto, HloModuleProto, ProgramShapeProto, ShapeProto,
+};
+use crate::{Layouts, Refused};
+
+/// XLA's element types that rewriting makes or asks for (`PrimitiveType`, xla/xla_data.proto).
+pub(crate) const PRED: i32 = 1;
+pub(crate) const TUPLE: i32 = 13;
+pub(crate) const TOKEN: i32 = 17;
+
+/// A module and its indices.
+pub(crate) struct Module {
+    proto: HloModuleProto,
+    /// Position of each computation.
+    positions: HashMap<i64, usize>,
+    /// The last id given out in the module, or, where ids contain that of their computation, none.
+    last_id: Option<i64>,
+}
+
+impl Module {
+    pub(crate) fn new(proto: HloModuleProto) -> Result<Module, Refused> {
+        let mut positions = HashMap::new();
+        let mut last_id = 0;
+        let mut compound = false;
+        for (position, computation) in proto.computations.iter().enumerate() {
+            if positions.insert(computation.id, position).is_some() {
+                return Err(Refused::Inconsistent(format!(
+                    "two computations have the id {}",
+                    computation.id
+                )));
+            }
+            for instruction in &computation.instructions {
+                last_id = last_id.max(instruction.id);
+                compound |= instruction.id >> 32 != 0;
+            }
+        }
+        if !positions.contains_key(&proto.entry_computation_id) {
+            return Err(Refused::Inconsistent("it has no entry computation".into()));
+        }
+        Ok(Module {
+            proto,
+            positions,
+            last_id: (!compound).then_some(last_id),
+        })
+    }
+
+    pub(crate) fn entry(&self) -> i64 {
+        self.proto.entry_computation_id
+    }
+
+    pub(crate) fn computations(&self) -> &[HloComputationProto] {
+        &self.proto.computations
+    }
+
+    pub(crate) fn computation(&self, id: i64) -> Result<&HloComputationProto, Refused> {
+        self.positions
+            .get(&id)
+            .map(|&position| &self.proto.computations[position])
+            .ok_or_else(|| Refused::Inconsistent(format!("there is no computation {id}")))
+    }
+
+    /// The instructions of a computation in the order of its schedule, or as they stand.
+    pub(crate) fn ordered(&self, id: i64) -> Result<Vec<HloInstructionProto>, Refused> {
+        let computation = self.computation(id)?;
+        let sequence = self
+            .proto
+            .schedule
+            .iter()
+            .flat_map(|schedule| &schedule.sequences)
+            .find(|entry| entry.key == id);
+        let Some(sequence) = sequence else {
+            return Ok(computation.instructions.clone());
+        };
+        let by_id: HashMap<i64, &HloInstructionProto> = computation
+            .instructions
+            .iter()
+            .map(|instruction| (instruction.id, instruction))
+            .collect();
+        let scheduled = &sequence.value.instruction_ids;
+        let ordered: Option<Vec<HloInstructionProto>> = scheduled
+            .iter()
+            .map(|id| by_id.get(id).map(|&instruction| instruction.clone()))
+            .collect();
+        ordered
+            .filter(|ordered| ordered.len() == computation.instructions.len())
+            .ok_or_else(|| {
+                Refused::Inconsistent(format!(
+                    "the schedule of {} is incomplete",
+                    computation.name
+                ))
+            })
+    }
+
+    /// Replaces the instructions of a computation, its root and its schedule.
+    pub(crate) fn replace(&mut self, id: i64, instructions: Vec<HloInstructionProto>, root: i64) {
+        if let Some(schedule) = self.proto.schedule.as_mut()
+            && let Some(entry) = schedule.sequences.iter_mut().find(|entry| entry.key == id)
+        {
+            entry.value = MessageField::some(InstructionSequence {
+                instruction_ids: instructions
+                    .iter()
+                    .map(|instruction| instruction.id)
+                    .collect(),
+                ..Default::default()
+            });
+        }
+        let is_entry = id == self.entry();
+        let Some(&position) = self.positions.get(&id) else {
+            return;
+        };
+        let computation = &mut self.proto.computations[position];
+        computation.root_id = root;
+        computation.instructions = instructions;
+        if !is_entry {
+            computation.program_shape = MessageField::some(program_shape(computation));
+        }
+    }
+
+    /// A new id for an instruction of `computation`, of which `used` are the ids so far.
+    pub(crate) fn fresh_id(&mut self, used: &[HloInstructionProto], more: &[i64]) -> i64 {
+        match &mut self.last_id {
+            Some(last) => {
+                *last += 1;
+                *last
+            }
+            None => {
+                let ids = used.iter().map(|instruction| instruction.id);
+                ids.chain(more.iter().copied()).max().unwrap_or(0) + 1
+            }
+        }
+    }
+
+    /// The layouts of parameters and result.
+    pub(crate) fn layouts(&self) -> Layouts {
+        let shape = self.proto.host_program_shape.as_ref();
+        Layouts {
+            parameters: shape.map_or_else(Vec::new, |shape| shape.parameters.clone()),
+            result: shape.and_then(|shape| shape.result.as_ref().cloned()),
+        }
+    }
+
+    pub(crate) fn into_proto(self) -> HloModuleProto {
+        self.proto
+    }
+}
+
+fn program_shape(computation: &HloComputationProto) -> ProgramShapeProto {
+    let mut parameters: Vec<&HloInstructionProto> = computation
+        .instructions
+        .iter()
+        .filter(|instruction| instruction.opcode == "parameter")
+        .collect();
+    parameters.sort_by_key(|parameter| parameter.parameter_number);
+    let root = computation
+        .instructions
+        .iter()
+        .find(|instruction| instruction.id == computation.root_id);
+    ProgramShapeProto {
+        parameters: parameters.iter().map(|p| shape_of(p)).collect(),
+        parameter_names: parameters.iter().map(|p| p.name.clone()).collect(),
+        result: root.map(shape_of).into(),
+        ..Default::default()
+    }
+}
+
+/// The shape of an instruction's result.
+pub(crate) fn shape_of(instruction: &HloInstructionProto) -> ShapeProto {
+    instruction.shape.get_or_default().clone()
+}
+
+/// The shape of a token.
+pub(crate) fn token() -> ShapeProto {
+    ShapeProto {
+        element_type: TOKEN,
+        ..Default::default()
+    }
+}
+
+/// The shape of a tuple.
+pub(crate) fn tuple(elements: Vec<ShapeProto>) -> ShapeProto {
+    ShapeProto {
+        element_type: TUPLE,
+        tuple_shapes: elements,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,168 @@
+//! `CompileOptionsProto`: for how many devices a program is, and options to compile a rewritten one.
+
+use protobuf::{Message, MessageField};
+
+use crate::proto::compile_options::CompileOptionsProto;
+use crate::proto::hlo::DeviceAssignmentProto;
+use crate::proto::hlo::device_assignment_proto::ComputationDevice;
+use crate::{Devices, Layouts, Refused};
+
+/// Options that the framework compiles with.
+#[derive(Clone, Debug)]
+pub struct Options(CompileOptionsProto);
+
+impl Options {
+    /// Reads a serialized `CompileOptionsProto`.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn read(bytes: &[u8]) -> Result<Options, Refused> {
+        Ok(Options(CompileOptionsProto::parse_from_bytes(bytes)?))
+    }
+
+    /// Replicas and partitions.
+    pub fn counts(&self) -> (usize, usize) {
+        let build = self.0.executable_build_options.get_or_default();
+        let count = |number: i64| usize::try_from(number).unwrap_or(1).max(1);
+        (count(build.num_replicas), count(build.num_partitions))
+    }
+
+    /// Whether devices are assigned.
+    pub fn is_assigned(&self) -> bool {
+        let build = self.0.executable_build_options.get_or_default();
+        build.device_assignment.is_some()
+    }
+
+    /// Whether this is for one device.
+    pub fn is_for_one(&self) -> bool {
+        self.counts() == (1, 1)
+    }
+
+    /// The devices: those assigned, else the first ones in order.
+    ///
+    /// # Errors
+    /// If the assignment does not fit the counts.
+    pub fn devices(&self) -> Result<Devices, Refused> {
+        let (replicas, partitions) = self.counts();
+        let build = self.0.executable_build_options.get_or_default();
+        let Some(assignment) = build.device_assignment.as_ref() else {
+            let count = (replicas * partitions) as i64;
+            return Devices::new(replicas, partitions, (0..count).collect());
+        };
+        let columns = &assignment.computation_devices;
+        let complete = columns
+            .iter()
+            .all(|column| column.replica_device_ids.len() == replicas);
+        if columns.len() != partitions || !complete {
+            return Err(Refused::Inconsistent(format!(
+                "the device assignment does not have {replicas} replicas of {partitions} partitions"
+            )));
+        }
+        let ids = (0..replicas)
+            .flat_map(|replica| columns.iter().map(move |c| c.replica_device_ids[replica]))
+            .collect();
+        Devices::new(replicas, partitions, ids)
+    }
+
+    /// Serialized options that compile a rewritten module for `device` alone, without any pass.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn for_device(&self, device: i64, layouts: &Layouts) -> Result<Vec<u8>, Refused> {
+        let mut options = self.0.clone();
+        let tupled = options.parameter_is_tupled_arguments;
+        if !tupled {
+            options.argument_layouts = layouts.parameters.clone();
+        }
+        let build = options.executable_build_options.mut_or_insert_default();
+        build.result_layout = layouts.result.clone().into();
+        build.num_replicas = 1;
+        build.num_partitions = 1;
+        build.use_spmd_partitioning = false;
+        build.use_auto_spmd_partitioning = false;
+        build.use_shardy_partitioner = false;
+        build.allow_spmd_sharding_propagation_to_output.clear();
+        build.allow_spmd_sharding_propagation_to_parameters.clear();
+        build.run_backend_only = true;
+        build.device_assignment = MessageField::some(assignment(1, 1, &[device]));
+        Ok(options.write_to_bytes()?)
+    }
+}
+
+impl Devices {
+    /// A serialized `DeviceAssignmentProto`.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn to_assignment(&self) -> Result<Vec<u8>, Refused> {
+        Ok(assignment(self.replicas(), self.partitions(), self.ids()).write_to_bytes()?)
+    }
+}
+
+fn assignment(replicas: usize, partitions: usize, ids: &[i64]) -> DeviceAssignmentProto {
+    let column = |partition: usize| ComputationDevice {
+        replica_device_ids: (0..replicas)
+            .map(|replica| ids[replica * partitions + partition])
+            .collect(),
+        ..Default::default()
+    };
+    DeviceAssignmentProto {
+        replica_count: replicas as i32,
+        computation_count: partitions as i32,
+        computation_devices: (0..partitions).map(column).collect(),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::compile_options::ExecutableBuildOptionsProto;
+
+    fn options(replicas: i64, partitions: i64, ids: Option<&[i64]>) -> Options {
+        let build = ExecutableBuildOptionsProto {
+            num_replicas: replicas,
+            num_partitions: partitions,
+            device_assignment: ids
+                .map(|ids| assignment(replicas as usize, partitions as usize, ids))
+                .into(),
+            ..Default::default()
+        };
+        Options(CompileOptionsProto {
+            executable_build_options: MessageField::some(build),
+            ..Default::default()
+        })
+    }
+
+    #[test]
+    fn devices_are_those_assigned() {
+        assert!(options(0, 0, None).is_for_one() && options(1, 1, None).is_for_one());
+        assert_eq!(options(2, 2, None).devices().unwrap().ids(), [0, 1, 2, 3]);
+        let assigned = options(2, 2, Some(&[3, 1, 0, 2]));
+        assert_eq!(assigned.devices().unwrap().ids(), [3, 1, 0, 2]);
+        let mut wrong = assigned;
+        wrong
+            .0
+            .executable_build_options
+            .mut_or_insert_default()
+            .num_replicas = 4;
+        assert!(wrong.devices().is_err());
+    }
+
+    #[test]
+    fn one_device_is_left_and_unknown_fields_stay() {
+        let mut bytes = options(1, 4, Some(&[3, 1, 0, 2]))
+            .0
+            .write_to_bytes()
+            .unwrap();
+        // Field 900 with the value 7.
+        bytes.extend([0xa0, 0x38, 7]);
+        let one = Options::read(&bytes).unwrap();
+        let one = one.for_device(2, &Layouts::default()).unwrap();
+        let one = Options::read(&one).unwrap();
+        assert!(one.is_for_one());
+        assert_eq!(one.devices().unwrap().ids(), [2]);
+        assert!(one.0.special_fields.unknown_fields().get(900).is_some());
+        assert!(one.0.executable_build_options.run_backend_only);
+    }
+}

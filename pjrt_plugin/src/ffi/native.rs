@@ -1,0 +1,372 @@
+//! Handlers of native collectives, which `hlo_rewrite` puts into partitioned programs. Their operands
+//! lie contiguously as MPI wants them; the last operand and the last result are the token.
+
+use mpi_runtime::operation::REDUCTIONS;
+use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Reduction, Ticket, World, native};
+use pjrt_sys::*;
+
+use super::Handler;
+use super::frame::{Frame, handle};
+use crate::execute::ticket_of;
+use crate::natives::{self, Part};
+use crate::plugin::world;
+
+/// Handlers by the name of the target, without the prefix.
+pub const HANDLERS: &[(&str, Handler)] = &[
+    ("all_reduce", all_reduce),
+    ("all_gather", all_gather),
+    ("reduce_scatter", reduce_scatter),
+    ("all_to_all", all_to_all),
+    ("all_to_all_array", all_to_all_array),
+    ("collective_permute", collective_permute),
+    ("collective_broadcast", collective_broadcast),
+    ("id", id),
+];
+
+/// One collective of this launch.
+struct Collective<'a> {
+    frame: &'a Frame<'a>,
+    world: &'a World,
+    ticket: Ticket,
+    /// Number of arrays in and out.
+    operands: usize,
+    results: usize,
+    part: Part,
+}
+
+/// Runs `body` for a collective, in the order of its program.
+///
+/// # Safety
+/// `frame` must be what XLA passed.
+unsafe fn collective(
+    frame: *mut XLA_FFI_CallFrame,
+    body: impl FnOnce(&Collective<'_>) -> Result<(), String>,
+) -> *mut XLA_FFI_Error {
+    // SAFETY: as the caller promises.
+    unsafe {
+        handle(frame, |frame| {
+            let world = world().ok_or("mpi_cuda: a collective ran before the world was started")?;
+            let program = natives::program(attribute(frame, "program")?)?;
+            let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
+            let collective = Collective {
+                frame,
+                world,
+                ticket,
+                operands: frame.raw_args().len().saturating_sub(1),
+                results: frame.raw_rets().len().saturating_sub(1),
+                part: natives::part(attribute(frame, "table")?)?,
+            };
+            world
+                .engine
+                .begin_native(ticket, &program)
+                .map_err(|error| error.to_string())?;
+            body(&collective)?;
+            world.engine.end_native(&program);
+            Ok(())
+        })
+    }
+}
+
+fn attribute(frame: &Frame<'_>, name: &str) -> Result<i64, String> {
+    frame
+        .integer(name)
+        .ok_or_else(|| format!("mpi_cuda: a native collective lacks its attribute {name}"))
+}
+
+impl Collective<'_> {
+    fn arg(&self, index: usize) -> Result<Buffer<'_>, String> {
+        let found = self.frame.arg(index).filter(|_| index < self.operands);
+        found.ok_or_else(|| "mpi_cuda: a native collective lacks an operand".into())
+    }
+
+    fn ret(&self, index: usize) -> Result<Buffer<'_>, String> {
+        let found = self.frame.ret(index).filter(|_| index < self.results);
+        found.ok_or_else(|| "mpi_cuda: a native collective lacks a result".into())
+    }
+
+    /// The number of this rank's group, and its size; none if it is in none.
+    fn group(&self) -> Result<Option<(i64, i64)>, String> {
+        match self.part {
+            Part::Member { group, size, .. } => Ok(Some((group, size))),
+            Part::None => Ok(None),
+            _ => Err("mpi_cuda: a native collective needs groups".into()),
+        }
+    }
+
+    fn member(&self) -> Result<(i64, i64), String> {
+        self.group()?
+            .ok_or_else(|| "mpi_cuda: this rank is in no group of a native collective".into())
+    }
+
+    fn reduction(&self) -> Result<Reduction, String> {
+        let number = attribute(self.frame, "op")?;
+        let row = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n));
+        Ok(row
+            .ok_or_else(|| format!("mpi_cuda: op={number} is no reduction"))?
+            .0)
+    }
+
+    /// How many blocks of each rank's part of array `index` lie apart in the whole.
+    fn outer(&self, index: usize) -> usize {
+        let outer = self.frame.integer(&format!("outer{index}")).unwrap_or(1);
+        usize::try_from(outer).unwrap_or(1).max(1)
+    }
+
+    /// Whether any array has parts that lie apart.
+    fn has_outer(&self) -> bool {
+        self.frame.integer("outer0").is_some()
+    }
+
+    fn execute(&self, op: &Operation<'_>) -> Result<(), String> {
+        let done = self.world.engine.execute(self.ticket, op);
+        done.map_err(|error| error.to_string())
+    }
+}
+
+/// An operation on `comm` that needs no more.
+fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
+    Operation {
+        kind,
+        library: Some("XLA"),
+        comm,
+        send,
+        recv,
+        reduction: None,
+        user_reduction: 0,
+        dest: 0,
+        source: 0,
+        send_tag: native::TAG,
+        recv_tag: native::TAG,
+        status: 0,
+    }
+}
+
+fn copy(from: &Buffer<'_>, to: &Buffer<'_>) {
+    let bytes = from.bytes().min(to.bytes());
+    if bytes > 0 && !std::ptr::eq(from.data, to.data) {
+        // SAFETY: XLA's buffers have their sizes, and results do not overlap other operands.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.data.cast::<u8>(), to.data.cast(), bytes);
+        }
+    }
+}
+
+/// An array like `like` in memory of ours.
+fn over<'a>(memory: &mut [u8], like: &Buffer<'a>) -> Buffer<'a> {
+    Buffer {
+        data: memory.as_mut_ptr().cast(),
+        ..*like
+    }
+}
+
+/// From `rows` rows of `columns` blocks to `columns` rows of `rows` blocks, in one pass.
+fn interleave(from: &Buffer<'_>, to: &Buffer<'_>, rows: usize, columns: usize) {
+    let block = from.bytes() / (rows * columns).max(1);
+    assert!(from.bytes() == to.bytes() && block * rows * columns == from.bytes());
+    for row in 0..rows {
+        for column in 0..columns {
+            // SAFETY: both are different memory of their size, and every block is inside.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    from.data.cast::<u8>().add((row * columns + column) * block),
+                    to.data.cast::<u8>().add((column * rows + row) * block),
+                    block,
+                );
+            }
+        }
+    }
+}
+
+fn clear(buffer: &Buffer<'_>) {
+    if buffer.bytes() > 0 {
+        // SAFETY: XLA's buffer has its size.
+        unsafe { buffer.data.cast::<u8>().write_bytes(0, buffer.bytes()) };
+    }
+}
+
+unsafe extern "C" fn all_reduce(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        collective(frame, |call| {
+            let ((group, _), reduction) = (call.member()?, call.reduction()?);
+            for index in 0..call.operands {
+                call.execute(&Operation {
+                    reduction: Some(reduction),
+                    ..operation(Kind::Allreduce, group, call.arg(index)?, call.ret(index)?)
+                })?;
+            }
+            Ok(())
+        })
+    }
+}
+
+unsafe extern "C" fn all_gather(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        collective(frame, |call| {
+            let (group, size) = call.member()?;
+            let apart = call.has_outer();
+            for index in 0..call.operands {
+                let (send, recv) = (call.arg(index)?, call.ret(index)?);
+                let outer = if apart { call.outer(index) } else { 1 };
+                if outer == 1 {
+                    call.execute(&operation(Kind::Allgather, group, send, recv))?;
+                    continue;
+                }
+                let mut gathered = vec![0u8; recv.bytes()];
+                let into = over(&mut gathered, &recv);
+                call.execute(&operation(Kind::Allgather, group, send, into))?;
+                interleave(&into, &recv, size as usize, outer);
+            }
+            Ok(())
+        })
+    }
+}
+
+unsafe extern "C" fn reduce_scatter(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        collective(frame, |call| {
+            let ((group, size), reduction) = (call.member()?, call.reduction()?);
+            let apart = call.has_outer();
+            for index in 0..call.operands {
+                let (mut send, recv) = (call.arg(index)?, call.ret(index)?);
+                let outer = if apart { call.outer(index) } else { 1 };
+                let mut parts = Vec::new();
+                if outer > 1 {
+                    parts.resize(send.bytes(), 0u8);
+                    let into = over(&mut parts, &send);
+                    interleave(&send, &into, outer, size as usize);
+                    send = into;
+                }
+                call.execute(&Operation {
+                    reduction: Some(reduction),
+                    ..operation(Kind::ReduceScatter, group, send, recv)
+                })?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Operand `i` goes to the group's member `i`, whose block becomes result `i`: pairwise exchanges
+/// without a copy (Thakur, Rabenseifner and Gropp, 2005, section 4.3).
+unsafe extern "C" fn all_to_all(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        collective(frame, |call| {
+            let (group, size) = call.member()?;
+            let (size, rank) = (size as usize, natives::rank_in(&call.part)?);
+            if call.operands != size || call.results != size {
+                return Err(
+                    "mpi_cuda: an all-to-all does not have an operand for each rank".into(),
+                );
+            }
+            copy(&call.arg(rank)?, &call.ret(rank)?);
+            for step in 1..size {
+                let (to, from) = ((rank + step) % size, (rank + size - step) % size);
+                call.execute(&Operation {
+                    dest: to as i32,
+                    source: from as i32,
+                    ..operation(Kind::Sendrecv, group, call.arg(to)?, call.ret(from)?)
+                })?;
+            }
+            Ok(())
+        })
+    }
+}
+
+unsafe extern "C" fn all_to_all_array(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        collective(frame, |call| {
+            let (group, size) = call.member()?;
+            let (mut send, mut recv) = (call.arg(0)?, call.ret(0)?);
+            let outer = if call.has_outer() { call.outer(0) } else { 1 };
+            let shape = [size, send.elements() / size.max(1)];
+            let whole = recv;
+            (send.shape, recv.shape) = (&shape, &shape);
+            if outer == 1 {
+                return call.execute(&operation(Kind::Alltoall, group, send, recv));
+            }
+            let (mut out, mut back) = (vec![0u8; send.bytes()], vec![0u8; recv.bytes()]);
+            let parts = over(&mut out, &send);
+            interleave(&send, &parts, outer, size as usize);
+            let received = over(&mut back, &recv);
+            call.execute(&operation(Kind::Alltoall, group, parts, received))?;
+            interleave(&received, &whole, size as usize, outer);
+            Ok(())
+        })
+    }
+}
+
+unsafe extern "C" fn collective_permute(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        collective(frame, |call| {
+            let Part::Pair { to, from } = call.part else {
+                return Err("mpi_cuda: a collective-permute needs pairs".into());
+            };
+            let own = call.world.rank;
+            for index in 0..call.operands {
+                let (send, recv) = (call.arg(index)?, call.ret(index)?);
+                match (to, from) {
+                    (Some(to), Some(from)) if to == own && from == own => copy(&send, &recv),
+                    (None, None) => clear(&recv),
+                    _ => {
+                        if from.is_none() {
+                            clear(&recv);
+                        }
+                        call.execute(&Operation {
+                            dest: to.unwrap_or(PROC_NULL),
+                            source: from.unwrap_or(PROC_NULL),
+                            ..operation(
+                                Kind::Sendrecv,
+                                mpi_runtime::communicators::NATIVE,
+                                send,
+                                recv,
+                            )
+                        })?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The group's first member sends; who is in no group has zeros.
+unsafe extern "C" fn collective_broadcast(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        collective(frame, |call| {
+            let group = call.group()?;
+            for index in 0..call.operands {
+                let (send, recv) = (call.arg(index)?, call.ret(index)?);
+                match group {
+                    Some((group, _)) => call.execute(&operation(Kind::Bcast, group, send, recv))?,
+                    None => clear(&recv),
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The partition or replica that this rank's device runs.
+unsafe extern "C" fn id(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        handle(frame, |frame| {
+            let Part::Value(value) = natives::part(attribute(frame, "table")?)? else {
+                return Err("mpi_cuda: this rank runs no part of the program".into());
+            };
+            let result = frame
+                .ret(0)
+                .filter(|result| result.bytes() == size_of::<u32>());
+            let result = result.ok_or("mpi_cuda: an id must be one number of 32 bits")?;
+            result.data.cast::<u32>().write(value);
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,160 @@
+//! What the custom calls of native collectives refer to by number, as it is for this rank. Numbers
+//! are hashes of the content, so a program that comes from a cache finds the same.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock};
+
+use hlo_rewrite::{Rewritten, Table};
+use mpi_runtime::{Program, World};
+use parking_lot::RwLock;
+
+use crate::error::Error;
+
+/// What this rank does in a collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// It is in a group of that number and size.
+    Member {
+        /// Number of the group's communicator.
+        group: i64,
+        /// Number of ranks.
+        size: i64,
+        /// Rank in it.
+        rank: usize,
+    },
+    /// It sends to one rank, and receives from one.
+    Pair {
+        /// Whom it sends to.
+        to: Option<i32>,
+        /// Whom it receives from.
+        from: Option<i32>,
+    },
+    /// A number.
+    Value(u32),
+    /// Nothing.
+    None,
+}
+
+#[derive(Default)]
+struct Known {
+    parts: HashMap<i64, Part>,
+    programs: HashMap<i64, Arc<Program>>,
+}
+
+static KNOWN: LazyLock<RwLock<Known>> = LazyLock::new(RwLock::default);
+
+/// Registers what a rewritten program refers to.
+pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result<(), Error> {
+    let rank = |device: i64| {
+        i32::try_from(device)
+            .map_err(|_| Error::internal(format!("mpi_cuda: device {device} is no rank's")))
+    };
+    let mut known = KNOWN.write();
+    for (&number, table) in &rewritten.tables {
+        if known.parts.contains_key(&number) {
+            continue;
+        }
+        let part = part_of(world.rank, number, table);
+        if let (Part::Member { .. }, Table::Groups(groups)) = (part, table) {
+            let own = i64::from(world.rank);
+            let group = groups.iter().find(|group| group.contains(&own));
+            let members: Result<Vec<i32>, Error> =
+                group.into_iter().flatten().map(|&id| rank(id)).collect();
+            world.engine.know_group(number, members?);
+        }
+        known.parts.insert(number, part);
+    }
+    let members: Vec<i32> = devices
+        .iter()
+        .map(|&id| rank(id))
+        .collect::<Result<_, _>>()?;
+    known
+        .programs
+        .entry(rewritten.sequence as i64)
+        .or_insert_with(|| {
+            Arc::new(Program::new(
+                rewritten.sequence,
+                rewritten.summary.clone(),
+                members,
+                world.size,
+            ))
+        });
+    Ok(())
+}
+
+fn part_of(rank: i32, number: i64, table: &Table) -> Part {
+    let own = i64::from(rank);
+    match table {
+        Table::Groups(groups) => groups
+            .iter()
+            .find_map(|group| {
+                let rank = group.iter().position(|&id| id == own)?;
+                Some(Part::Member {
+                    group: number,
+                    size: group.len() as i64,
+                    rank,
+                })
+            })
+            .unwrap_or(Part::None),
+        Table::Pairs(pairs) => {
+            let to = pairs.iter().find(|pair| pair.0 == own).map(|pair| pair.1);
+            let from = pairs.iter().find(|pair| pair.1 == own).map(|pair| pair.0);
+            Part::Pair {
+                to: to.map(|id| id as i32),
+                from: from.map(|id| id as i32),
+            }
+        }
+        Table::Values(values) => values
+            .iter()
+            .find(|value| value.0 == own)
+            .map_or(Part::None, |value| Part::Value(value.1)),
+    }
+}
+
+/// What this rank does in the collective that refers to `number`.
+pub fn part(number: i64) -> Result<Part, String> {
+    KNOWN.read().parts.get(&number).copied().ok_or_else(|| {
+        format!("mpi_cuda: a native collective refers to {number}, which no program here has")
+    })
+}
+
+/// The program with that number.
+pub fn program(number: i64) -> Result<Arc<Program>, String> {
+    KNOWN.read().programs.get(&number).cloned().ok_or_else(|| {
+        format!("mpi_cuda: a native collective is of program {number}, which is not loaded here")
+    })
+}
+
+/// This rank's place in its group.
+pub fn rank_in(part: &Part) -> Result<usize, String> {
+    match part {
+        Part::Member { rank, .. } => Ok(*rank),
+        _ => Err("mpi_cuda: this rank is in no group of a native collective".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_rank_has_its_part() {
+        let groups = Table::Groups(vec![vec![2, 0], vec![3, 1]]);
+        let member = |rank| Part::Member {
+            group: 9,
+            size: 2,
+            rank,
+        };
+        assert_eq!(part_of(0, 9, &groups), member(1));
+        assert_eq!(part_of(3, 9, &groups), member(0));
+        assert_eq!(part_of(4, 9, &groups), Part::None);
+        let pairs = Table::Pairs(vec![(0, 1), (1, 2)]);
+        let pair = |to, from| Part::Pair { to, from };
+        assert_eq!(part_of(0, 9, &pairs), pair(Some(1), None));
+        assert_eq!(part_of(1, 9, &pairs), pair(Some(2), Some(0)));
+        assert_eq!(part_of(3, 9, &pairs), pair(None, None));
+        let values = Table::Values(vec![(0, 5), (1, 4)]);
+        assert_eq!(part_of(1, 9, &values), Part::Value(4));
+        assert_eq!(part_of(2, 9, &values), Part::None);
+    }
+}

@@ -1,0 +1,366 @@
+//! Programs for several devices. The inner plugin partitions one for all devices of the world; what it
+//! made of it is rewritten (`hlo_rewrite`), and compiled again for this rank's device alone. Towards
+//! the framework the result is still the program for all of them.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{c_char, c_void};
+use std::sync::{Arc, LazyLock};
+
+use hlo_rewrite::{Devices, Options, Refused, Rewritten};
+use mpi_runtime::communicators::NATIVE;
+use mpi_runtime::{Alike, World};
+use parking_lot::RwLock;
+use pjrt_sys::*;
+
+use crate::boundary;
+use crate::call::{call, new_args};
+use crate::client;
+use crate::error::Error;
+use crate::handles::destroy_loaded;
+use crate::natives;
+use crate::plugin::{plugin, world};
+
+/// Format of what [`PJRT_Executable_OptimizedProgram`] gives.
+const OPTIMIZED: &str = "hlo_with_config";
+
+/// What the framework is told about an executable for several devices.
+pub struct Spmd {
+    devices: Devices,
+    /// The partitioned, optimized program, before rewriting.
+    optimized: Vec<u8>,
+    /// What is in the rewritten one.
+    pub contents: Contents,
+}
+
+/// What of ours is in a rewritten program.
+#[derive(Clone, Copy)]
+pub struct Contents {
+    /// It communicates.
+    pub operations: bool,
+    /// It is the same on all ranks of the world.
+    pub alike: Option<Alike>,
+}
+
+/// By executable and by loaded executable.
+static KNOWN: LazyLock<RwLock<HashMap<usize, Arc<Spmd>>>> = LazyLock::new(RwLock::default);
+
+/// Loaded executables for devices of other ranks alone.
+static ELSEWHERE: LazyLock<RwLock<HashSet<usize>>> = LazyLock::new(RwLock::default);
+
+/// What is known of an executable or a loaded executable; none if it is for one device.
+pub fn find<T>(handle: *const T) -> Option<Arc<Spmd>> {
+    let known = KNOWN.read();
+    if known.is_empty() {
+        return None;
+    }
+    known.get(&(handle as usize)).cloned()
+}
+
+/// Addresses are reused, so this comes before destroying.
+pub fn forget<T>(handle: *const T) {
+    if find(handle).is_some() {
+        KNOWN.write().remove(&(handle as usize));
+    }
+    if !ELSEWHERE.read().is_empty() {
+        ELSEWHERE.write().remove(&(handle as usize));
+    }
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Error {
+        Error::unimplemented(format!("mpi_cuda: {refused}"))
+    }
+}
+
+/// Where a program is to run.
+pub enum Place {
+    /// On this rank's device alone, as far as we can read.
+    Here,
+    /// On devices of other ranks alone.
+    Elsewhere,
+    /// On several devices, of which one is this rank's.
+    Several(Box<Options>),
+}
+
+/// Where a program with these serialized options is to run.
+pub fn place(client: *mut PJRT_Client, serialized: &[u8]) -> Place {
+    // What we cannot read is for the inner plugin to refuse.
+    let (Ok(options), Some(client)) = (Options::read(serialized), client::find(client)) else {
+        return Place::Here;
+    };
+    match options.devices() {
+        Ok(devices)
+            if !devices.ids().contains(&i64::from(client.rank)) && options.is_assigned() =>
+        {
+            Place::Elsewhere
+        }
+        _ if options.is_for_one() => Place::Here,
+        _ => Place::Several(Box::new(options)),
+    }
+}
+
+/// Notes that `loaded` runs on devices of other ranks alone.
+pub fn note_elsewhere(loaded: *const PJRT_LoadedExecutable) {
+    ELSEWHERE.write().insert(loaded as usize);
+}
+
+/// `PJRT_LoadedExecutable_AddressableDevices`
+pub unsafe extern "C" fn addressable_devices(
+    args: *mut PJRT_LoadedExecutable_AddressableDevices_Args,
+) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            let inner = plugin()
+                .inner
+                .api()
+                .PJRT_LoadedExecutable_AddressableDevices;
+            call(inner, args)?;
+            if ELSEWHERE.read().contains(&((*args).executable as usize)) {
+                (*args).num_addressable_devices = 0;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Replaces what the inner plugin compiled for all devices by a program for this rank's.
+///
+/// # Safety
+/// `args` must have been compiled by the inner plugin, with `options`.
+pub unsafe fn specialise(
+    args: &mut PJRT_Client_Compile_Args,
+    options: &Options,
+) -> Result<Arc<Spmd>, Error> {
+    let whole = args.executable;
+    // SAFETY: as the caller promises.
+    let optimized = unsafe { optimized_program(whole) };
+    // What was compiled for all devices is not needed any more.
+    destroy_loaded(whole);
+    args.executable = std::ptr::null_mut();
+    let (loaded, spmd) = load(args.client, optimized?, options)?;
+    args.executable = loaded;
+    Ok(spmd)
+}
+
+/// Compiles a partitioned, optimized program for this rank's device.
+fn load(
+    client: *mut PJRT_Client,
+    optimized: Vec<u8>,
+    options: &Options,
+) -> Result<(*mut PJRT_LoadedExecutable, Arc<Spmd>), Error> {
+    let world = world().ok_or_else(|| Error::internal("a program before the world"))?;
+    let rank = client::find(client)
+        .ok_or_else(|| Error::invalid("mpi_cuda: unknown client"))?
+        .rank;
+    let devices = options.devices()?;
+    let own = i64::from(rank);
+    if !devices.ids().contains(&own) {
+        return Err(Error::invalid(format!(
+            "mpi_cuda: rank {rank} compiles a program for the devices {:?}, of which none is its own",
+            devices.ids()
+        )));
+    }
+    let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
+    natives::register(&rewritten, devices.ids(), world)?;
+    let contents = Contents::of(&rewritten, &devices, world);
+    let options = options.for_device(own, &rewritten.layouts)?;
+    let loaded = compile(client, &rewritten.module, &options)?;
+    let spmd = Arc::new(Spmd {
+        devices,
+        optimized,
+        contents,
+    });
+    KNOWN.write().insert(loaded as usize, spmd.clone());
+    Ok((loaded, spmd))
+}
+
+impl Contents {
+    fn of(rewritten: &Rewritten, devices: &Devices, world: &World) -> Contents {
+        let everybody = devices.ids().len() == world.size as usize;
+        let alike = rewritten.collectives > 0 && rewritten.other_ordered == 0 && everybody;
+        Contents {
+            operations: rewritten.collectives > 0,
+            alike: alike.then_some(Alike {
+                comm: NATIVE,
+                sequence: rewritten.sequence,
+                balance: None,
+            }),
+        }
+    }
+}
+
+/// Compiles a module with the inner plugin.
+fn compile(
+    client: *mut PJRT_Client,
+    module: &[u8],
+    options: &[u8],
+) -> Result<*mut PJRT_LoadedExecutable, Error> {
+    const FORMAT: &str = "hlo";
+    let mut program = new_args::<PJRT_Program>();
+    program.code = module.as_ptr().cast_mut().cast();
+    program.code_size = module.len();
+    program.format = FORMAT.as_ptr().cast();
+    program.format_size = FORMAT.len();
+    let mut args = new_args::<PJRT_Client_Compile_Args>();
+    args.client = client;
+    args.program = &program;
+    args.compile_options = options.as_ptr().cast();
+    args.compile_options_size = options.len();
+    // SAFETY: valid arguments, which the inner plugin copies.
+    unsafe { call(plugin().inner.api().PJRT_Client_Compile, &mut args) }?;
+    Ok(args.executable)
+}
+
+/// # Safety
+/// `loaded` must be live.
+unsafe fn optimized_program(loaded: *mut PJRT_LoadedExecutable) -> Result<Vec<u8>, Error> {
+    let api = plugin().inner.api();
+    let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
+    get.loaded_executable = loaded;
+    // SAFETY: as the caller promises.
+    unsafe { call(api.PJRT_LoadedExecutable_GetExecutable, &mut get) }?;
+    let mut program = new_args::<PJRT_Program>();
+    let mut args = new_args::<PJRT_Executable_OptimizedProgram_Args>();
+    args.executable = get.executable;
+    args.program = &mut program;
+    let mut code = Vec::new();
+    // SAFETY: the first call asks for the size, the second fills that many bytes.
+    let result = unsafe {
+        call(api.PJRT_Executable_OptimizedProgram, &mut args).and_then(|()| {
+            code.resize(program.code_size, 0u8);
+            program.code = code.as_mut_ptr().cast();
+            call(api.PJRT_Executable_OptimizedProgram, &mut args)
+        })
+    };
+    let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
+    destroy.executable = get.executable;
+    // SAFETY: got above; destroyed once.
+    unsafe { call(api.PJRT_Executable_Destroy, &mut destroy) }?;
+    result?;
+    Ok(code)
+}
+
+/// `PJRT_LoadedExecutable_GetExecutable`
+pub unsafe extern "C" fn get_executable(
+    args: *mut PJRT_LoadedExecutable_GetExecutable_Args,
+) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            call(
+                plugin().inner.api().PJRT_LoadedExecutable_GetExecutable,
+                args,
+            )?;
+            if let Some(spmd) = find((*args).loaded_executable) {
+                KNOWN.write().insert((*args).executable as usize, spmd);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `PJRT_Executable_Destroy`
+pub unsafe extern "C" fn destroy_executable(
+    args: *mut PJRT_Executable_Destroy_Args,
+) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            forget((*args).executable);
+            call(plugin().inner.api().PJRT_Executable_Destroy, args)
+        }
+    })
+}
+
+/// `PJRT_Executable_NumPartitions`
+pub unsafe extern "C" fn num_partitions(
+    args: *mut PJRT_Executable_NumPartitions_Args,
+) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            match find((*args).executable) {
+                Some(spmd) => (*args).num_partitions = spmd.devices.partitions(),
+                None => call(plugin().inner.api().PJRT_Executable_NumPartitions, args)?,
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `PJRT_Executable_NumReplicas`
+pub unsafe extern "C" fn num_replicas(
+    args: *mut PJRT_Executable_NumReplicas_Args,
+) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            match find((*args).executable) {
+                Some(spmd) => (*args).num_replicas = spmd.devices.replicas(),
+                None => call(plugin().inner.api().PJRT_Executable_NumReplicas, args)?,
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `PJRT_Executable_OptimizedProgram`: the partitioned program with its collectives.
+pub unsafe extern "C" fn optimized(
+    args: *mut PJRT_Executable_OptimizedProgram_Args,
+) -> *mut PJRT_Error {
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments, and, if there is a buffer, one of the size that
+        // it was told.
+        unsafe {
+            let Some(spmd) = find((*args).executable) else {
+                return call(plugin().inner.api().PJRT_Executable_OptimizedProgram, args);
+            };
+            let program = &mut *(*args).program;
+            program.format = OPTIMIZED.as_ptr().cast();
+            program.format_size = OPTIMIZED.len();
+            let size = spmd.optimized.len();
+            if program.code.is_null() {
+                program.code_size = size;
+            } else if program.code_size < size {
+                return Err(Error::invalid(format!(
+                    "mpi_cuda: the optimized program has {size} bytes, and the buffer {}",
+                    program.code_size
+                )));
+            } else {
+                let from = spmd.optimized.as_ptr().cast::<c_char>();
+                std::ptr::copy_nonoverlapping(from, program.code, size);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `PJRT_LoadedExecutable_GetDeviceAssignment`
+pub unsafe extern "C" fn device_assignment(
+    args: *mut PJRT_LoadedExecutable_GetDeviceAssignment_Args,
+) -> *mut PJRT_Error {
+    unsafe extern "C" fn free(assignment: *mut PJRT_DeviceAssignmentSerialized) {
+        // SAFETY: the box made below, freed once.
+        drop(unsafe { Box::from_raw(assignment.cast::<Vec<u8>>()) });
+    }
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            let Some(spmd) = find((*args).executable) else {
+                let inner = plugin()
+                    .inner
+                    .api()
+                    .PJRT_LoadedExecutable_GetDeviceAssignment;
+                return call(inner, args);
+            };
+            let serialized = Box::new(spmd.devices.to_assignment()?);
+            (*args).serialized_bytes = serialized.as_ptr().cast();
+            (*args).serialized_bytes_size = serialized.len();
+            (*args).serialized_device_assignment =
+                Box::into_raw(serialized).cast::<c_void>().cast();
+            (*args).serialized_device_assignment_deleter = Some(free);
+        }
+        Ok(())
+    })
+}
