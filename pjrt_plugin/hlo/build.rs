@@ -5,7 +5,11 @@ fn main() {
     protobuf_codegen::Codegen::new()
         .pure()
         .include("proto")
-        .inputs(["proto/hlo.proto", "proto/compile_options.proto"])
+        .inputs([
+            "proto/hlo.proto",
+            "proto/compile_options.proto",
+            "proto/envelope.proto",
+        ])
         .cargo_out_dir("proto")
         .run_from_script();
 }

@@ -79,6 +79,7 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_Executable_Destroy = spmd::destroy_executable,
         PJRT_Executable_NumPartitions = spmd::num_partitions,
         PJRT_Executable_NumReplicas = spmd::num_replicas,
+        PJRT_Executable_Serialize = spmd::serialize,
         PJRT_Executable_OptimizedProgram = spmd::optimized,
         PJRT_Executable_DeserializeAndLoad = compile::deserialize_and_load,
         PJRT_ExecuteContext_Destroy = context::destroy,

@@ -37,9 +37,11 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
                     return Ok(());
                 }
                 Place::Several(options) => {
-                    let spmd = spmd::specialise(&mut *args, &options)?;
-                    ours.operations |= spmd.contents.operations;
-                    ours.alike = spmd.contents.alike.filter(|_| !ours.callbacks);
+                    let whole = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());
+                    let (client, callbacks) = ((*args).client, ours.callbacks);
+                    let (loaded, native) = spmd::specialise(client, whole, &options, callbacks)?;
+                    (*args).executable = loaded;
+                    ours.merge(native);
                 }
             }
             note((*args).executable, ours)
@@ -69,14 +71,45 @@ pub unsafe extern "C" fn deserialize_and_load(
                 (*args).serialized_executable,
                 (*args).serialized_executable_size,
             );
-            let ours = Contents::of(serialized);
+            let mut ours = Contents::of(serialized);
+            let options = overridden_options(args);
+            let client = (*args).client;
+            if let Some((loaded, native)) = spmd::deserialize(client, serialized, options)? {
+                (*args).loaded_executable = loaded;
+                ours.merge(native);
+                return note(loaded, ours);
+            }
             call(
                 plugin().inner.api().PJRT_Executable_DeserializeAndLoad,
                 args,
             )?;
+            if !options.is_empty() && matches!(spmd::place(client, options), Place::Elsewhere) {
+                spmd::note_elsewhere((*args).loaded_executable);
+                return Ok(());
+            }
             note((*args).loaded_executable, ours)
         }
     })
+}
+
+/// The options that replace those in a serialized program; empty if there are none.
+///
+/// # Safety
+/// `args` must be valid for its `struct_size`.
+unsafe fn overridden_options<'a>(args: *const PJRT_Executable_DeserializeAndLoad_Args) -> &'a [u8] {
+    type Args = PJRT_Executable_DeserializeAndLoad_Args;
+    const END: usize =
+        std::mem::offset_of!(Args, overridden_serialized_compile_options_size) + size_of::<usize>();
+    // SAFETY: as the caller promises; older frameworks have no such options.
+    unsafe {
+        if (*args).struct_size < END {
+            return &[];
+        }
+        bytes(
+            (*args).overridden_serialized_compile_options,
+            (*args).overridden_serialized_compile_options_size,
+        )
+    }
 }
 
 /// What of ours a program calls; the names of targets stand in every format as they are.
@@ -89,6 +122,13 @@ struct Contents {
 }
 
 impl Contents {
+    /// Adds the native collectives of a program for several devices.
+    fn merge(&mut self, native: spmd::Contents) {
+        self.operations |= native.operations;
+        self.callbacks |= native.callbacks;
+        self.alike = native.alike;
+    }
+
     fn of(program: &[u8]) -> Contents {
         Contents {
             operations: has_operations(program),

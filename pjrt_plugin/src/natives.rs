@@ -68,17 +68,14 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
         .iter()
         .map(|&id| rank(id))
         .collect::<Result<_, _>>()?;
-    known
-        .programs
-        .entry(rewritten.sequence as i64)
-        .or_insert_with(|| {
-            Arc::new(Program::new(
-                rewritten.sequence,
-                rewritten.summary.clone(),
-                members,
-                world.size,
-            ))
-        });
+    known.programs.entry(rewritten.identity).or_insert_with(|| {
+        Arc::new(Program::new(
+            rewritten.sequence,
+            rewritten.summary.clone(),
+            members,
+            world.size,
+        ))
+    });
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::{c_char, c_void};
 use std::sync::{Arc, LazyLock};
 
-use hlo_rewrite::{Devices, Options, Refused, Rewritten};
+use hlo_rewrite::{Devices, Envelope, Options, Refused, Rewritten};
 use mpi_runtime::communicators::NATIVE;
 use mpi_runtime::{Alike, World};
 use parking_lot::RwLock;
@@ -28,15 +28,19 @@ pub struct Spmd {
     devices: Devices,
     /// The partitioned, optimized program, before rewriting.
     optimized: Vec<u8>,
-    /// What is in the rewritten one.
-    pub contents: Contents,
+    /// What it was compiled with.
+    options: Options,
+    /// It calls back into the host.
+    callbacks: bool,
 }
 
 /// What of ours is in a rewritten program.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct Contents {
-    /// It communicates.
+    /// It has native collectives.
     pub operations: bool,
+    /// It calls back into the host.
+    pub callbacks: bool,
     /// It is the same on all ranks of the world.
     pub alike: Option<Alike>,
 }
@@ -127,20 +131,18 @@ pub unsafe extern "C" fn addressable_devices(
 /// Replaces what the inner plugin compiled for all devices by a program for this rank's.
 ///
 /// # Safety
-/// `args` must have been compiled by the inner plugin, with `options`.
+/// `whole` must be a live executable that was compiled with `options` and nobody uses.
 pub unsafe fn specialise(
-    args: &mut PJRT_Client_Compile_Args,
+    client: *mut PJRT_Client,
+    whole: *mut PJRT_LoadedExecutable,
     options: &Options,
-) -> Result<Arc<Spmd>, Error> {
-    let whole = args.executable;
+    callbacks: bool,
+) -> Result<(*mut PJRT_LoadedExecutable, Contents), Error> {
     // SAFETY: as the caller promises.
     let optimized = unsafe { optimized_program(whole) };
     // What was compiled for all devices is not needed any more.
     destroy_loaded(whole);
-    args.executable = std::ptr::null_mut();
-    let (loaded, spmd) = load(args.client, optimized?, options)?;
-    args.executable = loaded;
-    Ok(spmd)
+    load(client, optimized?, options, callbacks)
 }
 
 /// Compiles a partitioned, optimized program for this rank's device.
@@ -148,39 +150,105 @@ fn load(
     client: *mut PJRT_Client,
     optimized: Vec<u8>,
     options: &Options,
-) -> Result<(*mut PJRT_LoadedExecutable, Arc<Spmd>), Error> {
+    callbacks: bool,
+) -> Result<(*mut PJRT_LoadedExecutable, Contents), Error> {
     let world = world().ok_or_else(|| Error::internal("a program before the world"))?;
-    let rank = client::find(client)
-        .ok_or_else(|| Error::invalid("mpi_cuda: unknown client"))?
-        .rank;
+    let own = i64::from(
+        client::find(client)
+            .ok_or_else(|| Error::invalid("mpi_cuda: unknown client"))?
+            .rank,
+    );
     let devices = options.devices()?;
-    let own = i64::from(rank);
-    if !devices.ids().contains(&own) {
-        return Err(Error::invalid(format!(
-            "mpi_cuda: rank {rank} compiles a program for the devices {:?}, of which none is its own",
-            devices.ids()
-        )));
-    }
     let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
     natives::register(&rewritten, devices.ids(), world)?;
-    let contents = Contents::of(&rewritten, &devices, world);
-    let options = options.for_device(own, &rewritten.layouts)?;
-    let loaded = compile(client, &rewritten.module, &options)?;
+    let contents = Contents::of(&rewritten, &devices, world, callbacks);
+    let for_device = options.for_device(own, &rewritten.layouts)?;
+    let loaded = compile(client, &rewritten.module, &for_device)?;
     let spmd = Arc::new(Spmd {
         devices,
         optimized,
-        contents,
+        options: options.clone(),
+        callbacks,
     });
-    KNOWN.write().insert(loaded as usize, spmd.clone());
-    Ok((loaded, spmd))
+    KNOWN.write().insert(loaded as usize, spmd);
+    Ok((loaded, contents))
+}
+
+/// Loads what [`serialize`] wrote, with the options given or those that it was compiled with; none if
+/// the bytes are something else.
+pub fn deserialize(
+    client: *mut PJRT_Client,
+    serialized: &[u8],
+    options: &[u8],
+) -> Result<Option<(*mut PJRT_LoadedExecutable, Contents)>, Error> {
+    let Some(envelope) = Envelope::read(serialized)? else {
+        return Ok(None);
+    };
+    let given = if options.is_empty() {
+        &envelope.options[..]
+    } else {
+        options
+    };
+    let loaded = match place(client, given) {
+        Place::Several(options) => load(client, envelope.optimized, &options, envelope.callbacks)?,
+        Place::Elsewhere => {
+            let options = Options::read(given)?.without_passes()?;
+            let loaded = compile_for_all(client, &envelope.optimized, &options)?;
+            note_elsewhere(loaded);
+            (loaded, Contents::default())
+        }
+        Place::Here => {
+            return Err(Error::invalid(
+                "mpi_cuda: a program for several devices cannot be loaded for one",
+            ));
+        }
+    };
+    Ok(Some(loaded))
+}
+
+fn compile_for_all(
+    client: *mut PJRT_Client,
+    optimized: &[u8],
+    options: &[u8],
+) -> Result<*mut PJRT_LoadedExecutable, Error> {
+    compile(client, &hlo_rewrite::module_of(optimized)?, options)
+}
+
+/// `PJRT_Executable_Serialize`: a program for several devices as any rank can load it.
+pub unsafe extern "C" fn serialize(args: *mut PJRT_Executable_Serialize_Args) -> *mut PJRT_Error {
+    unsafe extern "C" fn free(serialized: *mut PJRT_SerializedExecutable) {
+        // SAFETY: the box made below, freed once.
+        drop(unsafe { Box::from_raw(serialized.cast::<Vec<u8>>()) });
+    }
+    boundary::pjrt(|| {
+        // SAFETY: the framework passes valid arguments.
+        unsafe {
+            let Some(spmd) = find((*args).executable) else {
+                return call(plugin().inner.api().PJRT_Executable_Serialize, args);
+            };
+            let envelope = Envelope {
+                optimized: spmd.optimized.clone(),
+                options: spmd.options.write()?,
+                callbacks: spmd.callbacks,
+            };
+            let serialized = Box::new(envelope.write()?);
+            (*args).serialized_bytes = serialized.as_ptr().cast();
+            (*args).serialized_bytes_size = serialized.len();
+            (*args).serialized_executable = Box::into_raw(serialized).cast::<c_void>().cast();
+            (*args).serialized_executable_deleter = Some(free);
+        }
+        Ok(())
+    })
 }
 
 impl Contents {
-    fn of(rewritten: &Rewritten, devices: &Devices, world: &World) -> Contents {
+    fn of(rewritten: &Rewritten, devices: &Devices, world: &World, callbacks: bool) -> Contents {
         let everybody = devices.ids().len() == world.size as usize;
         let alike = rewritten.collectives > 0 && rewritten.other_ordered == 0 && everybody;
+        let alike = alike && !callbacks;
         Contents {
             operations: rewritten.collectives > 0,
+            callbacks,
             alike: alike.then_some(Alike {
                 comm: NATIVE,
                 sequence: rewritten.sequence,

@@ -7,6 +7,7 @@ it receives (if any), then that token. `result` is the shape and dtype of what i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,22 @@ def _abstract_eval(*avals: Any, result: Result | None, token: bool, **_: Any) ->
     return data + [TOKEN] * token, {_order.effect}
 
 
+def _refuse_automatic_partitioning(name: str, context: Any) -> None:
+    """An operation is one rank's: without meaning where XLA divides arrays among ranks."""
+    manual: frozenset[Any] = getattr(context, "manual_axes", frozenset())
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        devices = getattr(context, "num_devices", 1)
+    else:
+        devices = math.prod(n for axis, n in dict(mesh.shape).items() if axis not in manual)
+    if devices > 1:
+        raise NotImplementedError(
+            f"mpi_cuda.{name} stands in code that JAX partitions automatically over {devices} "
+            "devices, where it is not said which part of an array each rank passes: put it into "
+            "jax.shard_map over all axes of the mesh, or pass it arrays of this rank's own device"
+        )
+
+
 def _lowering(
     name: str,
     ctx: jax_mlir.LoweringRuleContext,
@@ -103,6 +120,7 @@ def _lowering(
             f"mpi_cuda.{name} needs the backend mpi_cuda, and this program is compiled for "
             f"{backend.platform}: start with JAX_PLATFORMS=mpi_cuda"
         )
+    _refuse_automatic_partitioning(name, ctx.module_context.axis_context)
     avals = list(ctx.avals_in)
     values = list(operands)
     if template:

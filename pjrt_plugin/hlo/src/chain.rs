@@ -26,6 +26,7 @@ const LONGEST_SUMMARY: usize = 400;
 #[derive(Default)]
 pub(crate) struct Found {
     pub(crate) tables: BTreeMap<i64, Table>,
+    pub(crate) identity: i64,
     pub(crate) sequence: u64,
     pub(crate) summary: String,
     pub(crate) collectives: usize,
@@ -52,6 +53,7 @@ pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Re
     let mut hasher = DefaultHasher::new();
     (devices.ids(), &description.whole).hash(&mut hasher);
     found.sequence = hasher.finish();
+    found.identity = identity(module, found.sequence);
     found.summary = description.summary();
     for call in calls.values() {
         found.tables.insert(call.table.number(), call.table.clone());
@@ -63,12 +65,29 @@ pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Re
             let rewriting = Rewriting {
                 calls: &calls,
                 ordered: &ordered,
-                sequence: found.sequence,
+                program: found.identity,
             };
             rewriting.computation(module, id)?;
         }
     }
     Ok(found)
+}
+
+/// The same on all ranks, if they have the same program, and each time that it is compiled.
+fn identity(module: &Module, sequence: u64) -> i64 {
+    let mut hasher = DefaultHasher::new();
+    sequence.hash(&mut hasher);
+    for computation in module.computations() {
+        computation.instructions.len().hash(&mut hasher);
+        for instruction in &computation.instructions {
+            instruction.opcode.hash(&mut hasher);
+            instruction.custom_call_target.hash(&mut hasher);
+            for shape in collective::results(instruction) {
+                (shape.element_type, &shape.dimensions).hash(&mut hasher);
+            }
+        }
+    }
+    hasher.finish() as i64
 }
 
 fn recognise_all(module: &Module, devices: &Devices) -> Result<Calls, Refused> {
@@ -250,7 +269,7 @@ fn describe(
 struct Rewriting<'a> {
     calls: &'a Calls,
     ordered: &'a HashMap<i64, Shape>,
-    sequence: u64,
+    program: i64,
 }
 
 /// A computation while it is rewritten.
@@ -408,7 +427,7 @@ impl Rewriting<'_> {
             attributes.push(format!("outer{index} = {outer} : i64"));
         }
         if call.ordered {
-            attributes.push(format!("program = {} : i64", self.sequence as i64));
+            attributes.push(format!("program = {} : i64", self.program));
         }
         let results: Vec<ShapeProto> = collective::results(&instruction)
             .into_iter()

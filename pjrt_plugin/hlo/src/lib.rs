@@ -8,6 +8,7 @@
 
 mod chain;
 mod collective;
+mod envelope;
 mod groups;
 mod module;
 mod options;
@@ -20,11 +21,12 @@ use std::collections::BTreeMap;
 
 use protobuf::Message;
 
+pub use envelope::Envelope;
 pub use groups::Devices;
 pub use options::Options;
 
 use module::Module;
-use proto::hlo::{HloModuleProtoWithConfig, ShapeProto};
+use proto::hlo::{HloModuleProto, HloModuleProtoWithConfig, ShapeProto};
 
 /// What the names of the targets of native collectives begin with.
 pub const TARGET_PREFIX: &str = "mpi_cuda_native_";
@@ -68,6 +70,9 @@ pub struct Rewritten {
     pub module: Vec<u8>,
     /// What its custom calls refer to.
     pub tables: BTreeMap<i64, Table>,
+    /// Hash of everything but names, places in the source and values of constants: the program, even if
+    /// it was compiled again.
+    pub identity: i64,
     /// Hash of the sequence of collectives; equal programs have equal ones in every process.
     pub sequence: u64,
     /// The sequence in words, for people; long ones are cut.
@@ -87,22 +92,33 @@ pub struct Layouts {
     result: Option<ShapeProto>,
 }
 
+/// The serialized `HloModuleProto` in a serialized `HloModuleProtoWithConfig`.
+///
+/// # Errors
+/// If there is none.
+pub fn module_of(program: &[u8]) -> Result<Vec<u8>, Refused> {
+    Ok(read(program)?.write_to_bytes()?)
+}
+
+fn read(program: &[u8]) -> Result<HloModuleProto, Refused> {
+    HloModuleProtoWithConfig::parse_from_bytes(program)?
+        .hlo_module
+        .into_option()
+        .ok_or_else(|| Refused::Inconsistent("it has no module".into()))
+}
+
 /// Rewrites a serialized `HloModuleProtoWithConfig`.
 ///
 /// # Errors
 /// If it is no module, or holds an instruction that cannot be executed.
 pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
-    let with_config = HloModuleProtoWithConfig::parse_from_bytes(program)?;
-    let proto = with_config
-        .hlo_module
-        .into_option()
-        .ok_or_else(|| Refused::Inconsistent("it has no module".into()))?;
-    let mut module = Module::new(proto)?;
+    let mut module = Module::new(read(program)?)?;
     let found = chain::thread(&mut module, devices)?;
     let layouts = module.layouts();
     Ok(Rewritten {
         module: module.into_proto().write_to_bytes()?,
         tables: found.tables,
+        identity: found.identity,
         sequence: found.sequence,
         summary: found.summary,
         collectives: found.collectives,
