@@ -451,6 +451,8 @@ impl Rewriting<'_> {
         made.replica_groups.clear();
         made.source_target_pairs.clear();
         made.collective_device_list = MessageField::none();
+        made.iota_collective_device_list = MessageField::none();
+        made.mesh_axes_replica_group_list = MessageField::none();
         let Some(current) = current.as_mut().filter(|_| call.ordered) else {
             out.push(made);
             return Ok(());

@@ -12,6 +12,8 @@ mod envelope;
 mod groups;
 mod module;
 mod options;
+#[cfg(test)]
+mod tests;
 mod proto {
     #![allow(missing_docs, clippy::all, unused)]
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));

@@ -1,0 +1,87 @@
+"""Records optimized modules of programs for four devices, for the tests of rewriting.
+
+    JAX_PLATFORMS=cpu python pjrt_plugin/hlo/tests/record.py
+
+Each becomes an HloModuleProto in recorded/, as JAX's own CPU backend leaves it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# No path of the machine that recorded them.
+jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
+MESH = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+ROWS, BOTH = NamedSharding(MESH, P("a")), NamedSharding(MESH, P("a", "b"))
+X = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=BOTH)
+
+
+def mapped(body):
+    return jax.shard_map(
+        body, mesh=MESH, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False
+    )
+
+
+def every_kind(x):
+    x = lax.psum(x, "a") + lax.pmax(x, ("a", "b")) + lax.axis_index("b")
+    x = lax.psum_scatter(
+        lax.all_gather(x, "b", axis=1, tiled=True), "b", scatter_dimension=1, tiled=True
+    )
+    x = lax.all_to_all(x, "a", 0, 1, tiled=True)
+    x = lax.all_to_all(x, "a", 1, 0, tiled=True)
+    return lax.ppermute(x, "b", [(0, 1)])
+
+
+def nested(x):
+    def inner(x):
+        return lax.cond(
+            lax.psum(x.sum(), ("a", "b")) > 0,
+            lambda x: lax.fori_loop(0, 3, lambda _, x: lax.ppermute(x, "a", [(0, 1), (1, 0)]), x),
+            lambda x: x - lax.pmin(x, "b"),
+            x,
+        )
+
+    def body(carry):
+        x, i = carry
+        return inner(x) * 0.5, i + 1
+
+    return lax.while_loop(lambda c: lax.pmax(c[0].max(), ("a", "b")) > c[1], body, (x, 0.0))[0]
+
+
+def train(params, x):
+    def loss(params):
+        h = jnp.tanh(x @ params["first"])
+        return jnp.mean((h @ params["second"]) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), value
+
+
+PARAMS = {
+    "first": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(MESH, P("a", "b"))),
+    "second": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(MESH, P("b", "a"))),
+}
+PROGRAMS = {
+    "every_kind": (jax.jit(mapped(every_kind)), (X,)),
+    "nested": (jax.jit(mapped(nested)), (X,)),
+    "train": (jax.jit(train, donate_argnums=0), (PARAMS, X)),
+    "automatic": (jax.jit(lambda x: jnp.sort(x.T @ x, axis=0), out_shardings=ROWS), (X,)),
+    "local": (jax.jit(lambda x: x * 2), (X,)),
+}
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent / "recorded"
+    for name, (function, arguments) in PROGRAMS.items():
+        modules = function.lower(*arguments).compile().runtime_executable().hlo_modules()
+        (folder / f"{name}.hlo.pb").write_bytes(modules[0].as_serialized_hlo_module_proto())
+        print(name, (folder / f"{name}.hlo.pb").stat().st_size)
