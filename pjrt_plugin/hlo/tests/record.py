@@ -27,12 +27,14 @@ X = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=BOTH)
 
 
 def mapped(body):
+    """`body` of every device's part."""
     return jax.shard_map(
         body, mesh=MESH, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False
     )
 
 
 def every_kind(x):
+    """One collective of each kind."""
     x = lax.psum(x, "a") + lax.pmax(x, ("a", "b")) + lax.axis_index("b")
     x = lax.psum_scatter(
         lax.all_gather(x, "b", axis=1, tiled=True), "b", scatter_dimension=1, tiled=True
@@ -43,6 +45,8 @@ def every_kind(x):
 
 
 def nested(x):
+    """Collectives in branches in loops, and in a loop's condition."""
+
     def inner(x):
         return lax.cond(
             lax.psum(x.sum(), ("a", "b")) > 0,
@@ -59,6 +63,8 @@ def nested(x):
 
 
 def train(params, x):
+    """A step of training, partitioned automatically."""
+
     def loss(params):
         h = jnp.tanh(x @ params["first"])
         return jnp.mean((h @ params["second"]) ** 2)
