@@ -199,7 +199,7 @@ mod tests {
     fn operation<'a>(kind: Kind, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
         Operation {
             kind,
-            library: None,
+            of: None,
             comm: 0,
             send,
             recv,

@@ -144,20 +144,6 @@ impl Engine {
         if others.is_empty() {
             return Ok(());
         }
-        let waiting = Operation {
-            kind: Kind::Barrier,
-            library: Some("a program's first"),
-            comm: NATIVE,
-            send: Buffer::NONE,
-            recv: Buffer::NONE,
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
-            source: 0,
-            send_tag: 0,
-            recv_tag: 0,
-            status: 0,
-        };
         let failed = |reason: String| OperationError {
             operation: "the first run of a program".into(),
             rank: self.rank,
@@ -165,9 +151,12 @@ impl Engine {
             size: program.members.len() as i32,
             reason,
         };
-        let _pending = self.pending.enter(&waiting, "its ranks");
         let comm = self.communicators.get(NATIVE).map_or(0, |row| row.handle);
-        let post = Post { shim, comm };
+        let post = Post {
+            engine: self,
+            shim,
+            comm,
+        };
         let own = arrival(program);
         let verdict = if *first == self.rank {
             let mut verdict = String::new();
@@ -218,6 +207,7 @@ fn described(arrival: &[u8]) -> String {
 
 /// Messages between ranks that wait asleep.
 struct Post<'a> {
+    engine: &'a Engine,
     shim: &'a Shim,
     comm: u64,
 }
@@ -252,6 +242,21 @@ impl Post<'_> {
 
     fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
         let wanted = self.operation(Kind::Recv, peer, tag, &[]);
+        let waiting = Operation {
+            kind: Kind::Recv,
+            of: Some("a program's first run, which all its ranks must begin:"),
+            comm: NATIVE,
+            send: Buffer::NONE,
+            recv: Buffer::NONE,
+            reduction: None,
+            user_reduction: 0,
+            dest: peer,
+            source: peer,
+            send_tag: tag,
+            recv_tag: tag,
+            status: 0,
+        };
+        let _pending = self.engine.pending.enter(&waiting, "all ranks");
         let mut pause = Duration::from_micros(20);
         loop {
             if let Some(message) = self.shim.take(&wanted)? {

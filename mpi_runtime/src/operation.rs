@@ -11,8 +11,8 @@ use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction};
 pub struct Operation<'a> {
     /// What to do.
     pub kind: Kind,
-    /// Whose custom call it is, if not ours.
-    pub library: Option<&'static str>,
+    /// Whose it is, if it is no operation of the user's own: `mpi4jax's`.
+    pub of: Option<&'static str>,
     /// Number of the communicator (see [`crate::communicators`]).
     pub comm: i64,
     /// What this rank passes.
@@ -183,8 +183,8 @@ element_types! {
 impl fmt::Display for Operation<'_> {
     /// `send of float32[3,4] to rank 1 with tag 7`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(library) = self.library {
-            write!(f, "{library}'s ")?;
+        if let Some(of) = self.of {
+            write!(f, "{of} ")?;
         }
         write!(f, "{}", name(self.kind))?;
         match self.kind {
@@ -273,7 +273,7 @@ mod tests {
         };
         let send = Operation {
             kind: Kind::Send,
-            library: None,
+            of: None,
             comm: 0,
             send: x,
             recv: Buffer::NONE,
@@ -299,7 +299,7 @@ mod tests {
             "recv into float32[3,4] from rank ANY_SOURCE with tag ANY_TAG"
         );
         let foreign = Operation {
-            library: Some("mpi4jax"),
+            of: Some("mpi4jax's"),
             ..recv
         };
         assert!(foreign.to_string().starts_with("mpi4jax's recv into"));

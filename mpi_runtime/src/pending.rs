@@ -94,7 +94,7 @@ impl Drop for Pending<'_> {
 pub(crate) fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
     let Operation {
         kind,
-        library,
+        of,
         comm,
         reduction,
         user_reduction,
@@ -115,7 +115,7 @@ pub(crate) fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
     };
     Operation {
         kind,
-        library,
+        of,
         comm,
         send,
         recv,
@@ -164,7 +164,7 @@ mod tests {
         let shape = [5];
         let operation = Operation {
             kind: Kind::Recv,
-            library: None,
+            of: None,
             comm: 0,
             send: Buffer::NONE,
             recv: Buffer {

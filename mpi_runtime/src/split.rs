@@ -535,7 +535,7 @@ mod tests {
     fn receive(number: u32, comm: u64, source: i32, tag: i32, state: State) -> Row {
         let operation = Operation {
             kind: Kind::Irecv,
-            library: None,
+            of: None,
             comm: 0,
             send: Buffer::NONE,
             recv: Buffer::NONE,

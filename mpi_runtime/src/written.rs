@@ -106,7 +106,7 @@ mod tests {
     fn operation<'a>(kind: Kind, result: &mut [u8], shape: &'a [i64]) -> Operation<'a> {
         Operation {
             kind,
-            library: None,
+            of: None,
             comm: 0,
             send: Buffer::NONE,
             recv: Buffer {

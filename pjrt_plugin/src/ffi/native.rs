@@ -1,6 +1,9 @@
 //! Handlers of native collectives, which `hlo_rewrite` puts into partitioned programs. Their operands
 //! lie contiguously as MPI wants them; the last operand and the last result are the token.
 
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
 use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Reduction, Ticket, World, native};
 use pjrt_sys::*;
@@ -22,6 +25,9 @@ pub const HANDLERS: &[(&str, Handler)] = &[
     ("collective_broadcast", collective_broadcast),
     ("id", id),
 ];
+
+/// Arrays are reduced together up to so many bytes.
+const LARGEST_PACK: usize = 64 << 10;
 
 /// One collective of this launch.
 struct Collective<'a> {
@@ -117,6 +123,72 @@ impl Collective<'_> {
         self.frame.integer("outer0").is_some()
     }
 
+    fn reduce(
+        &self,
+        group: i64,
+        reduction: Reduction,
+        send: Buffer<'_>,
+        recv: Buffer<'_>,
+    ) -> Result<(), String> {
+        self.execute(&Operation {
+            reduction: Some(reduction),
+            ..operation(Kind::Allreduce, group, send, recv)
+        })
+    }
+
+    /// Where the arrays end that are reduced together with array `start`: small ones of one dtype.
+    fn end_of_pack(&self, start: usize) -> Result<usize, String> {
+        let first = self.arg(start)?;
+        let mut end = start + 1;
+        let mut bytes = first.bytes();
+        while end < self.operands && bytes <= LARGEST_PACK {
+            let next = self.arg(end)?;
+            bytes += next.bytes();
+            if next.dtype != first.dtype || bytes > LARGEST_PACK {
+                break;
+            }
+            end += 1;
+        }
+        Ok(end)
+    }
+
+    /// Reduces arrays as one: a message costs more than to copy a small array twice.
+    fn reduce_packed(
+        &self,
+        group: i64,
+        reduction: Reduction,
+        arrays: Range<usize>,
+    ) -> Result<(), String> {
+        let dtype = self.arg(arrays.start)?.dtype;
+        let mut elements = 0;
+        for index in arrays.clone() {
+            elements += self.arg(index)?.elements();
+        }
+        let shape = [elements];
+        let whole = |memory: &mut [MaybeUninit<u8>]| Buffer {
+            data: memory.as_mut_ptr().cast(),
+            dtype,
+            shape: &shape,
+        };
+        let bytes = elements as usize * dtype.size();
+        let (mut out, mut back) = (scratch(bytes), scratch(bytes));
+        let (send, recv) = (whole(&mut out), whole(&mut back));
+        let mut place = 0;
+        for index in arrays.clone() {
+            let array = self.arg(index)?;
+            copy(&array, &part(&send, place, &array));
+            place += array.bytes();
+        }
+        self.reduce(group, reduction, send, recv)?;
+        place = 0;
+        for index in arrays {
+            let array = self.ret(index)?;
+            copy(&part(&recv, place, &array), &array);
+            place += array.bytes();
+        }
+        Ok(())
+    }
+
     fn execute(&self, op: &Operation<'_>) -> Result<(), String> {
         let done = self.world.engine.execute(self.ticket, op);
         done.map_err(|error| error.to_string())
@@ -127,7 +199,7 @@ impl Collective<'_> {
 fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
     Operation {
         kind,
-        library: Some("XLA"),
+        of: Some("XLA's"),
         comm,
         send,
         recv,
@@ -151,10 +223,24 @@ fn copy(from: &Buffer<'_>, to: &Buffer<'_>) {
     }
 }
 
+/// Memory of ours, with anything in it.
+fn scratch(bytes: usize) -> Box<[MaybeUninit<u8>]> {
+    Box::new_uninit_slice(bytes)
+}
+
 /// An array like `like` in memory of ours.
-fn over<'a>(memory: &mut [u8], like: &Buffer<'a>) -> Buffer<'a> {
+fn over<'a>(memory: &mut [MaybeUninit<u8>], like: &Buffer<'a>) -> Buffer<'a> {
     Buffer {
         data: memory.as_mut_ptr().cast(),
+        ..*like
+    }
+}
+
+/// An array like `like`, `place` bytes after the start of `whole`.
+fn part<'a>(whole: &Buffer<'_>, place: usize, like: &Buffer<'a>) -> Buffer<'a> {
+    assert!(place + like.bytes() <= whole.bytes());
+    Buffer {
+        data: whole.data.wrapping_byte_add(place),
         ..*like
     }
 }
@@ -189,11 +275,15 @@ unsafe extern "C" fn all_reduce(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_E
     unsafe {
         collective(frame, |call| {
             let ((group, _), reduction) = (call.member()?, call.reduction()?);
-            for index in 0..call.operands {
-                call.execute(&Operation {
-                    reduction: Some(reduction),
-                    ..operation(Kind::Allreduce, group, call.arg(index)?, call.ret(index)?)
-                })?;
+            let mut index = 0;
+            while index < call.operands {
+                let end = call.end_of_pack(index)?;
+                if end == index + 1 {
+                    call.reduce(group, reduction, call.arg(index)?, call.ret(index)?)?;
+                } else {
+                    call.reduce_packed(group, reduction, index..end)?;
+                }
+                index = end;
             }
             Ok(())
         })
@@ -213,7 +303,7 @@ unsafe extern "C" fn all_gather(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_E
                     call.execute(&operation(Kind::Allgather, group, send, recv))?;
                     continue;
                 }
-                let mut gathered = vec![0u8; recv.bytes()];
+                let mut gathered = scratch(recv.bytes());
                 let into = over(&mut gathered, &recv);
                 call.execute(&operation(Kind::Allgather, group, send, into))?;
                 interleave(&into, &recv, size as usize, outer);
@@ -232,9 +322,8 @@ unsafe extern "C" fn reduce_scatter(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_F
             for index in 0..call.operands {
                 let (mut send, recv) = (call.arg(index)?, call.ret(index)?);
                 let outer = if apart { call.outer(index) } else { 1 };
-                let mut parts = Vec::new();
+                let mut parts = scratch(if outer > 1 { send.bytes() } else { 0 });
                 if outer > 1 {
-                    parts.resize(send.bytes(), 0u8);
                     let into = over(&mut parts, &send);
                     interleave(&send, &into, outer, size as usize);
                     send = into;
@@ -289,7 +378,7 @@ unsafe extern "C" fn all_to_all_array(frame: *mut XLA_FFI_CallFrame) -> *mut XLA
             if outer == 1 {
                 return call.execute(&operation(Kind::Alltoall, group, send, recv));
             }
-            let (mut out, mut back) = (vec![0u8; send.bytes()], vec![0u8; recv.bytes()]);
+            let (mut out, mut back) = (scratch(send.bytes()), scratch(recv.bytes()));
             let parts = over(&mut out, &send);
             interleave(&send, &parts, outer, size as usize);
             let received = over(&mut back, &recv);

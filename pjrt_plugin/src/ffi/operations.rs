@@ -162,7 +162,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     let reduction = reduces.then(|| reduction(number("op", 0))).transpose()?;
     let op = Operation {
         kind,
-        library: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax"),
+        of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
         comm: dialect.communicator(number("comm", mpi_runtime::communicators::DEFAULT), world)?,
         send,
         recv,
