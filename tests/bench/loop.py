@@ -2,33 +2,51 @@
 of 100 ("loop", a launch included; of 10 above 16 MiB), and for small messages inside one of 10000
 ("steady").
 
-Usage: mpirun -n 2 python loop.py ours|mpi4jax OPERATION BYTES...
+Usage: mpirun -n 2 python loop.py ours|mpi4jax|native|gloo OPERATION BYTES...
+
+native: JAX's own collectives in shard_map, through us; gloo: the same on JAX's CPU backend.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 LIBRARY, OPERATION = sys.argv[1:3]
+NATIVE = LIBRARY in ("native", "gloo")
+if LIBRARY == "gloo":
+    own = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"])
+    jax.distributed.initialize("localhost:12321", 2, own)
 if LIBRARY == "ours":
     from mpi_cuda import COMM_WORLD, SUM
     from mpi_cuda import notoken as mpi
 
     RANK, SIZE = COMM_WORLD.rank, COMM_WORLD.size
-else:
+elif LIBRARY == "mpi4jax":
     import mpi4jax as mpi
     from mpi4py.MPI import COMM_WORLD, SUM
 
     RANK, SIZE = COMM_WORLD.Get_rank(), COMM_WORLD.Get_size()
+else:
+    RANK, SIZE = jax.process_index(), jax.process_count()
+MESH = Mesh(np.array(jax.devices() if NATIVE else jax.local_devices()), ("i",))
 
 
 def operation(x: jax.Array) -> jax.Array:
     """One operation."""
+    if NATIVE:
+        return collective(x)
     if OPERATION == "allreduce":
         return mpi.allreduce(x, op=SUM)
     if OPERATION == "sendrecv":
@@ -38,22 +56,63 @@ def operation(x: jax.Array) -> jax.Array:
     return mpi.alltoall(x.reshape(SIZE, -1)).reshape(x.shape)
 
 
-@jax.jit
-def once(x: jax.Array) -> jax.Array:
-    return operation(x)
+def collective(x: jax.Array) -> jax.Array:
+    """The same as a collective of JAX's."""
+    if OPERATION == "allreduce":
+        return lax.psum(x, "i")
+    if OPERATION == "sendrecv":
+        return lax.ppermute(x, "i", [(i, (i + 1) % SIZE) for i in range(SIZE)])
+    if OPERATION == "allgather":
+        return lax.all_gather(x, "i")
+    return lax.all_to_all(x.reshape(SIZE, -1), "i", 0, 0).reshape(x.shape)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of this rank's array, jitted."""
+    if not NATIVE:
+        return jax.jit(function)
+    mapped = jax.shard_map(function, mesh=MESH, in_specs=P("i"), out_specs=P("i"), check_vma=False)
+    return jax.jit(mapped)
+
+
+def array(bytes_: int) -> jax.Array:
+    """Ones of that size on each rank."""
+    if not NATIVE:
+        return jnp.ones(bytes_ // 4, jnp.float32)
+    ones = np.ones(bytes_ // 4, np.float32)
+    sharding = NamedSharding(MESH, P("i"))
+    shape = (bytes_ // 4 * SIZE,)
+    return jax.make_array_from_callback(shape, sharding, lambda _: ones)
+
+
+once = jitted(operation)
+
+
 def repeat(x: jax.Array, times: int) -> jax.Array:
+    """`times` operations in one program."""
+
     # The operand is the same every time, as in C; the operations' order is kept anyway.
     def body(_, y):
         z = operation(x)
-        return y + z.reshape(-1)[0]
+        return y + z.reshape(-1)[:1]
 
-    return jax.lax.fori_loop(0, times, body, jnp.float32(0))
+    if NATIVE:
+        # XLA would take a collective of the same operand out of the loop; this costs nothing.
+        def body(i, y):
+            z = operation(lax.optimization_barrier((x, y))[0])
+            return y + z.reshape(-1)[:1]
+
+    return lax.fori_loop(0, times, body, jnp.zeros(1, jnp.float32))
 
 
-def measure(function, x: jax.Array, count: int) -> float:
+@functools.cache
+def repeated(times: int) -> Callable[..., Any]:
+    """`repeat`, jitted."""
+    return jitted(functools.partial(repeat, times=times))
+
+
+def measure(function: Callable[..., Any], x: jax.Array, count: int) -> float:
+    """Microseconds of a call."""
     # As many before: MPI maps its own memory with the first large messages, and ranks get in step.
     for _ in range(count):
         function(x).block_until_ready()
@@ -64,7 +123,7 @@ def measure(function, x: jax.Array, count: int) -> float:
 
 
 for size in map(int, sys.argv[3:]):
-    x = jnp.ones(size // 4, jnp.float32)
+    x = array(size)
     count = 400 if size <= 65536 else 100 if size <= 1 << 20 else 20 if size <= 1 << 24 else 3
     single = measure(once, x, count)
     if RANK == 0:
@@ -73,10 +132,10 @@ for size in map(int, sys.argv[3:]):
     times = 100 if size <= 1 << 24 else 10
     # The first hundred are not measured: ranks that have just compiled are not in step yet.
     loops = count if size <= 65536 else 10 if size <= 1 << 20 else 2
-    inside = measure(lambda x, times=times: repeat(x, times), x, loops) / times
+    inside = measure(repeated(times), x, loops) / times
     if RANK == 0:
         print(f"loop {size} {inside:.3f}", flush=True)
     if size <= 65536:
-        steady = measure(lambda x: repeat(x, 10000), x, 2) / 10000
+        steady = measure(repeated(10000), x, 2) / 10000
         if RANK == 0:
             print(f"steady {size} {steady:.3f}", flush=True)

@@ -1,6 +1,7 @@
-"""One rank of one of JAX's own tests for several processes: `mpirun -n N python ... FILE PORT`.
+"""One rank of one of JAX's own tests for several processes; see tests/peers/jax_multiprocess.
 
-With PORT 0 JAX is not told of its processes (no `jax.distributed`), as users start mpi_cuda.
+Arguments: the test's file, a free port for JAX's coordinator (where the tests wait for each other), and
+where rank 0 writes what it prints.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import sys
 
 from mpi4py import MPI
 
-file, port = sys.argv[1:3]
+file, port, log = sys.argv[1:4]
 rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
-if port == "0":
-    from jax._src import distributed
-
-    distributed.initialize = lambda *_, **__: None
+if rank == 0:
+    sys.stderr.flush()
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 sys.path.insert(0, os.path.dirname(file))
 sys.argv = [
     file,
@@ -25,6 +25,6 @@ sys.argv = [
     f"--multiprocess_test_controller_address=localhost:{port}",
     "--heartbeat_timeout=60",
     "--initialization_timeout=60",
-    *sys.argv[3:],
+    *sys.argv[4:],
 ]
 runpy.run_path(file, run_name="__main__")

@@ -2,7 +2,9 @@
 
 use protobuf::{Message, MessageField};
 
-use crate::proto::compile_options::CompileOptionsProto;
+use crate::proto::compile_options::compile_options_proto::Override;
+use crate::proto::compile_options::option_override_proto::Value;
+use crate::proto::compile_options::{CompileOptionsProto, OptionOverrideProto};
 use crate::proto::hlo::DeviceAssignmentProto;
 use crate::proto::hlo::device_assignment_proto::ComputationDevice;
 use crate::{Devices, Layouts, Refused};
@@ -26,6 +28,28 @@ impl Options {
     /// If they cannot be written.
     pub fn write(&self) -> Result<Vec<u8>, Refused> {
         Ok(self.0.write_to_bytes()?)
+    }
+
+    /// Serialized options for a first compilation, of which only the optimized module is used: all passes
+    /// over the module, and as little as possible for machine code.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn without_code(&self) -> Result<Vec<u8>, Refused> {
+        let mut options = self.0.clone();
+        let level = Override {
+            key: "xla_backend_optimization_level".into(),
+            value: MessageField::some(OptionOverrideProto {
+                value: Some(Value::IntField(0)),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        options
+            .env_option_overrides
+            .retain(|own| own.key != level.key);
+        options.env_option_overrides.push(level);
+        Ok(options.write_to_bytes()?)
     }
 
     /// Serialized options that compile an optimized module for all its devices, without any pass.
