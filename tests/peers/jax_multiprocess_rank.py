@@ -1,7 +1,7 @@
 """One rank of one of JAX's own tests for several processes; see tests/peers/jax_multiprocess.
 
-Arguments: the test's file, a free port for JAX's coordinator (where the tests wait for each other), and
-where rank 0 writes what it prints.
+Arguments: the test's file, a free port for JAX's coordinator (where the tests wait for each
+other), and where rank 0 writes what it prints.
 """
 
 from __future__ import annotations
