@@ -1,4 +1,5 @@
-"""Seconds (and seconds of a processor) to compile a training step for two devices: the inner plugin alone, and through us.
+"""Seconds by the clock, and of a processor, to compile a training step for two devices: by the
+inner plugin alone, and through us.
 
 mpirun -n 2 python compile.py [LAYERS ...]
 """
