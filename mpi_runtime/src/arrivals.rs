@@ -21,6 +21,8 @@ const PATIENCE: Duration = Duration::from_micros(200);
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
 const STRIDE: usize = MARKS * size_of::<Arrival>();
+/// After the marks of all: the number of the last launch that a rank has begun, likewise.
+const BEGUN: usize = 64;
 /// Who looked in vain does not look again before the clock shows the next multiple of this, in
 /// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each further
 /// failure doubles it.
@@ -83,7 +85,7 @@ impl Arrivals {
             .mode(0o600)
             .open(Self::path(name))?;
         // Written, not only reserved: a full /dev/shm is an error here, and a signal later.
-        file.write_all(&vec![0; size * STRIDE])?;
+        file.write_all(&vec![0; size * (STRIDE + BEGUN)])?;
         Self::over(&file, 0, size)
     }
 
@@ -93,7 +95,7 @@ impl Arrivals {
             .read(true)
             .write(true)
             .open(Self::path(name))?;
-        if file.metadata()?.len() != (size * STRIDE) as u64 {
+        if file.metadata()?.len() != (size * (STRIDE + BEGUN)) as u64 {
             return Err(io::ErrorKind::InvalidData.into());
         }
         Self::over(&file, rank, size)
@@ -121,6 +123,28 @@ impl Arrivals {
         // SAFETY: inside the mapping, which is page-aligned, of `size` times `STRIDE` bytes, and
         // lives as long as `self`; everybody accesses it atomically.
         unsafe { &*self.memory.as_mut_ptr().cast::<Arrival>().add(index) }
+    }
+
+    fn begun(&self, rank: usize) -> &AtomicU64 {
+        assert!(rank < self.size);
+        let offset = self.size * STRIDE + rank * BEGUN;
+        // SAFETY: inside the mapping, behind the marks, aligned, and accessed atomically by everybody.
+        unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicU64>() }
+    }
+
+    /// Says that this rank has begun launch number `launch`.
+    pub fn begin(&self, launch: u64) {
+        self.begun(self.rank).store(launch, Ordering::Release);
+    }
+
+    /// Waits, asleep, until all ranks have begun launch number `launch`.
+    pub fn wait_begun(&self, launch: u64) {
+        const LONGEST: Duration = Duration::from_millis(2);
+        let mut pause = Duration::from_micros(20);
+        while (0..self.size).any(|rank| self.begun(rank).load(Ordering::Acquire) < launch) {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST);
+        }
     }
 
     /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if everybody
@@ -221,6 +245,20 @@ mod tests {
         assert!(!ranks[0].meet(|| false, || (9, 0)));
         assert!(ranks[0].slot(0, 9).read(9).is_none());
         assert_ne!(ranks[0].paused_until.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn who_waits_for_all_to_begin_waits_for_the_last() {
+        let ranks = three();
+        ranks[0].begin(3);
+        ranks[1].begin(4);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| ranks[0].wait_begun(3));
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(!waiting.is_finished());
+            ranks[2].begin(3);
+        });
+        ranks[2].wait_begun(3);
     }
 
     #[test]

@@ -196,9 +196,10 @@ impl Engine {
         }
     }
 
-    /// A native collective in which all ranks take part has been executed.
-    pub(crate) fn count_native(&self) {
-        self.histories[2].position.fetch_add(1, Ordering::Relaxed);
+    /// A launch with native collectives that all ranks run has begun; its number, the same everywhere.
+    pub(crate) fn count_native(&self) -> u64 {
+        let before = self.histories[2].position.fetch_add(1, Ordering::Relaxed);
+        before + 1
     }
 
     /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
+use mpi_shim_abi::{ANY, Datatype, Kind, Reduction, ShimOp};
 use parking_lot::Mutex;
 
 use crate::communicators::{Communicator, NATIVE, SELF};
@@ -115,30 +115,45 @@ impl Engine {
         Ok(Some(row))
     }
 
-    /// Begins a native collective of `program` in the launch `ticket`: waits for its turn, and at the
-    /// program's first run for the other ranks, asleep, which must be about to run the same.
-    pub fn begin_native(&self, ticket: Ticket, program: &Program) -> Result<(), OperationError> {
+    /// Begins the launch `ticket` of `program`: waits for its turn, and, asleep, for the other ranks where
+    /// one may still be compiling. At the first launch with this sequence of collectives they must be
+    /// about to run the same one.
+    ///
+    /// Which ranks meet is the same on all of them, since it depends on nothing but the sequences that
+    /// they have run together. Whether this rank waits at its `first` launch of this very program is its
+    /// own business: it only looks.
+    pub fn begin_native(
+        &self,
+        ticket: Ticket,
+        program: &Program,
+        first: bool,
+    ) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
-        if program.begun.load(Ordering::Relaxed) {
-            return Ok(());
+        if !program.begun.load(Ordering::Relaxed) {
+            self.meet(program)
+                .inspect_err(|error| self.unread.lock().push(error.clone()))?;
+            program.begun.store(true, Ordering::Relaxed);
         }
-        self.meet(program)
-            .inspect_err(|error| self.unread.lock().push(error.clone()))?;
-        program.begun.store(true, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Ends a native collective.
-    pub fn end_native(&self, program: &Program) {
         if program.everybody {
-            self.count_native();
+            let launch = self.count_native();
+            if let Some(arrivals) = &self.arrivals {
+                arrivals.begin(launch);
+                if first {
+                    let _pending = self.pending.enter(&first_run(NOBODY), "all ranks");
+                    arrivals.wait_begun(launch);
+                }
+            }
         }
+        Ok(())
     }
 
     /// The first of the members collects what each is about to run, and tells them whether it is the
     /// same.
     fn meet(&self, program: &Program) -> Result<(), OperationError> {
-        let (Some(shim), [first, others @ ..]) = (&self.shim, &program.members[..]) else {
+        // The same one in every program with the same members, in whatever order.
+        let mut members = program.members.clone();
+        members.sort_unstable();
+        let (Some(shim), [first, others @ ..]) = (&self.shim, &members[..]) else {
             return Ok(());
         };
         if others.is_empty() {
@@ -187,6 +202,27 @@ impl Engine {
         } else {
             Err(failed(verdict))
         }
+    }
+}
+
+/// No one rank in particular.
+const NOBODY: i32 = ANY;
+
+/// What is waited for, for the table of pending operations.
+fn first_run(peer: i32) -> Operation<'static> {
+    Operation {
+        kind: Kind::Recv,
+        of: Some("a program's first run, which all its ranks must begin:"),
+        comm: NATIVE,
+        send: Buffer::NONE,
+        recv: Buffer::NONE,
+        reduction: None,
+        user_reduction: 0,
+        dest: peer,
+        source: peer,
+        send_tag: ARRIVAL_TAG,
+        recv_tag: ARRIVAL_TAG,
+        status: 0,
     }
 }
 
@@ -242,21 +278,7 @@ impl Post<'_> {
 
     fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
         let wanted = self.operation(Kind::Recv, peer, tag, &[]);
-        let waiting = Operation {
-            kind: Kind::Recv,
-            of: Some("a program's first run, which all its ranks must begin:"),
-            comm: NATIVE,
-            send: Buffer::NONE,
-            recv: Buffer::NONE,
-            reduction: None,
-            user_reduction: 0,
-            dest: peer,
-            source: peer,
-            send_tag: tag,
-            recv_tag: tag,
-            status: 0,
-        };
-        let _pending = self.engine.pending.enter(&waiting, "all ranks");
+        let _pending = self.engine.pending.enter(&first_run(peer), "all ranks");
         let mut pause = Duration::from_micros(20);
         loop {
             if let Some(message) = self.shim.take(&wanted)? {

@@ -37,19 +37,19 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
                 Place::Several(options) => options.without_code()?,
                 _ => Vec::new(),
             };
-            let mut first = std::ptr::read(args);
             if !without_code.is_empty() {
-                first.compile_options = without_code.as_ptr().cast();
-                first.compile_options_size = without_code.len();
+                (*args).compile_options = without_code.as_ptr().cast();
+                (*args).compile_options_size = without_code.len();
             }
-            call(plugin().inner.api().PJRT_Client_Compile, &mut first)?;
-            (*args).executable = first.executable;
+            let compiled = call(plugin().inner.api().PJRT_Client_Compile, args);
+            (*args).compile_options = options.as_ptr().cast();
+            (*args).compile_options_size = options.len();
+            compiled?;
             let first = start.elapsed();
             match place {
                 Place::Here => {}
-                Place::Elsewhere => {
-                    spmd::note_elsewhere((*args).executable);
-                    return Ok(());
+                Place::Elsewhere(options) => {
+                    return spmd::note_elsewhere((*args).executable, &options, ours.callbacks);
                 }
                 Place::Several(options) => {
                     let whole = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());
@@ -78,7 +78,14 @@ pub unsafe extern "C" fn compile_ahead(args: *mut PJRT_Compile_Args) -> *mut PJR
         // SAFETY: passed through.
         unsafe {
             call(plugin().inner.api().PJRT_Compile, args)?;
-            refuse_several_devices((*args).executable)
+            let refused = refuse_several_devices((*args).executable);
+            if refused.is_err() {
+                let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
+                destroy.executable = (*args).executable;
+                (*args).executable = std::ptr::null_mut();
+                call(plugin().inner.api().PJRT_Executable_Destroy, &mut destroy)?;
+            }
+            refused
         }
     })
 }
@@ -106,9 +113,11 @@ pub unsafe extern "C" fn deserialize_and_load(
                 plugin().inner.api().PJRT_Executable_DeserializeAndLoad,
                 args,
             )?;
-            if !options.is_empty() && matches!(spmd::place(client, options), Place::Elsewhere) {
-                spmd::note_elsewhere((*args).loaded_executable);
-                return Ok(());
+            if !options.is_empty()
+                && let Place::Elsewhere(options) = spmd::place(client, options)
+            {
+                let loaded = (*args).loaded_executable;
+                return spmd::note_elsewhere(loaded, &options, ours.callbacks);
             }
             note((*args).loaded_executable, ours)
         }
@@ -198,6 +207,7 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
         destroy.executable = get.executable;
         call(api.PJRT_Executable_Destroy, &mut destroy)?;
         if let Err(error) = several {
+            spmd::forget(loaded);
             destroy_loaded(loaded);
             return Err(error);
         }
@@ -233,10 +243,9 @@ unsafe fn refuse_several_devices(executable: *mut PJRT_Executable) -> Result<(),
     let (partitions, replicas) = (partitions.num_partitions, replicas.num_replicas);
     if partitions * replicas > 1 {
         return Err(Error::unimplemented(format!(
-            "mpi_cuda: a program for {partitions} partitions and {replicas} replicas is not \
-             supported yet: native collectives (sharded jit, shard_map, psum over ranks) are in \
-             the works. Use mpi_cuda.allreduce and the other operations on each rank's own \
-             device, or MPI_CUDA_TOPOLOGY=local to see only that device"
+            "mpi_cuda: a program for {partitions} partitions and {replicas} replicas can only be \
+             compiled, or loaded from what this version serialized, with a client, since each rank runs \
+             its own part of it"
         )));
     }
     Ok(())

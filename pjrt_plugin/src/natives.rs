@@ -2,6 +2,7 @@
 //! are hashes of the content, so a program that comes from a cache finds the same.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
 
 use hlo_rewrite::{Rewritten, Table};
@@ -35,10 +36,22 @@ pub enum Part {
     None,
 }
 
+/// A program, and whether this process has run it. Two may have the same sequence of collectives,
+/// which is all that ranks compare: what else is in them may depend on the rank.
+pub struct Loaded {
+    /// What the ranks compare.
+    pub sequence: Arc<Program>,
+    /// It has begun here before.
+    pub ran: AtomicBool,
+}
+
 #[derive(Default)]
 struct Known {
     parts: HashMap<i64, Part>,
-    programs: HashMap<i64, Arc<Program>>,
+    /// By identity.
+    programs: HashMap<i64, Arc<Loaded>>,
+    /// By the sequence of collectives.
+    sequences: HashMap<u64, Arc<Program>>,
 }
 
 static KNOWN: LazyLock<RwLock<Known>> = LazyLock::new(RwLock::default);
@@ -68,13 +81,18 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
         .iter()
         .map(|&id| rank(id))
         .collect::<Result<_, _>>()?;
+    let summary = rewritten.summary.clone();
+    let program = || Program::new(rewritten.sequence, summary, members, world.size);
+    let sequence = known
+        .sequences
+        .entry(rewritten.sequence)
+        .or_insert_with(|| Arc::new(program()))
+        .clone();
     known.programs.entry(rewritten.identity).or_insert_with(|| {
-        Arc::new(Program::new(
-            rewritten.sequence,
-            rewritten.summary.clone(),
-            members,
-            world.size,
-        ))
+        Arc::new(Loaded {
+            sequence,
+            ran: AtomicBool::new(false),
+        })
     });
     Ok(())
 }
@@ -116,7 +134,7 @@ pub fn part(number: i64) -> Result<Part, String> {
 }
 
 /// The program with that number.
-pub fn program(number: i64) -> Result<Arc<Program>, String> {
+pub fn program(number: i64) -> Result<Arc<Loaded>, String> {
     KNOWN.read().programs.get(&number).cloned().ok_or_else(|| {
         format!("mpi_cuda: a native collective is of program {number}, which is not loaded here")
     })

@@ -23,6 +23,10 @@ use crate::plugin::{plugin, world};
 /// Format of what [`PJRT_Executable_OptimizedProgram`] gives.
 const OPTIMIZED: &str = "hlo_with_config";
 
+/// Above these a launch takes long enough that a caller would rather not wait for it.
+const LONGEST: u64 = 10_000;
+const LARGEST: u64 = 16 << 20;
+
 /// What the framework is told about an executable for several devices.
 pub struct Spmd {
     devices: Devices,
@@ -81,7 +85,7 @@ pub enum Place {
     /// On this rank's device alone, as far as we can read.
     Here,
     /// On devices of other ranks alone.
-    Elsewhere,
+    Elsewhere(Box<Options>),
     /// On several devices, of which one is this rank's.
     Several(Box<Options>),
 }
@@ -94,9 +98,10 @@ pub fn place(client: *mut PJRT_Client, serialized: &[u8]) -> Place {
     };
     match options.devices() {
         Ok(devices)
-            if !devices.ids().contains(&i64::from(client.rank)) && options.is_assigned() =>
+            if !devices.ids().contains(&i64::from(client.rank))
+                && (options.is_assigned() || !options.is_for_one()) =>
         {
-            Place::Elsewhere
+            Place::Elsewhere(Box::new(options))
         }
         _ if options.is_for_one() => Place::Here,
         _ => Place::Several(Box::new(options)),
@@ -104,8 +109,27 @@ pub fn place(client: *mut PJRT_Client, serialized: &[u8]) -> Place {
 }
 
 /// Notes that `loaded` runs on devices of other ranks alone.
-pub fn note_elsewhere(loaded: *const PJRT_LoadedExecutable) {
+///
+/// # Safety
+/// It must be live, and compiled by the inner plugin with `options`.
+pub unsafe fn note_elsewhere(
+    loaded: *mut PJRT_LoadedExecutable,
+    options: &Options,
+    callbacks: bool,
+) -> Result<(), Error> {
+    if !options.is_for_one() {
+        // Other ranks may load what this one serializes.
+        let spmd = Spmd {
+            devices: options.devices()?,
+            // SAFETY: as the caller promises.
+            optimized: unsafe { optimized_program(loaded) }?,
+            options: options.clone(),
+            callbacks,
+        };
+        KNOWN.write().insert(loaded as usize, Arc::new(spmd));
+    }
     ELSEWHERE.write().insert(loaded as usize);
+    Ok(())
 }
 
 /// `PJRT_LoadedExecutable_AddressableDevices`
@@ -191,10 +215,11 @@ pub fn deserialize(
     };
     let loaded = match place(client, given) {
         Place::Several(options) => load(client, envelope.optimized, &options, envelope.callbacks)?,
-        Place::Elsewhere => {
-            let options = Options::read(given)?.without_passes()?;
-            let loaded = compile_for_all(client, &envelope.optimized, &options)?;
-            note_elsewhere(loaded);
+        Place::Elsewhere(options) => {
+            let without_passes = options.without_passes()?;
+            let loaded = compile_for_all(client, &envelope.optimized, &without_passes)?;
+            // SAFETY: just compiled.
+            unsafe { note_elsewhere(loaded, &options, envelope.callbacks)? };
             (loaded, Contents::default())
         }
         Place::Here => {
@@ -244,8 +269,9 @@ pub unsafe extern "C" fn serialize(args: *mut PJRT_Executable_Serialize_Args) ->
 impl Contents {
     fn of(rewritten: &Rewritten, devices: &Devices, world: &World, callbacks: bool) -> Contents {
         let everybody = devices.ids().len() == world.size as usize;
+        let short = rewritten.executed <= LONGEST && rewritten.bytes <= LARGEST;
         let alike = rewritten.collectives > 0 && rewritten.other_ordered == 0 && everybody;
-        let alike = alike && !callbacks;
+        let alike = alike && short && !callbacks;
         Contents {
             operations: rewritten.collectives > 0,
             callbacks,

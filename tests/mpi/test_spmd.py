@@ -318,3 +318,61 @@ def test_an_entry_of_the_compilation_cache_is_for_every_rank(
         for name, value in before.items():
             jax.config.update(name, value)
         jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+def test_a_launch_that_executes_no_collective_counts_like_any_other() -> None:
+    """Else a later launch would take an old arrival of another rank for its own, and hang."""
+    mpi = pytest.importorskip("mpi4py.MPI")
+
+    def body(flag, x):
+        return lax.cond(flag > 0, lambda x: lax.psum(x, "x"), lambda x: x, x)
+
+    choose = jax.jit(
+        jax.shard_map(body, mesh=MESH, in_specs=(P(), P("x")), out_specs=P("x"), check_vma=False)
+    )
+    x, total = sharded(), np.arange(4.0 * SIZE).reshape(SIZE, 4).sum(0)
+    for turn in range(100):
+        choose(0.0, x).block_until_ready()
+        # Rank 0 may not wait in a launch for rank 1, which waits for a message of rank 0's.
+        if RANK == 1:
+            assert mpi.COMM_WORLD.recv(source=0, tag=turn) == turn
+        y = choose(1.0, x)
+        if RANK == 0:
+            mpi.COMM_WORLD.send(turn, 1, tag=turn)
+        np.testing.assert_allclose(local(y), total)
+
+
+def test_branches_may_differ_between_groups() -> None:
+    """Uniform within each group is enough: a pipeline's stages do different things."""
+    if SIZE != 4:
+        pytest.skip("needs 4 ranks")
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+    x = jax.make_array_from_callback(
+        (4, 3), NamedSharding(mesh, P(("x", "y"))), np.arange(12.0).reshape(4, 3).__getitem__
+    )
+
+    def body(x):
+        return lax.cond(lax.axis_index("x") == 0, lambda x: lax.psum(x, "y"), lambda x: x, x)
+
+    spec = P(("x", "y"))
+    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    for _ in range(3):
+        y = local(run(x))[0]
+        whole = np.arange(12.0).reshape(4, 3)
+        np.testing.assert_allclose(y, whole[:2].sum(0) if RANK < 2 else whole[RANK])
+    np.testing.assert_allclose(program(lambda x: lax.pmax(x.max(), "x"))(sharded()), 15)
+
+
+def test_what_does_not_communicate_may_depend_on_the_rank() -> None:
+    """XLA simplifies some of these on some ranks: the programs differ, and fit all the same."""
+    for factor in (1.0, 2.0, 3.0):
+        add = program(lambda x, factor=factor: lax.psum(x[:2] * (factor * RANK), "x"))
+        parts = np.arange(4.0 * SIZE).reshape(SIZE, 4)[:, :2]
+        expected = (parts * factor * np.arange(SIZE)[:, None]).sum(0)
+        np.testing.assert_allclose(add(sharded()), expected)
+
+
+def test_elements_of_less_than_a_byte_are_refused_or_right() -> None:
+    small = jax.jit(lambda x: x.astype(jnp.int2))(sharded())
+    with pytest.raises(Exception, match="less than 8 bits"):
+        program(lambda x: lax.ppermute(x, "x", [(0, 1)]), P("x"))(small).block_until_ready()

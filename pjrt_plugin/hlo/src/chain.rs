@@ -21,6 +21,8 @@ use crate::{Refused, TARGET_PREFIX, Table};
 const TYPED_FFI: i32 = 4;
 /// Characters of the summary.
 const LONGEST_SUMMARY: usize = 400;
+/// What the names of our operations' targets begin with (`include/mpi_cuda.h`).
+const OPERATIONS: &str = "mpi_cuda_";
 
 /// What was found in a module.
 #[derive(Default)]
@@ -31,6 +33,9 @@ pub(crate) struct Found {
     pub(crate) summary: String,
     pub(crate) collectives: usize,
     pub(crate) other_ordered: usize,
+    /// Collectives executed, and bytes that they move, as far as loops tell how often they run.
+    pub(crate) executed: u64,
+    pub(crate) bytes: u64,
 }
 
 /// Calls by the computation and the instruction that they replace.
@@ -48,7 +53,7 @@ pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Re
         &calls,
         &mut description,
         &mut found,
-        0,
+        Times { depth: 0, runs: 1 },
     )?;
     let mut hasher = DefaultHasher::new();
     (devices.ids(), &description.whole).hash(&mut hasher);
@@ -219,6 +224,28 @@ impl Description {
     }
 }
 
+/// Where [`describe`] is.
+#[derive(Clone, Copy)]
+struct Times {
+    /// Calls inside each other.
+    depth: usize,
+    /// How often the computation runs.
+    runs: u64,
+}
+
+/// How often what an instruction calls runs; very often, if it does not say.
+fn runs(instruction: &HloInstructionProto) -> u64 {
+    if instruction.opcode != "while" {
+        return 1;
+    }
+    // `WhileLoopBackendConfig` as JSON.
+    let config = String::from_utf8_lossy(&instruction.backend_config);
+    let count = config
+        .split_once("\"known_trip_count\":{\"n\":\"")
+        .and_then(|(_, rest)| rest.split('"').next()?.parse().ok());
+    count.unwrap_or(u64::MAX)
+}
+
 /// Describes what a computation does, with what it calls, in order.
 fn describe(
     module: &Module,
@@ -226,9 +253,9 @@ fn describe(
     calls: &Calls,
     description: &mut Description,
     found: &mut Found,
-    depth: usize,
+    times: Times,
 ) -> Result<(), Refused> {
-    if depth > module.computations().len() {
+    if times.depth > module.computations().len() {
         return Err(Refused::Inconsistent("a computation calls itself".into()));
     }
     for instruction in module.ordered(computation)? {
@@ -236,12 +263,20 @@ fn describe(
             if call.ordered {
                 description.add(&collective::describe(&instruction, call));
                 found.collectives += 1;
+                let bytes = collective::bytes(&instruction).saturating_mul(times.runs);
+                found.executed = found.executed.saturating_add(times.runs);
+                found.bytes = found.bytes.saturating_add(bytes);
             }
             continue;
         }
         if has_token(&instruction) {
             description.add(&instruction.custom_call_target);
             found.other_ordered += 1;
+        } else if instruction.custom_call_target.starts_with(OPERATIONS) && !calls.is_empty() {
+            return Err(refused(
+                &instruction,
+                "it has no XLA token, so it has no order beside collectives".into(),
+            ));
         }
         if !matches!(
             instruction.opcode.as_str(),
@@ -254,7 +289,11 @@ fn describe(
         description.whole += " {";
         let inside = description.whole.len();
         for &called in &instruction.called_computation_ids {
-            describe(module, called, calls, description, found, depth + 1)?;
+            let inner = Times {
+                depth: times.depth + 1,
+                runs: times.runs.saturating_mul(runs(&instruction)),
+            };
+            describe(module, called, calls, description, found, inner)?;
         }
         if description.whole.len() == inside {
             description.whole.truncate(length);
@@ -363,6 +402,7 @@ impl Rewriting<'_> {
     fn computation(&self, module: &mut Module, id: i64) -> Result<(), Refused> {
         let before = module.ordered(id)?;
         let root = module.computation(id)?.root_id;
+        let is_entry = id == module.entry();
         let shape = self.ordered.get(&id).copied();
         let mut out = Output {
             computation: id,
@@ -372,7 +412,18 @@ impl Rewriting<'_> {
             module,
         };
         let mut current = match shape {
-            Some(Shape::Entry) => Some(out.make(None, "after-all", token(), &[], |_| {})),
+            Some(Shape::Entry) => {
+                let first = out.make(None, "after-all", token(), &[], |_| {});
+                // The launch begins here on every rank, whatever it executes later.
+                let begin = out.make(None, "custom-call", token(), &[first], |made| {
+                    made.custom_call_target = format!("{TARGET_PREFIX}begin");
+                    made.custom_call_api_version = TYPED_FFI;
+                    made.custom_call_has_side_effect = true;
+                    made.backend_config =
+                        format!("{{program = {} : i64}}", self.program).into_bytes();
+                });
+                Some(if is_entry { begin } else { first })
+            }
             Some(Shape::Added) => {
                 let parameters = before.iter().filter(|i| i.opcode == "parameter").count();
                 Some(out.make(None, "parameter", token(), &[], |made| {
@@ -425,9 +476,6 @@ impl Rewriting<'_> {
         }
         for (index, outer) in call.outer.iter().enumerate() {
             attributes.push(format!("outer{index} = {outer} : i64"));
-        }
-        if call.ordered {
-            attributes.push(format!("program = {} : i64", self.program));
         }
         let results: Vec<ShapeProto> = collective::results(&instruction)
             .into_iter()

@@ -74,6 +74,15 @@ pub(crate) fn recognise(
     let has_channel = instruction.channel_id > 0;
     let by_flag = Mode::of(has_channel, Some(instruction.use_global_device_ids))
         .ok_or_else(|| bad("it uses global device ids without a channel".into()));
+    let kind_without_flag = matches!(
+        instruction.opcode.as_str(),
+        "all-to-all" | "collective-permute" | "collective-broadcast"
+    );
+    if kind_without_flag && instruction.use_global_device_ids {
+        return Err(bad(
+            "it uses global device ids, which this kind does not have".into(),
+        ));
+    }
     let plain = if has_channel {
         Mode::CrossPartition
     } else {
@@ -161,6 +170,10 @@ pub(crate) fn recognise(
         opcode if REFUSED.contains(&opcode) => {
             return Err(bad("this form is not supported yet".into()));
         }
+        "custom-call" => return Ok(None),
+        _ if communicates(instruction) => {
+            return Err(bad("this kind of collective is not known here".into()));
+        }
         _ => return Ok(None),
     };
     if outer.iter().all(|&blocks| blocks == 1) {
@@ -183,6 +196,16 @@ pub(crate) fn results(instruction: &HloInstructionProto) -> Vec<&ShapeProto> {
     } else {
         vec![shape]
     }
+}
+
+/// Whether an instruction of a kind that we do not know names devices.
+fn communicates(instruction: &HloInstructionProto) -> bool {
+    instruction.channel_id > 0
+        || !instruction.replica_groups.is_empty()
+        || !instruction.source_target_pairs.is_empty()
+        || instruction.collective_device_list.is_some()
+        || instruction.iota_collective_device_list.is_some()
+        || instruction.mesh_axes_replica_group_list.is_some()
 }
 
 fn dimension(instruction: &HloInstructionProto) -> Result<usize, Refused> {
@@ -268,7 +291,12 @@ fn joined(
         part.element_type == whole.element_type
             && part.dimensions.len() == whole.dimensions.len()
             && (0..part.dimensions.len()).all(fits)
-            && strip(part) == strip(whole)
+            // Where a part has one block, it does not matter where that dimension lies.
+            && if part.dimensions.get(dimension) == Some(&1) {
+                part.order == strip(whole)
+            } else {
+                part.order == whole.order || size == 1
+            }
     })?;
     Ok(whole.iter().map(|shape| blocks(shape, dimension)).collect())
 }
@@ -338,6 +366,23 @@ fn binary(computation: &HloComputationProto) -> Option<&str> {
     let mut numbers = [parameter(first)?, parameter(second)?];
     numbers.sort_unstable();
     (numbers == [0, 1]).then_some(root.opcode.as_str())
+}
+
+/// Bytes of an instruction's results.
+pub(crate) fn bytes(instruction: &HloInstructionProto) -> u64 {
+    let of = |shape: &&ShapeProto| {
+        let size = match shape.element_type {
+            3 | 7 | 10 | 16 => 2,
+            4 | 8 | 11 => 4,
+            5 | 9 | 12 | 15 => 8,
+            18 => 16,
+            _ => 1,
+        };
+        let elements = shape.dimensions.iter().map(|&d| d.max(0) as u64);
+        elements.fold(size, u64::saturating_mul)
+    };
+    let results = results(instruction);
+    results.iter().map(of).fold(0, u64::saturating_add)
 }
 
 /// What stands for `call` in the sequence that ranks compare.

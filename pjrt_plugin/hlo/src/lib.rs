@@ -81,6 +81,10 @@ pub struct Rewritten {
     pub summary: String,
     /// Number of collective instructions.
     pub collectives: usize,
+    /// Collectives that a launch executes, if loops say how often they run; else very many.
+    pub executed: u64,
+    /// Bytes of their results.
+    pub bytes: u64,
     /// Other custom calls that take part in the order.
     pub other_ordered: usize,
     /// Layouts of the parameters and the result, which the second compilation must keep.
@@ -124,6 +128,8 @@ pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> 
         sequence: found.sequence,
         summary: found.summary,
         collectives: found.collectives,
+        executed: found.executed,
+        bytes: found.bytes,
         other_ordered: found.other_ordered,
         layouts,
     })

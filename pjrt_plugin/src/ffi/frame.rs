@@ -181,6 +181,11 @@ unsafe fn read_buffer<'a>(buffer: *const c_void) -> Buffer<'a> {
     }
 }
 
+/// Whether elements may share a byte.
+pub fn is_narrow(dtype: XLA_FFI_DataType) -> bool {
+    dtype != XLA_FFI_DataType_TOKEN && element_type(dtype) == ElementType::Other
+}
+
 /// XLA's element types as ours.
 fn element_type(dtype: XLA_FFI_DataType) -> ElementType {
     match dtype {

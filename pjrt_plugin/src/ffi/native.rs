@@ -3,6 +3,7 @@
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Reduction, Ticket, World, native};
@@ -16,6 +17,7 @@ use crate::plugin::world;
 
 /// Handlers by the name of the target, without the prefix.
 pub const HANDLERS: &[(&str, Handler)] = &[
+    ("begin", begin),
     ("all_reduce", all_reduce),
     ("all_gather", all_gather),
     ("reduce_scatter", reduce_scatter),
@@ -52,7 +54,6 @@ unsafe fn collective(
     unsafe {
         handle(frame, |frame| {
             let world = world().ok_or("mpi_cuda: a collective ran before the world was started")?;
-            let program = natives::program(attribute(frame, "program")?)?;
             let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
             let collective = Collective {
                 frame,
@@ -62,15 +63,44 @@ unsafe fn collective(
                 results: frame.raw_rets().len().saturating_sub(1),
                 part: natives::part(attribute(frame, "table")?)?,
             };
-            world
-                .engine
-                .begin_native(ticket, &program)
-                .map_err(|error| error.to_string())?;
-            body(&collective)?;
-            world.engine.end_native(&program);
-            Ok(())
+            refuse_narrow(frame)?;
+            body(&collective)
         })
     }
+}
+
+/// The first thing that a launch with collectives does, on every rank.
+unsafe extern "C" fn begin(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+    // SAFETY: called by XLA.
+    unsafe {
+        handle(frame, |frame| {
+            let world = world().ok_or("mpi_cuda: a program ran before the world was started")?;
+            let program = natives::program(attribute(frame, "program")?)?;
+            let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
+            let again = program.ran.swap(true, Ordering::Relaxed);
+            world
+                .engine
+                .begin_native(ticket, &program.sequence, !again)
+                .map_err(|error| error.to_string())
+        })
+    }
+}
+
+/// Elements of less than 8 bits may share bytes, so nothing here may move them by their number.
+fn refuse_narrow(frame: &Frame<'_>) -> Result<(), String> {
+    let all = frame.raw_args().iter().chain(frame.raw_rets());
+    for buffer in all {
+        // SAFETY: XLA's buffers are valid during the call.
+        let dtype = unsafe { (**buffer).dtype };
+        if super::frame::is_narrow(dtype) {
+            return Err(
+                "mpi_cuda: a collective of a type of less than 8 bits is not supported; cast to a \
+                 supported type first"
+                    .into(),
+            );
+        }
+    }
+    Ok(())
 }
 
 fn attribute(frame: &Frame<'_>, name: &str) -> Result<i64, String> {
