@@ -1,12 +1,11 @@
 """Seconds by the clock, and of a processor, to compile a training step for two devices: by the
 inner plugin alone, and through us.
 
-mpirun -n 2 python compile.py [LAYERS ...]
+JAX_PLATFORMS=mpi_cuda,inner mpirun -n 2 python compile.py [LAYERS ...]
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -61,7 +60,6 @@ def seconds(devices: list[jax.Device], layers: int) -> np.ndarray:
 
 def main() -> None:
     """Alternates, and prints medians."""
-    os.environ.setdefault("JAX_PLATFORMS", "mpi_cuda,inner")
     for layers in map(int, sys.argv[1:] or ["2", "8"]):
         ours, bare = [], []
         for _ in range(3):
