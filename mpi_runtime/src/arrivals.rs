@@ -14,6 +14,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use memmap2::MmapRaw;
 
+use crate::asleep;
+
 /// How long a rank looks for the others before it takes the slower way; about what that way costs.
 const PATIENCE: Duration = Duration::from_micros(200);
 /// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks. A mark
@@ -139,12 +141,8 @@ impl Arrivals {
 
     /// Waits, asleep, until all ranks have begun launch number `launch`.
     pub fn wait_begun(&self, launch: u64) {
-        const LONGEST: Duration = Duration::from_millis(2);
-        let mut pause = Duration::from_micros(20);
-        while (0..self.size).any(|rank| self.begun(rank).load(Ordering::Acquire) < launch) {
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(LONGEST);
-        }
+        let has_begun = |rank| self.begun(rank).load(Ordering::Acquire) >= launch;
+        asleep::until(|| (0..self.size).all(has_begun).then_some(()));
     }
 
     /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if everybody

@@ -5,6 +5,7 @@
 
 pub mod alone;
 pub mod arrivals;
+mod asleep;
 pub mod check;
 pub mod communicators;
 pub mod engine;

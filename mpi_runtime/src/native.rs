@@ -4,11 +4,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use mpi_shim_abi::{ANY, Datatype, Kind, Reduction, ShimOp};
 use parking_lot::Mutex;
 
+use crate::asleep;
 use crate::communicators::{Communicator, NATIVE, SELF};
 use crate::engine::Engine;
 use crate::error::OperationError;
@@ -279,15 +279,8 @@ impl Post<'_> {
     fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
         let wanted = self.operation(Kind::Recv, peer, tag, &[]);
         let _pending = self.engine.pending.enter(&first_run(peer), "all ranks");
-        let mut pause = Duration::from_micros(20);
-        loop {
-            if let Some(message) = self.shim.take(&wanted)? {
-                return self.shim.receive_bytes(message);
-            }
-            std::thread::sleep(pause);
-            const LONGEST: Duration = Duration::from_millis(2);
-            pause = (pause * 2).min(LONGEST);
-        }
+        let message = asleep::until(|| self.shim.take(&wanted).transpose())?;
+        self.shim.receive_bytes(message)
     }
 }
 

@@ -14,7 +14,7 @@ use crate::config::Log;
 use crate::error::Error;
 use crate::execute::{self, Program};
 use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations};
-use crate::handles::destroy_loaded;
+use crate::handles::{destroy_executable, destroy_loaded, with_executable};
 use crate::plugin::plugin;
 use crate::search::{contains, find};
 use crate::spmd::{self, Place};
@@ -78,14 +78,10 @@ pub unsafe extern "C" fn compile_ahead(args: *mut PJRT_Compile_Args) -> *mut PJR
         // SAFETY: passed through.
         unsafe {
             call(plugin().inner.api().PJRT_Compile, args)?;
-            let refused = refuse_several_devices((*args).executable);
-            if refused.is_err() {
-                let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
-                destroy.executable = (*args).executable;
-                (*args).executable = std::ptr::null_mut();
-                call(plugin().inner.api().PJRT_Executable_Destroy, &mut destroy)?;
-            }
-            refused
+            refuse_several_devices((*args).executable).inspect_err(|_| {
+                let refused = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());
+                destroy_executable(refused);
+            })
         }
     })
 }
@@ -194,23 +190,17 @@ fn alike(text: &[u8]) -> Option<Alike> {
 /// # Safety
 /// `loaded` must be a live executable of the inner plugin.
 unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(), Error> {
-    let api = plugin().inner.api();
-    let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
-    get.loaded_executable = loaded;
-    // SAFETY: `loaded` is live; the executable got from it is destroyed below.
+    // SAFETY: `loaded` is live, and so is the executable got from it.
     unsafe {
-        call(api.PJRT_LoadedExecutable_GetExecutable, &mut get)?;
-        // A rewritten program is for one device by now.
-        let several = refuse_several_devices(get.executable);
-        let cheap = ours.operations && is_cheap(get.executable);
-        let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
-        destroy.executable = get.executable;
-        call(api.PJRT_Executable_Destroy, &mut destroy)?;
-        if let Err(error) = several {
+        let cheap = with_executable(loaded, |executable| {
+            // A rewritten program is for one device by now.
+            refuse_several_devices(executable)?;
+            Ok(ours.operations && is_cheap(executable))
+        });
+        let cheap = cheap.inspect_err(|_| {
             spmd::forget(loaded);
             destroy_loaded(loaded);
-            return Err(error);
-        }
+        })?;
         if ours.operations || ours.callbacks {
             let program = Program {
                 operations: ours.operations,

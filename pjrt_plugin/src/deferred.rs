@@ -12,7 +12,7 @@ use crate::call::{bytes, call, new_args, slice};
 use crate::client;
 use crate::error::Error;
 use crate::execute;
-use crate::handles::{Owned, discard};
+use crate::handles::{Owned, with_executable};
 use crate::layouts;
 use crate::options::Options;
 use crate::plugin::plugin;
@@ -238,22 +238,14 @@ fn outlook(executable: *mut PJRT_LoadedExecutable) -> Option<Outlook> {
 /// # Safety
 /// `loaded` must be live.
 unsafe fn look_at(loaded: *mut PJRT_LoadedExecutable) -> Result<Option<Outlook>, Error> {
-    let api = plugin().inner.api();
-    let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
-    get.loaded_executable = loaded;
     let (client, device) = client::of_executable(loaded)?;
-    // SAFETY: `loaded` is live; the executable got from it is destroyed below; its lists live as
-    // long.
+    // SAFETY: `loaded` is live; the lists of the executable got from it live as long as that.
     unsafe {
         let memory = default_memory(device)?;
-        call(api.PJRT_LoadedExecutable_GetExecutable, &mut get)?;
-        let outputs = shapes(get.executable, memory, &client.memories);
-        discard(api.PJRT_Executable_Destroy, {
-            let mut args = new_args::<PJRT_Executable_Destroy_Args>();
-            args.executable = get.executable;
-            args
-        });
-        Ok(outputs?.map(|outputs| Outlook {
+        let outputs = with_executable(loaded, |executable| {
+            shapes(executable, memory, &client.memories)
+        })?;
+        Ok(outputs.map(|outputs| Outlook {
             client: client.handle,
             device,
             memory,

@@ -135,7 +135,7 @@ fn make(client: &Client) -> Result<Made, Error> {
     program.code_size = PROGRAM.len();
     program.format = FORMAT.as_ptr().cast();
     program.format_size = FORMAT.len();
-    let options = compile_options(client.rank);
+    let options = hlo_rewrite::Options::for_one(i64::from(client.rank)).write()?;
     let mut compile = new_args::<PJRT_Client_Compile_Args>();
     compile.client = client.handle;
     compile.program = &program;
@@ -160,24 +160,4 @@ fn make(client: &Client) -> Result<Made, Error> {
         executable: compile.executable,
         operand: operand.buffer,
     })
-}
-
-/// A `CompileOptionsProto` for one device (`xla/pjrt/proto/compile_options.proto`):
-/// `executable_build_options` (3) with `num_replicas` (4), `num_partitions` (5) and
-/// `device_assignment` (9).
-fn compile_options(device: i32) -> Vec<u8> {
-    let message = |field: u8, content: &[u8]| {
-        let mut bytes = vec![field << 3 | 2, content.len() as u8];
-        bytes.extend_from_slice(content);
-        bytes
-    };
-    // A 32-bit number in two bytes of a varint: worlds are below 2^14.
-    let device = device as u16;
-    let varint = [(device & 0x7f) as u8 | 0x80, (device >> 7) as u8];
-    let ids = message(1, &varint);
-    let mut assignment = vec![1 << 3, 1, 2 << 3, 1];
-    assignment.extend(message(3, &ids));
-    let mut build = vec![4 << 3, 1, 5 << 3, 1];
-    build.extend(message(9, &assignment));
-    message(3, &build)
 }

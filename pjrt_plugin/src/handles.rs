@@ -78,6 +78,37 @@ pub fn destroy_loaded(loaded: *mut PJRT_LoadedExecutable) {
     });
 }
 
+/// Calls `look` with the executable behind a loaded one.
+///
+/// # Safety
+/// `loaded` must be live.
+pub unsafe fn with_executable<T>(
+    loaded: *mut PJRT_LoadedExecutable,
+    look: impl FnOnce(*mut PJRT_Executable) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
+    get.loaded_executable = loaded;
+    // SAFETY: as the caller promises.
+    unsafe {
+        call(
+            plugin().inner.api().PJRT_LoadedExecutable_GetExecutable,
+            &mut get,
+        )
+    }?;
+    let result = look(get.executable);
+    destroy_executable(get.executable);
+    result
+}
+
+/// Destroys an executable that is not loaded.
+pub fn destroy_executable(executable: *mut PJRT_Executable) {
+    discard(plugin().inner.api().PJRT_Executable_Destroy, {
+        let mut args = new_args::<PJRT_Executable_Destroy_Args>();
+        args.executable = executable;
+        args
+    });
+}
+
 /// Destroys something of ours; a failure would leave nothing to do.
 pub fn discard<Args>(destroy: Function<Args>, mut args: Args) {
     // SAFETY: the callers pass a live handle that nobody uses any more.

@@ -13,7 +13,9 @@ use pjrt_sys::*;
 use crate::call::{call, new_args, slice};
 use crate::client::{self, Client};
 use crate::error::Error;
-use crate::handles::{Owned, destroy_event, destroy_loaded, discard, wait, wait_ready};
+use crate::handles::{
+    Owned, destroy_event, destroy_loaded, discard, wait, wait_ready, with_executable,
+};
 use crate::plugin::plugin;
 
 /// Callbacks in callbacks in callbacks; beyond this a program is refused.
@@ -179,27 +181,20 @@ impl Spare {
     /// The copy of an executable on this client, and the number of its outputs.
     fn load(&self, original: *mut PJRT_LoadedExecutable) -> Result<(Loaded, usize), Error> {
         let api = plugin().inner.api();
-        let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
-        get.loaded_executable = original;
         let mut outputs = new_args::<PJRT_Executable_NumOutputs_Args>();
-        // SAFETY: the framework's executable is live; the one got from it is destroyed below.
+        // SAFETY: the framework's executable is live, and so is the one got from it.
         unsafe {
-            call(api.PJRT_LoadedExecutable_GetExecutable, &mut get)?;
-            outputs.executable = get.executable;
-            let counted = call(api.PJRT_Executable_NumOutputs, &mut outputs);
-            let copy = counted.and_then(|()| {
+            with_executable(original, |executable| {
+                outputs.executable = executable;
+                call(api.PJRT_Executable_NumOutputs, &mut outputs)?;
                 let mut loaded = self.loaded.lock();
                 if let Some(&copy) = loaded.get(&(original as usize)) {
-                    return Ok(copy);
+                    return Ok((copy, outputs.num_outputs));
                 }
-                let copy = self.load_copy(get.executable)?;
+                let copy = self.load_copy(executable)?;
                 loaded.insert(original as usize, copy);
-                Ok(copy)
-            });
-            let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
-            destroy.executable = get.executable;
-            call(api.PJRT_Executable_Destroy, &mut destroy)?;
-            Ok((copy?, outputs.num_outputs))
+                Ok((copy, outputs.num_outputs))
+            })
         }
     }
 

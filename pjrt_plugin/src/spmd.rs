@@ -16,14 +16,15 @@ use crate::boundary;
 use crate::call::{call, new_args};
 use crate::client;
 use crate::error::Error;
-use crate::handles::destroy_loaded;
+use crate::handles::{destroy_loaded, with_executable};
 use crate::natives;
 use crate::plugin::{plugin, world};
 
 /// Format of what [`PJRT_Executable_OptimizedProgram`] gives.
 const OPTIMIZED: &str = "hlo_with_config";
 
-/// Above these a launch takes long enough that a caller would rather not wait for it.
+/// Above these a launch takes long enough that a caller would rather not wait for it; the same for
+/// operations in `python/mpi_cuda/_alike.py`.
 const LONGEST: u64 = 10_000;
 const LARGEST: u64 = 16 << 20;
 
@@ -76,7 +77,16 @@ pub fn forget<T>(handle: *const T) {
 
 impl From<Refused> for Error {
     fn from(refused: Refused) -> Error {
-        Error::unimplemented(format!("mpi_cuda: {refused}"))
+        let remedy = match refused {
+            Refused::Instruction { .. } => {
+                "express it by psum, pmax, pmin, all_gather, psum_scatter, all_to_all or ppermute"
+            }
+            _ => {
+                "this version of the inner plugin (MPI_CUDA_INNER_PLUGIN) is one that mpi_cuda does \
+                 not know; use the one that scripts/setup installs, or report it"
+            }
+        };
+        Error::unimplemented(format!("mpi_cuda: {refused}; {remedy}"))
     }
 }
 
@@ -108,7 +118,7 @@ pub fn place(client: *mut PJRT_Client, serialized: &[u8]) -> Place {
     }
 }
 
-/// Notes that `loaded` runs on devices of other ranks alone.
+/// Notes that `loaded` runs on devices of other ranks alone, or destroys it.
 ///
 /// # Safety
 /// It must be live, and compiled by the inner plugin with `options`.
@@ -119,10 +129,13 @@ pub unsafe fn note_elsewhere(
 ) -> Result<(), Error> {
     if !options.is_for_one() {
         // Other ranks may load what this one serializes.
+        // SAFETY: as the caller promises.
+        let whole = unsafe { optimized_program(loaded) }
+            .and_then(|optimized| Ok((optimized, options.devices()?)));
+        let (optimized, devices) = whole.inspect_err(|_| destroy_loaded(loaded))?;
         let spmd = Spmd {
-            devices: options.devices()?,
-            // SAFETY: as the caller promises.
-            optimized: unsafe { optimized_program(loaded) }?,
+            devices,
+            optimized,
             options: options.clone(),
             callbacks,
         };
@@ -224,7 +237,8 @@ pub fn deserialize(
         }
         Place::Here => {
             return Err(Error::invalid(
-                "mpi_cuda: a program for several devices cannot be loaded for one",
+                "mpi_cuda: a program for several devices cannot be loaded for one: give the options \
+                 that it was compiled with, or none",
             ));
         }
     };
@@ -309,30 +323,22 @@ fn compile(
 /// # Safety
 /// `loaded` must be live.
 unsafe fn optimized_program(loaded: *mut PJRT_LoadedExecutable) -> Result<Vec<u8>, Error> {
-    let api = plugin().inner.api();
-    let mut get = new_args::<PJRT_LoadedExecutable_GetExecutable_Args>();
-    get.loaded_executable = loaded;
-    // SAFETY: as the caller promises.
-    unsafe { call(api.PJRT_LoadedExecutable_GetExecutable, &mut get) }?;
-    let mut program = new_args::<PJRT_Program>();
-    let mut args = new_args::<PJRT_Executable_OptimizedProgram_Args>();
-    args.executable = get.executable;
-    args.program = &mut program;
-    let mut code = Vec::new();
-    // SAFETY: the first call asks for the size, the second fills that many bytes.
-    let result = unsafe {
-        call(api.PJRT_Executable_OptimizedProgram, &mut args).and_then(|()| {
-            code.resize(program.code_size, 0u8);
-            program.code = code.as_mut_ptr().cast();
-            call(api.PJRT_Executable_OptimizedProgram, &mut args)
+    let optimized = plugin().inner.api().PJRT_Executable_OptimizedProgram;
+    // SAFETY: as the caller promises; the first call asks for the size, the second fills that many
+    // bytes.
+    unsafe {
+        with_executable(loaded, |executable| {
+            let mut program = new_args::<PJRT_Program>();
+            let mut args = new_args::<PJRT_Executable_OptimizedProgram_Args>();
+            args.executable = executable;
+            args.program = &mut program;
+            call(optimized, &mut args)?;
+            let mut code = vec![0u8; program.code_size];
+            (*args.program).code = code.as_mut_ptr().cast();
+            call(optimized, &mut args)?;
+            Ok(code)
         })
-    };
-    let mut destroy = new_args::<PJRT_Executable_Destroy_Args>();
-    destroy.executable = get.executable;
-    // SAFETY: got above; destroyed once.
-    unsafe { call(api.PJRT_Executable_Destroy, &mut destroy) }?;
-    result?;
-    Ok(code)
+    }
 }
 
 /// `PJRT_LoadedExecutable_GetExecutable`

@@ -195,10 +195,7 @@ fn ordered_computations(module: &Module, calls: &Calls) -> Result<HashMap<i64, S
     if with_calls.contains(&entry) {
         shapes.insert(entry, Shape::Entry);
     }
-    // What nothing calls is not executed.
-    for id in with_calls {
-        shapes.entry(id).or_insert(Shape::Entry);
-    }
+    // What nothing calls is not executed, and stays as it is but for its collectives.
     Ok(shapes)
 }
 
@@ -402,7 +399,6 @@ impl Rewriting<'_> {
     fn computation(&self, module: &mut Module, id: i64) -> Result<(), Refused> {
         let before = module.ordered(id)?;
         let root = module.computation(id)?.root_id;
-        let is_entry = id == module.entry();
         let shape = self.ordered.get(&id).copied();
         let mut out = Output {
             computation: id,
@@ -415,14 +411,13 @@ impl Rewriting<'_> {
             Some(Shape::Entry) => {
                 let first = out.make(None, "after-all", token(), &[], |_| {});
                 // The launch begins here on every rank, whatever it executes later.
-                let begin = out.make(None, "custom-call", token(), &[first], |made| {
+                Some(out.make(None, "custom-call", token(), &[first], |made| {
                     made.custom_call_target = format!("{TARGET_PREFIX}begin");
                     made.custom_call_api_version = TYPED_FFI;
                     made.custom_call_has_side_effect = true;
                     made.backend_config =
                         format!("{{program = {} : i64}}", self.program).into_bytes();
-                });
-                Some(if is_entry { begin } else { first })
+                }))
             }
             Some(Shape::Added) => {
                 let parameters = before.iter().filter(|i| i.opcode == "parameter").count();
@@ -494,7 +489,6 @@ impl Rewriting<'_> {
         made.use_global_device_ids = false;
         made.constrain_layout = false;
         made.called_computation_ids.clear();
-        made.control_predecessor_ids.clear();
         made.dimensions.clear();
         made.replica_groups.clear();
         made.source_target_pairs.clear();

@@ -17,6 +17,30 @@ pub(crate) fn refused(instruction: &HloInstructionProto, reason: String) -> Refu
     }
 }
 
+/// Reductions in the order of their numbers in custom calls (`include/mpi_cuda.h`).
+pub const REDUCTIONS: [&str; 10] = [
+    "SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR", "BXOR",
+];
+
+/// Element types: XLA's number (`PrimitiveType`), its name, and bytes.
+const TYPES: [(i32, &str, u64); 15] = [
+    (1, "pred", 1),
+    (2, "s8", 1),
+    (3, "s16", 2),
+    (4, "s32", 4),
+    (5, "s64", 8),
+    (6, "u8", 1),
+    (7, "u16", 2),
+    (8, "u32", 4),
+    (9, "u64", 8),
+    (10, "f16", 2),
+    (11, "f32", 4),
+    (12, "f64", 8),
+    (15, "c64", 8),
+    (16, "bf16", 2),
+    (18, "c128", 16),
+];
+
 /// A custom call that replaces an instruction.
 #[derive(Clone, Debug)]
 pub(crate) struct Call {
@@ -24,8 +48,8 @@ pub(crate) struct Call {
     pub(crate) target: &'static str,
     /// What it refers to.
     pub(crate) table: Table,
-    /// Number of the reduction (`mpi_runtime::operation::REDUCTIONS`).
-    pub(crate) reduction: Option<i64>,
+    /// Number of the reduction in [`REDUCTIONS`].
+    pub(crate) reduction: Option<usize>,
     /// For each array: how many blocks of each rank's lie apart from each other in the whole (1: those
     /// of a rank are contiguous). Empty if all are 1.
     pub(crate) outer: Vec<i64>,
@@ -306,7 +330,7 @@ fn reduction(
     instruction: &HloInstructionProto,
     results: &[&ShapeProto],
     module: &Module,
-) -> Result<i64, Refused> {
+) -> Result<usize, Refused> {
     let [computation] = instruction.called_computation_ids[..] else {
         return Err(refused(instruction, "it has no computation".into()));
     };
@@ -319,26 +343,28 @@ fn reduction(
     let logical = results
         .iter()
         .all(|shape| shape.element_type == module::PRED);
-    const SUM: i64 = 0;
-    let number = match (opcode, logical) {
-        ("add", false) => SUM,
-        ("multiply", false) => 1,
-        ("minimum", false) => 2,
-        ("maximum", false) => 3,
-        ("and" | "multiply" | "minimum", true) => 4,
-        ("or" | "add" | "maximum", true) => 5,
-        ("xor", true) => 6,
-        ("and", false) => 7,
-        ("or", false) => 8,
-        ("xor", false) => 9,
-        _ => {
-            return Err(refused(
-                instruction,
-                format!("its reduction is {opcode}, which MPI does not have"),
-            ));
-        }
+    let name = match (opcode, logical) {
+        ("add", false) => "SUM",
+        ("multiply", false) => "PROD",
+        ("minimum", false) => "MIN",
+        ("maximum", false) => "MAX",
+        ("and" | "multiply" | "minimum", true) => "LAND",
+        ("or" | "add" | "maximum", true) => "LOR",
+        ("xor", true) => "LXOR",
+        ("and", false) => "BAND",
+        ("or", false) => "BOR",
+        ("xor", false) => "BXOR",
+        _ => "",
     };
-    Ok(number)
+    REDUCTIONS
+        .iter()
+        .position(|known| *known == name)
+        .ok_or_else(|| {
+            refused(
+                instruction,
+                format!("its reduction is {opcode}, which MPI lacks"),
+            )
+        })
 }
 
 /// The opcode of a computation that applies one operation to its two parameters.
@@ -371,13 +397,8 @@ fn binary(computation: &HloComputationProto) -> Option<&str> {
 /// Bytes of an instruction's results.
 pub(crate) fn bytes(instruction: &HloInstructionProto) -> u64 {
     let of = |shape: &&ShapeProto| {
-        let size = match shape.element_type {
-            3 | 7 | 10 | 16 => 2,
-            4 | 8 | 11 => 4,
-            5 | 9 | 12 | 15 => 8,
-            18 => 16,
-            _ => 1,
-        };
+        // All others have a byte, or less.
+        let size = element_type(shape).map_or(1, |row| row.2);
         let elements = shape.dimensions.iter().map(|&d| d.max(0) as u64);
         elements.fold(size, u64::saturating_mul)
     };
@@ -390,11 +411,8 @@ pub(crate) fn describe(instruction: &HloInstructionProto, call: &Call) -> String
     let shapes: Vec<String> = results(instruction).into_iter().map(shape_text).collect();
     let mut text = format!("{} {}", instruction.opcode, shapes.join(" "));
     if let Some(reduction) = call.reduction {
-        const NAMES: [&str; 10] = [
-            "SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR", "BXOR",
-        ];
         text += " ";
-        text += NAMES[reduction as usize];
+        text += REDUCTIONS[reduction];
     }
     match &call.table {
         Table::Groups(groups) => text + &format!(" among {groups:?}"),
@@ -403,31 +421,17 @@ pub(crate) fn describe(instruction: &HloInstructionProto, call: &Call) -> String
     }
 }
 
-/// `type11[2,3]`: XLA's numbers of types differ between no versions.
+/// The row of an array's element type, if it is listed.
+fn element_type(shape: &ShapeProto) -> Option<&'static (i32, &'static str, u64)> {
+    TYPES.iter().find(|row| row.0 == shape.element_type)
+}
+
+/// `f32[2,3]`; a type that is not listed, an 8-bit float say, by its number: `type20[2,3]`.
 fn shape_text(shape: &ShapeProto) -> String {
-    const NAMES: [(i32, &str); 17] = [
-        (1, "pred"),
-        (2, "s8"),
-        (3, "s16"),
-        (4, "s32"),
-        (5, "s64"),
-        (6, "u8"),
-        (7, "u16"),
-        (8, "u32"),
-        (9, "u64"),
-        (10, "f16"),
-        (11, "f32"),
-        (12, "f64"),
-        (15, "c64"),
-        (16, "bf16"),
-        (18, "c128"),
-        (17, "token"),
-        (13, "tuple"),
-    ];
-    let name = NAMES
-        .iter()
-        .find(|(number, _)| *number == shape.element_type);
-    let name = name.map_or_else(|| format!("type{}", shape.element_type), |row| row.1.into());
+    let name = element_type(shape).map_or_else(
+        || format!("type{}", shape.element_type),
+        |row| row.1.to_owned(),
+    );
     let dimensions: Vec<String> = shape.dimensions.iter().map(i64::to_string).collect();
     format!("{name}[{}]", dimensions.join(","))
 }

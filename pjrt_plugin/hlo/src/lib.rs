@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 
 use protobuf::Message;
 
+pub use collective::REDUCTIONS;
 pub use envelope::Envelope;
 pub use groups::Devices;
 pub use options::Options;

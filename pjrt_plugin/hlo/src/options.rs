@@ -4,7 +4,9 @@ use protobuf::{Message, MessageField};
 
 use crate::proto::compile_options::compile_options_proto::Override;
 use crate::proto::compile_options::option_override_proto::Value;
-use crate::proto::compile_options::{CompileOptionsProto, OptionOverrideProto};
+use crate::proto::compile_options::{
+    CompileOptionsProto, ExecutableBuildOptionsProto, OptionOverrideProto,
+};
 use crate::proto::hlo::DeviceAssignmentProto;
 use crate::proto::hlo::device_assignment_proto::ComputationDevice;
 use crate::{Devices, Layouts, Refused};
@@ -20,6 +22,19 @@ impl Options {
     /// If it is none.
     pub fn read(bytes: &[u8]) -> Result<Options, Refused> {
         Ok(Options(CompileOptionsProto::parse_from_bytes(bytes)?))
+    }
+
+    /// Options that compile a program for one device.
+    pub fn for_one(device: i64) -> Options {
+        Options(CompileOptionsProto {
+            executable_build_options: MessageField::some(ExecutableBuildOptionsProto {
+                num_replicas: 1,
+                num_partitions: 1,
+                device_assignment: MessageField::some(assignment(1, 1, &[device])),
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
     }
 
     /// Serialized again.
@@ -162,7 +177,6 @@ fn assignment(replicas: usize, partitions: usize, ids: &[i64]) -> DeviceAssignme
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::compile_options::ExecutableBuildOptionsProto;
 
     fn options(replicas: i64, partitions: i64, ids: Option<&[i64]>) -> Options {
         let build = ExecutableBuildOptionsProto {
@@ -192,6 +206,13 @@ mod tests {
             .mut_or_insert_default()
             .num_replicas = 4;
         assert!(wrong.devices().is_err());
+    }
+
+    #[test]
+    fn options_for_one_device_name_it() {
+        let one = Options::read(&Options::for_one(3).write().unwrap()).unwrap();
+        assert!(one.is_for_one() && one.is_assigned());
+        assert_eq!(one.devices().unwrap().ids(), [3]);
     }
 
     #[test]

@@ -244,7 +244,8 @@ fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> O
 }
 
 fn copy(from: &Buffer<'_>, to: &Buffer<'_>) {
-    let bytes = from.bytes().min(to.bytes());
+    let bytes = from.bytes();
+    assert_eq!(bytes, to.bytes());
     if bytes > 0 && !std::ptr::eq(from.data, to.data) {
         // SAFETY: XLA's buffers have their sizes, and results do not overlap other operands.
         unsafe {
@@ -487,5 +488,33 @@ unsafe extern "C" fn id(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
             result.data.cast::<u32>().write(value);
             Ok(())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reductions_have_the_same_numbers_in_programs_and_in_the_engine() {
+        let engine = REDUCTIONS.iter().map(|row| row.1);
+        assert!(engine.eq(hlo_rewrite::REDUCTIONS));
+    }
+
+    #[test]
+    fn blocks_are_interleaved_and_back() {
+        let shape = [12];
+        let buffer = |memory: &mut [u8; 12]| Buffer {
+            data: memory.as_mut_ptr().cast(),
+            dtype: mpi_runtime::ElementType::U8,
+            shape: &shape,
+        };
+        let mut parts: [u8; 12] = std::array::from_fn(|i| i as u8);
+        let (mut whole, mut back) = ([0u8; 12], [0u8; 12]);
+        // Two ranks, three blocks of two bytes each.
+        interleave(&buffer(&mut parts), &buffer(&mut whole), 2, 3);
+        assert_eq!(whole, [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
+        interleave(&buffer(&mut whole), &buffer(&mut back), 3, 2);
+        assert_eq!(back, parts);
     }
 }
