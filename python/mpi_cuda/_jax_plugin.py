@@ -22,7 +22,7 @@ def initialize() -> None:
         return
     import jax._src.xla_bridge as xla_bridge
 
-    from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle
+    from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle, _older_plugin
 
     _library.load()
     _watch_backends(_serve_as_cpu)
@@ -33,6 +33,7 @@ def initialize() -> None:
     _callbacks.install()
     _ffi_targets.install()
     _lifecycle.install()
+    _older_plugin.install()
 
 
 def _options() -> dict[str, Any]:

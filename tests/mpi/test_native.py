@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -336,23 +336,30 @@ def test_dtypes_are_moved(kind: str) -> None:
         same(moved, *map(counted, KINDS[kind]))
 
 
-@pytest.fixture
-def without_shardy() -> Iterator[None]:
-    """The inner plugin cannot read 8-bit floats in programs with Shardy's attributes."""
-    jax.config.update("jax_use_shardy_partitioner", False)
-    yield
-    jax.config.update("jax_use_shardy_partitioner", True)
-
-
-@pytest.mark.usefixtures("without_shardy")
 def test_8_bit_floats_are_moved() -> None:
     same(moved, *map(counted, ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"]))
 
 
-@pytest.mark.usefixtures("without_shardy")
 def test_8_bit_floats_are_reduced() -> None:
     x = counted("float8_e4m3fn") % 3, counted("float8_e5m2") % 3
     same(lambda *x: (lax.psum(x, "x"), lax.pmax(x, "x")), *x)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_4_bit_floats_are_moved(place: int) -> None:
+    same(lambda x: moved(x)[0][place], counted("float4_e2m1fn"))
+
+
+def test_8_bit_floats_are_partitioned_and_donated() -> None:
+    sharding = NamedSharding(MESH, ROWS)
+    values = counted("float8_e4m3fn")
+    x = jax.device_put(values, sharding)
+    step = jax.jit(lambda x: lax.with_sharding_constraint(x + x[::-1], sharding), donate_argnums=0)
+    y = step(x)
+    assert x.is_deleted()
+    assert y.sharding == sharding and y.dtype == values.dtype
+    want = (values.astype(np.float32) + values[::-1].astype(np.float32)).astype(values.dtype)
+    np.testing.assert_array_equal(multihost_utils.process_allgather(y, tiled=True), want)
 
 
 @pytest.mark.parametrize("place", range(3))
