@@ -330,6 +330,44 @@ def counted(dtype: str) -> np.ndarray:
     return (np.arange(SIZE * 3 * D).reshape(SIZE * 3, D) % 5).astype(dtype_of(dtype))
 
 
+def exchange(x: jax.Array) -> jax.Array:
+    """Its pieces lie one after the other, so nothing but the exchange copies them."""
+    return lax.all_to_all(x, "x", 0, 0, tiled=True)
+
+
+#: Steps of loops in which arrays take each other's memory while they are exchanged.
+STEPS: dict[str, Callable[..., Any]] = {
+    "itself": lambda i, x, y: (exchange(x), y),
+    "both": lambda i, x, y: (exchange(x), exchange(y)),
+    "crosswise": lambda i, x, y: (exchange(y), exchange(x)),
+    "kept": lambda i, x, y: (x + exchange(y), x),
+    "overwritten": lambda i, x, y: (x * 2 + i, exchange(x)),
+    "updated": lambda i, x, y: (x.at[0].set(i), exchange(x)),
+    "updated after": lambda i, x, y: (exchange(x).at[0].add(y[1]), exchange(x.at[1].set(0))),
+    "read": lambda i, x, y: (exchange(x @ x.T @ y), y + x),
+    "branches": lambda i, x, y: (
+        *lax.cond(i % 2 == 0, lambda x, y: (exchange(x), x), lambda x, y: (y, exchange(y)), x, y),
+    ),
+}
+
+
+@pytest.mark.parametrize("donate", [(), (0, 1)])
+@pytest.mark.parametrize("step", STEPS)
+def test_whole_arrays_are_exchanged(step: str, donate: tuple[int, ...]) -> None:
+    def loop(x: jax.Array, y: jax.Array) -> Any:
+        x, y = STEPS[step](0, x, y)
+        x, y = lax.fori_loop(1, 4, lambda i, c: STEPS[step](i, *c), (x, y))
+        return exchange(x) % 7, y % 7, exchange(y) % 7
+
+    arrays = [numbers((SIZE * D, D), seed=seed) for seed in (1, 2)]
+    sharded = [jax.device_put(x, NamedSharding(MESH, ROWS)) for x in arrays]
+    mapped = jax.shard_map(loop, mesh=MESH, in_specs=ROWS, out_specs=ROWS)
+    results = jax.jit(mapped, donate_argnums=donate)(*sharded)
+    parts = [x.reshape(SIZE, D, D) for x in arrays]
+    for result, want in zip(results, jax.vmap(loop, axis_name="x")(*parts), strict=True):
+        np.testing.assert_array_equal(result.addressable_shards[0].data, want[RANK])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtypes_are_moved(kind: str) -> None:
     with jax.enable_x64(True):

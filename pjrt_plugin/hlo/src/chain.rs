@@ -12,8 +12,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use protobuf::MessageField;
 
 use crate::collective::{self, Call, refused};
+use crate::fold::{self, Folds};
 use crate::groups::Devices;
-use crate::module::{Module, TOKEN, shape_of, token, tuple};
+use crate::module::{Module, TOKEN, TUPLE, shape_of, token, tuple};
 use crate::proto::hlo::{HloInstructionProto, ShapeProto};
 use crate::{Refused, TARGET_PREFIX, Table};
 
@@ -39,13 +40,14 @@ pub(crate) struct Found {
 }
 
 /// Calls by the computation and the instruction that they replace.
-type Calls = HashMap<(i64, i64), Call>;
+pub(crate) type Calls = HashMap<(i64, i64), Call>;
 
 /// Rewrites `module`.
 pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Refused> {
     let mut found = Found::default();
     let calls = recognise_all(module, devices)?;
     let ordered = ordered_computations(module, &calls)?;
+    let folds = fold::find(module, &calls)?;
     let mut description = Description::default();
     describe(
         module,
@@ -70,11 +72,13 @@ pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Re
             let rewriting = Rewriting {
                 calls: &calls,
                 ordered: &ordered,
+                folds: &folds,
                 program: found.identity,
             };
             rewriting.computation(module, id)?;
         }
     }
+    module.remove(&folds.computations);
     Ok(found)
 }
 
@@ -305,6 +309,7 @@ fn describe(
 struct Rewriting<'a> {
     calls: &'a Calls,
     ordered: &'a HashMap<i64, Shape>,
+    folds: &'a Folds,
     program: i64,
 }
 
@@ -437,7 +442,7 @@ impl Rewriting<'_> {
         for instruction in before {
             let paired_parameter = instruction.opcode == "parameter"
                 && matches!(shape, Some(Shape::Paired | Shape::Condition));
-            if paired_parameter {
+            if paired_parameter || self.folds.dropped.contains(&(id, instruction.id)) {
                 continue;
             }
             if let Some(call) = self.calls.get(&(id, instruction.id)) {
@@ -472,14 +477,17 @@ impl Rewriting<'_> {
         for (index, outer) in call.outer.iter().enumerate() {
             attributes.push(format!("outer{index} = {outer} : i64"));
         }
-        let results: Vec<ShapeProto> = collective::results(&instruction)
-            .into_iter()
-            .cloned()
-            .collect();
-        let is_tuple = shape_of(&instruction).tuple_shapes.len() == results.len()
-            && instruction.shape.element_type == crate::module::TUPLE;
-        let (old, name) = (instruction.id, instruction.name.clone());
+        let fold = self.folds.folds.get(&(out.computation, instruction.id));
+        let fold = fold.cloned().unwrap_or_default();
+        // What the others know the result by.
+        let known = fold.joined.as_ref().unwrap_or(&instruction);
+        let results: Vec<ShapeProto> = collective::results(known).into_iter().cloned().collect();
+        let is_tuple = known.shape.element_type == TUPLE;
+        let (old, name) = (known.id, known.name.clone());
         let mut made = instruction;
+        if let Some(whole) = fold.whole {
+            made.operand_ids = vec![whole];
+        }
         made.opcode = "custom-call".into();
         made.custom_call_target = format!("{TARGET_PREFIX}{}", call.target);
         made.custom_call_api_version = TYPED_FFI;

@@ -258,15 +258,15 @@ fn pairwise(
 
 /// What decides where elements lie in memory.
 #[derive(PartialEq, Eq)]
-struct Physical<'a> {
-    element_type: i32,
-    dimensions: &'a [i64],
+pub(crate) struct Physical<'a> {
+    pub(crate) element_type: i32,
+    pub(crate) dimensions: &'a [i64],
     /// Those longer than 1, from major to minor.
-    order: Vec<usize>,
+    pub(crate) order: Vec<usize>,
 }
 
 impl Physical<'_> {
-    fn of(shape: &ShapeProto) -> Physical<'_> {
+    pub(crate) fn of(shape: &ShapeProto) -> Physical<'_> {
         let minor_to_major = &shape.layout.get_or_default().minor_to_major;
         let rank = shape.dimensions.len();
         let all: Vec<usize> = if minor_to_major.len() == rank {
@@ -404,6 +404,19 @@ pub(crate) fn bytes(instruction: &HloInstructionProto) -> u64 {
     };
     let results = results(instruction);
     results.iter().map(of).fold(0, u64::saturating_add)
+}
+
+/// Whether two arrays may have the same memory, because they have as many bytes.
+pub(crate) fn may_share(one: &ShapeProto, other: &ShapeProto) -> bool {
+    let bytes = |shape: &ShapeProto| {
+        let size = element_type(shape)?.2;
+        let elements = shape.dimensions.iter().map(|&d| d.max(0) as u64);
+        Some(elements.fold(size, u64::saturating_mul))
+    };
+    match (bytes(one), bytes(other)) {
+        (Some(one), Some(other)) => one == other,
+        _ => true,
+    }
 }
 
 /// What stands for `call` in the sequence that ranks compare.

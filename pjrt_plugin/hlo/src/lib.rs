@@ -9,6 +9,7 @@
 mod chain;
 mod collective;
 mod envelope;
+mod fold;
 mod groups;
 mod module;
 mod options;

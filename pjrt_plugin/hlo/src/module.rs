@@ -1,6 +1,6 @@
 //! A module with what rewriting needs: lookups, fresh ids, and the shapes of instructions.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use protobuf::MessageField;
 
@@ -26,16 +26,14 @@ pub(crate) struct Module {
 
 impl Module {
     pub(crate) fn new(proto: HloModuleProto) -> Result<Module, Refused> {
-        let mut positions = HashMap::new();
+        let positions = positions(&proto.computations);
+        if positions.len() != proto.computations.len() {
+            let reason = "two of its computations have the same id";
+            return Err(Refused::Inconsistent(reason.into()));
+        }
         let mut last_id = 0;
         let mut compound = false;
-        for (position, computation) in proto.computations.iter().enumerate() {
-            if positions.insert(computation.id, position).is_some() {
-                return Err(Refused::Inconsistent(format!(
-                    "two computations have the id {}",
-                    computation.id
-                )));
-            }
+        for computation in &proto.computations {
             for instruction in &computation.instructions {
                 last_id = last_id.max(instruction.id);
                 compound |= instruction.id >> 32 != 0;
@@ -123,6 +121,21 @@ impl Module {
         }
     }
 
+    /// Removes computations that nothing calls any more.
+    pub(crate) fn remove(&mut self, ids: &HashSet<i64>) {
+        self.proto.computations.retain(|c| !ids.contains(&c.id));
+        self.positions = positions(&self.proto.computations);
+        if let Some(schedule) = self.proto.schedule.as_mut() {
+            schedule.sequences.retain(|entry| !ids.contains(&entry.key));
+        }
+    }
+
+    /// Whether results take the memory of parameters.
+    pub(crate) fn has_aliases(&self) -> bool {
+        let aliases = self.proto.input_output_alias.as_ref();
+        aliases.is_some_and(|aliases| !aliases.entries.is_empty())
+    }
+
     /// A new id for an instruction of `computation`, of which `used` are the ids so far.
     pub(crate) fn fresh_id(&mut self, used: &[HloInstructionProto], more: &[i64]) -> i64 {
         match &mut self.last_id {
@@ -149,6 +162,11 @@ impl Module {
     pub(crate) fn into_proto(self) -> HloModuleProto {
         self.proto
     }
+}
+
+fn positions(computations: &[HloComputationProto]) -> HashMap<i64, usize> {
+    let ids = computations.iter().map(|computation| computation.id);
+    ids.zip(0..).collect()
 }
 
 fn program_shape(computation: &HloComputationProto) -> ProgramShapeProto {

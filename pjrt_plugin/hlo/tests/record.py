@@ -24,6 +24,7 @@ jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
 MESH = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
 ROWS, BOTH = NamedSharding(MESH, P("a")), NamedSharding(MESH, P("a", "b"))
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=BOTH)
+Y = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=BOTH)
 
 
 def mapped(body):
@@ -62,6 +63,17 @@ def nested(x):
     return lax.while_loop(lambda c: lax.pmax(c[0].max(), ("a", "b")) > c[1], body, (x, 0.0))[0]
 
 
+def exchanges(x, y):
+    """All-to-alls whose pieces lie one after the other, and one whose pieces do not."""
+
+    def exchange(x, split):
+        return lax.all_to_all(x, "a", split, split, tiled=True)
+
+    carried = lax.fori_loop(0, 3, lambda _, x: exchange(x, 0), x)
+    # Between other exchanges, so that nothing of it is shared with them.
+    return exchange(carried @ carried, 0) @ x + exchange(x.T @ x, 1), exchange(y, 0)
+
+
 def train(params, x):
     """A step of training, partitioned automatically."""
 
@@ -80,6 +92,15 @@ PARAMS = {
 PROGRAMS = {
     "every_kind": (jax.jit(mapped(every_kind)), (X,)),
     "nested": (jax.jit(mapped(nested)), (X,)),
+    "exchanges": (
+        jax.jit(
+            jax.shard_map(
+                exchanges, mesh=MESH, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False
+            ),
+            donate_argnums=1,
+        ),
+        (X, Y),
+    ),
     "train": (jax.jit(train, donate_argnums=0), (PARAMS, X)),
     "automatic": (jax.jit(lambda x: jnp.sort(x.T @ x, axis=0), out_shardings=ROWS), (X,)),
     "local": (jax.jit(lambda x: x * 2), (X,)),

@@ -369,26 +369,53 @@ unsafe extern "C" fn reduce_scatter(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_F
     }
 }
 
-/// Operand `i` goes to the group's member `i`, whose block becomes result `i`: pairwise exchanges
-/// without a copy (Thakur, Rabenseifner and Gropp, 2005, section 4.3).
+/// Block `i` goes to the group's member `i`, whose block becomes block `i` of the result: pairwise
+/// exchanges without a copy (Thakur, Rabenseifner and Gropp, 2005, section 4.3). Blocks are arrays of
+/// their own, or parts of one.
 unsafe extern "C" fn all_to_all(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
     unsafe {
         collective(frame, |call| {
             let (group, size) = call.member()?;
             let (size, rank) = (size as usize, natives::rank_in(&call.part)?);
-            if call.operands != size || call.results != size {
-                return Err(
-                    "mpi_cuda: an all-to-all does not have an operand for each rank".into(),
-                );
+            for blocks in [call.operands, call.results] {
+                if blocks != size && blocks != 1 {
+                    return Err(
+                        "mpi_cuda: an all-to-all does not have a block for each rank".into(),
+                    );
+                }
             }
-            copy(&call.arg(rank)?, &call.ret(rank)?);
+            if call.operands == 1 && call.results == 1 {
+                let (mut send, mut recv) = (call.arg(0)?, call.ret(0)?);
+                let shape = [size as i64, send.elements() / (size as i64).max(1)];
+                (send.shape, recv.shape) = (&shape, &shape);
+                return call.execute(&operation(Kind::Alltoall, group, send, recv));
+            }
+            let whole = if call.operands == 1 {
+                call.arg(0)?
+            } else {
+                call.ret(0)?
+            };
+            let shape = [whole.elements() / size as i64];
+            let block = Buffer {
+                shape: &shape,
+                ..whole
+            };
+            let send = |member: usize| match call.operands {
+                1 => Ok(part(&whole, member * block.bytes(), &block)),
+                _ => call.arg(member),
+            };
+            let recv = |member: usize| match call.results {
+                1 => Ok(part(&whole, member * block.bytes(), &block)),
+                _ => call.ret(member),
+            };
+            copy(&send(rank)?, &recv(rank)?);
             for step in 1..size {
                 let (to, from) = ((rank + step) % size, (rank + size - step) % size);
                 call.execute(&Operation {
                     dest: to as i32,
                     source: from as i32,
-                    ..operation(Kind::Sendrecv, group, call.arg(to)?, call.ret(from)?)
+                    ..operation(Kind::Sendrecv, group, send(to)?, recv(from)?)
                 })?;
             }
             Ok(())
