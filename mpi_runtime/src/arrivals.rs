@@ -23,8 +23,8 @@ const PATIENCE: Duration = Duration::from_micros(200);
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
 const STRIDE: usize = MARKS * size_of::<Arrival>();
-/// After the marks of all: the number of the last launch that a rank has begun, likewise.
-const BEGUN: usize = 64;
+/// Bytes of the words that a rank leaves for the others.
+const WORDS: usize = 512;
 /// Who looked in vain does not look again before the clock shows the next multiple of this, in
 /// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each further
 /// failure doubles it.
@@ -53,6 +53,23 @@ impl Arrival {
         let balance = is_there().then(|| self.balance.load(Ordering::SeqCst))?;
         is_there().then_some(balance)
     }
+}
+
+/// What one rank has begun: after the marks of all, likewise.
+#[repr(C, align(64))]
+struct Begun {
+    /// Number of the last launch.
+    launch: AtomicU64,
+    /// Number of the launch of which `words` are.
+    described: AtomicU64,
+    /// What the last launches run, each in the place of its number.
+    programs: [Arrival; MARKS],
+    words: [AtomicU64; WORDS / size_of::<u64>()],
+}
+
+/// What all ranks take of the memory.
+fn bytes(size: usize) -> usize {
+    size * (STRIDE + size_of::<Begun>())
 }
 
 /// The marks of all ranks of this node.
@@ -87,7 +104,7 @@ impl Arrivals {
             .mode(0o600)
             .open(Self::path(name))?;
         // Written, not only reserved: a full /dev/shm is an error here, and a signal later.
-        file.write_all(&vec![0; size * (STRIDE + BEGUN)])?;
+        file.write_all(&vec![0; bytes(size)])?;
         Self::over(&file, 0, size)
     }
 
@@ -97,7 +114,7 @@ impl Arrivals {
             .read(true)
             .write(true)
             .open(Self::path(name))?;
-        if file.metadata()?.len() != (size * (STRIDE + BEGUN)) as u64 {
+        if file.metadata()?.len() != bytes(size) as u64 {
             return Err(io::ErrorKind::InvalidData.into());
         }
         Self::over(&file, rank, size)
@@ -127,22 +144,76 @@ impl Arrivals {
         unsafe { &*self.memory.as_mut_ptr().cast::<Arrival>().add(index) }
     }
 
-    fn begun(&self, rank: usize) -> &AtomicU64 {
+    fn begun(&self, rank: usize) -> &Begun {
         assert!(rank < self.size);
-        let offset = self.size * STRIDE + rank * BEGUN;
-        // SAFETY: inside the mapping, behind the marks, aligned, and accessed atomically by everybody.
-        unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicU64>() }
+        let offset = self.size * STRIDE + rank * size_of::<Begun>();
+        // SAFETY: inside the mapping, behind the marks, of which each rank has a multiple of the
+        // alignment; accessed atomically by everybody.
+        unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<Begun>() }
     }
 
-    /// Says that this rank has begun launch number `launch`.
-    pub fn begin(&self, launch: u64) {
-        self.begun(self.rank).store(launch, Ordering::Release);
+    /// Says that this rank has begun launch number `launch`, which runs `program`; `words` tell of it.
+    pub fn begin(&self, launch: u64, program: u64, words: Option<&str>) {
+        let own = self.begun(self.rank);
+        if let Some(words) = words {
+            own.described.store(0, Ordering::SeqCst);
+            let mut text = words.bytes().chain(std::iter::repeat(0));
+            for word in &own.words {
+                let bytes = std::array::from_fn(|_| text.next().unwrap_or(0));
+                word.store(u64::from_le_bytes(bytes), Ordering::SeqCst);
+            }
+            own.described.store(launch, Ordering::SeqCst);
+        }
+        own.programs[launch as usize % MARKS].write(launch, program);
+        own.launch.store(launch, Ordering::Release);
     }
 
     /// Waits, asleep, until all ranks have begun launch number `launch`.
     pub fn wait_begun(&self, launch: u64) {
-        let has_begun = |rank| self.begun(rank).load(Ordering::Acquire) >= launch;
+        let has_begun = |rank| self.begun(rank).launch.load(Ordering::Acquire) >= launch;
         asleep::until(|| (0..self.size).all(has_begun).then_some(()));
+    }
+
+    /// The first of `ranks` of which this rank sees that its launch number `launch` runs something other
+    /// than `program`, and what.
+    pub fn other_program(
+        &self,
+        launch: u64,
+        program: u64,
+        ranks: impl IntoIterator<Item = usize>,
+    ) -> Option<(usize, u64)> {
+        ranks.into_iter().find_map(|rank| {
+            let theirs = self.begun(rank).programs[launch as usize % MARKS].read(launch)?;
+            (theirs != program).then_some((rank, theirs))
+        })
+    }
+
+    /// All ranks that share the memory.
+    pub fn ranks(&self) -> std::ops::Range<usize> {
+        0..self.size
+    }
+
+    /// The ranks beside this one: of ranks that differ, two are beside each other.
+    pub fn neighbours(&self) -> [usize; 2] {
+        [
+            (self.rank + self.size - 1) % self.size,
+            (self.rank + 1) % self.size,
+        ]
+    }
+
+    /// The words that `rank` has left of launch number `launch`.
+    pub fn words(&self, rank: usize, launch: u64) -> Option<String> {
+        let begun = self.begun(rank);
+        let is_there = || begun.described.load(Ordering::SeqCst) == launch;
+        if !is_there() {
+            return None;
+        }
+        let words = begun.words.iter();
+        let bytes: Vec<u8> = words
+            .flat_map(|word| word.load(Ordering::SeqCst).to_le_bytes())
+            .take_while(|&byte| byte != 0)
+            .collect();
+        is_there().then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if everybody
@@ -248,15 +319,39 @@ mod tests {
     #[test]
     fn who_waits_for_all_to_begin_waits_for_the_last() {
         let ranks = three();
-        ranks[0].begin(3);
-        ranks[1].begin(4);
+        ranks[0].begin(3, 0, None);
+        ranks[1].begin(4, 0, None);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| ranks[0].wait_begun(3));
             std::thread::sleep(Duration::from_millis(5));
             assert!(!waiting.is_finished());
-            ranks[2].begin(3);
+            ranks[2].begin(3, 0, None);
         });
         ranks[2].wait_begun(3);
+    }
+
+    #[test]
+    fn another_program_is_seen_where_it_begins() {
+        let ranks = three();
+        for launch in 1..40 {
+            ranks[0].begin(launch, 7, None);
+            ranks[1].begin(launch, 7, None);
+        }
+        ranks[2].begin(39, 8, Some("all-reduce of 2 \u{b5}s"));
+        let see = |rank: usize, launch| ranks[rank].other_program(launch, 7, ranks[rank].ranks());
+        assert_eq!(see(0, 39), Some((2, 8)));
+        assert_eq!(
+            ranks[1].other_program(39, 7, ranks[1].neighbours()),
+            Some((2, 8))
+        );
+        assert_eq!(
+            ranks[2].other_program(39, 8, ranks[2].neighbours()),
+            Some((1, 7))
+        );
+        // What nobody has begun, and what is overwritten, is not seen.
+        assert_eq!((see(0, 40), see(2, 3)), (None, None));
+        assert_eq!(ranks[0].words(2, 39).unwrap(), "all-reduce of 2 \u{b5}s");
+        assert_eq!((ranks[0].words(1, 39), ranks[0].words(2, 38)), (None, None));
     }
 
     #[test]

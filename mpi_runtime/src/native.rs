@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi_shim_abi::{ANY, Datatype, Kind, Reduction, ShimOp};
 use parking_lot::Mutex;
 
+use crate::arrivals::Arrivals;
 use crate::asleep;
 use crate::communicators::{Communicator, NATIVE, SELF};
 use crate::engine::Engine;
@@ -26,6 +27,8 @@ const VERDICT_TAG: i32 = 3;
 #[derive(Default)]
 pub struct Groups {
     members: Mutex<HashMap<i64, Vec<i32>>>,
+    /// Sequences of collectives that this rank has run, in words.
+    summaries: Mutex<HashMap<u64, String>>,
 }
 
 /// A program with native collectives.
@@ -116,12 +119,13 @@ impl Engine {
     }
 
     /// Begins the launch `ticket` of `program`: waits for its turn, and, asleep, for the other ranks where
-    /// one may still be compiling. At the first launch with this sequence of collectives they must be
-    /// about to run the same one.
+    /// one may still be compiling. They must be about to run the same sequence of collectives.
     ///
-    /// Which ranks meet is the same on all of them, since it depends on nothing but the sequences that
-    /// they have run together. Whether this rank waits at its `first` launch of this very program is its
-    /// own business: it only looks.
+    /// Where all ranks of the world run the program, and see each other in shared memory, each shows what
+    /// it begins; at the `first` launch of this very program here this rank waits until it sees what all
+    /// others have begun, and later it looks at what is there. Else the ranks meet, by messages, at the
+    /// first launch of a sequence: that is the same on all of them, since it depends on nothing but the
+    /// sequences that they have run together.
     pub fn begin_native(
         &self,
         ticket: Ticket,
@@ -129,22 +133,62 @@ impl Engine {
         first: bool,
     ) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
-        if !program.begun.load(Ordering::Relaxed) {
-            self.meet(program)
-                .inspect_err(|error| self.unread.lock().push(error.clone()))?;
-            program.begun.store(true, Ordering::Relaxed);
-        }
-        if program.everybody {
-            let launch = self.count_native();
-            if let Some(arrivals) = &self.arrivals {
-                arrivals.begin(launch);
-                if first {
-                    let _pending = self.pending.enter(&first_run(NOBODY), "all ranks");
-                    arrivals.wait_begun(launch);
-                }
+        let new = !program.begun.load(Ordering::Relaxed);
+        let launch = program.everybody.then(|| self.count_native());
+        let done = match (launch, &self.arrivals) {
+            (Some(launch), Some(arrivals)) => {
+                self.begin_in_sight(program, launch, arrivals, first || new)
             }
-        }
+            _ if new => self.meet(program),
+            _ => Ok(()),
+        };
+        done.inspect_err(|error| self.unread.lock().push(error.clone()))?;
+        program.begun.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn begin_in_sight(
+        &self,
+        program: &Program,
+        launch: u64,
+        arrivals: &Arrivals,
+        new: bool,
+    ) -> Result<(), OperationError> {
+        let own = program.sequence;
+        arrivals.begin(launch, own, new.then_some(&program.summary));
+        let other = if new {
+            self.groups
+                .summaries
+                .lock()
+                .insert(own, program.summary.clone());
+            let _pending = self.pending.enter(&first_run(NOBODY), "all ranks");
+            arrivals.wait_begun(launch);
+            arrivals.other_program(launch, own, arrivals.ranks())
+        } else {
+            arrivals.other_program(launch, own, arrivals.neighbours())
+        };
+        let Some((rank, theirs)) = other else {
+            return Ok(());
+        };
+        let rank = rank as i32;
+        let words = arrivals.words(rank as usize, launch);
+        let words = words.or_else(|| self.groups.summaries.lock().get(&theirs).cloned());
+        let mut both = [
+            (self.rank, words_or(Some(&program.summary))),
+            (rank, words_or(words.as_deref())),
+        ];
+        both.sort_unstable();
+        Err(self.failed(program, verdict(&both)))
+    }
+
+    fn failed(&self, program: &Program, reason: String) -> OperationError {
+        OperationError {
+            operation: "the start of a program".into(),
+            rank: self.rank,
+            comm: format!("the ranks {:?}", program.members),
+            size: program.members.len() as i32,
+            reason,
+        }
     }
 
     /// The first of the members collects what each is about to run, and tells them whether it is the
@@ -159,13 +203,7 @@ impl Engine {
         if others.is_empty() {
             return Ok(());
         }
-        let failed = |reason: String| OperationError {
-            operation: "the first run of a program".into(),
-            rank: self.rank,
-            comm: format!("the ranks {:?}", program.members),
-            size: program.members.len() as i32,
-            reason,
-        };
+        let failed = |reason: String| self.failed(program, reason);
         let comm = self.communicators.get(NATIVE).map_or(0, |row| row.handle);
         let post = Post {
             engine: self,
@@ -178,12 +216,8 @@ impl Engine {
             for &rank in others {
                 let theirs = post.receive(rank, ARRIVAL_TAG).map_err(|e| failed(e.0))?;
                 if theirs != own && verdict.is_empty() {
-                    verdict = format!(
-                        "the ranks run different programs. Rank {first}: {}. Rank {rank}: {}. All ranks \
-                         must run the same program in the same order; look for what depends on the rank",
-                        described(&own),
-                        described(&theirs)
-                    );
+                    verdict =
+                        self::verdict(&[(*first, described(&own)), (rank, described(&theirs))]);
                 }
             }
             for &rank in others {
@@ -202,6 +236,23 @@ impl Engine {
         } else {
             Err(failed(verdict))
         }
+    }
+}
+
+/// What two ranks that differ hear.
+fn verdict(both: &[(i32, String); 2]) -> String {
+    let [(first, one), (second, other)] = both;
+    format!(
+        "the ranks run different programs. Rank {first}: {one}. Rank {second}: {other}. All ranks must \
+         run the same program in the same order; look for what depends on the rank"
+    )
+}
+
+fn words_or(words: Option<&str>) -> String {
+    match words {
+        Some("") => "no collectives".into(),
+        Some(words) => words.into(),
+        None => "a program that this rank has not run".into(),
     }
 }
 
@@ -235,10 +286,7 @@ fn arrival(program: &Program) -> Vec<u8> {
 
 fn described(arrival: &[u8]) -> String {
     let text = arrival.get(size_of::<u64>()..).unwrap_or_default();
-    match String::from_utf8_lossy(text) {
-        text if text.is_empty() => "no collectives".into(),
-        text => text.into_owned(),
-    }
+    words_or(Some(&String::from_utf8_lossy(text)))
 }
 
 /// Messages between ranks that wait asleep.

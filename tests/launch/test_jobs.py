@@ -489,3 +489,30 @@ def test_a_program_of_another_run_finds_its_communicator_or_none(mpi: str, tmp_p
     run("write")
     assert twice("1.0", run("other"))
     assert twice("True", run("none"))
+
+
+SWAPPED = """if True:
+    import time, jax, jax.numpy as jnp, numpy as np
+    from functools import partial
+    from jax import lax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    ones = lambda _: np.ones(3, np.float32)
+    x = jax.make_array_from_callback((6,), NamedSharding(mesh, P("x")), ones)
+    mapped = partial(jax.shard_map, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    add, most = (jax.jit(mapped(lambda x, f=f: f(x, "x") + 0 * x)) for f in (lax.psum, lax.pmax))
+    for _ in range(3):
+        most(add(x)).block_until_ready()
+    if jax.process_index() == 1:
+        time.sleep(0.5)
+        add, most = most, add
+    print(most(add(x)).block_until_ready())
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_programs_that_have_run_before_in_another_order_are_named(mpi: str) -> None:
+    result = job(mpi, SWAPPED, limit=30)
+    assert result.returncode != 0 and not result.stdout
+    assert "Rank 0: all-reduce f32[3] SUM" in result.stderr, result.stderr
+    assert "Rank 1: all-reduce f32[3] MAX" in result.stderr, result.stderr

@@ -151,6 +151,16 @@ def test_ranks_with_different_programs_hear_of_both() -> None:
     np.testing.assert_allclose(program(lambda x: lax.pmin(x.min(), "x"))(sharded()), 0)
 
 
+def test_ranks_with_different_programs_of_known_kinds_hear_of_both() -> None:
+    for reduce in (lax.psum, lax.pmax):
+        program(lambda x, reduce=reduce: reduce(x[:2], "x"))(sharded()).block_until_ready()
+    reduce = lax.psum if RANK == 0 else lax.pmax
+    with pytest.raises(Exception, match="different programs") as raised:
+        program(lambda x: reduce(x[:2] + 1, "x"))(sharded()).block_until_ready()
+    text = str(raised.value)
+    assert "Rank 0: all-reduce f32[2] SUM" in text and "all-reduce f32[2] MAX" in text
+
+
 def test_waiting_for_a_rank_that_still_compiles_costs_nothing() -> None:
     add = program(lambda x: lax.psum(x * 3, "x"))
     x = sharded()
