@@ -516,3 +516,25 @@ def test_programs_that_have_run_before_in_another_order_are_named(mpi: str) -> N
     assert result.returncode != 0 and not result.stdout
     assert "Rank 0: all-reduce f32[3] SUM" in result.stderr, result.stderr
     assert "Rank 1: all-reduce f32[3] MAX" in result.stderr, result.stderr
+
+
+COMPILED = """if True:
+    import os, jax, jax.numpy as jnp, numpy as np
+    from jax import lax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    def alone(x): return x + 1
+    def together(x): return lax.psum(x, "x")
+    jax.jit(alone)(jnp.ones(3)).block_until_ready()
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    x = jax.make_array_from_callback((6,), NamedSharding(mesh, P("x")), lambda _: np.ones(3))
+    jax.jit(jax.shard_map(together, mesh=mesh, in_specs=P("x"), out_specs=P()))(x)
+"""
+
+
+def test_a_program_of_one_device_is_compiled_once_and_of_several_twice(tmp_path: Path) -> None:
+    """XLA dumps each module that it compiles."""
+    job("openmpi", COMPILED, XLA_FLAGS=f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text")
+    names = [path.name for path in tmp_path.glob("*.before_optimizations.txt")]
+    # Both ranks dump into one folder, and a name has the module's number.
+    counts = {f: len({n for n in names if f"jit_{f}." in n}) for f in ("alone", "together")}
+    assert counts == {"alone": 1, "together": 2}, names
