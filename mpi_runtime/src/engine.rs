@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimReceived};
 use parking_lot::Mutex;
 
 use crate::alone;
 use crate::arrivals::Arrivals;
 use crate::check;
 use crate::communicators::{Communicator, Communicators, DEFAULT, NATIVE, WORLD};
+use crate::device::Stream;
 use crate::error::OperationError;
 use crate::native::Groups;
 use crate::operation::{Buffer, Operation};
@@ -22,6 +23,7 @@ use crate::order::{Order, Ticket};
 use crate::pending::{self, PendingTable};
 use crate::shim::Shim;
 use crate::split::Splits;
+use crate::staging::{Done, Staging};
 use crate::world::WorldOptions;
 use crate::written;
 
@@ -97,6 +99,13 @@ fn message(source: i32, dest: i32) -> u64 {
     bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     bits ^ (bits >> 31)
+}
+
+/// Where the buffers of an operation are.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Host,
+    Device(&'a Staging, Stream),
 }
 
 /// A communicator that the user has freed and that launches dispatched before still use.
@@ -204,9 +213,30 @@ impl Engine {
 
     /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.
     pub fn execute(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), OperationError> {
+        self.execute_at(ticket, op, Place::Host)
+    }
+
+    /// Executes `op`, whose buffers are memory of the device of `staging`, in its place in the stream
+    /// `main`: what is there comes before, and what comes into it after this returns sees the result.
+    pub fn execute_staged(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        staging: &Staging,
+        main: Stream,
+    ) -> Result<(), OperationError> {
+        self.execute_at(ticket, op, Place::Device(staging, main))
+    }
+
+    fn execute_at(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        place: Place<'_>,
+    ) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
         let start = self.verbose.then(Instant::now);
-        let result = self.run(ticket, op);
+        let result = self.run(ticket, op, place);
         if let Some(start) = start {
             self.tell(ticket, op, start.elapsed(), result.is_ok());
         }
@@ -226,7 +256,12 @@ impl Engine {
         ));
     }
 
-    fn run(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), OperationError> {
+    fn run(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        place: Place<'_>,
+    ) -> Result<(), OperationError> {
         let comm = match self.communicators.get(op.comm) {
             None => self.make_group(op)?,
             known => known,
@@ -251,18 +286,41 @@ impl Engine {
             size: comm.size,
             reason,
         };
-        if let Kind::Wait | Kind::WaitSend = op.kind {
-            return self.wait_for_message(ticket, op, &comm).map_err(failed);
+        match place {
+            Place::Host => match op.kind {
+                Kind::Wait | Kind::WaitSend => self.wait_for_message(ticket, op, &comm),
+                Kind::Isend | Kind::Irecv => self.start_message(op, &comm),
+                _ => {
+                    let _pending = self.pending.enter(op, comm.name);
+                    let received = self.perform(op, &comm);
+                    received.and_then(|received| check_received(op, &received))
+                }
+            },
+            Place::Device(staging, main) => {
+                // As a whole, so that nothing begins that cannot end.
+                check::prepare(op, &comm).map_err(failed)?;
+                let _pending = self.pending.enter(op, comm.name);
+                let mut perform = |part: &Operation<'_>| {
+                    let received = self.perform(part, &comm)?;
+                    Ok(Done {
+                        source: received.source,
+                        tag: received.tag,
+                        bytes: usize::try_from(received.bytes).unwrap_or(0),
+                    })
+                };
+                staging.execute(op, &comm, main, &mut perform).map(drop)
+            }
         }
-        let shim_op = check::prepare(op, &comm).map_err(failed)?;
-        if let Kind::Isend | Kind::Irecv = op.kind {
-            return self.start_message(op, &shim_op, &comm).map_err(failed);
-        }
-        let _pending = self.pending.enter(op, comm.name);
+        .map_err(failed)
+    }
+
+    /// Executes what is a whole to MPI.
+    fn perform(&self, op: &Operation<'_>, comm: &Communicator) -> Result<ShimReceived, String> {
+        let shim_op = check::prepare(op, comm)?;
         let Some(shim) = &self.shim else {
-            return alone::execute(op).map_err(failed);
+            return alone::execute(op).map(|()| ShimReceived::default());
         };
-        let marks = written::mark(op, &comm);
+        let marks = written::mark(op, comm);
         let received = match &self.splits {
             // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
             Some(splits) if receives(op) && splits.are_first() => unsafe {
@@ -270,29 +328,25 @@ impl Engine {
             },
             _ => executing(|| shim.execute(&shim_op)),
         };
-        let received = received.map_err(|error| failed(error.0))?;
+        let received = received.map_err(|error| error.0)?;
         if let Some(history) = self.history(op.comm) {
             history.add(op, comm.rank, &received);
         }
-        if check::returns_input(op, &comm) {
+        if check::returns_input(op, comm) {
             alone::copy_through(op);
         }
         if op.kind == Kind::Exscan && comm.rank == 0 {
             alone::nothing_before(op);
         }
         if let Some(marks) = marks {
-            marks.check(op).map_err(failed)?;
+            marks.check(op)?;
         }
-        check_received(op, &received).map_err(failed)
+        Ok(received)
     }
 
     /// Starts a message, whose number is the operation's result.
-    fn start_message(
-        &self,
-        op: &Operation<'_>,
-        shim_op: &ShimOp,
-        comm: &Communicator,
-    ) -> Result<(), String> {
+    fn start_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
+        let shim_op = check::prepare(op, comm)?;
         if op.recv.elements() != 1 || op.recv.bytes() != size_of::<u32>() {
             return Err("the result must be one number of 32 bits".into());
         }
@@ -303,7 +357,7 @@ impl Engine {
         };
         let number = match &self.splits {
             _ if peer == PROC_NULL => TO_NOBODY,
-            Some(splits) => splits.start(op, shim_op)?,
+            Some(splits) => splits.start(op, &shim_op)?,
             None => return Err(NO_MESSAGES.into()),
         };
         if let Some(history) = self.history(op.comm) {
@@ -335,7 +389,7 @@ impl Engine {
                 ..*op
             };
             return match op.kind {
-                Kind::Wait => self.run(ticket, &nobody).map_err(|error| error.reason),
+                Kind::Wait => self.run(ticket, &nobody, Place::Host).map_err(|e| e.reason),
                 _ => Ok(()),
             };
         }

@@ -1,0 +1,318 @@
+//! Operations on device memory through the host: copies down, MPI, copies up.
+//!
+//! A large operation goes in chunks, each of which is an operation on pinned memory of its own. While
+//! MPI moves one, the next are copied down and the ones before are copied up. The chunks are the same
+//! on all ranks, since they follow from the operation and [`Staging::chunk`], which ranks agree on.
+//!
+//! Collectives are cut between the elements of a block ([`Plan`]), messages by their bytes
+//! (`message.rs`). The launching thread waits for MPI and for the copies down, never for the last
+//! copies up: the stream of the program does.
+
+mod message;
+mod plan;
+mod pool;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use mpi_shim_abi::Kind;
+
+use crate::communicators::Communicator;
+use crate::device::{Copy, Device, DeviceError, Event, HostMemory, Stream};
+use crate::operation::{Buffer, Operation};
+use plan::Plan;
+use pool::Pool;
+
+/// Chunks that are on their way down while MPI has one.
+const AHEAD: usize = 2;
+
+/// Executes one operation on memory of the host.
+pub(crate) type Perform<'a> = dyn FnMut(&Operation<'_>) -> Result<Done, String> + 'a;
+
+/// What came of an operation on the host.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Done {
+    /// Who sent the message, of a receive.
+    pub(crate) source: i32,
+    /// Its tag.
+    pub(crate) tag: i32,
+    /// Its bytes.
+    pub(crate) bytes: usize,
+}
+
+/// A device with what staging keeps for it.
+pub struct Staging {
+    device: Arc<dyn Device>,
+    /// Copies to the host and from it, each in an order of their own.
+    down: Stream,
+    up: Stream,
+    pool: Pool,
+    chunk: usize,
+}
+
+impl Staging {
+    /// Staging for `device` in chunks of `chunk` bytes.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    pub fn new(device: Arc<dyn Device>, chunk: usize) -> Result<Staging, DeviceError> {
+        Ok(Staging {
+            down: device.stream()?,
+            up: device.stream()?,
+            pool: Pool::new(device.clone(), chunk),
+            device,
+            chunk,
+        })
+    }
+
+    /// Bytes of a chunk; the same on all ranks.
+    pub fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// Executes `op`, whose memory is the device's, in the place of `main` where the program is:
+    /// what is in `main` now comes before it, and what comes into it later sees the result.
+    pub(crate) fn execute(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+        main: Stream,
+        perform: &mut Perform<'_>,
+    ) -> Result<Done, String> {
+        let run = Run::begin(self, main).map_err(|error| error.to_string())?;
+        let done = match op.kind {
+            Kind::Barrier => {
+                // It says that everything before has happened.
+                run.drain().map_err(|error| error.to_string())?;
+                perform(op)
+            }
+            Kind::Send | Kind::Recv | Kind::Sendrecv => message::execute(&run, op, perform),
+            Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => Err(format!(
+                "{} is not supported on device memory yet; use send, recv or sendrecv",
+                crate::operation::name(op.kind)
+            )),
+            _ => run.collective(op, comm, perform).map(|()| Done::default()),
+        };
+        // Also after a failure: memory that copies use must not be given to others before.
+        let ended = run.end().map_err(|error| error.to_string());
+        done.and_then(|done| ended.map(|()| done))
+    }
+}
+
+/// One operation under way.
+struct Run<'a> {
+    staging: &'a Staging,
+    main: Stream,
+}
+
+/// A chunk in memory of the host, on its way down.
+struct Coming {
+    memory: Option<HostMemory>,
+    /// Behind its copies; none if there were none.
+    copied: Option<Event>,
+}
+
+impl<'a> Run<'a> {
+    /// What the copies read is written by what is in `main` before, and what they write may be read
+    /// by it.
+    fn begin(staging: &'a Staging, main: Stream) -> Result<Run<'a>, DeviceError> {
+        let device = &staging.device;
+        let here = device.record(main)?;
+        let both = device
+            .wait(staging.down, &here)
+            .and_then(|()| device.wait(staging.up, &here));
+        device.forget(here);
+        both.map(|()| Run { staging, main })
+    }
+
+    /// Later work of the program comes after the copies.
+    fn end(self) -> Result<(), DeviceError> {
+        let device = &self.staging.device;
+        for stream in [self.staging.down, self.staging.up] {
+            let behind = device.record(stream)?;
+            let waits = device.wait(self.main, &behind);
+            device.forget(behind);
+            waits?;
+        }
+        Ok(())
+    }
+
+    /// Waits until everything of the program before this operation has ended.
+    fn drain(&self) -> Result<(), DeviceError> {
+        let here = self.staging.device.record(self.staging.down)?;
+        self.pass(here)
+    }
+
+    /// Waits for an event.
+    fn pass(&self, event: Event) -> Result<(), DeviceError> {
+        let device = &self.staging.device;
+        let passed = loop {
+            match device.has_passed(&event) {
+                Ok(false) => std::thread::yield_now(),
+                other => break other.map(drop),
+            }
+        };
+        device.forget(event);
+        passed
+    }
+
+    /// Memory of the host for `bytes`.
+    fn memory(&self, bytes: usize) -> Result<Option<HostMemory>, DeviceError> {
+        if bytes == 0 {
+            return Ok(None);
+        }
+        self.staging.pool.take(bytes).map(Some)
+    }
+
+    /// Starts to copy the rows of a chunk down, one after the other.
+    fn come(&self, rows: &[(usize, usize)]) -> Result<Coming, DeviceError> {
+        let bytes = rows.iter().map(|row| row.1).sum();
+        let Some(memory) = self.memory(bytes)? else {
+            return Ok(Coming {
+                memory: None,
+                copied: None,
+            });
+        };
+        let (device, down) = (&self.staging.device, self.staging.down);
+        let mut place = 0;
+        for &(from, bytes) in rows {
+            let to = memory.data.as_ptr().wrapping_add(place);
+            // SAFETY: the operand is valid while the operation runs, and `end` makes the program wait
+            // for this copy; the memory is the pool's until the event behind it.
+            let copied = unsafe { device.copy(down, Copy::Down { to, from }, bytes) };
+            if let Err(error) = copied {
+                self.give_back(Some(memory), down);
+                return Err(error);
+            }
+            place += bytes;
+        }
+        let copied = device.record(down)?;
+        Ok(Coming {
+            memory: Some(memory),
+            copied: Some(copied),
+        })
+    }
+
+    /// Waits until a chunk is there.
+    fn arrive(&self, chunk: Coming) -> Result<Option<HostMemory>, DeviceError> {
+        match chunk.copied {
+            Some(copied) => self.pass(copied).map(|()| chunk.memory),
+            None => Ok(chunk.memory),
+        }
+    }
+
+    /// Copies what lies in `memory` up, row by row, and gives it back when that has happened.
+    fn go(&self, memory: Option<HostMemory>, rows: &[(usize, usize)]) -> Result<(), DeviceError> {
+        let Some(memory) = memory else { return Ok(()) };
+        let (device, up) = (&self.staging.device, self.staging.up);
+        let mut place = 0;
+        let mut result = Ok(());
+        for &(to, bytes) in rows {
+            let from = memory.data.as_ptr().wrapping_add(place);
+            // SAFETY: as in `come`.
+            result = unsafe { device.copy(up, Copy::Up { to, from }, bytes) };
+            if result.is_err() {
+                break;
+            }
+            place += bytes;
+        }
+        self.give_back(Some(memory), up);
+        result
+    }
+
+    /// The memory is free once everything in `stream` has happened.
+    fn give_back(&self, memory: Option<HostMemory>, stream: Stream) {
+        if let Some(memory) = memory {
+            self.staging.pool.give_back(memory, stream);
+        }
+    }
+
+    fn collective(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+        perform: &mut Perform<'_>,
+    ) -> Result<(), String> {
+        let plan = Plan::new(op, comm, self.staging.chunk);
+        if plan.returns_input {
+            let (to, from) = (op.recv.data as usize, op.send.data as usize);
+            if op.send.bytes() > 0 && to != from {
+                // SAFETY: operand and result of one operation, which do not overlap.
+                unsafe {
+                    let across = Copy::Across { to, from };
+                    self.staging
+                        .device
+                        .copy(self.staging.up, across, op.send.bytes())
+                }
+                .map_err(|error| error.to_string())?;
+            }
+        }
+        let mut coming = VecDeque::new();
+        let mut result = Ok(());
+        for number in 0..plan.chunks() {
+            while result.is_ok() && coming.len() <= AHEAD && number + coming.len() < plan.chunks() {
+                match self.come(&plan.sent(op, number + coming.len())) {
+                    Ok(chunk) => coming.push_back(chunk),
+                    Err(error) => result = Err(error.to_string()),
+                }
+            }
+            if let Some(chunk) = coming.pop_front().filter(|_| result.is_ok()) {
+                result = self.chunk(op, &plan, number, chunk, perform);
+            } else {
+                break;
+            }
+        }
+        for chunk in coming {
+            if let Some(copied) = chunk.copied {
+                self.staging.device.forget(copied);
+            }
+            self.give_back(chunk.memory, self.staging.down);
+        }
+        result
+    }
+
+    /// One chunk of a collective: what was copied down goes through MPI, and its result up.
+    fn chunk(
+        &self,
+        op: &Operation<'_>,
+        plan: &Plan,
+        number: usize,
+        chunk: Coming,
+        perform: &mut Perform<'_>,
+    ) -> Result<(), String> {
+        let send = self.arrive(chunk).map_err(|error| error.to_string())?;
+        let rows = plan.received(op, number);
+        let recv = self.memory(rows.iter().map(|row| row.1).sum());
+        let recv = recv.map_err(|error| error.to_string())?;
+        let [sent, received] = plan.shapes(number);
+        let data = |memory: &Option<HostMemory>| {
+            memory
+                .as_ref()
+                .map_or(std::ptr::null_mut(), |memory| memory.data.as_ptr().cast())
+        };
+        let done = perform(&Operation {
+            send: Buffer {
+                data: data(&send),
+                shape: &sent,
+                ..op.send
+            },
+            recv: Buffer {
+                data: data(&recv),
+                shape: &received,
+                ..op.recv
+            },
+            ..*op
+        });
+        self.give_back(send, self.staging.down);
+        match done {
+            Ok(_) => self.go(recv, &rows).map_err(|error| error.to_string()),
+            Err(error) => {
+                self.give_back(recv, self.staging.up);
+                Err(error)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,466 @@
+//! Staging on a device whose memory the host cannot address and whose copies come late, among ranks
+//! that are threads.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::{Done, Staging};
+use crate::communicators::Communicator;
+use crate::device::{Device, Stream};
+use crate::operation::{Buffer, ElementType, Operation};
+use crate::simulated::{NOT_YET, Simulated};
+
+const CHUNK: usize = 64;
+/// Where the result lies in the memory of a device; the operand is at 0.
+const RESULT: usize = 8192;
+const DTYPE: ElementType = ElementType::U8;
+
+/// What ranks exchange, in place of MPI: collectives meet by their number, messages queue.
+#[derive(Default)]
+struct Network {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    collectives: HashMap<usize, HashMap<i32, Vec<u8>>>,
+    messages: HashMap<(i32, i32), Vec<Vec<u8>>>,
+    /// Operations of all ranks.
+    operations: usize,
+}
+
+struct Rank {
+    comm: Communicator,
+    device: Arc<Simulated>,
+    staging: Arc<Staging>,
+    main: Stream,
+    network: Arc<Network>,
+    collectives: usize,
+    /// Fails at this operation.
+    fails_at: usize,
+    performed: usize,
+}
+
+/// The bytes of a buffer in memory of the host.
+fn bytes<'a>(buffer: &Buffer<'_>) -> &'a mut [u8] {
+    if buffer.data.is_null() {
+        return &mut [];
+    }
+    // SAFETY: the memory is the pool's, and this operation's.
+    unsafe { std::slice::from_raw_parts_mut(buffer.data.cast(), buffer.bytes()) }
+}
+
+impl Network {
+    /// Waits for a change; for a rank that has failed not for ever.
+    fn wait(&self, state: &mut MutexGuard<'_, State>) {
+        let waited = self.changed.wait_for(state, Duration::from_secs(10));
+        assert!(!waited.timed_out(), "another rank does not come");
+    }
+}
+
+impl Rank {
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+        self.performed += 1;
+        if self.performed == self.fails_at {
+            return Err("it was told to fail".into());
+        }
+        self.network.state.lock().operations += 1;
+        let (rank, size) = (self.comm.rank, self.comm.size as usize);
+        if matches!(op.kind, Kind::Send | Kind::Recv | Kind::Sendrecv) {
+            return Ok(self.message(op));
+        }
+        let number = self.collectives;
+        self.collectives += 1;
+        let all: Vec<Vec<u8>> = {
+            let mut state = self.network.state.lock();
+            let met = state.collectives.entry(number).or_default();
+            met.insert(rank, bytes(&op.send).to_vec());
+            self.network.changed.notify_all();
+            while state.collectives[&number].len() < size {
+                self.network.wait(&mut state);
+            }
+            (0..size as i32)
+                .map(|rank| state.collectives[&number][&rank].clone())
+                .collect()
+        };
+        let own = rank as usize;
+        let block = |of: &[u8], index: usize| {
+            let length = of.len() / size;
+            of[index * length..][..length].to_vec()
+        };
+        let sum = |of: &[Vec<u8>]| -> Vec<u8> {
+            let length = of.first().map_or(0, Vec::len);
+            (0..length)
+                .map(|i| of.iter().fold(0u8, |sum, x| sum.wrapping_add(x[i])))
+                .collect()
+        };
+        let root = op.dest as usize;
+        let result = match op.kind {
+            Kind::Allreduce | Kind::Reduce => sum(&all),
+            Kind::Allgather | Kind::Gather => all.concat(),
+            Kind::Alltoall => all.iter().flat_map(|x| block(x, own)).collect(),
+            Kind::Bcast => all[root].clone(),
+            Kind::Scatter => block(&all[root], own),
+            Kind::Scan => sum(&all[..=own]),
+            Kind::Exscan if own == 0 => vec![0; all[0].len()],
+            Kind::Exscan => sum(&all[..own]),
+            Kind::ReduceScatter => block(&sum(&all), own),
+            other => panic!("{other:?}"),
+        };
+        if !op.recv.data.is_null() {
+            bytes(&op.recv).copy_from_slice(&result);
+        }
+        Ok(Done::default())
+    }
+
+    fn message(&self, op: &Operation<'_>) -> Done {
+        let rank = self.comm.rank;
+        let mut state = self.network.state.lock();
+        if op.kind != Kind::Recv && op.dest != PROC_NULL {
+            let queue = state.messages.entry((rank, op.dest)).or_default();
+            queue.push(bytes(&op.send).to_vec());
+            self.network.changed.notify_all();
+        }
+        if op.kind == Kind::Send {
+            return Done::default();
+        }
+        let message = loop {
+            let queue = state.messages.iter_mut().find(|((source, dest), queue)| {
+                (op.source == ANY || op.source == *source) && *dest == rank && !queue.is_empty()
+            });
+            match queue {
+                Some((&(source, _), queue)) => break (source, queue.remove(0)),
+                None => self.network.wait(&mut state),
+            }
+        };
+        let room = bytes(&op.recv);
+        if message.1.len() <= room.len() {
+            room[..message.1.len()].copy_from_slice(&message.1);
+        }
+        Done {
+            source: message.0,
+            tag: 5,
+            bytes: message.1.len(),
+        }
+    }
+
+    /// Executes an operation whose operand a kernel of the program makes just before, and that another
+    /// overwrites just after; the result as a kernel just after sees it.
+    fn run(&mut self, op: &Operation<'_>, operand: Vec<u8>) -> (Result<Done, String>, Vec<u8>) {
+        let (main, device) = (self.main, self.device.clone());
+        device.kernel(main, move |memory| {
+            memory[..operand.len()].copy_from_slice(&operand);
+            // The result's memory is still used by what is before.
+            memory[RESULT..].fill(NOT_YET);
+        });
+        let comm = self.comm;
+        let staging = self.staging.clone();
+        let done = staging.execute(op, &comm, main, &mut |part| self.perform(part));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (saw, length) = (seen.clone(), op.recv.bytes());
+        device.kernel(main, move |memory| {
+            *saw.lock() = memory[RESULT..][..length].to_vec();
+            memory.fill(NOT_YET);
+        });
+        device.synchronize(main);
+        let seen = std::mem::take(&mut *seen.lock());
+        (done, seen)
+    }
+}
+
+/// Runs `body` on `size` ranks; what each returned.
+fn ranks<T: Send>(size: i32, body: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
+    let network = Arc::new(Network::default());
+    let mut all: Vec<Rank> = (0..size)
+        .map(|rank| {
+            let delay = Duration::from_micros(300);
+            let device = Arc::new(Simulated::with_memory(2 * RESULT, delay));
+            Rank {
+                comm: Communicator {
+                    name: "test",
+                    handle: 0,
+                    user_handle: 0,
+                    rank,
+                    size,
+                    freed: false,
+                },
+                main: device.stream().unwrap(),
+                staging: Arc::new(Staging::new(device.clone(), CHUNK).unwrap()),
+                device,
+                network: network.clone(),
+                collectives: 0,
+                fails_at: 0,
+                performed: 0,
+            }
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = all
+            .iter_mut()
+            .map(|rank| scope.spawn(|| body(rank)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    })
+}
+
+fn operation<'a>(kind: Kind, sent: &'a [i64], received: &'a [i64]) -> Operation<'a> {
+    let buffer = |place: usize, shape| Buffer {
+        data: Simulated::address(place) as *mut _,
+        dtype: DTYPE,
+        shape,
+    };
+    Operation {
+        kind,
+        of: None,
+        comm: 0,
+        send: buffer(0, sent),
+        recv: buffer(RESULT, received),
+        reduction: Some(Reduction::Sum),
+        user_reduction: 0,
+        dest: 0,
+        source: 0,
+        send_tag: 0,
+        recv_tag: ANY,
+        status: 0,
+    }
+}
+
+/// Different on every rank and in every place.
+fn numbers(rank: i32, length: usize) -> Vec<u8> {
+    (0..length)
+        .map(|i| (i * 7 + i / 251 + 31 * rank as usize) as u8)
+        .collect()
+}
+
+/// The operand of `rank`, and the result that it should have, of blocks of `n` on `size` ranks.
+fn example(kind: Kind, rank: i32, size: usize, n: usize, root: i32) -> (Vec<u8>, Vec<u8>) {
+    let rows = match kind {
+        Kind::Alltoall | Kind::ReduceScatter => size,
+        Kind::Scatter if rank == root => size,
+        _ => 1,
+    };
+    let all = |rows: usize| -> Vec<Vec<u8>> {
+        (0..size as i32)
+            .map(|rank| numbers(rank, rows * n))
+            .collect()
+    };
+    let sum = |of: &[Vec<u8>], length: usize| -> Vec<u8> {
+        (0..length)
+            .map(|i| of.iter().fold(0u8, |sum, x| sum.wrapping_add(x[i])))
+            .collect()
+    };
+    let own = rank as usize;
+    let operand = numbers(rank, rows * n);
+    let result = match kind {
+        Kind::Allreduce => sum(&all(1), n),
+        Kind::Reduce if rank == root => sum(&all(1), n),
+        Kind::Allgather => all(1).concat(),
+        Kind::Gather if rank == root => all(1).concat(),
+        Kind::Reduce | Kind::Gather => operand.clone(),
+        Kind::Alltoall => all(size)
+            .iter()
+            .flat_map(|x| x[own * n..][..n].to_vec())
+            .collect(),
+        Kind::Bcast => numbers(root, n),
+        Kind::Scatter => numbers(root, size * n)[own * n..][..n].to_vec(),
+        Kind::Scan => sum(&all(1)[..=own], n),
+        Kind::Exscan => sum(&all(1)[..own], n),
+        Kind::ReduceScatter => sum(&all(size), size * n)[own * n..][..n].to_vec(),
+        other => panic!("{other:?}"),
+    };
+    (operand, result)
+}
+
+const COLLECTIVES: [Kind; 10] = [
+    Kind::Allgather,
+    Kind::Allreduce,
+    Kind::Alltoall,
+    Kind::Bcast,
+    Kind::Exscan,
+    Kind::Gather,
+    Kind::Reduce,
+    Kind::ReduceScatter,
+    Kind::Scan,
+    Kind::Scatter,
+];
+
+#[test]
+fn collectives_of_all_lengths_around_the_edges_of_chunks() {
+    for size in [1, 3] {
+        ranks(size, |rank| {
+            for n in [0, 1, 20, 21, 22, 63, 64, 65, 128, 300] {
+                for (turn, kind) in COLLECTIVES.into_iter().enumerate() {
+                    let root = turn as i32 % size;
+                    let (operand, want) = example(kind, rank.comm.rank, size as usize, n, root);
+                    let shape = |length: usize| match kind {
+                        Kind::Alltoall => [i64::from(size), length as i64 / i64::from(size)],
+                        _ => [1, length as i64],
+                    };
+                    let (sent, received) = (shape(operand.len()), shape(want.len()));
+                    let op = Operation {
+                        dest: root,
+                        ..operation(kind, &sent, &received)
+                    };
+                    let (done, result) = rank.run(&op, operand);
+                    done.unwrap();
+                    assert_eq!(result, want, "{kind:?} of {n} on {size}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn messages_of_all_lengths_around_the_edges_of_chunks() {
+    ranks(3, |rank| {
+        let own = rank.comm.rank;
+        for n in [0usize, 1, 12, 13, 14, 63, 64, 65, 128, 129, 1000] {
+            // Each sends another length, to the right, from the left or from anybody.
+            let length = |rank: i32| n + 70 * rank as usize;
+            let left = (own + 2) % 3;
+            let (sent, received) = ([length(own) as i64], [length(left) as i64]);
+            for source in [left, ANY] {
+                let op = Operation {
+                    dest: (own + 1) % 3,
+                    source,
+                    ..operation(Kind::Sendrecv, &sent, &received)
+                };
+                let (done, result) = rank.run(&op, numbers(own, length(own)));
+                let done = done.unwrap();
+                assert_eq!((done.source, done.bytes), (left, length(left)));
+                assert_eq!(result, numbers(left, length(left)), "{n} from {source}");
+            }
+            let op = match own {
+                0 => operation(Kind::Recv, &[0], &received),
+                2 => operation(Kind::Send, &sent, &[0]),
+                _ => continue,
+            };
+            let (done, result) =
+                rank.run(&Operation { source: 2, ..op }, numbers(own, length(own)));
+            done.unwrap();
+            if own == 0 {
+                assert_eq!(result, numbers(2, length(2)));
+            }
+        }
+    });
+}
+
+#[test]
+fn nobody_sends_zeros_and_what_nobody_gets_is_gone() {
+    ranks(1, |rank| {
+        let shape = [200];
+        let op = Operation {
+            dest: PROC_NULL,
+            source: PROC_NULL,
+            ..operation(Kind::Sendrecv, &shape, &shape)
+        };
+        let (done, result) = rank.run(&op, numbers(0, 200));
+        assert_eq!((done.unwrap().bytes, result), (0, vec![0; 200]));
+        assert_eq!(rank.performed, 0);
+    });
+}
+
+#[test]
+fn other_lengths_are_errors_that_name_both() {
+    for (sent, received) in [
+        (300, 200),
+        (200, 300),
+        (300, 60),
+        (60, 300),
+        (300, 5),
+        (5, 300),
+    ] {
+        let texts = ranks(2, |rank| {
+            let (sent, received) = ([sent], [received]);
+            let op = match rank.comm.rank {
+                0 => operation(Kind::Recv, &[0], &received),
+                _ => operation(Kind::Send, &sent, &[0]),
+            };
+            rank.run(&Operation { source: 1, ..op }, numbers(1, 300))
+                .0
+                .err()
+        });
+        let text = texts[0].clone().unwrap();
+        assert!(text.contains(&received.to_string()), "{text}");
+        // An announcement does not fit into 5 bytes, and is known by its own length.
+        let length = if received == 5 { 13 } else { sent };
+        assert!(text.contains(&length.to_string()), "{text}");
+        assert_eq!(texts[1], None);
+    }
+}
+
+#[test]
+fn copies_overlap_with_messages_and_memory_is_used_again() {
+    ranks(2, |rank| {
+        let shape = [4000];
+        let op = operation(Kind::Allreduce, &shape, &shape);
+        for _ in 0..3 {
+            rank.run(&op, numbers(rank.comm.rank, 4000)).0.unwrap();
+        }
+        assert!(
+            rank.device.most_at_once() > 2,
+            "{}",
+            rank.device.most_at_once()
+        );
+        let (free, in_use) = rank.staging.pool.pieces();
+        assert_eq!(in_use, 0);
+        // 63 chunks each time, of which only those in between hold memory.
+        assert!(free < 40, "{free}");
+    });
+}
+
+#[test]
+fn a_failure_in_the_middle_leaves_nothing_behind() {
+    for fails_at in [1, 2, 5] {
+        let texts = ranks(1, |rank| {
+            rank.fails_at = fails_at;
+            let shape = [500];
+            let op = operation(Kind::Allreduce, &shape, &shape);
+            let failed = rank.run(&op, numbers(0, 500)).0.err();
+            // The next one is well.
+            let (done, result) = rank.run(&op, numbers(0, 500));
+            assert_eq!((done.is_ok(), result), (true, numbers(0, 500)));
+            assert_eq!(rank.staging.pool.pieces().1, 0);
+            failed
+        });
+        assert_eq!(texts, [Some("it was told to fail".to_owned())]);
+    }
+}
+
+#[test]
+fn a_device_that_fails_says_so() {
+    for copies in [0, 1, 4, 9] {
+        ranks(1, |rank| {
+            rank.device.fail_after(copies);
+            let shape = [500];
+            for kind in [Kind::Allreduce, Kind::Sendrecv, Kind::Bcast] {
+                let op = operation(kind, &shape, &shape);
+                let text = rank.run(&op, numbers(0, 500)).0.err().unwrap_or_default();
+                let ran_out = text.contains("a copy failed on the simulated device");
+                assert!(ran_out || text.is_empty(), "{text}");
+            }
+            let op = operation(Kind::Allreduce, &shape, &shape);
+            assert!(rank.run(&op, numbers(0, 500)).0.is_err());
+        });
+    }
+}
+
+#[test]
+fn messages_in_two_halves_are_refused_by_name() {
+    ranks(1, |rank| {
+        let shape = [1];
+        let text = rank
+            .run(&operation(Kind::Isend, &shape, &shape), vec![0; 4])
+            .0
+            .unwrap_err();
+        assert!(text.contains("isend"), "{text}");
+    });
+}
