@@ -82,6 +82,8 @@ pub enum StartError {
         largest: u64,
         own: u64,
     },
+    #[error(transparent)]
+    NotDirect(#[from] crate::transfer::NotDirect),
     #[error("MPI has already been finalized in this process: create the JAX backend before that")]
     Finalized,
     #[error(

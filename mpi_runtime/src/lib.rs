@@ -23,6 +23,7 @@ pub mod shim;
 pub mod simulated;
 pub mod split;
 pub mod staging;
+pub mod transfer;
 pub mod world;
 mod written;
 

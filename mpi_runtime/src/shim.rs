@@ -11,6 +11,7 @@ use mpi_shim_abi::{
 
 use crate::error::StartError;
 use crate::family::Family;
+use crate::transfer::Aware;
 
 /// A loaded shim; never unloaded, since MPI libraries do not survive that.
 #[derive(Clone, Copy)]
@@ -100,6 +101,16 @@ impl Shim {
             .collect::<Vec<_>>()
             .join(" ")
             .replace("MPICH Version:", "MPICH")
+    }
+
+    /// What MPI says of its support for CUDA.
+    pub fn cuda_aware(&self) -> Aware {
+        // SAFETY: callable once MPI runs, as it does where anybody asks.
+        match unsafe { (self.api.cuda_aware)() } {
+            0 => Aware::No,
+            1 => Aware::Yes,
+            _ => Aware::Unsaid,
+        }
     }
 
     /// Whether MPI was started.

@@ -13,6 +13,7 @@ use crate::family::{self, Family};
 use crate::launcher::{self, Launched};
 use crate::output;
 use crate::shim::{self, MpiError, Shim, State};
+use crate::transfer::{self, Asked, Choice, Mode, Proof};
 
 /// How to find the world.
 #[derive(Clone, Debug)]
@@ -27,8 +28,21 @@ pub struct WorldOptions {
     pub warn_after: Duration,
     /// `MPI_CUDA_PART_BYTES`.
     pub part_bytes: i64,
+    /// For devices with memory of their own.
+    pub device: Option<DeviceOptions>,
     /// `MPI_CUDA_LOG=debug`: say for each operation what served it.
     pub verbose: bool,
+}
+
+/// What ranks with device memory agree on.
+#[derive(Clone, Debug)]
+pub struct DeviceOptions {
+    /// `MPI_CUDA_TRANSFER`.
+    pub asked: Asked,
+    /// `MPI_CUDA_CHUNK_BYTES`.
+    pub chunk_bytes: usize,
+    /// What is known of direct transfers here.
+    pub proof: Proof,
 }
 
 /// This process's place among the ranks.
@@ -43,6 +57,8 @@ pub struct World {
     pub library: String,
     /// MPI's thread level.
     pub thread_level: &'static str,
+    /// How data in device memory travel; none where the host has them.
+    pub transfer: Option<Choice>,
     /// The engine.
     pub engine: Engine,
     shim: Option<Shim>,
@@ -120,19 +136,37 @@ impl World {
         let agree = mpi_error("MPI_Allreduce");
         let crowded =
             max_over_ranks(&shim, &everybody, u64::from(node_size > cores)).map_err(&agree)? != 0;
-        let part = options.part_bytes as u64;
-        let largest = max_over_ranks(&shim, &everybody, part).map_err(&agree)?;
-        let smallest =
-            u64::MAX - max_over_ranks(&shim, &everybody, u64::MAX - part).map_err(&agree)?;
-        if smallest != largest {
-            return Err(StartError::Disagree {
-                variable: "MPI_CUDA_PART_BYTES",
+        let same = |variable: &'static str, own: u64| {
+            let largest = max_over_ranks(&shim, &everybody, own).map_err(&agree)?;
+            let smallest =
+                u64::MAX - max_over_ranks(&shim, &everybody, u64::MAX - own).map_err(&agree)?;
+            if smallest == largest {
+                return Ok(());
+            }
+            Err(StartError::Disagree {
+                variable,
                 rank,
                 smallest,
                 largest,
-                own: part,
-            });
-        }
+                own,
+            })
+        };
+        same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
+        let transfer = match &options.device {
+            Some(device) => {
+                same("MPI_CUDA_CHUNK_BYTES", device.chunk_bytes as u64)?;
+                let choice =
+                    transfer::choose(device.asked, &library, shim.cuda_aware(), &device.proof);
+                // A rank that cannot go on must not leave the others waiting.
+                let mode = choice.as_ref().map_or(2, |choice| choice.mode as u64);
+                same(
+                    "the transfer (MPI_CUDA_TRANSFER: 0 direct, 1 staged, 2 not possible)",
+                    mode,
+                )?;
+                Some(choice?)
+            }
+            None => None,
+        };
         shim.configure(crowded, options.part_bytes);
         if size > 1 && node_size == size {
             engine.arrivals =
@@ -145,6 +179,7 @@ impl World {
             node_rank,
             library,
             thread_level,
+            transfer,
             engine,
             shim: Some(shim),
             owns_mpi,
@@ -173,6 +208,10 @@ impl World {
             node_rank: 0,
             library: "no MPI".into(),
             thread_level: "none",
+            transfer: options.device.as_ref().map(|_| Choice {
+                mode: Mode::Staged,
+                reason: "there is no MPI".into(),
+            }),
             engine,
             shim: None,
             owns_mpi: false,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mpi_runtime::family::Family;
+use mpi_runtime::transfer::Asked;
 
 use crate::error::Error;
 
@@ -74,11 +75,29 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "larger collectives go in parts of this size; the same on all ranks",
     },
     Variable {
+        name: "MPI_CUDA_TRANSFER",
+        values: "auto, direct, staged",
+        meaning: "how data in GPU memory reach MPI; on CPU devices without effect",
+    },
+    Variable {
+        name: "MPI_CUDA_CHUNK_BYTES",
+        values: "1048576, bytes from 4096",
+        meaning: "staging cuts data in GPU memory into chunks of this size; the same on all ranks",
+    },
+    Variable {
+        name: "MPI_CUDA_PRETEND_DEVICE",
+        values: "0, 1",
+        meaning: "tests only: treat arrays as if they lay in the memory of a slow device",
+    },
+    Variable {
         name: "MPI_CUDA_PRETEND_SIZE",
         values: "ranks",
         meaning: "tests only: show a world of this size without starting it",
     },
 ];
+
+/// mpi4jax's variable, which `MPI_CUDA_TRANSFER` wins over.
+const MPI4JAX_TRANSFER: &str = "MPI4JAX_USE_CUDA_MPI";
 
 /// Largest world; the inner CPU client holds about 1.3 threads for every device of the world.
 pub const MAX_WORLD: i32 = 1024;
@@ -126,6 +145,11 @@ pub struct Config {
     pub log: Log,
     pub keep_memory: bool,
     pub part_bytes: i64,
+    pub transfer: Asked,
+    /// What mpi4jax's variable said, if that was not clear.
+    pub transfer_warning: Option<String>,
+    pub chunk_bytes: usize,
+    pub pretend_device: bool,
     pub pretend_size: Option<i32>,
 }
 
@@ -138,6 +162,14 @@ impl Config {
             Some("0") => Ok(false),
             Some("1") => Ok(true),
             Some(other) => Err(wrong(name, other)),
+        };
+        let (transfer, transfer_warning) = match get("MPI_CUDA_TRANSFER").as_deref() {
+            Some("auto") => (Asked::Auto, None),
+            Some("direct") => (Asked::Direct, None),
+            Some("staged") => (Asked::Staged, None),
+            Some(other) => return Err(wrong("MPI_CUDA_TRANSFER", other)),
+            None => get(MPI4JAX_TRANSFER)
+                .map_or((Asked::Auto, None), |value| Asked::from_mpi4jax(&value)),
         };
         Ok(Config {
             device: match get("MPI_CUDA_DEVICE").as_deref() {
@@ -184,6 +216,20 @@ impl Config {
                     .filter(|bytes| (64..=LARGEST_PART).contains(bytes))
                     .ok_or_else(|| wrong("MPI_CUDA_PART_BYTES", &text))?,
             },
+            transfer,
+            transfer_warning,
+            chunk_bytes: match get("MPI_CUDA_CHUNK_BYTES") {
+                None => 1 << 20,
+                Some(text) => text
+                    .parse()
+                    .ok()
+                    // Whole elements of every dtype.
+                    .filter(|bytes: &usize| {
+                        (4096..=1 << 30).contains(bytes) && bytes.is_multiple_of(16)
+                    })
+                    .ok_or_else(|| wrong("MPI_CUDA_CHUNK_BYTES", &text))?,
+            },
+            pretend_device: flag("MPI_CUDA_PRETEND_DEVICE", false)?,
             pretend_size: match get("MPI_CUDA_PRETEND_SIZE") {
                 None => None,
                 Some(text) => Some(
@@ -251,6 +297,21 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn our_variable_wins_over_mpi4jaxs() {
+        let transfer = |variables: &[(&str, &str)]| read(variables).unwrap().transfer;
+        assert_eq!(transfer(&[]), Asked::Auto);
+        assert_eq!(transfer(&[("MPI4JAX_USE_CUDA_MPI", "on")]), Asked::Direct);
+        assert_eq!(transfer(&[("MPI4JAX_USE_CUDA_MPI", "0")]), Asked::Staged);
+        let both = [
+            ("MPI4JAX_USE_CUDA_MPI", "1"),
+            ("MPI_CUDA_TRANSFER", "staged"),
+        ];
+        assert_eq!(transfer(&both), Asked::Staged);
+        let unclear = read(&[("MPI4JAX_USE_CUDA_MPI", "yes")]).unwrap();
+        assert!(unclear.transfer == Asked::Staged && unclear.transfer_warning.is_some());
     }
 
     #[test]

@@ -28,6 +28,7 @@ mod handles;
 mod holds;
 mod inner;
 mod layouts;
+mod memory;
 mod natives;
 mod nested;
 mod options;

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use mpi_runtime::pending::say;
+use mpi_runtime::transfer::{Mode, Proof};
+use mpi_runtime::world::DeviceOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::{Mutex, RwLock};
 
@@ -11,6 +13,7 @@ use crate::client::Client;
 use crate::config::{Config, Log, create_option};
 use crate::error::Error;
 use crate::inner::{Inner, own_folder};
+use crate::memory;
 
 /// What exists from the moment the library is asked for its table.
 pub struct Plugin {
@@ -85,6 +88,11 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         singleton: config.singleton,
         warn_after: config.warn_after,
         part_bytes: config.part_bytes,
+        device: config.pretend_device.then_some(DeviceOptions {
+            asked: config.transfer,
+            chunk_bytes: config.chunk_bytes,
+            proof: Proof::None,
+        }),
         verbose: config.log >= Log::Debug,
     };
     let world = World::start(&options)
@@ -101,6 +109,20 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
             world.library,
             world.thread_level,
         ));
+    }
+    if let Some(transfer) = &world.transfer {
+        if let Some(warning) = config.transfer_warning.as_ref().filter(|_| world.rank == 0) {
+            say(&format!("mpi_cuda: {warning}"));
+        }
+        if config.log >= Log::Info {
+            say(&format!(
+                "mpi_cuda: rank {}: transfer {transfer}",
+                world.rank
+            ));
+        }
+        if transfer.mode == Mode::Staged {
+            memory::start(config)?;
+        }
     }
     Ok(WORLD.get_or_init(|| world))
 }

@@ -538,3 +538,49 @@ def test_a_program_of_one_device_is_compiled_once_and_of_several_twice(tmp_path:
     # Both ranks dump into one folder, and a name has the module's number.
     counts = {f: len({n for n in names if f"jit_{f}." in n}) for f in ("alone", "together")}
     assert counts == {"alone": 1, "together": 2}, names
+
+
+TRANSFER = """if True:
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    y, _ = m.allreduce(jnp.ones(5000), m.SUM)
+    assert y[-1] == 2
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_direct_transfer_without_a_cuda_aware_mpi_is_refused(mpi: str) -> None:
+    name = {"openmpi": "Open MPI", "mpich": "MPICH"}[mpi]
+    for variable in ({"MPI_CUDA_TRANSFER": "direct"}, {"MPI4JAX_USE_CUDA_MPI": "1"}):
+        result = job(mpi, TRANSFER, MPI_CUDA_PRETEND_DEVICE="1", **variable)
+        assert result.returncode != 0
+        assert "direct transfer was asked for" in result.stderr, result.stderr
+        assert name in result.stderr and "MPI_CUDA_TRANSFER=staged" in result.stderr
+        # Memory of the host reaches every MPI.
+        assert job(mpi, TRANSFER, **variable).returncode == 0
+
+
+def test_the_transfer_that_is_used_is_said() -> None:
+    said = {"MPI_CUDA_PRETEND_DEVICE": "1", "MPI_CUDA_LOG": "info"}
+    for variable, why in (
+        ({}, "has no CUDA support"),
+        ({"MPI_CUDA_TRANSFER": "staged", "MPI4JAX_USE_CUDA_MPI": "1"}, "as asked for"),
+        ({"MPI4JAX_USE_CUDA_MPI": "yes"}, "as asked for"),
+    ):
+        result = job("openmpi", TRANSFER, **said, **variable)
+        assert result.returncode == 0, result.stderr
+        assert re.search(rf"rank 1: transfer staged \(.*{why}\)", result.stderr), result.stderr
+        assert ("is not understood" in result.stderr) == ("yes" in variable.values())
+    assert "transfer" not in job("openmpi", TRANSFER, MPI_CUDA_LOG="info").stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_chunks_that_differ_between_ranks_are_refused(mpi: str) -> None:
+    code = (
+        "import os\nrank = os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ['PMI_RANK']\n"
+        "os.environ['MPI_CUDA_CHUNK_BYTES'] = str(4096 * (1 + int(rank)))\n"
+        "import jax; jax.devices()"
+    )
+    result = job(mpi, code, MPI_CUDA_PRETEND_DEVICE="1")
+    assert result.returncode != 0
+    assert "MPI_CUDA_CHUNK_BYTES is 8192 on rank 1" in result.stderr, result.stderr
+    assert job(mpi, code).returncode == 0

@@ -22,6 +22,7 @@ use handle::{comm_from_bits, comm_to_bits};
 static API: ShimApi = ShimApi {
     abi_version: ABI_VERSION,
     library_version,
+    cuda_aware,
     state,
     init,
     thread_level,
@@ -68,6 +69,28 @@ macro_rules! attempt {
     }};
 }
 pub(crate) use attempt;
+
+/// Open MPI and MPICH have `MPIX_Query_cuda_support`, which is in no standard; Cray's MPICH and newer ones
+/// have `MPIX_GPU_query_support`, with 0 for CUDA (`mpi_proto.h` of MPICH 4).
+unsafe extern "C" fn cuda_aware() -> c_int {
+    type Query = unsafe extern "C" fn() -> c_int;
+    type QueryKind = unsafe extern "C" fn(kind: c_int, supported: *mut c_int) -> c_int;
+    // SAFETY: the names are NUL-terminated; the functions of these names have these types.
+    unsafe {
+        let query = libc::dlsym(libc::RTLD_DEFAULT, c"MPIX_Query_cuda_support".as_ptr());
+        if !query.is_null() {
+            return c_int::from(std::mem::transmute::<*mut c_void, Query>(query)() != 0);
+        }
+        let query = libc::dlsym(libc::RTLD_DEFAULT, c"MPIX_GPU_query_support".as_ptr());
+        let mut supported = 0;
+        if !query.is_null()
+            && std::mem::transmute::<*mut c_void, QueryKind>(query)(0, &mut supported) == SUCCESS
+        {
+            return c_int::from(supported != 0);
+        }
+    }
+    -1
+}
 
 unsafe extern "C" fn library_version(text: *mut c_char, capacity: usize) {
     let mut buffer = [0 as c_char; ffi::MPI_MAX_LIBRARY_VERSION_STRING as usize + 1];

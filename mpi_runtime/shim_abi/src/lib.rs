@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 9;
+pub const ABI_VERSION: u32 = 10;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -170,6 +170,8 @@ pub struct ShimApi {
     pub abi_version: u32,
     /// `MPI_Get_library_version`, NUL-terminated.
     pub library_version: unsafe extern "C" fn(text: *mut c_char, capacity: usize),
+    /// Whether MPI says that it supports CUDA: 1 yes, 0 no, -1 if it has no function for it. Once MPI runs.
+    pub cuda_aware: unsafe extern "C" fn() -> c_int,
     /// 0: not initialised, 1: initialised, 2: finalized.
     pub state: unsafe extern "C" fn() -> c_int,
     /// `MPI_Init_thread` with `MPI_THREAD_MULTIPLE`.

@@ -240,6 +240,9 @@ struct Incoming<'r, 's> {
     source: i32,
     tag: i32,
     open: bool,
+    /// What is wrong with the message. The rest of it is taken out of the way, and what this rank sends
+    /// is sent, so that the other side does not wait.
+    wrong: Option<String>,
 }
 
 impl<'r, 's> Incoming<'r, 's> {
@@ -256,6 +259,7 @@ impl<'r, 's> Incoming<'r, 's> {
             source: op.source,
             tag: op.recv_tag,
             open: receives && op.source != PROC_NULL,
+            wrong: None,
         }
     }
 
@@ -267,38 +271,41 @@ impl<'r, 's> Incoming<'r, 's> {
     fn room(&self) -> Result<Piece, String> {
         let left = self.length.unwrap_or(self.room) - self.arrived;
         let bytes = left.min(self.run.staging.chunk);
-        // An announcement must fit, to be recognised.
         let memory = self.run.memory(bytes.max(ANNOUNCEMENT));
+        let (elements, dtype) = if bytes < ANNOUNCEMENT {
+            // An announcement must fit, to be recognised.
+            (ANNOUNCEMENT, ElementType::U8)
+        } else {
+            (bytes / self.dtype.size(), self.dtype)
+        };
         Ok(Piece {
             memory: memory.map_err(|error| error.to_string())?,
-            elements: (bytes / self.dtype.size()) as i64,
-            dtype: self.dtype,
+            elements: elements as i64,
+            dtype,
         })
     }
 
     /// A message has come.
     fn take(&mut self, piece: Piece, done: Done) -> Result<(), String> {
         let said = announced(piece.bytes(done.bytes)).filter(|_| done.bytes == ANNOUNCEMENT);
-        let taken = match said {
+        let wrong = match said {
             Some(length) if self.length.is_none() => self.announced(length, done),
-            _ => self.data(&piece, done),
+            _ => self.data(done),
         };
-        match taken {
-            Ok(0) => self.run.give_back(piece.memory, self.run.staging.up),
-            Ok(bytes) => {
-                let place = self.data + self.arrived - bytes;
-                let gone = self.run.go(piece.memory, &[(place, bytes)]);
-                gone.map_err(|error| error.to_string())?;
-            }
-            Err(error) => {
-                self.run.give_back(piece.memory, self.run.staging.up);
-                return Err(error);
-            }
+        self.wrong = self.wrong.take().or(wrong.err());
+        if said.is_some() || self.wrong.is_some() {
+            self.run.give_back(piece.memory, self.run.staging.up);
+            return Ok(());
         }
-        Ok(())
+        let place = self.data + self.arrived - done.bytes;
+        let gone = self.run.go(piece.memory, &[(place, done.bytes)]);
+        gone.map_err(|error| error.to_string())
     }
 
-    fn announced(&mut self, length: usize, done: Done) -> Result<usize, String> {
+    fn announced(&mut self, length: usize, done: Done) -> Result<(), String> {
+        (self.source, self.tag) = (done.source, done.tag);
+        self.length = Some(length);
+        self.open = length > 0;
         self.fits(length, done)?;
         if self.may_be_shorter {
             return Err(
@@ -306,17 +313,20 @@ impl<'r, 's> Incoming<'r, 's> {
                     .into(),
             );
         }
-        (self.source, self.tag) = (done.source, done.tag);
-        self.length = Some(length);
-        self.open = length > 0;
-        Ok(0)
+        Ok(())
     }
 
     /// Bytes that have come.
-    fn data(&mut self, piece: &Piece, done: Done) -> Result<usize, String> {
-        let expected = piece.elements as usize * piece.dtype.size();
-        if done.bytes > expected && done.bytes == self.room {
-            let chunk = self.run.staging.chunk;
+    fn data(&mut self, done: Done) -> Result<(), String> {
+        let chunk = self.run.staging.chunk;
+        let first = self.length.is_none();
+        let left = self.length.unwrap_or(self.room) - self.arrived;
+        let expected = left.min(chunk);
+        (self.source, self.tag) = (done.source, done.tag);
+        let length = *self.length.get_or_insert(done.bytes);
+        self.arrived += done.bytes;
+        self.open = self.arrived < length && (first || done.bytes == expected);
+        if first && done.bytes > expected && done.bytes == self.room {
             return Err(format!(
                 "the message from rank {} came in one piece, and device memory receives more than \
                  {chunk} bytes in chunks: it was sent from memory of the host, or \
@@ -324,21 +334,17 @@ impl<'r, 's> Incoming<'r, 's> {
                 done.source
             ));
         }
-        if self.length.is_some() && done.bytes != expected {
-            let (bytes, chunk) = (done.bytes, self.run.staging.chunk);
+        if first {
+            return self.fits(done.bytes, done);
+        }
+        if done.bytes != expected {
+            let bytes = done.bytes;
             return Err(format!(
                 "a chunk of {bytes} bytes came instead of {expected}; MPI_CUDA_CHUNK_BYTES, here {chunk}, \
                  must be the same on all ranks"
             ));
         }
-        if self.length.is_none() {
-            self.fits(done.bytes, done)?;
-            self.length = Some(done.bytes);
-        }
-        self.arrived += done.bytes;
-        self.open = Some(self.arrived) != self.length;
-        (self.source, self.tag) = (done.source, done.tag);
-        Ok(done.bytes)
+        Ok(())
     }
 
     fn fits(&self, length: usize, done: Done) -> Result<(), String> {
@@ -355,7 +361,10 @@ impl<'r, 's> Incoming<'r, 's> {
     }
 
     /// Nothing in the result stays as it was.
-    fn finish(self, well: bool) -> Result<Done, String> {
+    fn finish(mut self, well: bool) -> Result<Done, String> {
+        if let Some(wrong) = self.wrong.take() {
+            return Err(wrong);
+        }
         let mut done = Done {
             source: self.source,
             tag: self.tag,

@@ -12,6 +12,7 @@ use pjrt_sys::*;
 use super::Handler;
 use super::frame::{Frame, handle};
 use crate::execute::ticket_of;
+use crate::memory;
 use crate::natives::{self, Part};
 use crate::plugin::world;
 
@@ -220,7 +221,7 @@ impl Collective<'_> {
     }
 
     fn execute(&self, op: &Operation<'_>) -> Result<(), String> {
-        let done = self.world.engine.execute(self.ticket, op);
+        let done = memory::execute(self.world, self.ticket, op);
         done.map_err(|error| error.to_string())
     }
 }

@@ -10,6 +10,7 @@ use pjrt_sys::*;
 use super::Handler;
 use super::frame::{Frame, handle};
 use crate::execute::ticket_of;
+use crate::memory;
 use crate::plugin::world;
 
 /// `ANY_SOURCE` and `ANY_TAG` as attributes.
@@ -178,7 +179,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
         status: crate::status::address(number("status", 0)),
     };
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
-    world.engine.execute(ticket, &op).map_err(|error| {
+    memory::execute(world, ticket, &op).map_err(|error| {
         if matches!(dialect, Dialect::Mpi4jax) {
             // What its users look for; the job ends as usual, with a Python exception.
             let mut name = name(kind).to_owned();

@@ -1,0 +1,205 @@
+//! How data in device memory reach MPI: by the choice of the user, what MPI says of itself, and
+//! whether it was tried.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+/// What the user asked for: `MPI_CUDA_TRANSFER`, or mpi4jax's `MPI4JAX_USE_CUDA_MPI`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Asked {
+    Auto,
+    Direct,
+    Staged,
+}
+
+impl Asked {
+    /// From mpi4jax's variable. What it does not know means staged, with a warning.
+    pub fn from_mpi4jax(value: &str) -> (Asked, Option<String>) {
+        match value.to_lowercase().as_str() {
+            "true" | "1" | "on" => (Asked::Direct, None),
+            "false" | "0" | "off" => (Asked::Staged, None),
+            _ => (
+                Asked::Staged,
+                Some(format!(
+                    "MPI4JAX_USE_CUDA_MPI={value} is not understood, and means staged; it takes true, 1, on, \
+                     false, 0 and off"
+                )),
+            ),
+        }
+    }
+}
+
+/// What MPI says of its support for CUDA (`MPIX_Query_cuda_support`, `MPIX_GPU_query_support`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Aware {
+    Yes,
+    No,
+    /// It has no such function.
+    Unsaid,
+}
+
+/// What is known of a transfer with memory that XLA itself allocated, from an earlier job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// Nobody has tried with this MPI, driver and plugin.
+    None,
+    /// It gave right results.
+    Works,
+    /// It did not.
+    Fails(String),
+}
+
+/// How data travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Mode {
+    Direct,
+    Staged,
+}
+
+/// A mode, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// How data travel.
+    pub mode: Mode,
+    /// In words.
+    pub reason: String,
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mode = match self.mode {
+            Mode::Direct => "direct",
+            Mode::Staged => "staged",
+        };
+        write!(f, "{mode} ({})", self.reason)
+    }
+}
+
+/// `direct` was asked for, and would end in a segmentation fault or wrong data.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "direct transfer was asked for (MPI_CUDA_TRANSFER or MPI4JAX_USE_CUDA_MPI), but {why}: use \
+     MPI_CUDA_TRANSFER=staged, or {remedy}"
+)]
+pub struct NotDirect {
+    why: String,
+    remedy: &'static str,
+}
+
+/// How to get a [`Proof`].
+const PROBE: &str = "`mpirun -n 2 python -m mpi_cuda probe` tries it";
+const ENABLE: &str = "an MPI built and started with CUDA support (Open MPI --with-cuda, MPICH --with-cuda, \
+                      MPICH_GPU_SUPPORT_ENABLED=1 with Cray's)";
+
+/// Chooses for `mpi`, the MPI library in words.
+///
+/// # Errors
+/// If direct transfer was asked for and is known not to work, or not known to.
+pub fn choose(asked: Asked, mpi: &str, aware: Aware, proof: &Proof) -> Result<Choice, NotDirect> {
+    let choice = |mode, reason: String| Ok(Choice { mode, reason });
+    let refuse = |why: String, remedy| Err(NotDirect { why, remedy });
+    match (asked, aware, proof) {
+        (Asked::Staged, ..) => choice(Mode::Staged, "as asked for".into()),
+        (Asked::Direct, Aware::No, _) => {
+            refuse(format!("{mpi} says that it has no CUDA support"), ENABLE)
+        }
+        (Asked::Direct, _, Proof::Fails(how)) => {
+            refuse(format!("with {mpi} it was tried and failed: {how}"), ENABLE)
+        }
+        (Asked::Direct, Aware::Unsaid, Proof::None) => refuse(
+            format!("{mpi} does not say whether it has CUDA support, and nobody has tried it"),
+            "try it with `mpirun -n 2 python -m mpi_cuda probe`",
+        ),
+        (Asked::Direct, ..) => choice(Mode::Direct, "as asked for".into()),
+        (Asked::Auto, Aware::No, _) => choice(Mode::Staged, format!("{mpi} has no CUDA support")),
+        (Asked::Auto, _, Proof::Works) => choice(Mode::Direct, format!("it was tried with {mpi}")),
+        (Asked::Auto, _, Proof::Fails(how)) => choice(
+            Mode::Staged,
+            format!("direct was tried with {mpi} and failed: {how}"),
+        ),
+        (Asked::Auto, _, Proof::None) => choice(
+            Mode::Staged,
+            format!("direct is not proven with {mpi}; {PROBE}"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVERY_AWARE: [Aware; 3] = [Aware::Yes, Aware::No, Aware::Unsaid];
+
+    fn proofs() -> [Proof; 3] {
+        [
+            Proof::None,
+            Proof::Works,
+            Proof::Fails("rank 1 died".into()),
+        ]
+    }
+
+    fn mode(asked: Asked, aware: Aware, proof: &Proof) -> Option<Mode> {
+        choose(asked, "Open MPI 4.1.4", aware, proof)
+            .ok()
+            .map(|choice| choice.mode)
+    }
+
+    #[test]
+    fn staged_is_staged() {
+        for aware in EVERY_AWARE {
+            for proof in proofs() {
+                assert_eq!(mode(Asked::Staged, aware, &proof), Some(Mode::Staged));
+            }
+        }
+    }
+
+    #[test]
+    fn auto_is_direct_only_with_a_proof_and_never_an_error() {
+        for aware in EVERY_AWARE {
+            for proof in proofs() {
+                let direct = aware != Aware::No && proof == Proof::Works;
+                let want = if direct { Mode::Direct } else { Mode::Staged };
+                assert_eq!(mode(Asked::Auto, aware, &proof), Some(want));
+            }
+        }
+        let choice = choose(Asked::Auto, "MPICH 4.3", Aware::Yes, &Proof::None).unwrap();
+        assert!(choice.to_string().contains("mpi_cuda probe"), "{choice}");
+    }
+
+    #[test]
+    fn direct_is_direct_or_an_error_that_names_the_mpi_and_the_remedy() {
+        for aware in EVERY_AWARE {
+            for proof in proofs() {
+                let choice = choose(Asked::Direct, "Open MPI 4.1.4", aware, &proof);
+                let possible = match aware {
+                    Aware::Yes => !matches!(proof, Proof::Fails(_)),
+                    Aware::No => false,
+                    Aware::Unsaid => proof == Proof::Works,
+                };
+                assert_eq!(choice.is_ok(), possible, "{aware:?} {proof:?}");
+                if let Err(error) = choice {
+                    let text = error.to_string();
+                    assert!(text.contains("Open MPI 4.1.4"), "{text}");
+                    assert!(text.contains("MPI_CUDA_TRANSFER=staged"), "{text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn mpi4jax_has_its_own_words() {
+        for word in ["1", "true", "True", "ON"] {
+            assert_eq!(Asked::from_mpi4jax(word), (Asked::Direct, None));
+        }
+        for word in ["0", "false", "OFF"] {
+            assert_eq!(Asked::from_mpi4jax(word), (Asked::Staged, None));
+        }
+        let (asked, warning) = Asked::from_mpi4jax("yes");
+        assert_eq!(asked, Asked::Staged);
+        assert!(warning.unwrap().contains("MPI4JAX_USE_CUDA_MPI=yes"));
+    }
+}
