@@ -65,6 +65,13 @@ pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Re
     for call in calls.values() {
         found.tables.insert(call.table.number(), call.table.clone());
     }
+    let mut uncalled = folds.computations.clone();
+    for computation in module.computations() {
+        let replaced = computation.instructions.iter();
+        let replaced = replaced.filter(|i| calls.contains_key(&(computation.id, i.id)));
+        // Their reductions.
+        uncalled.extend(replaced.flat_map(|i| &i.called_computation_ids));
+    }
     let ids: Vec<i64> = module.computations().iter().map(|c| c.id).collect();
     for id in ids {
         let touched = ordered.contains_key(&id) || calls.keys().any(|&(in_, _)| in_ == id);
@@ -78,7 +85,7 @@ pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Re
             rewriting.computation(module, id)?;
         }
     }
-    module.remove(&folds.computations);
+    module.remove_uncalled(uncalled);
     Ok(found)
 }
 

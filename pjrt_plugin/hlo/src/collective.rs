@@ -69,23 +69,33 @@ impl Table {
 }
 
 /// Opcodes that no plugin at hand leaves in an optimized program, or that we cannot execute.
-const REFUSED: [&str; 15] = [
-    "all-gather-start",
+const REFUSED: [&str; 9] = [
     "all-gather-done",
-    "all-reduce-start",
     "all-reduce-done",
-    "collective-permute-start",
     "collective-permute-done",
     "ragged-all-to-all",
     "recv",
     "recv-done",
     "send",
     "send-done",
-    "async-start",
-    "async-update",
-    "async-done",
     "all-to-all-start",
 ];
+
+/// Whether an instruction is a collective as a whole.
+pub(crate) fn is_collective(instruction: &HloInstructionProto) -> bool {
+    matches!(
+        instruction.opcode.as_str(),
+        "all-reduce"
+            | "all-gather"
+            | "reduce-scatter"
+            | "all-to-all"
+            | "ragged-all-to-all"
+            | "collective-permute"
+            | "collective-broadcast"
+            | "send"
+            | "recv"
+    )
+}
 
 /// The custom call for an instruction of `computation`; none if it does not concern us.
 pub(crate) fn recognise(
@@ -194,7 +204,8 @@ pub(crate) fn recognise(
         opcode if REFUSED.contains(&opcode) => {
             return Err(bad("this form is not supported yet".into()));
         }
-        "custom-call" => return Ok(None),
+        // What is left of asynchronous calls has no collectives (`synchronous.rs`).
+        "custom-call" | "async-start" | "async-update" | "async-done" => return Ok(None),
         _ if communicates(instruction) => {
             return Err(bad("this kind of collective is not known here".into()));
         }

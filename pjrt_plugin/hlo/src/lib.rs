@@ -13,6 +13,7 @@ mod fold;
 mod groups;
 mod module;
 mod options;
+mod synchronous;
 #[cfg(test)]
 mod tests;
 mod proto {
@@ -108,6 +109,18 @@ pub fn module_of(program: &[u8]) -> Result<Vec<u8>, Refused> {
     Ok(read(program)?.write_to_bytes()?)
 }
 
+/// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty configuration.
+///
+/// # Errors
+/// If it is no module.
+pub fn with_config(module: &[u8]) -> Result<Vec<u8>, Refused> {
+    let both = HloModuleProtoWithConfig {
+        hlo_module: Some(HloModuleProto::parse_from_bytes(module)?).into(),
+        ..Default::default()
+    };
+    Ok(both.write_to_bytes()?)
+}
+
 fn read(program: &[u8]) -> Result<HloModuleProto, Refused> {
     HloModuleProtoWithConfig::parse_from_bytes(program)?
         .hlo_module
@@ -121,6 +134,7 @@ fn read(program: &[u8]) -> Result<HloModuleProto, Refused> {
 /// If it is no module, or holds an instruction that cannot be executed.
 pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
     let mut module = Module::new(read(program)?)?;
+    synchronous::join(&mut module)?;
     let found = chain::thread(&mut module, devices)?;
     let layouts = module.layouts();
     Ok(Rewritten {

@@ -121,8 +121,15 @@ impl Module {
         }
     }
 
-    /// Removes computations that nothing calls any more.
-    pub(crate) fn remove(&mut self, ids: &HashSet<i64>) {
+    /// Removes those of some computations that nothing calls any more.
+    pub(crate) fn remove_uncalled(&mut self, mut ids: HashSet<i64>) {
+        ids.remove(&self.entry());
+        let computations = self.proto.computations.iter();
+        for instruction in computations.flat_map(|computation| &computation.instructions) {
+            for called in &instruction.called_computation_ids {
+                ids.remove(called);
+            }
+        }
         self.proto.computations.retain(|c| !ids.contains(&c.id));
         self.positions = positions(&self.proto.computations);
         if let Some(schedule) = self.proto.schedule.as_mut() {

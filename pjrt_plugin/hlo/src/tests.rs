@@ -225,19 +225,84 @@ fn recorded_modules_are_rewritten() {
     }
 }
 
+/// On GPUs collectives come in two halves.
+#[test]
+fn recorded_modules_of_gpus_are_rewritten() {
+    for (module, collectives) in [
+        (recording!("cuda/every_kind"), 7),
+        (recording!("cuda/nested"), 4),
+        (recording!("cuda/exchanges"), 4),
+        (recording!("cuda/train"), 3),
+        (recording!("cuda/automatic"), 1),
+        (recording!("cuda/local"), 0),
+    ] {
+        let name = module.name.clone();
+        let rewritten = rewrite(&with_config(module), &four()).unwrap();
+        let module = check(&rewritten);
+        assert!(
+            rewritten.collectives >= collectives,
+            "{name}: {}",
+            rewritten.collectives
+        );
+        // Every computation that is left is called, and is scheduled if it is no fusion's.
+        let all = || module.computations.iter().flat_map(|c| &c.instructions);
+        let called: HashSet<i64> = all()
+            .flat_map(|i| i.called_computation_ids.clone())
+            .chain([module.entry_computation_id])
+            .collect();
+        for computation in &module.computations {
+            assert!(called.contains(&computation.id), "{}", computation.name);
+        }
+        for instruction in all() {
+            assert!(!instruction.opcode.starts_with("async-"), "{name}");
+        }
+    }
+}
+
 #[test]
 fn every_kind_finds_its_handler() {
-    let module = check(&rewrite(&with_config(recording!("every_kind")), &four()).unwrap());
-    for target in [
-        "all_reduce",
-        "all_gather",
-        "reduce_scatter",
-        "all_to_all",
-        "collective_permute",
-        "id",
+    for (module, exchange) in [
+        (recording!("every_kind"), "all_to_all"),
+        (recording!("cuda/every_kind"), "all_to_all_array"),
     ] {
-        assert!(count(&module, target) > 0, "{target}");
+        let module = check(&rewrite(&with_config(module), &four()).unwrap());
+        for target in [
+            "all_reduce",
+            "all_gather",
+            "reduce_scatter",
+            exchange,
+            "collective_permute",
+            "id",
+        ] {
+            assert!(count(&module, target) > 0, "{target}");
+        }
     }
+}
+
+#[test]
+fn halves_that_are_no_pairs_are_refused_by_name() {
+    // Something else reads what is not there yet.
+    let mut module = recording!("cuda/every_kind");
+    let all = module.computations.iter_mut();
+    for instruction in all.flat_map(|c| &mut c.instructions) {
+        if instruction.opcode == "all-reduce-done" {
+            instruction.opcode = "copy".into();
+        }
+    }
+    let error = rewrite(&with_config(module), &four()).unwrap_err();
+    assert!(error.to_string().contains("all-reduce-done"), "{error}");
+    // Several collectives in one.
+    let mut module = recording!("cuda/every_kind");
+    let inside = |c: &&mut HloComputationProto| {
+        let mut instructions = c.instructions.iter();
+        instructions.any(|i| i.opcode == "reduce-scatter") && c.instructions.len() == 2
+    };
+    let wrapped = module.computations.iter_mut().find(inside).unwrap();
+    let mut again = wrapped.instructions[1].clone();
+    again.id += 1;
+    wrapped.instructions.push(again);
+    let error = rewrite(&with_config(module), &four()).unwrap_err();
+    assert!(error.to_string().contains("async-start"), "{error}");
 }
 
 #[test]
@@ -534,6 +599,8 @@ fn damaged_modules_never_panic() {
         recording!("every_kind"),
         recording!("nested"),
         recording!("train"),
+        recording!("exchanges"),
+        recording!("cuda/every_kind"),
     ] {
         let bytes = with_config(module);
         for _ in 0..1500 {
@@ -556,9 +623,11 @@ fn damaged_modules_never_panic() {
 fn inconsistent_modules_never_panic() {
     for seed in 1..3000 {
         let mut generator = Generator::new(seed);
-        let mut module = match seed % 3 {
+        let mut module = match seed % 5 {
             0 => recording!("every_kind"),
             1 => recording!("nested"),
+            2 => recording!("cuda/every_kind"),
+            3 => recording!("exchanges"),
             _ => Generator::new(seed).module(true).0,
         };
         for _ in 0..3 {
@@ -610,7 +679,7 @@ fn what_cannot_be_executed_is_refused_by_name() {
     };
     let text = refusal(&|i| i.opcode = "ragged-all-to-all".into());
     assert!(text.contains("ragged-all-to-all"), "{text}");
-    refusal(&|i| i.opcode = "all-reduce-start".into());
+    refusal(&|i| i.opcode = "all-reduce-done".into());
     refusal(&|i| i.called_computation_ids.clear());
     refusal(&|i| {
         i.collective_device_list = MessageField::none();

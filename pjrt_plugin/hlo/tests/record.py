@@ -1,27 +1,43 @@
 """Records optimized modules of programs for four devices, for the tests of rewriting.
 
-    JAX_PLATFORMS=cpu python pjrt_plugin/hlo/tests/record.py
+    JAX_PLATFORMS=cpu python pjrt_plugin/hlo/tests/record.py [--cuda TARGET_CONFIG]
 
-Each becomes an HloModuleProto in recorded/, as JAX's own CPU backend leaves it.
+Each becomes an HloModuleProto in recorded/, as JAX's own CPU backend leaves it, or, in recorded/cuda/, its
+CUDA plugin for the GPU that XLA's file TARGET_CONFIG describes (xla/backends/gpu/target_config/specs).
+That needs no GPU and no driver, but the wheels jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and
+nvidia-cuda-runtime, JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, and XLA_FLAGS=--xla_gpu_cuda_data_dir with the
+folder of the last three.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+CUDA = Path(sys.argv[2]).read_text() if sys.argv[1:2] == ["--cuda"] else None
 # No path of the machine that recorded them.
 jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
-MESH = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+DEVICES = (
+    jax.devices()
+    if CUDA is None
+    else topologies.get_topology_desc(
+        "four", platform="cuda", target_config=CUDA, topology="1x4x1"
+    ).devices
+)
+MESH = Mesh(np.array(DEVICES).reshape(2, 2), ("a", "b"))
 ROWS, BOTH = NamedSharding(MESH, P("a")), NamedSharding(MESH, P("a", "b"))
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=BOTH)
 Y = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=BOTH)
@@ -107,8 +123,11 @@ PROGRAMS = {
 }
 
 if __name__ == "__main__":
-    folder = Path(__file__).parent / "recorded"
+    folder = Path(__file__).parent / "recorded" / ("" if CUDA is None else "cuda")
+    platform = "cpu" if CUDA is None else "cuda"
     for name, (function, arguments) in PROGRAMS.items():
-        modules = function.lower(*arguments).compile().runtime_executable().hlo_modules()
+        lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+        # An executable for a described GPU is compiled, not loaded.
+        modules = lowered.compile()._executable.xla_executable.hlo_modules()
         (folder / f"{name}.hlo.pb").write_bytes(modules[0].as_serialized_hlo_module_proto())
         print(name, (folder / f"{name}.hlo.pb").stat().st_size)
