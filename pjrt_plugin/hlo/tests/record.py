@@ -2,11 +2,12 @@
 
     JAX_PLATFORMS=cpu python pjrt_plugin/hlo/tests/record.py [--cuda TARGET_CONFIG]
 
-Each becomes an HloModuleProto in recorded/, as JAX's own CPU backend leaves it, or, in recorded/cuda/, its
-CUDA plugin for the GPU that XLA's file TARGET_CONFIG describes (xla/backends/gpu/target_config/specs).
-That needs no GPU and no driver, but the wheels jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and
-nvidia-cuda-runtime, JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, and XLA_FLAGS=--xla_gpu_cuda_data_dir with the
-folder of the last three.
+Each becomes an HloModuleProto in recorded/, as JAX's own CPU backend leaves it, or, in
+recorded/cuda/, its CUDA plugin for the GPU that XLA's file TARGET_CONFIG describes
+(xla/backends/gpu/target_config/specs). That needs no GPU and no driver, but the wheels
+jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-runtime,
+JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, and XLA_FLAGS=--xla_gpu_cuda_data_dir with the folder of the
+last three.
 """
 
 from __future__ import annotations
