@@ -123,4 +123,19 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// Both memories must be valid until the copy has ended.
     unsafe fn copy(&self, stream: Stream, copy: Copy, bytes: usize) -> Result<(), DeviceError>;
+
+    /// Fills device memory with `words` words of 32 bits, in `stream`.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    ///
+    /// # Safety
+    /// The memory must be valid until that has happened.
+    unsafe fn fill(
+        &self,
+        stream: Stream,
+        to: Address,
+        word: u32,
+        words: usize,
+    ) -> Result<(), DeviceError>;
 }

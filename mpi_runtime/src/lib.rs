@@ -8,6 +8,7 @@ pub mod arrivals;
 mod asleep;
 pub mod check;
 pub mod communicators;
+pub mod cuda;
 pub mod device;
 pub mod engine;
 pub mod error;

@@ -164,6 +164,20 @@ struct Move {
     bytes: usize,
 }
 
+/// Copies `bytes` to the device's memory at `to`.
+///
+/// # Safety
+/// If the memory is the host's, it must be valid.
+unsafe fn write(own: Option<&Mutex<Vec<u8>>>, to: Address, bytes: &[u8]) {
+    match own {
+        Some(memory) => memory.lock()[to - FIRST..][..bytes.len()].copy_from_slice(bytes),
+        // SAFETY: as the caller promises.
+        None => unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len())
+        },
+    }
+}
+
 impl Move {
     /// Happens between the host and `memory`, which has the addresses from [`FIRST`] on.
     ///
@@ -282,6 +296,27 @@ impl Device for Simulated {
                 flying.now.fetch_sub(1, Ordering::SeqCst);
             }),
         );
+        Ok(())
+    }
+
+    unsafe fn fill(
+        &self,
+        stream: Stream,
+        to: Address,
+        word: u32,
+        words: usize,
+    ) -> Result<(), DeviceError> {
+        let own = match &self.memory {
+            Memory::Own(memory) => Some(memory.clone()),
+            Memory::Hosts => None,
+        };
+        let (delay, bytes) = (self.some_delay(), word.to_le_bytes().repeat(words));
+        let work = move || {
+            std::thread::sleep(delay);
+            // SAFETY: as the caller promises.
+            unsafe { write(own.as_deref(), to, &bytes) };
+        };
+        self.put(stream, Box::new(work));
         Ok(())
     }
 }
