@@ -12,7 +12,7 @@ use cudarc::driver::sys::{
 };
 use parking_lot::Mutex;
 
-use crate::device::{Address, Copy, Device, DeviceError, Event, HostMemory, Stream};
+use crate::device::{Address, Copy, Device, DeviceError, Event, Fill, HostMemory, Stream};
 
 /// Memory of the host that every context may use (`CU_MEMHOSTALLOC_PORTABLE`).
 const PORTABLE: u32 = 1;
@@ -249,17 +249,19 @@ impl Device for Cuda {
         }
     }
 
-    unsafe fn fill(
-        &self,
-        stream: Stream,
-        to: Address,
-        word: u32,
-        words: usize,
-    ) -> Result<(), DeviceError> {
+    unsafe fn fill(&self, stream: Stream, to: Address, what: Fill) -> Result<(), DeviceError> {
+        let (to, stream) = (to as u64, stream_of(stream));
         // SAFETY: the memory is valid until it is filled, as the caller promises.
-        self.call("cuMemsetD32Async", || unsafe {
-            sys::cuMemsetD32Async(to as u64, word, words, stream_of(stream))
-        })
+        unsafe {
+            match what {
+                Fill::Zeros(bytes) => self.call("cuMemsetD8Async", || {
+                    sys::cuMemsetD8Async(to, 0, bytes, stream)
+                }),
+                Fill::Word(word) => self.call("cuMemsetD32Async", || {
+                    sys::cuMemsetD32Async(to, word, 1, stream)
+                }),
+            }
+        }
     }
 }
 

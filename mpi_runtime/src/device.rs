@@ -77,6 +77,15 @@ impl fmt::Debug for Copy {
     }
 }
 
+/// What memory is filled with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// So many zero bytes.
+    Zeros(usize),
+    /// One number.
+    Word(u32),
+}
+
 /// A device with memory of its own.
 pub trait Device: Send + Sync {
     /// Pinned memory of the host.
@@ -124,18 +133,12 @@ pub trait Device: Send + Sync {
     /// Both memories must be valid until the copy has ended.
     unsafe fn copy(&self, stream: Stream, copy: Copy, bytes: usize) -> Result<(), DeviceError>;
 
-    /// Fills device memory with `words` words of 32 bits, in `stream`.
+    /// Writes to device memory, in `stream`.
     ///
     /// # Errors
     /// If the device has failed.
     ///
     /// # Safety
     /// The memory must be valid until that has happened.
-    unsafe fn fill(
-        &self,
-        stream: Stream,
-        to: Address,
-        word: u32,
-        words: usize,
-    ) -> Result<(), DeviceError>;
+    unsafe fn fill(&self, stream: Stream, to: Address, what: Fill) -> Result<(), DeviceError>;
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::device::{Address, Copy, Device, DeviceError, Event, HostMemory, Stream};
+use crate::device::{Address, Copy, Device, DeviceError, Event, Fill, HostMemory, Stream};
 
 /// What memory holds while a copy to it has not happened.
 pub const NOT_YET: u8 = 0xa5;
@@ -299,18 +299,16 @@ impl Device for Simulated {
         Ok(())
     }
 
-    unsafe fn fill(
-        &self,
-        stream: Stream,
-        to: Address,
-        word: u32,
-        words: usize,
-    ) -> Result<(), DeviceError> {
+    unsafe fn fill(&self, stream: Stream, to: Address, what: Fill) -> Result<(), DeviceError> {
         let own = match &self.memory {
             Memory::Own(memory) => Some(memory.clone()),
             Memory::Hosts => None,
         };
-        let (delay, bytes) = (self.some_delay(), word.to_le_bytes().repeat(words));
+        let delay = self.some_delay();
+        let bytes = match what {
+            Fill::Zeros(bytes) => vec![0; bytes],
+            Fill::Word(word) => word.to_le_bytes().to_vec(),
+        };
         let work = move || {
             std::thread::sleep(delay);
             // SAFETY: as the caller promises.

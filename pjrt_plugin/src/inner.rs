@@ -40,6 +40,8 @@ pub struct Inner {
     api: *const PJRT_Api,
     /// The file it was loaded from.
     pub path: PathBuf,
+    /// What its devices are.
+    pub device: Device,
 }
 
 // SAFETY: the table is static in a library that is never unloaded, and only read.
@@ -79,7 +81,11 @@ impl Inner {
             )));
         }
         std::mem::forget(library);
-        Ok(Inner { api, path })
+        Ok(Inner {
+            api,
+            path,
+            device: Device::Cpu,
+        })
     }
 
     /// Its function table.

@@ -128,27 +128,87 @@ impl<'a> Frame<'a> {
         if error.is_null() { args.run_id } else { 0 }
     }
 
+    /// The stream in whose order this call is, of a GPU.
+    pub fn stream(&self) -> Result<u64, String> {
+        let mut args: XLA_FFI_Stream_Get_Args = crate::call::new_args();
+        args.ctx = self.0.ctx;
+        // SAFETY: as for `run_id`.
+        let error = unsafe {
+            let get = (*self.0.api).XLA_FFI_Stream_Get;
+            get.ok_or("mpi_cuda: this XLA does not tell streams")?(&mut args)
+        };
+        self.ok(error, "the stream").map(|()| args.stream as u64)
+    }
+
+    /// The number of the device that this call is on.
+    pub fn device(&self) -> Result<i32, String> {
+        let mut args: XLA_FFI_DeviceOrdinal_Get_Args = crate::call::new_args();
+        args.ctx = self.0.ctx;
+        // SAFETY: as for `run_id`.
+        let error = unsafe {
+            let get = (*self.0.api).XLA_FFI_DeviceOrdinal_Get;
+            get.ok_or("mpi_cuda: this XLA does not tell devices")?(&mut args)
+        };
+        self.ok(error, "the device").map(|()| args.device_ordinal)
+    }
+
+    /// Memory of the device, to be given back by [`Frame::free`].
+    pub fn allocate(&self, bytes: usize) -> Result<*mut c_void, String> {
+        let mut args: XLA_FFI_DeviceMemory_Allocate_Args = crate::call::new_args();
+        (args.ctx, args.size, args.alignment) = (self.0.ctx, bytes, 16);
+        // SAFETY: as for `run_id`.
+        let error = unsafe {
+            let allocate = (*self.0.api).XLA_FFI_DeviceMemory_Allocate;
+            allocate.ok_or("mpi_cuda: this XLA gives no memory")?(&mut args)
+        };
+        self.ok(error, "memory of the device").map(|()| args.data)
+    }
+
+    /// Gives memory back; XLA uses it again for what comes into the stream later.
+    pub fn free(&self, data: *mut c_void, bytes: usize) {
+        let mut args: XLA_FFI_DeviceMemory_Free_Args = crate::call::new_args();
+        (args.ctx, args.size, args.data) = (self.0.ctx, bytes, data);
+        // SAFETY: as for `run_id`; the memory is from `allocate`.
+        unsafe {
+            if let Some(free) = (*self.0.api).XLA_FFI_DeviceMemory_Free {
+                // There is nobody to tell; XLA frees what is left with its client.
+                let _ = self.ok(free(&mut args), "");
+            }
+        }
+    }
+
+    fn ok(&self, error: *mut XLA_FFI_Error, what: &str) -> Result<(), String> {
+        if error.is_null() {
+            return Ok(());
+        }
+        let mut destroy: XLA_FFI_Error_Destroy_Args = crate::call::new_args();
+        destroy.error = error;
+        // SAFETY: an error of XLA's, which is ours to destroy.
+        unsafe {
+            if let Some(function) = (*self.0.api).XLA_FFI_Error_Destroy {
+                function(&mut destroy);
+            }
+        }
+        Err(format!(
+            "mpi_cuda: XLA does not give {what} to a custom call"
+        ))
+    }
+
     /// What was attached to this execution under `type_id`; null if nothing was.
     pub fn user_data(&self, type_id: i64) -> *mut c_void {
         let mut id = XLA_FFI_TypeId { type_id };
         let mut args: XLA_FFI_ExecutionContext_Get_Args = crate::call::new_args();
         args.ctx = self.0.ctx;
         args.type_id = &mut id;
-        // SAFETY: as for `run_id`; an error is ours to destroy.
+        // SAFETY: as for `run_id`.
         unsafe {
             let Some(function) = (*self.0.api).XLA_FFI_ExecutionContext_Get else {
                 return std::ptr::null_mut();
             };
-            let error = function(&mut args);
-            if error.is_null() {
-                return args.data;
+            match self.ok(function(&mut args), "user data") {
+                Ok(()) => args.data,
+                Err(_) => std::ptr::null_mut(),
             }
-            let mut destroy: XLA_FFI_Error_Destroy_Args = crate::call::new_args();
-            destroy.error = error;
-            if let Some(function) = (*self.0.api).XLA_FFI_Error_Destroy {
-                function(&mut destroy);
-            }
-            std::ptr::null_mut()
         }
     }
 

@@ -13,7 +13,7 @@ use crate::search::contains;
 
 mod callbacks;
 mod forward;
-mod frame;
+pub mod frame;
 mod native;
 mod operations;
 

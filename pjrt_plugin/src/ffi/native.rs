@@ -1,7 +1,6 @@
 //! Handlers of native collectives, which `hlo_rewrite` puts into partitioned programs. Their operands
 //! lie contiguously as MPI wants them; the last operand and the last result are the token.
 
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -12,7 +11,7 @@ use pjrt_sys::*;
 use super::Handler;
 use super::frame::{Frame, handle};
 use crate::execute::ticket_of;
-use crate::memory;
+use crate::memory::Memory;
 use crate::natives::{self, Part};
 use crate::plugin::world;
 
@@ -41,6 +40,7 @@ struct Collective<'a> {
     operands: usize,
     results: usize,
     part: Part,
+    memory: Memory<'a>,
 }
 
 /// Runs `body` for a collective, in the order of its program.
@@ -63,6 +63,7 @@ unsafe fn collective(
                 operands: frame.raw_args().len().saturating_sub(1),
                 results: frame.raw_rets().len().saturating_sub(1),
                 part: natives::part(attribute(frame, "table")?)?,
+                memory: Memory::of(frame)?,
             };
             refuse_narrow(frame)?;
             body(&collective)
@@ -172,7 +173,7 @@ impl Collective<'_> {
         let first = self.arg(start)?;
         let mut end = start + 1;
         let mut bytes = first.bytes();
-        while end < self.operands && bytes <= LARGEST_PACK {
+        while self.memory.is_hosts() && end < self.operands && bytes <= LARGEST_PACK {
             let next = self.arg(end)?;
             bytes += next.bytes();
             if next.dtype != first.dtype || bytes > LARGEST_PACK {
@@ -196,32 +197,32 @@ impl Collective<'_> {
             elements += self.arg(index)?.elements();
         }
         let shape = [elements];
-        let whole = |memory: &mut [MaybeUninit<u8>]| Buffer {
-            data: memory.as_mut_ptr().cast(),
+        let whole = Buffer {
+            data: std::ptr::null_mut(),
             dtype,
             shape: &shape,
         };
         let bytes = elements as usize * dtype.size();
-        let (mut out, mut back) = (scratch(bytes), scratch(bytes));
-        let (send, recv) = (whole(&mut out), whole(&mut back));
+        let (mut out, mut back) = (self.memory.scratch(bytes)?, self.memory.scratch(bytes)?);
+        let (send, recv) = (out.over(&whole), back.over(&whole));
         let mut place = 0;
         for index in arrays.clone() {
             let array = self.arg(index)?;
-            copy(&array, &part(&send, place, &array));
+            self.memory.copy(&array, &part(&send, place, &array))?;
             place += array.bytes();
         }
         self.reduce(group, reduction, send, recv)?;
         place = 0;
         for index in arrays {
             let array = self.ret(index)?;
-            copy(&part(&recv, place, &array), &array);
+            self.memory.copy(&part(&recv, place, &array), &array)?;
             place += array.bytes();
         }
         Ok(())
     }
 
     fn execute(&self, op: &Operation<'_>) -> Result<(), String> {
-        let done = memory::execute(self.world, self.ticket, op);
+        let done = self.memory.execute(self.world, self.ticket, op);
         done.map_err(|error| error.to_string())
     }
 }
@@ -244,61 +245,12 @@ fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> O
     }
 }
 
-fn copy(from: &Buffer<'_>, to: &Buffer<'_>) {
-    let bytes = from.bytes();
-    assert_eq!(bytes, to.bytes());
-    if bytes > 0 && !std::ptr::eq(from.data, to.data) {
-        // SAFETY: XLA's buffers have their sizes, and results do not overlap other operands.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from.data.cast::<u8>(), to.data.cast(), bytes);
-        }
-    }
-}
-
-/// Memory of ours, with anything in it.
-fn scratch(bytes: usize) -> Box<[MaybeUninit<u8>]> {
-    Box::new_uninit_slice(bytes)
-}
-
-/// An array like `like` in memory of ours.
-fn over<'a>(memory: &mut [MaybeUninit<u8>], like: &Buffer<'a>) -> Buffer<'a> {
-    Buffer {
-        data: memory.as_mut_ptr().cast(),
-        ..*like
-    }
-}
-
 /// An array like `like`, `place` bytes after the start of `whole`.
 fn part<'a>(whole: &Buffer<'_>, place: usize, like: &Buffer<'a>) -> Buffer<'a> {
     assert!(place + like.bytes() <= whole.bytes());
     Buffer {
         data: whole.data.wrapping_byte_add(place),
         ..*like
-    }
-}
-
-/// From `rows` rows of `columns` blocks to `columns` rows of `rows` blocks, in one pass.
-fn interleave(from: &Buffer<'_>, to: &Buffer<'_>, rows: usize, columns: usize) {
-    let block = from.bytes() / (rows * columns).max(1);
-    assert!(from.bytes() == to.bytes() && block * rows * columns == from.bytes());
-    for row in 0..rows {
-        for column in 0..columns {
-            // SAFETY: both are different memory of their size, and every block is inside.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    from.data.cast::<u8>().add((row * columns + column) * block),
-                    to.data.cast::<u8>().add((column * rows + row) * block),
-                    block,
-                );
-            }
-        }
-    }
-}
-
-fn clear(buffer: &Buffer<'_>) {
-    if buffer.bytes() > 0 {
-        // SAFETY: XLA's buffer has its size.
-        unsafe { buffer.data.cast::<u8>().write_bytes(0, buffer.bytes()) };
     }
 }
 
@@ -335,10 +287,10 @@ unsafe extern "C" fn all_gather(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_E
                     call.execute(&operation(Kind::Allgather, group, send, recv))?;
                     continue;
                 }
-                let mut gathered = scratch(recv.bytes());
-                let into = over(&mut gathered, &recv);
+                let mut gathered = call.memory.scratch(recv.bytes())?;
+                let into = gathered.over(&recv);
                 call.execute(&operation(Kind::Allgather, group, send, into))?;
-                interleave(&into, &recv, size as usize, outer);
+                call.memory.interleave(&into, &recv, size as usize, outer)?;
             }
             Ok(())
         })
@@ -354,10 +306,12 @@ unsafe extern "C" fn reduce_scatter(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_F
             for index in 0..call.operands {
                 let (mut send, recv) = (call.arg(index)?, call.ret(index)?);
                 let outer = if apart { call.outer(index) } else { 1 };
-                let mut parts = scratch(if outer > 1 { send.bytes() } else { 0 });
+                let mut parts = call
+                    .memory
+                    .scratch(if outer > 1 { send.bytes() } else { 0 })?;
                 if outer > 1 {
-                    let into = over(&mut parts, &send);
-                    interleave(&send, &into, outer, size as usize);
+                    let into = parts.over(&send);
+                    call.memory.interleave(&send, &into, outer, size as usize)?;
                     send = into;
                 }
                 call.execute(&Operation {
@@ -410,7 +364,7 @@ unsafe extern "C" fn all_to_all(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_E
                 1 => Ok(part(&whole, member * block.bytes(), &block)),
                 _ => call.ret(member),
             };
-            copy(&send(rank)?, &recv(rank)?);
+            call.memory.copy(&send(rank)?, &recv(rank)?)?;
             for step in 1..size {
                 let (to, from) = ((rank + step) % size, (rank + size - step) % size);
                 call.execute(&Operation {
@@ -437,12 +391,15 @@ unsafe extern "C" fn all_to_all_array(frame: *mut XLA_FFI_CallFrame) -> *mut XLA
             if outer == 1 {
                 return call.execute(&operation(Kind::Alltoall, group, send, recv));
             }
-            let (mut out, mut back) = (scratch(send.bytes()), scratch(recv.bytes()));
-            let parts = over(&mut out, &send);
-            interleave(&send, &parts, outer, size as usize);
-            let received = over(&mut back, &recv);
+            let mut out = call.memory.scratch(send.bytes())?;
+            let mut back = call.memory.scratch(recv.bytes())?;
+            let parts = out.over(&send);
+            call.memory
+                .interleave(&send, &parts, outer, size as usize)?;
+            let received = back.over(&recv);
             call.execute(&operation(Kind::Alltoall, group, parts, received))?;
-            interleave(&received, &whole, size as usize, outer);
+            call.memory
+                .interleave(&received, &whole, size as usize, outer)?;
             Ok(())
         })
     }
@@ -459,11 +416,13 @@ unsafe extern "C" fn collective_permute(frame: *mut XLA_FFI_CallFrame) -> *mut X
             for index in 0..call.operands {
                 let (send, recv) = (call.arg(index)?, call.ret(index)?);
                 match (to, from) {
-                    (Some(to), Some(from)) if to == own && from == own => copy(&send, &recv),
-                    (None, None) => clear(&recv),
+                    (Some(to), Some(from)) if to == own && from == own => {
+                        call.memory.copy(&send, &recv)?;
+                    }
+                    (None, None) => call.memory.clear(&recv)?,
                     _ => {
                         if from.is_none() {
-                            clear(&recv);
+                            call.memory.clear(&recv)?;
                         }
                         call.execute(&Operation {
                             dest: to.unwrap_or(PROC_NULL),
@@ -493,7 +452,7 @@ unsafe extern "C" fn collective_broadcast(frame: *mut XLA_FFI_CallFrame) -> *mut
                 let (send, recv) = (call.arg(index)?, call.ret(index)?);
                 match group {
                     Some((group, _)) => call.execute(&operation(Kind::Bcast, group, send, recv))?,
-                    None => clear(&recv),
+                    None => call.memory.clear(&recv)?,
                 }
             }
             Ok(())
@@ -513,8 +472,7 @@ unsafe extern "C" fn id(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
                 .ret(0)
                 .filter(|result| result.bytes() == size_of::<u32>());
             let result = result.ok_or("mpi_cuda: an id must be one number of 32 bits")?;
-            result.data.cast::<u32>().write(value);
-            Ok(())
+            Memory::of(frame)?.write(&result, value)
         })
     }
 }
@@ -527,22 +485,5 @@ mod tests {
     fn reductions_have_the_same_numbers_in_programs_and_in_the_engine() {
         let engine = REDUCTIONS.iter().map(|row| row.1);
         assert!(engine.eq(hlo_rewrite::REDUCTIONS));
-    }
-
-    #[test]
-    fn blocks_are_interleaved_and_back() {
-        let shape = [12];
-        let buffer = |memory: &mut [u8; 12]| Buffer {
-            data: memory.as_mut_ptr().cast(),
-            dtype: mpi_runtime::ElementType::U8,
-            shape: &shape,
-        };
-        let mut parts: [u8; 12] = std::array::from_fn(|i| i as u8);
-        let (mut whole, mut back) = ([0u8; 12], [0u8; 12]);
-        // Two ranks, three blocks of two bytes each.
-        interleave(&buffer(&mut parts), &buffer(&mut whole), 2, 3);
-        assert_eq!(whole, [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
-        interleave(&buffer(&mut whole), &buffer(&mut back), 3, 2);
-        assert_eq!(back, parts);
     }
 }

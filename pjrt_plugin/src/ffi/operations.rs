@@ -10,7 +10,7 @@ use pjrt_sys::*;
 use super::Handler;
 use super::frame::{Frame, handle};
 use crate::execute::ticket_of;
-use crate::memory;
+use crate::memory::Memory;
 use crate::plugin::world;
 
 /// `ANY_SOURCE` and `ANY_TAG` as attributes.
@@ -131,8 +131,7 @@ pub unsafe extern "C" fn gate(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Err
     unsafe {
         handle(frame, |frame| {
             crate::gate::wait_open(frame.run_id());
-            fill_tokens(frame, 0);
-            Ok(())
+            fill_tokens(frame, 0, &Memory::of(frame)?)
         })
     }
 }
@@ -179,7 +178,8 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
         status: crate::status::address(number("status", 0)),
     };
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
-    memory::execute(world, ticket, &op).map_err(|error| {
+    let memory = Memory::of(frame)?;
+    memory.execute(world, ticket, &op).map_err(|error| {
         if matches!(dialect, Dialect::Mpi4jax) {
             // What its users look for; the job ends as usual, with a Python exception.
             let mut name = name(kind).to_owned();
@@ -191,8 +191,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
         }
         error.to_string()
     })?;
-    fill_tokens(frame, results);
-    Ok(())
+    fill_tokens(frame, results, &memory)
 }
 
 /// A reduction by its number, and the handle of a user's.
@@ -237,14 +236,13 @@ fn small(value: i64, what: &str) -> Result<i32, String> {
 }
 
 /// Results after the data are tokens. XLA's own have no memory; ours are an `s32[]` with value 0.
-fn fill_tokens(frame: &Frame<'_>, first: usize) {
-    for ret in frame.raw_rets().iter().skip(first) {
-        // SAFETY: XLA passes valid buffers; an s32[] has 4 bytes.
-        unsafe {
-            let ret = &**ret;
-            if ret.dtype == XLA_FFI_DataType_S32 && ret.rank == 0 {
-                ret.data.cast::<i32>().write(0);
-            }
+fn fill_tokens(frame: &Frame<'_>, first: usize, memory: &Memory<'_>) -> Result<(), String> {
+    for (index, ret) in frame.raw_rets().iter().enumerate().skip(first) {
+        // SAFETY: XLA passes valid buffers.
+        let is_token = unsafe { (**ret).dtype == XLA_FFI_DataType_S32 && (**ret).rank == 0 };
+        if let Some(token) = frame.ret(index).filter(|_| is_token) {
+            memory.write(&token, 0)?;
         }
     }
+    Ok(())
 }
