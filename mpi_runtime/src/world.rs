@@ -53,6 +53,8 @@ pub struct World {
     pub size: i32,
     /// Number of lower ranks on this node.
     pub node_rank: i32,
+    /// Number of ranks on this node.
+    pub node_size: i32,
     /// MPI library and version, or "no MPI".
     pub library: String,
     /// MPI's thread level.
@@ -177,6 +179,7 @@ impl World {
             rank,
             size,
             node_rank,
+            node_size,
             library,
             thread_level,
             transfer,
@@ -206,6 +209,7 @@ impl World {
             rank: 0,
             size: 1,
             node_rank: 0,
+            node_size: 1,
             library: "no MPI".into(),
             thread_level: "none",
             transfer: options.device.as_ref().map(|_| Choice {

@@ -12,7 +12,7 @@ use crate::config::{Config, Device, MAX_WORLD, Topology};
 use crate::error::Error;
 use crate::ffi;
 use crate::plugin::{config_with, plugin, start_world};
-use crate::{gate, nested, xla_flags};
+use crate::{gate, gpu, nested, xla_flags};
 
 /// What we know of a client; the handle the framework has is the inner plugin's.
 pub struct Client {
@@ -122,14 +122,11 @@ pub fn create_inner(
     size: i32,
     mut options: Vec<PJRT_NamedValue>,
 ) -> Result<Client, Error> {
-    let mut count = new_args::<PJRT_NamedValue>();
-    const NAME: &str = "cpu_device_count";
-    count.name = NAME.as_ptr().cast();
-    count.name_size = NAME.len();
-    count.type_ = PJRT_NamedValue_kInt64;
-    count.__bindgen_anon_1.int64_value = i64::from(size);
-    count.value_size = 1;
-    options.push(count);
+    let own = match plugin().inner.device {
+        Device::Cuda => gpu::options(rank, size, &options)?,
+        _ => vec![("cpu_device_count", Value::Int(i64::from(size)))],
+    };
+    options.extend(own.iter().map(|(name, value)| named(name, value)));
     let mut args = new_args::<PJRT_Client_Create_Args>();
     args.create_options = options.as_ptr();
     args.num_options = options.len();
@@ -141,6 +138,57 @@ pub fn create_inner(
     }
 }
 
+/// The value of a create option.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// A number.
+    Int(i64),
+    /// Yes or no.
+    Bool(bool),
+    /// Words.
+    Text(String),
+    /// Numbers.
+    List(Vec<i64>),
+}
+
+/// A create option, which lives as long as what it is made of.
+fn named(name: &str, value: &Value) -> PJRT_NamedValue {
+    let mut option = new_args::<PJRT_NamedValue>();
+    (option.name, option.name_size) = (name.as_ptr().cast(), name.len());
+    option.value_size = 1;
+    let place = &mut option.__bindgen_anon_1;
+    option.type_ = match value {
+        Value::Int(number) => {
+            place.int64_value = *number;
+            PJRT_NamedValue_kInt64
+        }
+        Value::Bool(yes) => {
+            place.bool_value = *yes;
+            PJRT_NamedValue_kBool
+        }
+        Value::Text(text) => {
+            place.string_value = text.as_ptr().cast();
+            option.value_size = text.len();
+            PJRT_NamedValue_kString
+        }
+        Value::List(numbers) => {
+            place.int64_array_value = numbers.as_ptr();
+            option.value_size = numbers.len();
+            PJRT_NamedValue_kInt64List
+        }
+    };
+    option
+}
+
+/// The name of an option.
+///
+/// # Safety
+/// `option` must be valid.
+pub unsafe fn option_name(option: &PJRT_NamedValue) -> String {
+    // SAFETY: as the caller promises.
+    unsafe { String::from_utf8_lossy(bytes(option.name, option.name_size)).into_owned() }
+}
+
 /// Which plugin is wrapped was decided when the framework asked for the table; options that agree
 /// with that are fine.
 fn refuse_late_choice(config: &Config) -> Result<(), Error> {
@@ -149,7 +197,11 @@ fn refuse_late_choice(config: &Config) -> Result<(), Error> {
         .inner_plugin
         .as_ref()
         .is_some_and(|path| *path != loaded.inner.path);
-    if other_file || config.device == Device::Cuda {
+    let other_device = match config.device {
+        Device::Auto => false,
+        asked => asked != loaded.inner.device,
+    };
+    if other_file || other_device {
         return Err(Error::invalid(format!(
             "mpi_cuda: the create options ask for another inner plugin than {}, which was loaded \
              with the library: set MPI_CUDA_INNER_PLUGIN or MPI_CUDA_DEVICE in the environment",
@@ -259,6 +311,8 @@ unsafe fn describe(handle: *mut PJRT_Client, rank: i32, size: i32) -> Result<Cli
     }
     let (mut owners, mut memories) = (HashMap::new(), Vec::new());
     for (index, &device) in devices.iter().enumerate() {
+        // SAFETY: a device of the client.
+        unsafe { check_id(device, index)? };
         owners.insert(device as usize, index as i32);
         let mut of_device = new_args::<PJRT_Device_AddressableMemories_Args>();
         of_device.device = device;
@@ -284,6 +338,30 @@ unsafe fn describe(handle: *mut PJRT_Client, rank: i32, size: i32) -> Result<Cli
         addressable,
         gate: gate::Gate::default(),
     })
+}
+
+/// Device `i` is rank `i`'s.
+///
+/// # Safety
+/// `device` must be live.
+unsafe fn check_id(device: *mut PJRT_Device, index: usize) -> Result<(), Error> {
+    let api = plugin().inner.api();
+    let mut description = new_args::<PJRT_Device_GetDescription_Args>();
+    description.device = device;
+    let mut id = new_args::<PJRT_DeviceDescription_Id_Args>();
+    // SAFETY: as the caller promises; the description lives as long.
+    unsafe {
+        call(api.PJRT_Device_GetDescription, &mut description)?;
+        id.device_description = description.device_description;
+        call(api.PJRT_DeviceDescription_Id, &mut id)?;
+    }
+    if id.id == index as i32 {
+        return Ok(());
+    }
+    Err(Error::internal(format!(
+        "mpi_cuda: the inner plugin's device {index} has the id {}",
+        id.id
+    )))
 }
 
 /// `PJRT_Client_Destroy`: waits for everything dispatched.

@@ -10,7 +10,7 @@ use pjrt_sys::*;
 
 use crate::boundary;
 use crate::call::{bytes, call, new_args, slice};
-use crate::config::Log;
+use crate::config::{Device, Log};
 use crate::error::Error;
 use crate::execute::{self, Program};
 use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations};
@@ -33,13 +33,14 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
             let options = bytes((*args).compile_options, (*args).compile_options_size);
             let place = spmd::place((*args).client, options);
             let start = Instant::now();
-            let without_code = match &place {
-                Place::Several(options) => options.without_code()?,
+            let first_options = match (&place, plugin().inner.device) {
+                (Place::Several(options), Device::Cuda) => options.tuned_alone()?,
+                (Place::Several(options), _) => options.without_code()?,
                 _ => Vec::new(),
             };
-            if !without_code.is_empty() {
-                (*args).compile_options = without_code.as_ptr().cast();
-                (*args).compile_options_size = without_code.len();
+            if !first_options.is_empty() {
+                (*args).compile_options = first_options.as_ptr().cast();
+                (*args).compile_options_size = first_options.len();
             }
             let compiled = call(plugin().inner.api().PJRT_Client_Compile, args);
             (*args).compile_options = options.as_ptr().cast();
@@ -195,7 +196,9 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
         let cheap = with_executable(loaded, |executable| {
             // A rewritten program is for one device by now.
             refuse_several_devices(executable)?;
-            Ok(ours.operations && is_cheap(executable))
+            // Only XLA:CPU runs programs on the calling thread.
+            let cpu = plugin().inner.device == Device::Cpu;
+            Ok(ours.operations && cpu && is_cheap(executable))
         });
         let cheap = cheap.inspect_err(|_| {
             spmd::forget(loaded);

@@ -16,6 +16,7 @@ use crate::boundary;
 use crate::buffers;
 use crate::call::{call, new_args, slice};
 use crate::client;
+use crate::config::Device;
 use crate::context;
 use crate::deferred;
 use crate::error::Error;
@@ -219,6 +220,10 @@ unsafe fn must_defer(
     args: &PJRT_LoadedExecutable_Execute_Args,
     launches: usize,
 ) -> Result<bool, Error> {
+    // XLA:GPU has a queue of its own (`use_tfrt_gpu_client`).
+    if plugin().inner.device == Device::Cuda {
+        return Ok(false);
+    }
     // The launch whose callback this is would wait for what is deferred.
     if LAUNCHES_HERE.get() > 0 || crate::fork::is_child() || room::wait_for(launches) {
         return Ok(false);

@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
+use mpi_runtime::cuda::{self, Found};
 use pjrt_sys::PJRT_Api;
 
 use crate::config::{Config, Device};
@@ -18,15 +19,26 @@ struct Wheel {
 }
 
 const WHEELS: &[Wheel] = &[
-    Wheel {
-        device: Device::Cuda,
-        package: "xla-cuda13-pjrt",
-        in_site_packages: "xla_plugins/xla_cuda13_pjrt/xla_cuda13_pjrt.so",
-    },
+    // The file that JAX's own package uses: what that registers (callbacks, linear algebra) is there then.
     Wheel {
         device: Device::Cuda,
         package: "jax-cuda13-pjrt",
         in_site_packages: "jax_plugins/xla_cuda13/xla_cuda_plugin.so",
+    },
+    Wheel {
+        device: Device::Cuda,
+        package: "jax-cuda12-pjrt",
+        in_site_packages: "jax_plugins/xla_cuda12/xla_cuda_plugin.so",
+    },
+    Wheel {
+        device: Device::Cuda,
+        package: "xla-cuda13-pjrt",
+        in_site_packages: "xla_plugins/xla_cuda13_pjrt/xla_gpu_pjrt.so",
+    },
+    Wheel {
+        device: Device::Cuda,
+        package: "xla-cuda12-pjrt",
+        in_site_packages: "xla_plugins/xla_cuda12_pjrt/xla_gpu_pjrt.so",
     },
     Wheel {
         device: Device::Cpu,
@@ -52,13 +64,15 @@ unsafe impl Sync for Inner {}
 impl Inner {
     /// Loads the plugin that `config` asks for.
     pub fn load(config: &Config) -> Result<Inner, Error> {
-        if config.device == Device::Cuda {
-            return Err(Error::unimplemented(
-                "MPI_CUDA_DEVICE=cuda is not supported yet: CUDA devices are in the works; use \
-                 MPI_CUDA_DEVICE=cpu",
-            ));
-        }
-        let path = find(config)?;
+        let device = match config.device {
+            // GPUs are not chosen before they have been tried.
+            Device::Auto | Device::Cpu => Device::Cpu,
+            Device::Cuda => {
+                refuse_without_gpu()?;
+                Device::Cuda
+            }
+        };
+        let path = find(config, device)?;
         silence_inner_logs();
         // SAFETY: loading runs the initialisers of an XLA plugin.
         let library = unsafe { Library::new(&path) }.map_err(|error| {
@@ -81,11 +95,7 @@ impl Inner {
             )));
         }
         std::mem::forget(library);
-        Ok(Inner {
-            api,
-            path,
-            device: Device::Cpu,
-        })
+        Ok(Inner { api, path, device })
     }
 
     /// Its function table.
@@ -101,8 +111,23 @@ impl Inner {
     }
 }
 
+/// Whoever asks for a GPU hears what is missing here, and not in the words of the inner plugin.
+fn refuse_without_gpu() -> Result<(), Error> {
+    let missing = match cuda::find() {
+        Found::Devices { count, .. } if count > 0 => return Ok(()),
+        Found::Devices { .. } => {
+            "the CUDA driver sees no device (CUDA_VISIBLE_DEVICES?)".to_owned()
+        }
+        Found::NoDriver => "there is no CUDA driver (libcuda.so.1)".to_owned(),
+        Found::Broken(reason) => reason,
+    };
+    Err(Error::precondition(format!(
+        "mpi_cuda: MPI_CUDA_DEVICE=cuda, but {missing}; use MPI_CUDA_DEVICE=cpu"
+    )))
+}
+
 /// The environment first, then beside our own file, then the site-packages we lie in.
-fn find(config: &Config) -> Result<PathBuf, Error> {
+fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
     if let Some(path) = &config.inner_plugin {
         if path.is_file() {
             return Ok(path.clone());
@@ -113,7 +138,7 @@ fn find(config: &Config) -> Result<PathBuf, Error> {
         )));
     }
     let own = own_folder();
-    let wheels = WHEELS.iter().filter(|wheel| wheel.device == Device::Cpu);
+    let wheels = WHEELS.iter().filter(|wheel| wheel.device == device);
     let mut looked = Vec::new();
     for wheel in wheels {
         for folder in own.ancestors().take(8) {
@@ -134,7 +159,7 @@ fn find(config: &Config) -> Result<PathBuf, Error> {
          the path of an XLA PJRT plugin (looked in and above {})",
         WHEELS
             .iter()
-            .find(|wheel| wheel.device == Device::Cpu)
+            .find(|wheel| wheel.device == device)
             .map_or("", |wheel| wheel.package),
         looked.first().map_or("", String::as_str)
     )))

@@ -24,6 +24,7 @@ mod extension;
 mod ffi;
 mod fork;
 mod gate;
+mod gpu;
 mod handles;
 mod holds;
 mod inner;

@@ -10,7 +10,7 @@ use mpi_runtime::{World, WorldOptions};
 use parking_lot::{Mutex, RwLock};
 
 use crate::client::Client;
-use crate::config::{Config, Log, create_option};
+use crate::config::{Config, Device, Log, create_option};
 use crate::error::Error;
 use crate::inner::{Inner, own_folder};
 use crate::memory;
@@ -82,13 +82,14 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     }
     let mut shim_folders: Vec<PathBuf> = config.shim_dir.iter().cloned().collect();
     shim_folders.push(own_folder());
+    let on_gpu = plugin().inner.device == Device::Cuda;
     let options = WorldOptions {
         family: config.mpi,
         shim_folders,
         singleton: config.singleton,
         warn_after: config.warn_after,
         part_bytes: config.part_bytes,
-        device: config.pretend_device.then_some(DeviceOptions {
+        device: (config.pretend_device || on_gpu).then_some(DeviceOptions {
             asked: config.transfer,
             chunk_bytes: config.chunk_bytes,
             proof: Proof::None,
@@ -100,11 +101,12 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     if config.log >= Log::Info {
         let (major, minor) = plugin().inner.version();
         say(&format!(
-            "mpi_cuda: rank {} of {} (node-local {}): device cpu, inner plugin {} (PJRT \
+            "mpi_cuda: rank {} of {} (node-local {}): device {}, inner plugin {} (PJRT \
              {major}.{minor}), MPI {} (thread level {})",
             world.rank,
             world.size,
             world.node_rank,
+            if on_gpu { "cuda" } else { "cpu" },
             plugin().inner.path.display(),
             world.library,
             world.thread_level,
@@ -118,6 +120,12 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
             say(&format!(
                 "mpi_cuda: rank {}: transfer {transfer}",
                 world.rank
+            ));
+        }
+        if on_gpu && transfer.mode == Mode::Direct {
+            return Err(Error::unimplemented(
+                "mpi_cuda: direct transfer from GPU memory is not supported yet: use \
+                 MPI_CUDA_TRANSFER=staged",
             ));
         }
         if transfer.mode == Mode::Staged {

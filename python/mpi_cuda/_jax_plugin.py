@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,15 @@ def _options() -> dict[str, Any]:
     from mpi_cuda import _library
 
     _library.start()
+    if os.environ.get("MPI_CUDA_DEVICE") == "cuda":
+        from jaxlib import xla_client
+
+        # JAX's own for its GPU plugin: allocator, memory fraction, preallocation.
+        options = dict(xla_client.generate_pjrt_gpu_plugin_options())
+        if "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT" not in os.environ:
+            # Ours is to use it, so that operations do not wait on Python's thread.
+            options.pop("use_tfrt_gpu_client", None)
+        return options
     return {}
 
 

@@ -187,7 +187,7 @@ def test_without_any_mpi(tmp_path) -> None:
         ("MPI_CUDA_TOPOLOGY", "flat", "it takes: global, local"),
         ("MPI_CUDA_WARN_AFTER", "soon", "it takes: 60, seconds"),
         ("MPI_CUDA_INNER_PLUGIN", "/nowhere.so", "is not a file"),
-        ("MPI_CUDA_DEVICE", "cuda", "not supported yet"),
+        ("MPI_CUDA_DEVICE", "cuda", "MPI_CUDA_DEVICE=cuda, but"),
         ("XLA_FLAGS", "--xla_no_such_flag=1", "xla_no_such_flag"),
         ("MPI_CUDA_PART_BYTES", "63", "it takes: 1073741824, bytes from 64"),
         ("MPI_CUDA_PRETEND_SIZE", "1025", "above the limit of 1024"),

@@ -51,19 +51,30 @@ impl Options {
     /// # Errors
     /// If they cannot be written.
     pub fn without_code(&self) -> Result<Vec<u8>, Refused> {
+        self.with("xla_backend_optimization_level", Value::IntField(0))
+    }
+
+    /// Serialized options for a first compilation for GPUs: each rank tunes its kernels by itself, since XLA
+    /// would wait for what other processes have tuned.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn tuned_alone(&self) -> Result<Vec<u8>, Refused> {
+        self.with("xla_gpu_shard_autotuning", Value::BoolField(false))
+    }
+
+    /// Serialized, with one of XLA's debug options.
+    fn with(&self, name: &str, value: Value) -> Result<Vec<u8>, Refused> {
         let mut options = self.0.clone();
-        let level = Override {
-            key: "xla_backend_optimization_level".into(),
+        options.env_option_overrides.retain(|own| own.key != name);
+        options.env_option_overrides.push(Override {
+            key: name.into(),
             value: MessageField::some(OptionOverrideProto {
-                value: Some(Value::IntField(0)),
+                value: Some(value),
                 ..Default::default()
             }),
             ..Default::default()
-        };
-        options
-            .env_option_overrides
-            .retain(|own| own.key != level.key);
-        options.env_option_overrides.push(level);
+        });
         Ok(options.write_to_bytes()?)
     }
 

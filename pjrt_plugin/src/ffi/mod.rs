@@ -7,8 +7,10 @@ use parking_lot::Mutex;
 use pjrt_sys::*;
 
 use crate::call::call;
+use crate::config::Device;
 use crate::error::Error;
 use crate::extension::inner_ffi;
+use crate::plugin::plugin;
 use crate::search::contains;
 
 mod callbacks;
@@ -64,8 +66,11 @@ pub fn register_all() -> Result<(), Error> {
         register(&format!("{}{name}", hlo_rewrite::TARGET_PREFIX), *handler)?;
     }
     register(crate::gate::TARGET, operations::gate)?;
-    for (name, handler) in callbacks::HANDLERS {
-        register(name, *handler)?;
+    // On GPUs JAX's own package has registered its own.
+    if plugin().inner.device == Device::Cpu {
+        for (name, handler) in callbacks::HANDLERS {
+            register(name, *handler)?;
+        }
     }
     forward::register_waiting()?;
     *done = true;
@@ -75,14 +80,17 @@ pub fn register_all() -> Result<(), Error> {
 /// Registers a handler with the inner plugin. It reports no refusal: a handler that XLA does not
 /// like is missing when a program is compiled.
 fn register(name: &str, handler: Handler) -> Result<(), Error> {
-    const PLATFORM: &str = "HOST";
+    let platform = match plugin().inner.device {
+        Device::Cuda => "CUDA",
+        _ => "HOST",
+    };
     let mut args = PJRT_FFI_Register_Handler_Args {
         struct_size: size_of::<PJRT_FFI_Register_Handler_Args>(),
         target_name: name.as_ptr().cast(),
         target_name_size: name.len(),
         handler: handler as *mut c_void,
-        platform_name: PLATFORM.as_ptr().cast(),
-        platform_name_size: PLATFORM.len(),
+        platform_name: platform.as_ptr().cast(),
+        platform_name_size: platform.len(),
         traits: 0,
     };
     // SAFETY: valid arguments; XLA copies the name.
