@@ -22,6 +22,7 @@ from jax._src.lib.mlir import ir
 _UNREADABLE = "unknown attribute code"
 #: What Shardy's attributes say already; beside it, JAX takes the program for one of before Shardy.
 _SHARDING = "mhlo.sharding"
+_MESH = "stablehlo.mesh"
 
 
 def _through_hlo(module: Any) -> Any:
@@ -31,10 +32,25 @@ def _through_hlo(module: Any) -> Any:
     with module.context:
         older = ir.Module.parse(_jax.mlir.xla_computation_to_mlir_module(computation))
         older.operation.walk(_without_sharding)
+        _keep_meshes(module, older)
         before, after = _main(module), _main(older)
         for attributes in ("arg_attrs", "res_attrs"):
             _keep(attributes, before, after)
     return older
+
+
+def _keep_meshes(before: Any, after: Any) -> None:
+    """Collectives of newer StableHLO name their groups by a mesh, of which a plain form stands beside
+    Shardy's."""
+    plain = {str(mesh["mesh"]): mesh[_MESH] for mesh in _meshes(before) if _MESH in mesh}
+    for mesh in _meshes(after):
+        if str(mesh["mesh"]) in plain:
+            mesh[_MESH] = plain[str(mesh["mesh"])]
+
+
+def _meshes(module: Any) -> list[Any]:
+    """The attributes of each."""
+    return [op.operation.attributes for op in module.body if op.operation.name == "sdy.mesh"]
 
 
 def _main(module: Any) -> Any:
