@@ -40,8 +40,7 @@ def _through_hlo(module: Any) -> Any:
 
 
 def _keep_meshes(before: Any, after: Any) -> None:
-    """Collectives of newer StableHLO name their groups by a mesh, of which a plain form stands beside
-    Shardy's."""
+    """Newer collectives name their groups by a mesh, whose plain form stands beside Shardy's."""
     plain = {str(mesh["mesh"]): mesh[_MESH] for mesh in _meshes(before) if _MESH in mesh}
     for mesh in _meshes(after):
         if str(mesh["mesh"]) in plain:
