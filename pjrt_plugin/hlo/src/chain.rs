@@ -65,12 +65,15 @@ pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Re
     for call in calls.values() {
         found.tables.insert(call.table.number(), call.table.clone());
     }
-    let mut uncalled = folds.computations.clone();
+    // Reductions, and what is cut or joined no more.
+    let mut uncalled = HashSet::new();
     for computation in module.computations() {
-        let replaced = computation.instructions.iter();
-        let replaced = replaced.filter(|i| calls.contains_key(&(computation.id, i.id)));
-        // Their reductions.
-        uncalled.extend(replaced.flat_map(|i| &i.called_computation_ids));
+        for instruction in &computation.instructions {
+            let place = (computation.id, instruction.id);
+            if calls.contains_key(&place) || folds.dropped.contains(&place) {
+                uncalled.extend(&instruction.called_computation_ids);
+            }
+        }
     }
     let ids: Vec<i64> = module.computations().iter().map(|c| c.id).collect();
     for id in ids {

@@ -34,8 +34,6 @@ pub(crate) struct Folds {
     pub(crate) folds: HashMap<(i64, i64), Fold>,
     /// Instructions that are not needed any more, by computation and id.
     pub(crate) dropped: HashSet<(i64, i64)>,
-    /// Computations that only those call.
-    pub(crate) computations: HashSet<i64>,
 }
 
 /// Instructions that neither write into the memory of an operand nor have a part of it as their result.
@@ -101,24 +99,7 @@ pub(crate) fn find(module: &Module, calls: &Calls) -> Result<Folds, Refused> {
             View::new(module, computation)?.find(calls, &mut found);
         }
     }
-    found.computations = unused(module, &found.dropped);
     Ok(found)
-}
-
-/// The computations that only dropped instructions call.
-fn unused(module: &Module, dropped: &HashSet<(i64, i64)>) -> HashSet<i64> {
-    let (mut unused, mut used) = (HashSet::new(), HashSet::new());
-    for computation in module.computations() {
-        for instruction in &computation.instructions {
-            let set = if dropped.contains(&(computation.id, instruction.id)) {
-                &mut unused
-            } else {
-                &mut used
-            };
-            set.extend(&instruction.called_computation_ids);
-        }
-    }
-    unused.difference(&used).copied().collect()
 }
 
 /// A computation with what the conditions ask of it.
