@@ -5,7 +5,9 @@ is installed, takes the first it finds; the wrong one sees a world of size 1. No
 without an MPI launcher or where the user chose (`MPI4PY_LIBMPI`, `MPI4PY_MPIABI`).
 
 And where the backend mpi_cuda is selected, an `import mpi4jax` gets our bridge instead of its own
-(`mpi_cuda/_mpi4jax.py`).
+(`mpi_cuda/_mpi4jax.py`), and whoever imports `mpi4py.MPI` under a launcher joins the world then:
+that is collective, and all ranks import it, while the first use of JAX may come before an mpi4py
+collective on one rank and after it on another.
 """
 
 import os
@@ -51,5 +53,58 @@ class _Bridge:
         return spec_from_file_location(name, os.path.join(folder, "mpi_cuda", "_mpi4jax.py"))
 
 
+class _Mpi4py:
+    """Joins the world right after `mpi4py.MPI` has been imported."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name != "mpi4py.MPI" or not _Bridge._selected() or not _launched():
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find and finder is not cls else None
+            if spec is not None and spec.loader is not None:
+                spec.loader = _JoinAfter(spec.loader)
+                return spec
+        return None
+
+
+class _JoinAfter:
+    """A loader, and what comes after it."""
+
+    def __init__(self, loader):  # type: ignore[no-untyped-def]
+        self.loader = loader
+
+    def create_module(self, spec):  # type: ignore[no-untyped-def]
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):  # type: ignore[no-untyped-def]
+        self.loader.exec_module(module)
+        if module.Is_initialized():
+            _join()
+
+
+def _join() -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    # Alone: the package imports jax, which reads variables that the program may still set.
+    name = "mpi_cuda._library"
+    folder = os.path.dirname(os.path.abspath(__file__))
+    spec = spec_from_file_location(name, os.path.join(folder, "mpi_cuda", "_library.py"))
+    if name not in sys.modules and spec is not None and spec.loader is not None:
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    try:
+        sys.modules[name].start()
+    except Exception:
+        # Whoever creates the backend hears of it.
+        pass
+
+
+def _launched() -> bool:
+    sizes = (os.environ.get(name, "") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return any(size not in ("", "1") for size in sizes) or "PMIX_RANK" in os.environ
+
+
 _select()
-sys.meta_path.insert(0, _Bridge)
+sys.meta_path[:0] = [_Bridge, _Mpi4py]

@@ -12,6 +12,14 @@ from typing import Any, NamedTuple
 FOLDER = Path(__file__).resolve().parent / "lib"
 LIBRARY = FOLDER / "libpjrt_mpi_cuda.so"
 RANK_MARK = "MPI_CUDA_RANK_PROCESS"
+#: Packages with an XLA plugin, for CPUs and for GPUs, and its file.
+WHEELS = (
+    [("xla_plugins.xla_cpu_pjrt", "xla_cpu_pjrt.so")],
+    [
+        ("jax_plugins.xla_cuda13", "xla_cuda_plugin.so"),
+        ("jax_plugins.xla_cuda12", "xla_cuda_plugin.so"),
+    ],
+)
 
 
 class World(NamedTuple):
@@ -26,14 +34,16 @@ def _find_inner_plugin() -> None:
     """Tells the library where the wheel with the XLA plugin is, if the user did not."""
     if "MPI_CUDA_INNER_PLUGIN" in os.environ:
         return
-    try:
-        spec = importlib.util.find_spec("xla_plugins.xla_cpu_pjrt")
-    except ModuleNotFoundError:
-        return
-    if spec is not None and spec.origin is not None:
-        plugin = Path(spec.origin).with_name("xla_cpu_pjrt.so")
-        if plugin.is_file():
-            os.environ["MPI_CUDA_INNER_PLUGIN"] = str(plugin)
+    for package, file in WHEELS[os.environ.get("MPI_CUDA_DEVICE") == "cuda"]:
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        if spec is not None and spec.origin is not None:
+            plugin = Path(spec.origin).with_name(file)
+            if plugin.is_file():
+                os.environ["MPI_CUDA_INNER_PLUGIN"] = str(plugin)
+                return
 
 
 @functools.cache

@@ -584,3 +584,28 @@ def test_chunks_that_differ_between_ranks_are_refused(mpi: str) -> None:
     assert result.returncode != 0
     assert "MPI_CUDA_CHUNK_BYTES is 8192 on rank 1" in result.stderr, result.stderr
     assert job(mpi, code).returncode == 0
+
+
+ONE_BEFORE = """if True:
+    import numpy as np
+    from mpi4py import MPI
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    world = MPI.COMM_WORLD
+    data = np.asarray(jnp.arange(4.0)) if world.rank == 0 else None
+    data = world.bcast(data)
+    assert m.allreduce(jnp.asarray(data), m.SUM)[0][-1] == 6
+"""
+ONE_ALONE = """if True:
+    from mpi4py import MPI
+    import jax.numpy as jnp
+    if MPI.COMM_WORLD.rank == 1:
+        assert jnp.arange(3.0).sum() == 3
+    MPI.COMM_WORLD.Barrier()
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("code", [ONE_BEFORE, ONE_ALONE], ids=["before", "alone"])
+def test_a_rank_may_use_jax_while_others_wait_in_mpi4py(mpi: str, code: str) -> None:
+    result = job(mpi, code, limit=30)
+    assert result.returncode == 0, result.stderr
