@@ -13,7 +13,7 @@ use crate::call::{bytes, call, new_args, slice};
 use crate::config::{Device, Log};
 use crate::error::Error;
 use crate::execute::{self, Program};
-use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations};
+use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations, receives};
 use crate::handles::{destroy_executable, destroy_loaded, with_executable};
 use crate::plugin::plugin;
 use crate::search::{contains, find};
@@ -49,6 +49,11 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
             let first = start.elapsed();
             match place {
                 Place::Here => {}
+                Place::Elsewhere(_) if ours.operations => {
+                    let refused = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());
+                    destroy_loaded(refused);
+                    return Err(elsewhere());
+                }
                 Place::Elsewhere(options) => {
                     return spmd::note_elsewhere((*args).executable, &options, ours.callbacks);
                 }
@@ -71,6 +76,15 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
             note((*args).executable, ours)
         }
     })
+}
+
+/// On this rank a program with operations would not run, and the others would wait for it.
+fn elsewhere() -> Error {
+    Error::precondition(
+        "mpi_cuda: a program with operations is to run on the device of another rank: jax.devices() has \
+         those of all ranks; put its arguments on jax.local_devices()[0], or leave device= out; \
+         MPI_CUDA_TOPOLOGY=local shows each rank its own device alone",
+    )
 }
 
 /// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
@@ -145,6 +159,8 @@ unsafe fn overridden_options<'a>(args: *const PJRT_Executable_DeserializeAndLoad
 #[derive(Clone, Copy)]
 struct Contents {
     operations: bool,
+    /// It receives, and some program has named a status.
+    status: bool,
     callbacks: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     alike: Option<Alike>,
@@ -161,6 +177,7 @@ impl Contents {
     fn of(program: &[u8]) -> Contents {
         Contents {
             operations: has_operations(program),
+            status: crate::status::are_used() && receives(program),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
             alike: find(program, ALIKE_MARK.as_bytes())
                 .and_then(|start| alike(&program[start + ALIKE_MARK.len()..])),
@@ -209,6 +226,7 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
                 operations: ours.operations,
                 callbacks: ours.callbacks,
                 cheap,
+                status: ours.status,
                 alike: ours.alike.filter(|_| cheap && !ours.callbacks),
             };
             execute::remember(loaded, program);

@@ -43,6 +43,9 @@ pub struct Program {
     pub callbacks: bool,
     /// XLA would run it on the calling thread, where an operation must not wait for a peer.
     pub cheap: bool,
+    /// It may write a status of the user's, who reads it when the launch returns, as after MPI's own
+    /// receive.
+    pub status: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub alike: Option<Alike>,
 }
@@ -321,8 +324,9 @@ unsafe fn launch_operations(
             "{error} (reported by the launch after it)"
         )));
     }
-    let _order = LAUNCHING.lock();
+    let order = LAUNCHING.lock();
     let nested = CALLBACK_OF.get();
+    let waits = program.status && nested.is_none() && LAUNCHES_HERE.get() == 0;
     let launches = 1 + usize::from(program.cheap);
     // SAFETY: valid arguments.
     let deferred = world.size > 1 && nested.is_none() && unsafe { must_defer(args, launches)? };
@@ -352,7 +356,12 @@ unsafe fn launch_operations(
     let launch_id = ticket.0 as i32;
     if deferred {
         // SAFETY: valid arguments.
-        return unsafe { defer(args, launch_id, completion) };
+        unsafe { defer(args, launch_id, completion)? };
+        drop(order);
+        if waits {
+            world.engine.wait_idle();
+        }
+        return Ok(());
     }
     let shut = (program.cheap && !alone).then(|| shut_gate(args.executable));
     // SAFETY: valid arguments.
@@ -360,6 +369,10 @@ unsafe fn launch_operations(
     drop(shut);
     if alone && program.alike.is_some() && world.size > 1 {
         HERE.fetch_add(1, Ordering::Relaxed);
+    }
+    drop(order);
+    if waits {
+        world.engine.wait_idle();
     }
     result
 }

@@ -15,6 +15,11 @@ pub fn register(address: usize) -> i64 {
     addresses.len() as i64
 }
 
+/// Whether any program has named a status.
+pub fn are_used() -> bool {
+    !ADDRESSES.read().is_empty()
+}
+
 /// The address behind a number; 0 for number 0 and for unknown ones.
 pub fn address(number: i64) -> usize {
     let index = usize::try_from(number - 1).ok();

@@ -30,6 +30,8 @@ from mpi_cuda._operations import (
 )
 from mpi_cuda._split import Request, irecv, isend, wait
 
+__version__ = "0.1.0"
+
 SUM = OPS["SUM"]
 PROD = OPS["PROD"]
 MIN = OPS["MIN"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,3 +162,21 @@ def test_a_handle_of_another_run_is_refused() -> None:
         jax.jit(lambda x: call(x, comm=np.int64(0x1234_5678_9ABC), op=np.int64(0)))(
             X
         ).block_until_ready()
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs several ranks")
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("module", [mpi4jax, nt])
+def test_a_status_is_filled_when_the_call_returns(module: Any, jit: bool) -> None:
+    for i in range(10):
+        if RANK == 0:
+            status = MPI.Status()
+
+            def receive(x: jax.Array, status: MPI.Status = status) -> jax.Array:
+                return module.recv(x, MPI.ANY_SOURCE, tag=MPI.ANY_TAG, status=status)
+
+            (jax.jit(receive) if jit else receive)(jnp.zeros(2))
+            assert (status.Get_source(), status.Get_tag()) == (1, i + 1)
+        elif RANK == 1:
+            module.send(jnp.ones(2), 0, tag=i + 1)
+    jax.effects_barrier()

@@ -404,3 +404,9 @@ def test_vmap(axis: int) -> None:
     ]:
         result = jax.jit(jax.vmap(function, in_axes=axis))(batch)
         np.testing.assert_array_equal(result, one_by_one(function))
+
+
+def test_operations_on_the_device_of_another_rank_are_refused() -> None:
+    other = jax.devices()[(RANK + 1) % SIZE]
+    with pytest.raises(Exception, match=r"device of another rank.*local_devices"):
+        jax.jit(lambda: nt.allreduce(jnp.ones(3), m.SUM), device=other)()

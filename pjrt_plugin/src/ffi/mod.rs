@@ -39,6 +39,14 @@ pub fn has_operations(program: &[u8]) -> bool {
                 .any(|(name, _)| contains(program, mpi4jax_target(name).as_bytes()))
 }
 
+/// Whether a program, in any format, may receive messages with one of our operations or of mpi4jax's.
+pub fn receives(program: &[u8]) -> bool {
+    ["recv", "sendrecv", "wait"].iter().any(|name| {
+        contains(program, format!("{TARGET_PREFIX}{name}").as_bytes())
+            || contains(program, mpi4jax_target(name).as_bytes())
+    })
+}
+
 /// What the names of all targets for host callbacks contain.
 pub const CALLBACK_MARK: &str = "_python_cpu_callback";
 
