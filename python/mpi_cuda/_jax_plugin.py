@@ -1,4 +1,4 @@
-"""What JAX calls when it looks for plugins (entry point group `jax_plugins`)."""
+"""Registers the plugin with JAX; called by `mpi_cuda_plugin`, which JAX finds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ from typing import Any
 NAME = "mpi_cuda"
 
 
-def selected(platforms: str | None) -> bool:
-    """Whether the user asked for us; being installed changes nothing."""
-    return platforms is not None and NAME in platforms.split(",")
-
-
 def initialize() -> None:
-    """Registers the plugin with JAX if `JAX_PLATFORMS` (or `jax_platforms`) names it."""
-    import jax
-
-    if not selected(jax.config.jax_platforms):
-        return
+    """Registers the plugin with JAX; the user asked for it."""
     import jax._src.xla_bridge as xla_bridge
 
     from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle, _older_plugin

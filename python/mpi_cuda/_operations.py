@@ -263,7 +263,7 @@ def recv(
       source: rank that sends, or ANY_SOURCE. From PROC_NULL one receives zeros at once.
       tag: its tag, or ANY_TAG.
       comm: communicator; None is a private one of all ranks.
-      status: `MPI.Status` or `mpi_cuda.Status`, filled when the call returns, which waits for the message then.
+      status: `MPI.Status` or `mpi_cuda.Status`, filled when the call returns.
       token: None, or the token of the operation to come after.
 
     Returns:
@@ -407,7 +407,7 @@ def sendrecv(
       sendtag: tag of the message sent.
       recvtag: tag of the message received, or ANY_TAG.
       comm: communicator; None is a private one of all ranks.
-      status: `MPI.Status` or `mpi_cuda.Status`, filled when the call returns, which waits for the message then.
+      status: `MPI.Status` or `mpi_cuda.Status`, filled when the call returns.
       token: None, or the token of the operation to come after.
 
     Returns:

@@ -106,10 +106,11 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_installed_but_not_selected_changes_nothing() -> None:
     result = run(
         "import jax; print(jax.devices(), jax.default_backend()); "
-        "print('mpi' in open('/proc/self/maps').read())",
+        "print('mpi' in open('/proc/self/maps').read()); import sys; "
+        "print([name for name in sys.modules if name.startswith('mpi_cuda.')])",
         JAX_PLATFORMS="cpu",
     )
-    assert result.stdout == "[CpuDevice(id=0)] cpu\nFalse\n" and result.stderr == ""
+    assert result.stdout == "[CpuDevice(id=0)] cpu\nFalse\n[]\n" and result.stderr == ""
     result = run("import jax; print(jax.devices()[0].client.platform_version)")
     assert "MPI ranks" not in result.stdout and result.returncode == 0
 
