@@ -126,6 +126,11 @@ int64_t mpi_cuda_op(uint64_t handle);
 /* The number of an MPI_Status for the attribute status; it must outlive all programs with it. */
 int64_t mpi_cuda_status(void *status);
 
+/* The next program that is compiled with mpi4jax's receives names a status. Its launches return when
+ * they have ended, since the caller reads the status then; a program with our operations says the same
+ * by an attribute mpi_cuda_reads_status = 1 of one of them. */
+void mpi_cuda_reads_status(void);
+
 /* Waits until everything dispatched so far has ended; -1 if an operation failed and nobody read
  * its error. */
 int mpi_cuda_wait(void);

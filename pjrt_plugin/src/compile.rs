@@ -13,7 +13,7 @@ use crate::call::{bytes, call, new_args, slice};
 use crate::config::{Device, Log};
 use crate::error::Error;
 use crate::execute::{self, Program};
-use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations, receives};
+use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations};
 use crate::handles::{destroy_executable, destroy_loaded, with_executable};
 use crate::plugin::plugin;
 use crate::search::{contains, find};
@@ -159,7 +159,7 @@ unsafe fn overridden_options<'a>(args: *const PJRT_Executable_DeserializeAndLoad
 #[derive(Clone, Copy)]
 struct Contents {
     operations: bool,
-    /// It receives, and some program has named a status.
+    /// Its caller reads a status.
     status: bool,
     callbacks: bool,
     /// Its operations are the same collectives and exchanges on every rank.
@@ -177,7 +177,7 @@ impl Contents {
     fn of(program: &[u8]) -> Contents {
         Contents {
             operations: has_operations(program),
-            status: crate::status::are_used() && receives(program),
+            status: crate::status::is_read(program),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
             alike: find(program, ALIKE_MARK.as_bytes())
                 .and_then(|start| alike(&program[start + ALIKE_MARK.len()..])),

@@ -43,8 +43,7 @@ pub struct Program {
     pub callbacks: bool,
     /// XLA would run it on the calling thread, where an operation must not wait for a peer.
     pub cheap: bool,
-    /// It may write a status of the user's, who reads it when the launch returns, as after MPI's own
-    /// receive.
+    /// It writes a status of the user's, who reads it when the launch returns, as after MPI's own receive.
     pub status: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub alike: Option<Alike>,

@@ -122,6 +122,12 @@ pub extern "C" fn mpi_cuda_status(address: *mut c_void) -> i64 {
     quiet(0, || crate::status::register(address as usize))
 }
 
+/// The next program with receives of mpi4jax's that is compiled has a status.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_reads_status() {
+    quiet((), crate::status::next_reads);
+}
+
 /// Waits until everything dispatched so far has ended; −1 if an operation failed unnoticed.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_wait() -> c_int {

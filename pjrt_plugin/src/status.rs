@@ -1,7 +1,12 @@
 //! `status=` arguments: programs carry a number, never an address, so that a cached program cannot
 //! write into memory of another run.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use parking_lot::RwLock;
+
+use crate::ffi::receives;
+use crate::search::contains;
 
 static ADDRESSES: RwLock<Vec<usize>> = RwLock::new(Vec::new());
 
@@ -15,9 +20,19 @@ pub fn register(address: usize) -> i64 {
     addresses.len() as i64
 }
 
-/// Whether any program has named a status.
-pub fn are_used() -> bool {
-    !ADDRESSES.read().is_empty()
+/// The next program that is compiled, of those that receive with mpi4jax's operations, has a status.
+static NEXT_READS: AtomicBool = AtomicBool::new(false);
+
+/// Says so.
+pub fn next_reads() {
+    NEXT_READS.store(true, Ordering::Relaxed);
+}
+
+/// Whether the caller of a program, in any format, reads a status when its launch returns. Ours say so by
+/// the name of an attribute (`include/mpi_cuda.h`); of mpi4jax's, whoever lowers them has.
+pub fn is_read(program: &[u8]) -> bool {
+    contains(program, b"mpi_cuda_reads_status")
+        || receives(program) && NEXT_READS.swap(false, Ordering::Relaxed)
 }
 
 /// The address behind a number; 0 for number 0 and for unknown ones.

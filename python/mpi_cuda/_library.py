@@ -70,6 +70,7 @@ def load() -> ctypes.CDLL:
         ),
         "mpi_cuda_op": (ctypes.c_int64, [ctypes.c_uint64]),
         "mpi_cuda_status": (ctypes.c_int64, [ctypes.c_void_p]),
+        "mpi_cuda_reads_status": (None, []),
         "mpi_cuda_wait": (ctypes.c_int, []),
         "mpi_cuda_in_flight": (ctypes.c_int, []),
         "mpi_cuda_launches_on_callers": (ctypes.c_int, []),

@@ -90,8 +90,11 @@ def _install() -> None:
     pointer = utils.to_mpi_ptr
 
     def to_mpi_ptr(value: Any) -> Any:
-        # Only addresses of statuses get into programs.
-        return _arguments.resolve_status(value) if isinstance(value, MPI.Status) else pointer(value)
+        # Only addresses of statuses get into programs, when they are lowered.
+        if not isinstance(value, MPI.Status):
+            return pointer(value)
+        _library.load().mpi_cuda_reads_status()
+        return _arguments.resolve_status(value)
 
     hashable, wrap = utils.HashableMPIType, utils.wrap_as_hashable
     wrappers: dict[Any, Any] = {}

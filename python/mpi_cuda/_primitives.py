@@ -131,6 +131,9 @@ def _lowering(
         avals_in=[*avals, core.abstract_token], avals_out=[*ctx.avals_out, core.abstract_token]
     )
     numbers = {key: np.int64(value) for key, value in attributes} | _alike.take_pending()
+    if numbers.get("status"):
+        # The name alone says that the launch is waited for, since its caller reads the status then.
+        numbers["mpi_cuda_reads_status"] = np.int64(1)
     call = jax_ffi.build_ffi_lowering_function(f"mpi_cuda_{name}", has_side_effect=True)(
         call_context, *values, order, **numbers
     )

@@ -180,3 +180,20 @@ def test_a_status_is_filled_when_the_call_returns(module: Any, jit: bool) -> Non
         elif RANK == 1:
             module.send(jnp.ones(2), 0, tag=i + 1)
     jax.effects_barrier()
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs several ranks")
+def test_a_program_without_a_status_is_not_waited_for() -> None:
+    """Whatever statuses other programs have: the message is sent after the barrier."""
+    if RANK == 1:
+        mpi4jax.send(jnp.ones(2), 0, tag=1)
+    elif RANK == 0:
+        mpi4jax.recv(jnp.zeros(2), 1, tag=1, status=MPI.Status())
+    for module in (mpi4jax, nt):
+        if RANK == 0:
+            later = jax.jit(lambda x, module=module: module.recv(x, 1, tag=7) + 1)(jnp.zeros(3))
+        MPI.COMM_WORLD.Barrier()
+        if RANK == 1:
+            module.send(jnp.ones(3), 0, tag=7)
+        elif RANK == 0:
+            np.testing.assert_array_equal(later, np.full(3, 2))

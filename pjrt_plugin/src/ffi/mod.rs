@@ -39,12 +39,10 @@ pub fn has_operations(program: &[u8]) -> bool {
                 .any(|(name, _)| contains(program, mpi4jax_target(name).as_bytes()))
 }
 
-/// Whether a program, in any format, may receive messages with one of our operations or of mpi4jax's.
+/// Whether a program, in any format, may receive messages with operations of mpi4jax's.
 pub fn receives(program: &[u8]) -> bool {
-    ["recv", "sendrecv", "wait"].iter().any(|name| {
-        contains(program, format!("{TARGET_PREFIX}{name}").as_bytes())
-            || contains(program, mpi4jax_target(name).as_bytes())
-    })
+    let mut targets = ["recv", "sendrecv"].iter().map(|name| mpi4jax_target(name));
+    targets.any(|target| contains(program, target.as_bytes()))
 }
 
 /// What the names of all targets for host callbacks contain.
