@@ -488,3 +488,27 @@ fn messages_in_two_halves_are_refused_by_name() {
         assert!(text.contains("isend"), "{text}");
     });
 }
+
+#[test]
+fn a_rank_that_gets_nothing_may_have_no_result() {
+    ranks(2, |rank| {
+        let shape = [200];
+        for kind in [Kind::Reduce, Kind::Gather, Kind::Bcast] {
+            let mut op = operation(kind, &shape, &shape);
+            op.dest = if kind == Kind::Bcast {
+                rank.comm.rank
+            } else {
+                1 - rank.comm.rank
+            };
+            op.recv.data = std::ptr::null_mut();
+            let plan = super::Plan::new(&op, &rank.comm, CHUNK);
+            assert!(plan.returns_input);
+        }
+        // Rank 0 gets the sum; rank 1 gets back what it sent, if it wants it.
+        let mut op = operation(Kind::Reduce, &shape, &shape);
+        if rank.comm.rank == 1 {
+            op.recv.data = std::ptr::null_mut();
+        }
+        rank.run(&op, numbers(rank.comm.rank, 200)).0.unwrap();
+    });
+}
