@@ -261,11 +261,11 @@ unsafe fn split_options(
     let (mut own, mut passed_on) = (Vec::new(), Vec::new());
     for option in options {
         // SAFETY: as the caller promises.
-        let name = unsafe { String::from_utf8_lossy(bytes(option.name, option.name_size)) };
-        if ours.iter().any(|known| *known == name) {
+        let name = unsafe { option_name(option) };
+        if ours.contains(&name) {
             // SAFETY: as the caller promises.
-            own.push((name.into_owned(), unsafe { option_text(option) }));
-        } else if !JAX.contains(&name.as_ref()) {
+            own.push((name, unsafe { option_text(option) }));
+        } else if !JAX.contains(&name.as_str()) {
             passed_on.push(*option);
         }
     }

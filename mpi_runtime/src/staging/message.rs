@@ -147,7 +147,7 @@ struct Outgoing<'r, 's> {
     /// Bytes whose copy down has begun, and that were sent.
     begun: usize,
     sent: usize,
-    /// Nothing was sent yet: an empty message is one too.
+    /// There is more to send; an empty message is one too.
     open: bool,
 }
 
@@ -309,7 +309,8 @@ impl<'r, 's> Incoming<'r, 's> {
         self.fits(length, done)?;
         if self.may_be_shorter {
             return Err(
-                "status= of a message longer than a chunk is not supported on device memory yet"
+                "status= of a message longer than a chunk is not supported on device memory yet: leave it \
+                 out, or set MPI_CUDA_CHUNK_BYTES to more than the message on all ranks"
                     .into(),
             );
         }
