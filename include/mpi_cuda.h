@@ -94,6 +94,8 @@ enum {
   MPI_CUDA_ANY_TAG = -1,    /* attribute recvtag */
   MPI_CUDA_PROC_NULL = -2   /* attributes source and dest */
 };
+/* Of source and dest, a value below -2^31 is that plus 2^32: a negative number, no rank, to be refused
+ * with this number when the operation is executed, in place of what -1 and -2 stand for. */
 
 /* ---------------------------------------------------------------------------------------------
  * Create options of PJRT_Client_Create. Each has the name of an environment variable in lower case

@@ -12,12 +12,15 @@ import sys
 from typing import Any
 
 import jax
+from jax._src import core
 
 from mpi_cuda import _library
 
 # Attribute values of the custom calls (mpi_cuda.h).
 ATTRIBUTE_ANY = -1
 ATTRIBUTE_PROC_NULL = -2
+# What a negative number that is none of the two is reduced by.
+_NEGATIVE = 2**32
 
 
 class Constant:
@@ -210,9 +213,12 @@ def _is(value: Any, ours: Constant) -> bool:
 def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
     """A rank, `PROC_NULL`, or `ANY_SOURCE` for a source, as an attribute value.
 
+    In a program a peer need not be a rank of `comm`: the operation may stand in a branch that this
+    rank never takes. It is refused when it is executed.
+
     Raises:
       TypeError: it is no static integer.
-      ValueError: it is not a rank of `comm`.
+      ValueError: it is not a rank of `comm`, and a root or of a call outside programs.
     """
     if what == "source" and _is(value, ANY_SOURCE):
         return ATTRIBUTE_ANY
@@ -220,6 +226,8 @@ def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
         return ATTRIBUTE_PROC_NULL
     rank = _integer(operation, what, value)
     if not 0 <= rank < comm.size:
+        if what != "root" and -(2**31) <= rank < 2**31 and not core.trace_state_clean():
+            return rank if rank >= 0 else rank - _NEGATIVE
         raise ValueError(
             f"{operation} on rank {comm.rank}: {what} {rank} is not a rank of the communicator, "
             f"which has 0 to {comm.size - 1}"

@@ -194,7 +194,8 @@ def _allreduce_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 def _allreduce_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
     ct = _tied(cotangents[0], rest, params)
-    return [_identity_p.bind(ct, **params)] + [None] * len(rest)
+    # It does not communicate, so that it need not be batched on every rank.
+    return [_identity_p.bind(ct, **{**params, "derived": False})] + [None] * len(rest)
 
 
 ad.deflinear2(_identity_p, _identity_transpose)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,11 +120,21 @@ def program(
     return close(jaxpr, ())
 
 
-# The same object for the same program, so that JAX's own caches by identity work; a program that
-# falls out is lowered again.
-@functools.lru_cache(maxsize=1024)
+# The same object for the same program, so that JAX's own caches by identity work. None is kept
+# longer than JAX keeps the program, and with it the arrays that the program captured.
+_hidden: weakref.WeakKeyDictionary[core.ClosedJaxpr, core.ClosedJaxpr] = weakref.WeakKeyDictionary()
+
+
 def _hide(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """The program as one equation without our effect."""
+    known = _hidden.get(closed)
+    if known is None:
+        # Of a copy: what refers to its own key would keep it.
+        known = _hidden.setdefault(closed, _as_one_equation(closed.replace()))
+    return known
+
+
+def _as_one_equation(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     jaxpr = closed.jaxpr
     invars = [core.Var(v.aval) for v in jaxpr.invars]
     outvars = [core.Var(v.aval) for v in jaxpr.outvars]

@@ -98,6 +98,28 @@ def test_transposes_of_batches_mixed_modes_and_remat(name: str) -> None:
     np.testing.assert_allclose(inner(u, product(v)), inner(v, product(u)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["allreduce", *(name for name in LINEAR if name != "scatter")])
+def test_hessians(name: str) -> None:
+    # Not scatter: its operand, and so the batch that jacfwd makes, has another size on each rank.
+    function, shape = LINEAR.get(name, (lambda x: nt.allreduce(x, m.SUM), (3,)))
+
+    def loss(x: jax.Array) -> jax.Array:
+        return (function(x**3) ** 2).sum()
+
+    x, tangent = jnp.abs(random(shape, 5)), jax.random.normal(jax.random.key(6), shape)
+    found = jax.jit(jax.hessian(loss))(x)
+    _, expected = jax.jvp(jax.grad(loss), (x,), (tangent,))
+    np.testing.assert_allclose(
+        jnp.tensordot(found, tangent, axes=tangent.ndim), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_hessian_of_a_replicated_loss() -> None:
+    x = jnp.arange(3.0) + 1
+    found = jax.hessian(lambda x: (nt.allreduce(x**3, m.SUM) ** 2).sum())(x)
+    np.testing.assert_allclose(found, jnp.diag(30.0 * SIZE * x**4), rtol=1e-6)
+
+
 def test_tokens_pass_through() -> None:
     def loss(x):
         y, token = m.allgather(x, token=None)

@@ -27,6 +27,21 @@ def test_ranks_outside_the_communicator(rank: int) -> None:
             call()
 
 
+@pytest.mark.parametrize("peer", [-7, SIZE, 1000, MPI.ANY_SOURCE])
+def test_peers_of_branches_never_taken(peer: int) -> None:
+    @jax.jit
+    def program(take: jax.Array) -> jax.Array:
+        def communicate() -> jax.Array:
+            nt.send(X, peer)
+            return nt.recv(X, peer)
+
+        return jax.lax.cond(take, communicate, lambda: X)
+
+    np.testing.assert_array_equal(program(False), X)
+    with pytest.raises(Exception, match=f"send.*{peer} is not a rank .* 0 to {SIZE - 1}"):
+        program(True).block_until_ready()
+
+
 def test_wrong_leading_dimension() -> None:
     with pytest.raises(ValueError, match="leading dimension"):
         nt.alltoall(jnp.zeros((SIZE + 1, 2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -354,6 +355,17 @@ def test_unused_operations_are_not_deleted() -> None:
         program(X)
     jax.effects_barrier()
     np.testing.assert_array_equal(nt.allreduce(X, m.SUM), X * SIZE)
+
+
+def test_a_program_is_kept_no_longer_than_its_function() -> None:
+    def call(number: int) -> None:
+        captured = jnp.full(7919, number, jnp.float32)
+        assert jax.jit(lambda x: nt.allreduce(x, m.SUM) + captured)(captured)[0] >= number
+
+    for number in range(3):
+        call(number)
+    gc.collect()
+    assert not [x for x in jax.live_arrays() if x.shape == (7919,)]
 
 
 def test_fast_dispatch_is_taken_with_this_jax() -> None:

@@ -227,6 +227,8 @@ fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32
     match attribute {
         rank if rank == any && may_be_any => Ok(ANY),
         rank if rank == null => Ok(PROC_NULL),
+        // A negative number that is no rank (mpi_cuda.h).
+        rank if rank < i64::from(i32::MIN) => small(rank.saturating_add(1 << 32), "rank"),
         rank => small(rank, "rank"),
     }
 }
