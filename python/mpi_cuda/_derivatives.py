@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import core
 from jax.interpreters import ad, batching, mlir
 
@@ -43,9 +44,11 @@ def _jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
         return outs, zeros
     # In place of a template, something that ties what the transpose makes of it to the operand.
     tangent_params = {**params, "token": False, "template": True, "derived": True}
-    tie = _linear.nothing(primals[0])
-    tangent = ad.instantiate_zeros(tangents[0])
-    return outs, primitives[name].bind(tangent, tie, **tangent_params) + zeros[1:]
+    operands = [ad.instantiate_zeros(tangents[0])]
+    if name != "recv":
+        operands.append(_linear.nothing(primals[0]))
+    out_tangents = primitives[name].bind(*operands, **tangent_params)
+    return outs, out_tangents + zeros[len(out_tangents) :]
 
 
 def _transpose(
@@ -203,20 +206,68 @@ ad.primitive_jvps[primitives["allreduce"]] = _allreduce_jvp
 ad.primitive_transposes[primitives["allreduce"]] = _allreduce_transpose
 
 
-# What one rank sends another receives: neither rank alone knows the map.
+# What one rank sends another receives: neither knows the map alone, unless it is told.
 
 
-def _refuse(name: str) -> Callable[..., Any]:
-    def rule(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(
-            f"mpi_cuda.{name} cannot be differentiated, since this rank does not see what its peer "
-            "does with the message: use mpi_cuda.sendrecv on both sides (with PROC_NULL where "
-            "nothing comes or goes), or stop_gradient on what is passed"
+def _refuse(name: str) -> None:
+    paired = name in ("recv", "send")
+    remedy = ", pass paired=True to send and recv on both sides" if paired else ""
+    raise NotImplementedError(
+        f"mpi_cuda.{name} cannot be differentiated, since this rank does not see what its peer "
+        "does with the message: use mpi_cuda.sendrecv on both sides (with PROC_NULL where "
+        f"nothing comes or goes){remedy}, or stop_gradient on what is passed"
+    )
+
+
+def _message_jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
+    return _jvp(name, primals, tangents, **params) if params["paired"] else _refuse(name)
+
+
+def _send_transpose(_: Any, x: Any, *rest: Any, **params: Any) -> Any:
+    if not params["paired"]:
+        _refuse("send")
+    attributes, aval = dict(params["attributes"]), x.aval
+    comm, template = known_comm(attributes["comm"]), jnp.zeros(aval.shape, aval.dtype)
+    if params["template"] and isinstance(rest[0], core.Tracer):
+        template = _linear.nothing(rest[0], aval.shape, aval.dtype)
+    back = {"source": attributes["dest"], "recvtag": attributes["tag"], "status": 0}
+    with _linear.derived():
+        ct = _operations.bind(
+            *("recv", comm, None, (aval.shape, aval.dtype), False),
+            **{"template": template, "paired": True, **back},
+        )[0]
+    return [ct] + [None] * len(rest)
+
+
+def _recv_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
+    if not params["paired"]:
+        _refuse("recv")
+    attributes = dict(params["attributes"])
+    back = {"dest": attributes["source"], "tag": attributes["recvtag"]}
+    with _linear.derived():
+        _operations.bind(
+            *("send", known_comm(attributes["comm"]), ad.instantiate_zeros(cotangents[0])),
+            *(None, False),
+            **{"paired": True, **back},
         )
+    return [ad.Zero(x.aval)] + [None] * len(rest)
 
-    return rule
+
+def _define_message(name: str, transpose: Callable[..., Any]) -> None:
+    ad.primitive_jvps[primitives[name]] = lambda primals, tangents, **params: _message_jvp(
+        name, primals, tangents, **params
+    )
+    ad.primitive_transposes[primitives[name]] = transpose
 
 
-for _name in ("send", "recv", "isend", "irecv", "wait", "wait_send"):
-    ad.primitive_jvps[primitives[_name]] = _refuse(_name)
-    ad.primitive_transposes[primitives[_name]] = _refuse(_name)
+_define_message("send", _send_transpose)
+_define_message("recv", _recv_transpose)
+
+
+def _never(name: str) -> Callable[..., None]:
+    return lambda *_, **__: _refuse(name)
+
+
+for _name in ("isend", "irecv", "wait", "wait_send"):
+    ad.primitive_jvps[primitives[_name]] = _never(_name)
+    ad.primitive_transposes[primitives[_name]] = _never(_name)

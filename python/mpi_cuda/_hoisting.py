@@ -2,7 +2,8 @@
 
 To differentiate a `scan`, JAX moves out of it what is the same in every iteration, and forgets what
 no result depends on: a `recv` or `barrier`, whose operands are constant, would run once instead of
-every time, and a `send` not at all. Loops with operations are left as they are here.
+every time, and a `send` not at all. Loops with operations are left as they are here. Of a program
+under `jax.checkpoint` it forgets all if no result depends on a tangent; here the tangents stay.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from threading import local
 from typing import Any
 
+from jax._src import ad_checkpoint as remat
 from jax._src import core
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.control_flow import loops
@@ -67,19 +69,43 @@ def _split_nothing(original: Any) -> Any:
     return split
 
 
+def _keep_program(original: Any) -> Any:
+    """For a program inside `jax.checkpoint` no result of which depends on the tangents: JAX forgets
+    it, with the messages in it."""
+
+    @functools.wraps(original)
+    def rule(trace: Any, *tracers: Any, jaxpr: Any, **params: Any) -> Any:
+        unknown = [not tracer.is_known() for tracer in tracers]
+        if _order.effect not in jaxpr.effects or not any(unknown):
+            return original(trace, *tracers, jaxpr=jaxpr, **params)
+        # With one more result that does, which leads to what computes all.
+        tangent = jaxpr.invars[unknown.index(True)]
+        jaxpr = jaxpr.replace(
+            outvars=[*jaxpr.outvars, tangent], debug_info=jaxpr.debug_info.with_unknown_names()
+        )
+        *results, extra = original(trace, *tracers, jaxpr=jaxpr, **params)
+        trace.effect_handles.append(pe.EffectHandle([extra], extra.recipe))
+        return results
+
+    return rule
+
+
 def install() -> None:
     """Replaces what JAX does; another JAX that does it elsewhere is warned of."""
     rules: Any = pe.partial_eval_jaxpr_custom_rules
     module: Any = loops
-    if not hasattr(module, "_scan_known_hoisting") or loops.scan_p not in rules:
+    unknown_programs: Any = pe.custom_partial_eval_rules
+    found = hasattr(module, "_scan_known_hoisting") and hasattr(pe, "EffectHandle")
+    if not found or loops.scan_p not in rules or remat.remat_p not in unknown_programs:
         warnings.warn(
             "mpi_cuda: with this version of JAX, operations in a scan may be moved "
-            "out of it when it is differentiated",
+            "out of it, and in jax.checkpoint be forgotten, when they are differentiated",
             stacklevel=2,
         )
         return
     module._scan_known_hoisting = _keep_known(module._scan_known_hoisting)
     rules[loops.scan_p] = _keep_rematerialized(rules[loops.scan_p])
+    unknown_programs[remat.remat_p] = _keep_program(unknown_programs[remat.remat_p])
     setattr(pe, "partial_eval_jaxpr_nounits", _split_nothing(pe.partial_eval_jaxpr_nounits))  # noqa: B010
 
 

@@ -71,12 +71,14 @@ def bind(
     *,
     template: Any = None,
     batch_as: str | None = None,
+    paired: bool = False,
     **attributes: int,
 ) -> tuple[Any, Any]:
     """Calls primitive `name`; returns what it receives and its token, None where there is none.
 
     `token` is False for the style without tokens. `batch_as` names the rule for `vmap` where this
-    rank's part differs from the operation's (a rank that is not the root).
+    rank's part differs from the operation's (a rank that is not the root). `paired`: the peer of
+    the message takes its derivatives too.
     """
     _order.install()
     for dtype in ([] if data is None else [data.dtype]) + ([] if result is None else [result[1]]):
@@ -107,6 +109,7 @@ def bind(
         template=has_template,
         batch_as=batch_as or name,
         derived=_linear.is_derived(),
+        paired=paired,
         attributes=tuple(sorted({"comm": comm.number, **attributes}.items())),
     )
     outs = list(outs)
@@ -255,8 +258,11 @@ def recv(
     comm: Any = None,
     status: Any = None,
     token: Any = None,
+    paired: bool = False,
 ) -> tuple[Array, Token]:
     """Receives a message (MPI 4.0, section 3.2.4).
+
+    Can be differentiated if both sides say that they are `paired`: the transpose sends back.
 
     Args:
       x: array or `jax.ShapeDtypeStruct` with the shape and dtype of the message; not written to.
@@ -265,6 +271,8 @@ def recv(
       comm: communicator; None is a private one of all ranks.
       status: `MPI.Status` or `mpi_cuda.Status`, filled when the call returns.
       token: None, or the token of the operation to come after.
+      paired: whether the `send` that this receives is `paired` too. Then it has derivatives, and
+        source and tag must be named.
 
     Returns:
       Array of the shape and dtype of `x`, and a token.
@@ -275,8 +283,17 @@ def recv(
         "recvtag": _arguments.resolve_tag("recv", "recvtag", tag),
         "status": _arguments.resolve_status(status),
     }
+    if paired:
+        if _arguments.ATTRIBUTE_ANY in (attributes["source"], attributes["recvtag"]):
+            raise ValueError(
+                f"recv on rank {where.rank}: a paired receive must name its source and tag, since "
+                "its derivatives go the other way"
+            )
+        if not is_template_array(template):
+            # What has a tangent must be an operand.
+            template = jnp.zeros(template.shape, template.dtype)
     result = (template.shape, template.dtype)
-    return bind("recv", where, None, result, token, template=template, **attributes)
+    return bind("recv", where, None, result, token, template=template, paired=paired, **attributes)
 
 
 def reduce(
@@ -361,8 +378,18 @@ def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[
     return bind("scatter", where, x, (x.shape[1:], x.dtype), token, root=root)
 
 
-def send(x: Any, dest: int, *, tag: int = 0, comm: Any = None, token: Any = None) -> Token:
+def send(
+    x: Any,
+    dest: int,
+    *,
+    tag: int = 0,
+    comm: Any = None,
+    token: Any = None,
+    paired: bool = False,
+) -> Token:
     """Sends `x` (MPI 4.0, section 3.2.1).
+
+    Can be differentiated if both sides say that they are `paired`: the transpose receives.
 
     Args:
       x: array or scalar.
@@ -370,6 +397,7 @@ def send(x: Any, dest: int, *, tag: int = 0, comm: Any = None, token: Any = None
       tag: tag of the message.
       comm: communicator; None is a private one of all ranks.
       token: None, or the token of the operation to come after.
+      paired: whether the `recv` that receives it is `paired` too. Then it has derivatives.
 
     Returns:
       A token.
@@ -379,7 +407,7 @@ def send(x: Any, dest: int, *, tag: int = 0, comm: Any = None, token: Any = None
         "dest": _arguments.resolve_rank("send", "dest", dest, where),
         "tag": _arguments.resolve_tag("send", "tag", tag),
     }
-    return bind("send", where, x, None, token, **attributes)[1]
+    return bind("send", where, x, None, token, paired=paired, **attributes)[1]
 
 
 def sendrecv(

@@ -40,6 +40,8 @@ def _make_equal() -> None:
     # always asked; only the hash has to agree.
     effects.remat_allowed_effects.add_type(CommunicationEffect)
     effects.custom_derivatives_allowed_effects.add_type(CommunicationEffect)
+    # So that the tangent of a send, which has no result, is kept.
+    effects.partial_eval_kept_effects.add_type(CommunicationEffect)
 
 
 effect = CommunicationEffect()

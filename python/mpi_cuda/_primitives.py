@@ -192,8 +192,11 @@ class Operation(_linear.Linear):
     """One of the operations."""
 
     def is_linear(self, params: dict[str, Any]) -> bool:
-        """Reductions only with SUM; no message by itself, nor one from ANY_SOURCE."""
+        """Reductions only with SUM; a message alone only if its peer is said to do the same; none
+        from ANY_SOURCE."""
         name, attributes = self.name.removeprefix("mpi_cuda_"), dict(params["attributes"])
+        if name in ("recv", "send"):
+            return bool(params["paired"])
         if name not in LINEAR or attributes.get("source") == ATTRIBUTE_ANY:
             return False
         return attributes.get("op", SUM_NUMBER) == SUM_NUMBER

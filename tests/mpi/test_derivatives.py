@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,14 @@ NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 LAST = SIZE - 1
 
 ROWS = (SIZE, 2)
+LIKE = jax.ShapeDtypeStruct((3,), np.float32)
+
+
+def around(x: jax.Array) -> jax.Array:
+    nt.send(x, NEXT, tag=4, paired=True)
+    return nt.recv(x, PREVIOUS, tag=4, paired=True)
+
+
 # Every linear operation, with the shape of its operand.
 LINEAR = {
     "allgather": (nt.allgather, (3, 2)),
@@ -28,6 +38,7 @@ LINEAR = {
     "reduce_scatter": (lambda x: nt.reduce_scatter(x, m.SUM), ROWS),
     "scan": (lambda x: nt.scan(x, m.SUM), (3,)),
     "scatter": (lambda x: nt.scatter(x, 0), ROWS if RANK == 0 else (2,)),
+    "send and recv": (around, (3,)),
     "sendrecv": (lambda x: nt.sendrecv(x, x, PREVIOUS, NEXT, sendtag=1, recvtag=1), (3,)),
     "sendrecv at ends": (
         lambda x: nt.sendrecv(
@@ -112,6 +123,87 @@ def test_hessians(name: str) -> None:
     np.testing.assert_allclose(
         jnp.tensordot(found, tangent, axes=tangent.ndim), expected, rtol=1e-4, atol=1e-4
     )
+
+
+def along_the_ranks(x: jax.Array) -> jax.Array:
+    """Each rank waits for the one before it."""
+    y = x if RANK == 0 else x + 2 * nt.recv(x, RANK - 1, tag=1, paired=True)
+    if RANK < LAST:
+        nt.send(y, RANK + 1, tag=1, paired=True)
+    return y
+
+
+def in_another_order(x: jax.Array) -> jax.Array:
+    nt.send(2 * x, NEXT, tag=1, paired=True)
+    nt.send(3 * x * x, NEXT, tag=2, paired=True)
+    second = nt.recv(x, PREVIOUS, tag=2, paired=True)
+    return second + 5 * nt.recv(x, PREVIOUS, tag=1, paired=True)
+
+
+def all_to_the_last(x: jax.Array, like: Any = None) -> jax.Array:
+    """Of other ranks no result depends on what they send."""
+    if SIZE == 1:
+        return x
+    if RANK < LAST:
+        token = m.send(x * x, LAST, tag=3, paired=True)
+        m.send(x, m.PROC_NULL, tag=3, paired=True, token=token)
+        return jnp.zeros(3)
+    return sum(
+        (nt.recv(x if like is None else like, i, tag=3, paired=True) for i in range(LAST)),
+        start=jnp.zeros(3),
+    )
+
+
+def in_a_loop(x: jax.Array) -> jax.Array:
+    def body(carry, _):
+        return 0.5 * around(carry * carry), all_to_the_last(carry)
+
+    carry, parts = jax.lax.scan(body, x, None, length=3)
+    return carry + parts.sum(0)
+
+
+def in_a_branch(x: jax.Array) -> jax.Array:
+    return jax.lax.cond(x.sum() < 1e9, lambda x: all_to_the_last(x, LIKE), lambda x: x, x)
+
+
+HOW = {
+    "eager": lambda f: f,
+    "checkpoint": jax.checkpoint,
+    "jitted checkpoint": lambda f: jax.jit(jax.checkpoint(f)),
+    "vmap": jax.vmap,
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "function", [along_the_ranks, in_another_order, all_to_the_last, in_a_loop, in_a_branch]
+)
+def test_messages_whose_pairing_is_known(function: Any, how: str) -> None:
+    # A loop or branch whose predicate is batched is refused.
+    if function is in_a_branch and how == "vmap":
+        how = "eager"
+    function, shape = HOW[how](function), (2, 3) if how == "vmap" else (3,)
+    x, tangent, ct, direction = (random(shape, seed) for seed in (20, 21, 22, 23))
+    y, y_tangent = jax.jvp(function, (x,), (tangent,))
+    value, pull = jax.vjp(function, x)
+    np.testing.assert_allclose(value, y)
+    np.testing.assert_allclose(inner(y_tangent, ct), inner(tangent, pull(ct)[0]), rtol=1e-4)
+
+    def gradient(x):
+        return jax.grad(lambda x: (function(x) ** 2).sum())(x)
+
+    # The second derivative is symmetric, and reverse over reverse is reverse over forward.
+    _, forward = jax.jvp(gradient, (x,), (tangent,))
+    _, other = jax.jvp(gradient, (x,), (direction,))
+    np.testing.assert_allclose(inner(forward, direction), inner(other, tangent), rtol=1e-3)
+    reverse = jax.grad(lambda x: jnp.vdot(gradient(x), tangent))(x)
+    np.testing.assert_allclose(inner(reverse, direction), inner(forward, direction), rtol=1e-3)
+
+
+def test_a_paired_receive_names_its_message() -> None:
+    for source, tag in [(0, m.ANY_TAG), (m.ANY_SOURCE, 1)]:
+        with pytest.raises(ValueError, match="must name its source and tag"):
+            nt.recv(LIKE, source, tag=tag, paired=True)
 
 
 def test_hessian_of_a_replicated_loss() -> None:
