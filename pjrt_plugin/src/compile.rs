@@ -45,7 +45,7 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
             let compiled = call(plugin().inner.api().PJRT_Client_Compile, args);
             (*args).compile_options = options.as_ptr().cast();
             (*args).compile_options_size = options.len();
-            compiled?;
+            compiled.map_err(with_remedy)?;
             let first = start.elapsed();
             match place {
                 Place::Here => {}
@@ -76,6 +76,20 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
             note((*args).executable, ours)
         }
     })
+}
+
+/// XLA's words for what its plugins cannot do, with what to do instead.
+fn with_remedy(error: Error) -> Error {
+    let message = error.to_string();
+    if !message.contains("untyped custom call") {
+        return error;
+    }
+    error.discard();
+    Error::unimplemented(format!(
+        "mpi_cuda: {message}: a plugin runs typed targets only, which XLA asks for everywhere \
+         (https://docs.jax.dev/en/latest/ffi.html); register it with jax.ffi.register_ffi_target \
+         and api_version=1, or run without the extension that brings it"
+    ))
 }
 
 /// On this rank a program with operations would not run, and the others would wait for it.
