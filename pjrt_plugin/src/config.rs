@@ -70,6 +70,11 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "keep freed memory in the process, which spares page faults",
     },
     Variable {
+        name: "MPI_CUDA_HUGE_PAGES",
+        values: "1, 0",
+        meaning: "put messages into huge pages, which spares looking up their pages",
+    },
+    Variable {
         name: "MPI_CUDA_PART_BYTES",
         values: "1073741824, bytes from 64",
         meaning: "larger collectives go in parts of this size; the same on all ranks",
@@ -144,6 +149,7 @@ pub struct Config {
     pub warn_after: Duration,
     pub log: Log,
     pub keep_memory: bool,
+    pub huge_pages: bool,
     pub part_bytes: i64,
     pub transfer: Asked,
     /// What mpi4jax's variable said, if that was not clear.
@@ -208,6 +214,7 @@ impl Config {
                 Some(other) => return Err(wrong("MPI_CUDA_LOG", other)),
             },
             keep_memory: flag("MPI_CUDA_KEEP_MEMORY", true)?,
+            huge_pages: flag("MPI_CUDA_HUGE_PAGES", true)?,
             part_bytes: match get("MPI_CUDA_PART_BYTES") {
                 None => LARGEST_PART,
                 Some(text) => text

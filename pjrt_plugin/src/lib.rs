@@ -33,6 +33,7 @@ mod memory;
 mod natives;
 mod nested;
 mod options;
+mod pages;
 mod plugin;
 mod promise;
 mod room;

@@ -13,6 +13,7 @@ use mpi_runtime::{Buffer, Kind, Operation, Staging, Ticket, World};
 use crate::config::{self, Config};
 use crate::error::Error;
 use crate::ffi::frame::Frame;
+use crate::pages;
 use crate::plugin::plugin;
 
 /// A device with its staging.
@@ -115,7 +116,12 @@ impl<'a> Memory<'a> {
                 self.catch_up();
                 done
             }
-            None => world.engine.execute(ticket, op),
+            None => {
+                if plugin().config.huge_pages {
+                    pages::prepare(op);
+                }
+                world.engine.execute(ticket, op)
+            }
         }
     }
 

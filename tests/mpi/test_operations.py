@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from mpi_cuda import notoken as nt
 X = jnp.arange(3.0)
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 DTYPES = ["bool", "int8", "uint16", "int32", "float32", "complex64", "float16", "bfloat16"]
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FLOAT8 = [name for name in dir(jnp) if name.startswith("float8_")]
 
 
@@ -337,6 +341,31 @@ def test_operands_keep_their_values() -> None:
         nt.allreduce(x, m.SUM)
         nt.recv(x, m.PROC_NULL)
     np.testing.assert_array_equal(x, np.arange(4.0))
+
+
+@pytest.mark.skipif(
+    "[madvise]" not in HUGE_PAGES.read_text() if HUGE_PAGES.exists() else True,
+    reason="Linux has huge pages always or never here",
+)
+def test_messages_lie_in_huge_pages() -> None:
+    """Asked for; whether there are free ones is for Linux to say."""
+
+    def asked_for(x: jax.Array) -> bool:
+        if os.environ.get("MPI_CUDA_PRETEND_DEVICE") == "1":
+            return True
+        address = x.unsafe_buffer_pointer() + x.nbytes // 2
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(match[1], 16) <= address < int(match[2], 16)
+            elif inside and line.startswith("VmFlags"):
+                return "hg" in line.split()
+        raise AssertionError(f"{address:x} is not mapped")
+
+    x = jnp.arange(float(5 << 20))
+    y = nt.allreduce(x, m.SUM).block_until_ready()
+    np.testing.assert_array_equal(y, SIZE * x)
+    assert asked_for(x) and asked_for(y)
 
 
 def test_gradient_of_allreduce() -> None:
