@@ -188,6 +188,21 @@ impl Device for Cuda {
         let _ = self.call("cuMemFreeHost", || unsafe { sys::cuMemFreeHost(data) });
     }
 
+    fn memory(&self, bytes: usize) -> Result<Address, DeviceError> {
+        let mut memory = 0;
+        // SAFETY: writes to a valid place.
+        self.call("cuMemAlloc", || unsafe {
+            sys::cuMemAlloc_v2(&mut memory, bytes)
+        })?;
+        Ok(memory as Address)
+    }
+
+    fn free_memory(&self, memory: Address) {
+        // As in `free_pinned`.
+        // SAFETY: made by `memory`, and not used any more.
+        let _ = self.call("cuMemFree", || unsafe { sys::cuMemFree_v2(memory as u64) });
+    }
+
     fn stream(&self) -> Result<Stream, DeviceError> {
         let mut stream: CUstream = ptr::null_mut();
         let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;

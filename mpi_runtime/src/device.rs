@@ -5,6 +5,11 @@
 
 use std::fmt;
 use std::ptr::NonNull;
+use std::time::{Duration, Instant};
+
+/// How long an event is waited for before the thread sleeps, and how long it sleeps then.
+const SPIN: Duration = Duration::from_micros(200);
+const NAP: Duration = Duration::from_micros(20);
 
 /// An address in device memory. Only a number to the host.
 pub type Address = usize;
@@ -97,6 +102,16 @@ pub trait Device: Send + Sync {
     /// Frees memory of [`Device::pinned`] that no copy uses any more.
     fn free_pinned(&self, memory: HostMemory);
 
+    /// Memory of the device that MPI can pass to other processes: of CUDA's, that of `cuMemAlloc`, and not
+    /// of its virtual memory management.
+    ///
+    /// # Errors
+    /// If there is none left.
+    fn memory(&self, bytes: usize) -> Result<Address, DeviceError>;
+
+    /// Frees memory of [`Device::memory`] that nothing uses any more.
+    fn free_memory(&self, memory: Address);
+
     /// A new stream, which lives as long as the device.
     ///
     /// # Errors
@@ -141,4 +156,22 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// The memory must be valid until that has happened.
     unsafe fn fill(&self, stream: Stream, to: Address, what: Fill) -> Result<(), DeviceError>;
+}
+
+/// Waits for an event, and forgets it.
+///
+/// # Errors
+/// If the device has failed.
+pub(crate) fn pass(device: &dyn Device, event: Event) -> Result<(), DeviceError> {
+    let begun = Instant::now();
+    let passed = loop {
+        match device.has_passed(&event) {
+            Ok(false) if begun.elapsed() < SPIN => std::thread::yield_now(),
+            // The program computes what is to be sent.
+            Ok(false) => std::thread::sleep(NAP),
+            other => break other.map(drop),
+        }
+    };
+    device.forget(event);
+    passed
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimReceived};
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 use parking_lot::Mutex;
 
 use crate::alone;
@@ -16,6 +16,7 @@ use crate::arrivals::Arrivals;
 use crate::check;
 use crate::communicators::{Communicator, Communicators, DEFAULT, NATIVE, WORLD};
 use crate::device::Stream;
+use crate::direct::Direct;
 use crate::error::OperationError;
 use crate::native::Groups;
 use crate::operation::{Buffer, Operation};
@@ -105,7 +106,8 @@ fn message(source: i32, dest: i32) -> u64 {
 #[derive(Clone, Copy)]
 enum Place<'a> {
     Host,
-    Device(&'a Staging, Stream),
+    Staged(&'a Staging, Stream),
+    Direct(&'a Direct, Stream),
 }
 
 /// A communicator that the user has freed and that launches dispatched before still use.
@@ -225,7 +227,18 @@ impl Engine {
         staging: &Staging,
         main: Stream,
     ) -> Result<(), OperationError> {
-        self.execute_at(ticket, op, Place::Device(staging, main))
+        self.execute_at(ticket, op, Place::Staged(staging, main))
+    }
+
+    /// Like [`Engine::execute_staged`], by an MPI that knows the device. [`Direct::can`] must hold.
+    pub fn execute_direct(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        direct: &Direct,
+        main: Stream,
+    ) -> Result<(), OperationError> {
+        self.execute_at(ticket, op, Place::Direct(direct, main))
     }
 
     fn execute_at(
@@ -296,18 +309,20 @@ impl Engine {
                     received.and_then(|received| check_received(op, &received))
                 }
             },
-            Place::Device(staging, main) => {
+            Place::Direct(direct, main) => {
+                check::prepare(op, &comm).map_err(failed)?;
+                let _pending = self.pending.enter(op, comm.name);
+                let mut perform = |op: &Operation<'_>| {
+                    let shim_op = check::prepare(op, &comm)?;
+                    self.call(op, &comm, &shim_op).map(done)
+                };
+                direct.execute(op, &comm, main, &mut perform).map(drop)
+            }
+            Place::Staged(staging, main) => {
                 // As a whole, so that nothing begins that cannot end.
                 check::prepare(op, &comm).map_err(failed)?;
                 let _pending = self.pending.enter(op, comm.name);
-                let mut perform = |part: &Operation<'_>| {
-                    let received = self.perform(part, &comm)?;
-                    Ok(Done {
-                        source: received.source,
-                        tag: received.tag,
-                        bytes: usize::try_from(received.bytes).unwrap_or(0),
-                    })
-                };
+                let mut perform = |part: &Operation<'_>| self.perform(part, &comm).map(done);
                 staging.execute(op, &comm, main, &mut perform).map(drop)
             }
         }
@@ -317,21 +332,11 @@ impl Engine {
     /// Executes what is a whole to MPI.
     fn perform(&self, op: &Operation<'_>, comm: &Communicator) -> Result<ShimReceived, String> {
         let shim_op = check::prepare(op, comm)?;
-        let Some(shim) = &self.shim else {
+        if self.shim.is_none() {
             return alone::execute(op).map(|()| ShimReceived::default());
-        };
-        let marks = written::mark(op, comm);
-        let received = match &self.splits {
-            // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
-            Some(splits) if receives(op) && splits.are_first() => unsafe {
-                splits.receive_after(&shim_op)
-            },
-            _ => executing(|| shim.execute(&shim_op)),
-        };
-        let received = received.map_err(|error| error.0)?;
-        if let Some(history) = self.history(op.comm) {
-            history.add(op, comm.rank, &received);
         }
+        let marks = written::mark(op, comm);
+        let received = self.call(op, comm, &shim_op)?;
         if check::returns_input(op, comm) {
             alone::copy_through(op);
         }
@@ -340,6 +345,28 @@ impl Engine {
         }
         if let Some(marks) = marks {
             marks.check(op)?;
+        }
+        Ok(received)
+    }
+
+    /// Calls MPI. Nothing here touches the arrays.
+    fn call(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+        shim_op: &ShimOp,
+    ) -> Result<ShimReceived, String> {
+        let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
+        let received = match &self.splits {
+            // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
+            Some(splits) if receives(op) && splits.are_first() => unsafe {
+                splits.receive_after(shim_op)
+            },
+            _ => executing(|| shim.execute(shim_op)),
+        };
+        let received = received.map_err(|error| error.0)?;
+        if let Some(history) = self.history(op.comm) {
+            history.add(op, comm.rank, &received);
         }
         Ok(received)
     }
@@ -590,6 +617,14 @@ impl Engine {
     }
 }
 
+fn done(received: ShimReceived) -> Done {
+    Done {
+        source: received.source,
+        tag: received.tag,
+        bytes: usize::try_from(received.bytes).unwrap_or(0),
+    }
+}
+
 /// The number of a message to or from `PROC_NULL`.
 const TO_NOBODY: u32 = 0;
 const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
@@ -604,30 +639,16 @@ fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Str
     if !matches!(op.kind, Kind::Recv | Kind::Sendrecv) {
         return Ok(());
     }
-    let expected = op.recv.bytes();
     let arrived = usize::try_from(received.bytes).unwrap_or(0);
-    let too_short = op.source != PROC_NULL && arrived < expected && op.status == 0;
-    if arrived > expected || too_short {
-        let remedy = if too_short {
-            " (pass status= to accept less)"
-        } else {
-            ""
-        };
-        return Err(format!(
-            "the message from rank {} with tag {} has {arrived} bytes, and the result {expected}; \
-             both sides must have the same shape and dtype{remedy}",
-            received.source, received.tag
-        ));
-    }
-    if arrived < expected {
-        // SAFETY: the result buffer is valid for `expected` bytes; nothing in it stays
-        // uninitialised.
+    let missing = check::missing(op, received.source, received.tag, arrived)?;
+    if missing > 0 {
+        // SAFETY: the result buffer is valid for its bytes; nothing in it stays uninitialised.
         unsafe {
             op.recv
                 .data
                 .cast::<u8>()
                 .add(arrived)
-                .write_bytes(0, expected - arrived)
+                .write_bytes(0, missing)
         };
     }
     Ok(())

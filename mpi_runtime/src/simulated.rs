@@ -36,6 +36,8 @@ pub struct Simulated {
     memory: Memory,
     streams: Mutex<Vec<Sender<Work>>>,
     events: Mutex<HashMap<u64, Arc<Passed>>>,
+    /// Sizes of the host's memory that was given as the device's.
+    lent: Mutex<HashMap<Address, usize>>,
     next: AtomicU64,
     delay: Duration,
     /// Copies that happen before the device fails.
@@ -86,6 +88,7 @@ impl Simulated {
             memory,
             streams: Mutex::default(),
             events: Mutex::default(),
+            lent: Mutex::default(),
             next: AtomicU64::new(1),
             delay,
             good: AtomicUsize::new(usize::MAX),
@@ -106,6 +109,14 @@ impl Simulated {
     /// Most copies that were on their way at once.
     pub fn most_at_once(&self) -> usize {
         self.flying.most.load(Ordering::SeqCst)
+    }
+
+    /// Does something with its memory now, as an MPI that knows the device.
+    pub fn with<T>(&self, body: impl FnOnce(&mut [u8]) -> T) -> Option<T> {
+        match &self.memory {
+            Memory::Own(memory) => Some(body(&mut memory.lock())),
+            Memory::Hosts => None,
+        }
     }
 
     /// Does something with its memory, in the order of a stream, and late: a kernel.
@@ -215,6 +226,31 @@ impl Device for Simulated {
         let slice = std::ptr::slice_from_raw_parts_mut(memory.data.as_ptr(), memory.bytes);
         // SAFETY: made by `pinned` from a box of that size.
         drop(unsafe { Box::from_raw(slice) });
+    }
+
+    fn memory(&self, bytes: usize) -> Result<Address, DeviceError> {
+        match &self.memory {
+            Memory::Own(memory) => {
+                let mut memory = memory.lock();
+                let place = memory.len();
+                memory.resize(place + bytes, NOT_YET);
+                Ok(Self::address(place))
+            }
+            Memory::Hosts => {
+                let memory = Box::leak(vec![NOT_YET; bytes].into_boxed_slice());
+                self.lent.lock().insert(memory.as_ptr() as Address, bytes);
+                Ok(memory.as_ptr() as Address)
+            }
+        }
+    }
+
+    fn free_memory(&self, memory: Address) {
+        // What it has of its own stays where it is.
+        if let Some(bytes) = self.lent.lock().remove(&memory) {
+            let slice = std::ptr::slice_from_raw_parts_mut(memory as *mut u8, bytes);
+            // SAFETY: made by `memory` from a box of that size.
+            drop(unsafe { Box::from_raw(slice) });
+        }
     }
 
     fn stream(&self) -> Result<Stream, DeviceError> {

@@ -41,13 +41,22 @@ pub enum Aware {
     Unsaid,
 }
 
+/// What an MPI that knows the device is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Through {
+    /// XLA's arrays as they are.
+    Arrays,
+    /// Copies of them, on the device, in memory that any such MPI can pass on.
+    Copies,
+}
+
 /// What is known of a transfer with memory that XLA itself allocated, from an earlier job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Proof {
     /// Nobody has tried with this MPI, driver and plugin.
     None,
     /// It gave right results.
-    Works,
+    Works(Through),
     /// It did not.
     Fails(String),
 }
@@ -56,7 +65,7 @@ pub enum Proof {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Mode {
-    Direct,
+    Direct(Through),
     Staged,
 }
 
@@ -72,7 +81,8 @@ pub struct Choice {
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mode = match self.mode {
-            Mode::Direct => "direct",
+            Mode::Direct(Through::Arrays) => "direct",
+            Mode::Direct(Through::Copies) => "direct, through copies on the device",
             Mode::Staged => "staged",
         };
         write!(f, "{mode} ({})", self.reason)
@@ -114,9 +124,17 @@ pub fn choose(asked: Asked, mpi: &str, aware: Aware, proof: &Proof) -> Result<Ch
             format!("{mpi} does not say whether it has CUDA support, and nobody has tried it"),
             "try it with `mpirun -n 2 python -m mpi_cuda probe`",
         ),
-        (Asked::Direct, ..) => choice(Mode::Direct, "as asked for".into()),
+        (Asked::Direct, _, Proof::Works(through)) => {
+            choice(Mode::Direct(*through), "as asked for".into())
+        }
+        (Asked::Direct, Aware::Yes, Proof::None) => choice(
+            Mode::Direct(Through::Copies),
+            format!("as asked for; {PROBE} without them"),
+        ),
         (Asked::Auto, Aware::No, _) => choice(Mode::Staged, format!("{mpi} has no CUDA support")),
-        (Asked::Auto, _, Proof::Works) => choice(Mode::Direct, format!("it was tried with {mpi}")),
+        (Asked::Auto, _, Proof::Works(through)) => {
+            choice(Mode::Direct(*through), format!("it was tried with {mpi}"))
+        }
         (Asked::Auto, _, Proof::Fails(how)) => choice(
             Mode::Staged,
             format!("direct was tried with {mpi} and failed: {how}"),
@@ -134,10 +152,11 @@ mod tests {
 
     const EVERY_AWARE: [Aware; 3] = [Aware::Yes, Aware::No, Aware::Unsaid];
 
-    fn proofs() -> [Proof; 3] {
+    fn proofs() -> [Proof; 4] {
         [
             Proof::None,
-            Proof::Works,
+            Proof::Works(Through::Arrays),
+            Proof::Works(Through::Copies),
             Proof::Fails("rank 1 died".into()),
         ]
     }
@@ -161,8 +180,10 @@ mod tests {
     fn auto_is_direct_only_with_a_proof_and_never_an_error() {
         for aware in EVERY_AWARE {
             for proof in proofs() {
-                let direct = aware != Aware::No && proof == Proof::Works;
-                let want = if direct { Mode::Direct } else { Mode::Staged };
+                let want = match proof {
+                    Proof::Works(through) if aware != Aware::No => Mode::Direct(through),
+                    _ => Mode::Staged,
+                };
                 assert_eq!(mode(Asked::Auto, aware, &proof), Some(want));
             }
         }
@@ -178,9 +199,15 @@ mod tests {
                 let possible = match aware {
                     Aware::Yes => !matches!(proof, Proof::Fails(_)),
                     Aware::No => false,
-                    Aware::Unsaid => proof == Proof::Works,
+                    Aware::Unsaid => matches!(proof, Proof::Works(_)),
                 };
                 assert_eq!(choice.is_ok(), possible, "{aware:?} {proof:?}");
+                // XLA's own arrays only if that was tried.
+                let tried = Mode::Direct(match proof {
+                    Proof::Works(through) => through,
+                    _ => Through::Copies,
+                });
+                assert!(choice.as_ref().is_err() || choice.as_ref().unwrap().mode == tried);
                 if let Err(error) = choice {
                     let text = error.to_string();
                     assert!(text.contains("Open MPI 4.1.4"), "{text}");

@@ -12,8 +12,9 @@ use crate::error::StartError;
 use crate::family::{self, Family};
 use crate::launcher::{self, Launched};
 use crate::output;
+use crate::proof::Proofs;
 use crate::shim::{self, MpiError, Shim, State};
-use crate::transfer::{self, Asked, Choice, Mode, Proof};
+use crate::transfer::{self, Asked, Aware, Choice, Mode, Proof, Through};
 
 /// How to find the world.
 #[derive(Clone, Debug)]
@@ -41,8 +42,31 @@ pub struct DeviceOptions {
     pub asked: Asked,
     /// `MPI_CUDA_CHUNK_BYTES`.
     pub chunk_bytes: usize,
-    /// What is known of direct transfers here.
-    pub proof: Proof,
+    /// What MPI is taken to say of its support for CUDA, if not asked (tests).
+    pub aware: Option<Aware>,
+    /// Where to look up what is known of direct transfer.
+    pub proofs: Proofs,
+    /// Tried now, so taken for proven.
+    pub trying: Option<Through>,
+}
+
+/// What is known on all ranks: nodes may have files of their own.
+fn weakest(
+    own: Proof,
+    largest: &dyn Fn(u64) -> Result<u64, StartError>,
+) -> Result<Proof, StartError> {
+    let doubt = match own {
+        Proof::Works(Through::Arrays) => 0,
+        Proof::Works(Through::Copies) => 1,
+        Proof::None => 2,
+        Proof::Fails(_) => 3,
+    };
+    Ok(match largest(doubt)? {
+        most if most == doubt => own,
+        1 => Proof::Works(Through::Copies),
+        2 => Proof::None,
+        _ => Proof::Fails("on another rank".into()),
+    })
 }
 
 /// This process's place among the ranks.
@@ -157,10 +181,20 @@ impl World {
         let transfer = match &options.device {
             Some(device) => {
                 same("MPI_CUDA_CHUNK_BYTES", device.chunk_bytes as u64)?;
-                let choice =
-                    transfer::choose(device.asked, &library, shim.cuda_aware(), &device.proof);
+                let own = match device.trying {
+                    Some(through) => Proof::Works(through),
+                    None => device.proofs.read(&library),
+                };
+                let proof = weakest(own, &|number| {
+                    max_over_ranks(&shim, &everybody, number).map_err(&agree)
+                })?;
+                let aware = device.aware.unwrap_or_else(|| shim.cuda_aware());
+                let choice = transfer::choose(device.asked, &library, aware, &proof);
                 // A rank that cannot go on must not leave the others waiting.
-                let mode = choice.as_ref().map_or(2, |choice| choice.mode as u64);
+                let mode = choice.as_ref().map_or(2, |choice| match choice.mode {
+                    Mode::Direct(_) => 0,
+                    Mode::Staged => 1,
+                });
                 same(
                     "the transfer (MPI_CUDA_TRANSFER: 0 direct, 1 staged, 2 not possible)",
                     mode,
@@ -187,6 +221,17 @@ impl World {
             shim: Some(shim),
             owns_mpi,
         })
+    }
+
+    /// The largest of the ranks' numbers; collective, and of nothing but memory of the host.
+    ///
+    /// # Errors
+    /// If MPI fails.
+    pub fn largest(&self, own: u64) -> Result<u64, MpiError> {
+        match (&self.shim, self.engine.communicators.get(DEFAULT)) {
+            (Some(shim), Some(everybody)) => max_over_ranks(shim, &everybody, own),
+            _ => Ok(own),
+        }
     }
 
     /// A world of size 1 without MPI.

@@ -90,9 +90,20 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "staging cuts data in GPU memory into chunks of this size; the same on all ranks",
     },
     Variable {
-        name: "MPI_CUDA_PRETEND_DEVICE",
+        name: "MPI_CUDA_PROOF_DIR",
+        values: "path",
+        meaning: "folder for what `python -m mpi_cuda probe` finds out; default: ~/.cache/mpi_cuda",
+    },
+    Variable {
+        name: "MPI_CUDA_PROBE",
         values: "0, 1",
-        meaning: "tests only: treat arrays as if they lay in the memory of a slow device",
+        meaning: "set by `python -m mpi_cuda probe`: transfer directly, to see whether it works",
+    },
+    Variable {
+        name: "MPI_CUDA_PRETEND_DEVICE",
+        values: "0, 1, aware",
+        meaning: "tests only: treat arrays as if they lay in the memory of a slow device; aware: one \
+                  that MPI knows",
     },
     Variable {
         name: "MPI_CUDA_PRETEND_SIZE",
@@ -136,6 +147,16 @@ pub enum Log {
     Debug,
 }
 
+/// Whether the host's memory is taken for a device's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Pretend {
+    Nothing,
+    Device,
+    /// One whose memory MPI reads and writes by itself.
+    DeviceThatMpiKnows,
+}
+
 /// Everything a user can set.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -155,7 +176,9 @@ pub struct Config {
     /// What mpi4jax's variable said, if that was not clear.
     pub transfer_warning: Option<String>,
     pub chunk_bytes: usize,
-    pub pretend_device: bool,
+    pub proof_dir: Option<PathBuf>,
+    pub probe: bool,
+    pub pretend_device: Pretend,
     pub pretend_size: Option<i32>,
 }
 
@@ -236,7 +259,14 @@ impl Config {
                     })
                     .ok_or_else(|| wrong("MPI_CUDA_CHUNK_BYTES", &text))?,
             },
-            pretend_device: flag("MPI_CUDA_PRETEND_DEVICE", false)?,
+            proof_dir: get("MPI_CUDA_PROOF_DIR").map(PathBuf::from),
+            probe: flag("MPI_CUDA_PROBE", false)?,
+            pretend_device: match get("MPI_CUDA_PRETEND_DEVICE").as_deref() {
+                None | Some("0") => Pretend::Nothing,
+                Some("1") => Pretend::Device,
+                Some("aware") => Pretend::DeviceThatMpiKnows,
+                Some(other) => return Err(wrong("MPI_CUDA_PRETEND_DEVICE", other)),
+            },
             pretend_size: match get("MPI_CUDA_PRETEND_SIZE") {
                 None => None,
                 Some(text) => Some(

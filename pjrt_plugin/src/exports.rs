@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use pjrt_sys::PJRT_Api;
 
 use crate::boundary::quiet;
+use crate::config::Device;
 use crate::ffi::{self, Handler, Trampoline};
 use crate::plugin::{load, start_world, world};
 
@@ -197,4 +198,40 @@ pub unsafe extern "C" fn mpi_cuda_register_ffi_target(
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_set_trampoline(trampoline: Option<Trampoline>) {
     quiet((), || ffi::set_trampoline(trampoline));
+}
+
+/// Whether the inner plugin's devices are GPUs; 0 if it cannot be loaded.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_on_gpu() -> c_int {
+    quiet(0, || {
+        load().map_or(0, |plugin| c_int::from(plugin.inner.device == Device::Cuda))
+    })
+}
+
+/// Turns the probe of direct transfer to the next way: 0 arrays, 1 copies of them, 2 nothing is left; -1
+/// on error.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_probe_next() -> c_int {
+    quiet(-1, || match crate::probe::next() {
+        Ok(place) => c_int::try_from(place).unwrap_or(c_int::MAX),
+        Err(error) => fail(error),
+    })
+}
+
+/// What came of it on this rank: null if the data were right. 1 if it works on all ranks, 0 if not; -1 on
+/// error.
+///
+/// # Safety
+/// `failure` must be null or a C string.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_probe_report(failure: *const c_char) -> c_int {
+    quiet(-1, || {
+        // SAFETY: a C string, as the caller promises.
+        let text = (!failure.is_null()).then(|| unsafe { CStr::from_ptr(failure) });
+        let text = text.map(|text| text.to_string_lossy());
+        match crate::probe::report(text.as_deref()) {
+            Ok(works) => c_int::from(works),
+            Err(error) => fail(error),
+        }
+    })
 }

@@ -54,6 +54,8 @@ pub struct Inner {
     pub path: PathBuf,
     /// What its devices are.
     pub device: Device,
+    /// Why these.
+    pub reason: String,
 }
 
 // SAFETY: the table is static in a library that is never unloaded, and only read.
@@ -64,12 +66,17 @@ unsafe impl Sync for Inner {}
 impl Inner {
     /// Loads the plugin that `config` asks for.
     pub fn load(config: &Config) -> Result<Inner, Error> {
-        let device = match config.device {
-            // GPUs are not chosen before they have been tried.
-            Device::Auto | Device::Cpu => Device::Cpu,
+        let (device, reason) = match config.device {
+            // Of a file that the user names nobody knows what it is for.
+            Device::Auto if config.inner_plugin.is_some() => (
+                Device::Cpu,
+                "MPI_CUDA_INNER_PLUGIN without MPI_CUDA_DEVICE".into(),
+            ),
+            Device::Auto => automatic(&cuda::find(), || find(config, Device::Cuda)),
+            Device::Cpu => (Device::Cpu, "as asked for".into()),
             Device::Cuda => {
                 refuse_without_gpu()?;
-                Device::Cuda
+                (Device::Cuda, "as asked for".into())
             }
         };
         let path = find(config, device)?;
@@ -95,7 +102,12 @@ impl Inner {
             )));
         }
         std::mem::forget(library);
-        Ok(Inner { api, path, device })
+        Ok(Inner {
+            api,
+            path,
+            device,
+            reason,
+        })
     }
 
     /// Its function table.
@@ -113,17 +125,43 @@ impl Inner {
 
 /// Whoever asks for a GPU hears what is missing here, and not in the words of the inner plugin.
 fn refuse_without_gpu() -> Result<(), Error> {
-    let missing = match cuda::find() {
-        Found::Devices { count, .. } if count > 0 => return Ok(()),
+    match missing(&cuda::find()) {
+        None => Ok(()),
+        Some(missing) => Err(Error::precondition(format!(
+            "mpi_cuda: MPI_CUDA_DEVICE=cuda, but {missing}; use MPI_CUDA_DEVICE=cpu"
+        ))),
+    }
+}
+
+/// What keeps this machine from having a GPU.
+fn missing(found: &Found) -> Option<String> {
+    match found {
+        Found::Devices { count, .. } if *count > 0 => None,
         Found::Devices { .. } => {
-            "the CUDA driver sees no device (CUDA_VISIBLE_DEVICES?)".to_owned()
+            Some("the CUDA driver sees no device (CUDA_VISIBLE_DEVICES?)".into())
         }
-        Found::NoDriver => "there is no CUDA driver (libcuda.so.1)".to_owned(),
-        Found::Broken(reason) => reason,
-    };
-    Err(Error::precondition(format!(
-        "mpi_cuda: MPI_CUDA_DEVICE=cuda, but {missing}; use MPI_CUDA_DEVICE=cpu"
-    )))
+        Found::NoDriver => Some("there is no CUDA driver (libcuda.so.1)".into()),
+        Found::Broken(reason) => Some(reason.clone()),
+    }
+}
+
+/// GPUs where there are a driver, a device and a plugin; which, and why.
+fn automatic(found: &Found, plugin: impl FnOnce() -> Result<PathBuf, Error>) -> (Device, String) {
+    match missing(found) {
+        Some(missing) => (Device::Cpu, missing),
+        None => match plugin() {
+            Ok(_) => (
+                Device::Cuda,
+                "a driver, a device and a plugin are there".into(),
+            ),
+            Err(error) => {
+                error.discard();
+                let wheels = "jax-cuda13-pjrt or jax-cuda12-pjrt";
+                let reason = format!("there are GPUs, but no plugin for them; install {wheels}");
+                (Device::Cpu, reason)
+            }
+        },
+    }
 }
 
 /// The environment first, then beside our own file, then the site-packages we lie in.
@@ -136,6 +174,16 @@ fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
             "MPI_CUDA_INNER_PLUGIN={} is not a file",
             path.display()
         )));
+    }
+    // Where Python finds its packages (`python/mpi_cuda/_library.py`).
+    let variable = match device {
+        Device::Cuda => "MPI_CUDA_PLUGIN_CUDA",
+        _ => "MPI_CUDA_PLUGIN_CPU",
+    };
+    if let Some(path) = std::env::var_os(variable).map(PathBuf::from)
+        && path.is_file()
+    {
+        return Ok(path);
     }
     let own = own_folder();
     let wheels = WHEELS.iter().filter(|wheel| wheel.device == device);
@@ -194,5 +242,31 @@ fn silence_inner_logs() {
     {
         // SAFETY: runs once, while the framework loads plugins, before threads of ours exist.
         unsafe { std::env::set_var(VARIABLE, "3") };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_taken_where_everything_is_there() {
+        let here = || Ok(PathBuf::from("/plugin.so"));
+        let none = || Err(Error::precondition("no plugin"));
+        let devices = |count| Found::Devices {
+            count,
+            version: 13000,
+        };
+        assert_eq!(automatic(&devices(2), here).0, Device::Cuda);
+        for (found, text) in [
+            (devices(0), "CUDA_VISIBLE_DEVICES"),
+            (Found::NoDriver, "no CUDA driver"),
+            (Found::Broken("error 999".into()), "error 999"),
+        ] {
+            let (device, reason) = automatic(&found, here);
+            assert!(device == Device::Cpu && reason.contains(text), "{reason}");
+        }
+        let (device, reason) = automatic(&devices(1), none);
+        assert!(device == Device::Cpu && reason.contains("install jax-cuda13-pjrt"));
     }
 }

@@ -35,6 +35,7 @@ mod nested;
 mod options;
 mod pages;
 mod plugin;
+mod probe;
 mod promise;
 mod room;
 mod search;

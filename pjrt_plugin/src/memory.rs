@@ -8,48 +8,68 @@ use std::time::Duration;
 use mpi_runtime::cuda::Cuda;
 use mpi_runtime::device::{Address, Copy, Device, DeviceError, Fill, Stream};
 use mpi_runtime::simulated::Simulated;
-use mpi_runtime::{Buffer, Kind, Operation, Staging, Ticket, World};
+use mpi_runtime::transfer::{Mode, Through};
+use mpi_runtime::{Buffer, Direct, Kind, Operation, Staging, Ticket, World};
+use parking_lot::Mutex;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Pretend};
 use crate::error::Error;
 use crate::ffi::frame::Frame;
 use crate::pages;
-use crate::plugin::plugin;
+use crate::plugin::{plugin, world};
 
 /// A device with its staging.
 struct Staged {
     device: Arc<dyn Device>,
     staging: Staging,
+    /// If MPI uses the device's memory by itself.
+    direct: Option<Direct>,
     /// In place of the stream of a program, if XLA knows nothing of the device
     /// (`MPI_CUDA_PRETEND_DEVICE`): then each call waits for its own end.
     pretended: Option<Stream>,
 }
 
 static STAGED: OnceLock<Staged> = OnceLock::new();
+/// What the probe has asked for.
+static SWITCHED: Mutex<Option<Through>> = Mutex::new(None);
 /// What copies of the pretended device take at most.
 const DELAY: Duration = Duration::from_micros(50);
 
-/// Prepares staging, once the ranks agree on it. That for CUDA begins with the first call, which knows
-/// its device.
-pub fn start(config: &Config) -> Result<(), Error> {
-    if config.pretend_device {
+/// Prepares transfers, once the ranks agree on the way. Those for CUDA begin with the first call, which
+/// knows its device.
+pub fn start(config: &Config, mode: Mode) -> Result<(), Error> {
+    if config.pretend_device != Pretend::Nothing {
         let failed = |error: DeviceError| Error::internal(format!("mpi_cuda: {error}"));
         let device = Arc::new(Simulated::over_host(DELAY));
         let pretended = Some(device.stream().map_err(failed)?);
-        let staged = Staged::new(device, config.chunk_bytes, pretended).map_err(failed)?;
+        let staged = Staged::new(device, config.chunk_bytes, mode, pretended).map_err(failed)?;
         STAGED.get_or_init(|| staged);
     }
     Ok(())
+}
+
+/// From now on MPI gets the arrays of the device themselves, or copies.
+pub fn switch(through: Through) {
+    if let Some(direct) = STAGED.get().and_then(|staged| staged.direct.as_ref()) {
+        direct.switch(through);
+    }
+    *SWITCHED.lock() = Some(through);
 }
 
 impl Staged {
     fn new(
         device: Arc<dyn Device>,
         chunk: usize,
+        mode: Mode,
         pretended: Option<Stream>,
     ) -> Result<Staged, DeviceError> {
+        let through = |through| SWITCHED.lock().unwrap_or(through);
         Ok(Staged {
             staging: Staging::new(device.clone(), chunk)?,
+            direct: match mode {
+                Mode::Direct(chosen) => Some(Direct::new(device.clone(), through(chosen))),
+                Mode::Staged => None,
+            },
             device,
             pretended,
         })
@@ -60,9 +80,11 @@ impl Staged {
         if let Some(staged) = STAGED.get() {
             return Ok(staged);
         }
+        let transfer = world().and_then(|world| world.transfer.as_ref());
+        let mode = transfer.map_or(Mode::Staged, |transfer| transfer.mode);
         let chunk = plugin().config.chunk_bytes;
         let staged = Cuda::new(frame.device()?)
-            .and_then(|cuda| Staged::new(Arc::new(cuda), chunk, None))
+            .and_then(|cuda| Staged::new(Arc::new(cuda), chunk, mode, None))
             .map_err(|error| format!("mpi_cuda: {error}"))?;
         Ok(STAGED.get_or_init(|| staged))
     }
@@ -110,9 +132,13 @@ impl<'a> Memory<'a> {
                 world.engine.execute(ticket, op)
             }
             Some((staged, main)) => {
-                let done = world
-                    .engine
-                    .execute_staged(ticket, op, &staged.staging, main);
+                let engine = &world.engine;
+                let done = match &staged.direct {
+                    Some(direct) if Direct::can(op) => {
+                        engine.execute_direct(ticket, op, direct, main)
+                    }
+                    _ => engine.execute_staged(ticket, op, &staged.staging, main),
+                };
                 self.catch_up();
                 done
             }

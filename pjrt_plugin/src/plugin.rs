@@ -3,14 +3,16 @@
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+use mpi_runtime::cuda::{self, Found};
 use mpi_runtime::pending::say;
-use mpi_runtime::transfer::{Mode, Proof};
+use mpi_runtime::proof::Proofs;
+use mpi_runtime::transfer::{Asked, Aware, Through};
 use mpi_runtime::world::DeviceOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::{Mutex, RwLock};
 
 use crate::client::Client;
-use crate::config::{Config, Device, Log, create_option};
+use crate::config::{Config, Device, Log, Pretend, create_option};
 use crate::error::Error;
 use crate::inner::{Inner, own_folder};
 use crate::memory;
@@ -89,11 +91,8 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         singleton: config.singleton,
         warn_after: config.warn_after,
         part_bytes: config.part_bytes,
-        device: (config.pretend_device || on_gpu).then_some(DeviceOptions {
-            asked: config.transfer,
-            chunk_bytes: config.chunk_bytes,
-            proof: Proof::None,
-        }),
+        device: (config.pretend_device != Pretend::Nothing || on_gpu)
+            .then(|| device_options(config)),
         verbose: config.log >= Log::Debug,
     };
     let world = World::start(&options)
@@ -101,12 +100,13 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     if config.log >= Log::Info {
         let (major, minor) = plugin().inner.version();
         say(&format!(
-            "mpi_cuda: rank {} of {} (node-local {}): device {}, inner plugin {} (PJRT \
+            "mpi_cuda: rank {} of {} (node-local {}): device {} ({}), inner plugin {} (PJRT \
              {major}.{minor}), MPI {} (thread level {})",
             world.rank,
             world.size,
             world.node_rank,
             if on_gpu { "cuda" } else { "cpu" },
+            plugin().inner.reason,
             plugin().inner.path.display(),
             world.library,
             world.thread_level,
@@ -122,17 +122,49 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
                 world.rank
             ));
         }
-        if on_gpu && transfer.mode == Mode::Direct {
-            return Err(Error::unimplemented(
-                "mpi_cuda: direct transfer from GPU memory is not supported yet: use \
-                 MPI_CUDA_TRANSFER=staged",
-            ));
-        }
-        if transfer.mode == Mode::Staged {
-            memory::start(config)?;
-        }
+        memory::start(config, transfer.mode)?;
     }
     Ok(WORLD.get_or_init(|| world))
+}
+
+/// How data in device memory may travel.
+fn device_options(config: &Config) -> DeviceOptions {
+    DeviceOptions {
+        asked: if config.probe {
+            Asked::Direct
+        } else {
+            config.transfer
+        },
+        chunk_bytes: config.chunk_bytes,
+        aware: (config.pretend_device == Pretend::DeviceThatMpiKnows).then_some(Aware::Yes),
+        proofs: proofs(config),
+        trying: config.probe.then_some(Through::Copies),
+    }
+}
+
+/// Where what is known of direct transfer is kept.
+pub fn proofs(config: &Config) -> Proofs {
+    let cache = || {
+        let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
+        let named = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        named.or_else(home).unwrap_or_else(std::env::temp_dir)
+    };
+    let driver = match cuda::find() {
+        Found::Devices { version, .. } => format!("CUDA driver {version}"),
+        _ => "no CUDA driver".into(),
+    };
+    let (major, minor) = plugin().inner.version();
+    let path = &plugin().inner.path;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // Another version of the plugin may allocate in another way.
+    let size = std::fs::metadata(path).map_or(0, |file| file.len());
+    Proofs {
+        folder: match &config.proof_dir {
+            Some(folder) => folder.clone(),
+            None => cache().join("mpi_cuda"),
+        },
+        with: format!("{driver}; {name} of {size} bytes, PJRT {major}.{minor}"),
+    }
 }
 
 /// Large results come from freshly mapped pages otherwise, whose faults cost more than the message

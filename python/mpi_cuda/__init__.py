@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpi_cuda import _batching, _derivatives, _hoisting, experimental, notoken  # noqa: F401
+from mpi_cuda import _library as _library
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
 from mpi_cuda._operations import (
@@ -56,8 +57,8 @@ def __getattr__(name: str) -> Any:
 
 
 def has_cuda_support() -> bool:
-    """Whether this build communicates CUDA arrays; not yet."""
-    return False
+    """Whether arrays are on a CUDA device here (`MPI_CUDA_DEVICE`); they are communicated."""
+    return bool(_library.load().mpi_cuda_on_gpu())
 
 
 def has_sycl_support() -> bool:

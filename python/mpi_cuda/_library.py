@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 FOLDER = Path(__file__).resolve().parent / "lib"
 LIBRARY = FOLDER / "libpjrt_mpi_cuda.so"
 RANK_MARK = "MPI_CUDA_RANK_PROCESS"
-#: Packages with an XLA plugin, for CPUs and for GPUs, and its file.
-WHEELS = (
-    [("xla_plugins.xla_cpu_pjrt", "xla_cpu_pjrt.so")],
-    [
+#: Packages with an XLA plugin and its file, by the variable that tells the library where it is.
+WHEELS = {
+    "MPI_CUDA_PLUGIN_CPU": [("xla_plugins.xla_cpu_pjrt", "xla_cpu_pjrt.so")],
+    "MPI_CUDA_PLUGIN_CUDA": [
         ("jax_plugins.xla_cuda13", "xla_cuda_plugin.so"),
         ("jax_plugins.xla_cuda12", "xla_cuda_plugin.so"),
     ],
-)
+}
 
 
 class World(NamedTuple):
@@ -30,20 +30,24 @@ class World(NamedTuple):
     family: str
 
 
-def _find_inner_plugin() -> None:
-    """Tells the library where the wheel with the XLA plugin is, if the user did not."""
-    if "MPI_CUDA_INNER_PLUGIN" in os.environ:
-        return
-    for package, file in WHEELS[os.environ.get("MPI_CUDA_DEVICE") == "cuda"]:
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        if spec is not None and spec.origin is not None:
-            plugin = Path(spec.origin).with_name(file)
-            if plugin.is_file():
-                os.environ["MPI_CUDA_INNER_PLUGIN"] = str(plugin)
-                return
+def _find_inner_plugins() -> None:
+    """Tells the library where the wheels with XLA plugins are, as Python finds them."""
+    for variable, wheels in WHEELS.items():
+        found = [plugin for wheel in wheels if (plugin := _file_of(*wheel))]
+        if found and variable not in os.environ:
+            os.environ[variable] = str(found[0])
+
+
+def _file_of(package: str, file: str) -> Path | None:
+    """A file in a package that is installed, without importing it."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).with_name(file)
+    return path if path.is_file() else None
 
 
 @functools.cache
@@ -55,7 +59,7 @@ def load() -> ctypes.CDLL:
     """
     if not LIBRARY.is_file():
         raise RuntimeError(f"{LIBRARY} is missing: run scripts/setup, which builds it")
-    _find_inner_plugin()
+    _find_inner_plugins()
     library = ctypes.CDLL(str(LIBRARY))
     int_pointer = ctypes.POINTER(ctypes.c_int)
     signatures: dict[str, tuple[object, list[object]]] = {
@@ -78,6 +82,9 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_shutdown": (None, []),
         "mpi_cuda_register_ffi_target": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_void_p]),
         "mpi_cuda_set_trampoline": (None, [ctypes.c_void_p]),
+        "mpi_cuda_on_gpu": (ctypes.c_int, []),
+        "mpi_cuda_probe_next": (ctypes.c_int, []),
+        "mpi_cuda_probe_report": (ctypes.c_int, [ctypes.c_char_p]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

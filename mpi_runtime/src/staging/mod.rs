@@ -14,19 +14,14 @@ mod pool;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use mpi_shim_abi::Kind;
 
 use crate::communicators::Communicator;
-use crate::device::{Copy, Device, DeviceError, Event, HostMemory, Stream};
+use crate::device::{self, Copy, Device, DeviceError, Event, HostMemory, Stream};
 use crate::operation::{Buffer, Operation};
 use plan::Plan;
 use pool::Pool;
-
-/// How long a copy is waited for before the thread sleeps, and how long it sleeps then.
-const SPIN: Duration = Duration::from_micros(200);
-const NAP: Duration = Duration::from_micros(20);
 
 /// Chunks that are on their way down while MPI has one.
 const AHEAD: usize = 2;
@@ -150,18 +145,7 @@ impl<'a> Run<'a> {
 
     /// Waits for an event.
     fn pass(&self, event: Event) -> Result<(), DeviceError> {
-        let device = &self.staging.device;
-        let begun = Instant::now();
-        let passed = loop {
-            match device.has_passed(&event) {
-                Ok(false) if begun.elapsed() < SPIN => std::thread::yield_now(),
-                // The program computes what is to be sent.
-                Ok(false) => std::thread::sleep(NAP),
-                other => break other.map(drop),
-            }
-        };
-        device.forget(event);
-        passed
+        device::pass(&*self.staging.device, event)
     }
 
     /// Memory of the host for `bytes`.

@@ -11,8 +11,10 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::{Done, Staging};
 use crate::communicators::Communicator;
 use crate::device::{Device, Stream};
+use crate::direct::Direct;
 use crate::operation::{Buffer, ElementType, Operation};
 use crate::simulated::{NOT_YET, Simulated};
+use crate::transfer::Through;
 
 const CHUNK: usize = 64;
 /// Where the result lies in the memory of a device; the operand is at 0.
@@ -38,6 +40,8 @@ struct Rank {
     comm: Communicator,
     device: Arc<Simulated>,
     staging: Arc<Staging>,
+    /// In place of staging.
+    direct: Option<Arc<Direct>>,
     main: Stream,
     network: Arc<Network>,
     collectives: usize,
@@ -118,6 +122,50 @@ impl Rank {
         Ok(Done::default())
     }
 
+    /// As an MPI that knows the device, which writes no more than a message has.
+    fn perform_on_device(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+        let place = |buffer: &Buffer<'_>| buffer.data as usize - Simulated::address(0);
+        let length = op.send.bytes();
+        let mut sent = Vec::new();
+        if length > 0 {
+            let from = place(&op.send);
+            sent = self
+                .device
+                .with(|memory| memory[from..][..length].to_vec())
+                .unwrap();
+        }
+        let mut received = vec![NOT_YET; op.recv.bytes()];
+        let root = op.dest == self.comm.rank;
+        let writes = match op.kind {
+            Kind::Bcast => !root,
+            Kind::Gather | Kind::Reduce => root,
+            Kind::Send => false,
+            _ => true,
+        };
+        let mut on_host = *op;
+        on_host.send.data = sent.as_mut_ptr().cast();
+        on_host.recv.data = match writes {
+            true => received.as_mut_ptr().cast(),
+            false => std::ptr::null_mut(),
+        };
+        let nobody = op.source == PROC_NULL && op.dest == PROC_NULL;
+        let done = match op.kind {
+            Kind::Sendrecv if nobody => Done::default(),
+            _ => self.perform(&on_host)?,
+        };
+        let arrived = match op.kind {
+            Kind::Recv | Kind::Sendrecv => done.bytes,
+            _ => received.len(),
+        };
+        if writes && arrived > 0 && arrived <= received.len() {
+            let to = place(&op.recv);
+            self.device.with(|memory| {
+                memory[to..][..arrived].copy_from_slice(&received[..arrived]);
+            });
+        }
+        Ok(done)
+    }
+
     fn message(&self, op: &Operation<'_>) -> Done {
         let rank = self.comm.rank;
         let mut state = self.network.state.lock();
@@ -159,8 +207,14 @@ impl Rank {
             memory[RESULT..].fill(NOT_YET);
         });
         let comm = self.comm;
-        let staging = self.staging.clone();
-        let done = staging.execute(op, &comm, main, &mut |part| self.perform(part));
+        let (staging, direct) = (self.staging.clone(), self.direct.clone());
+        let done = match direct {
+            Some(direct) => {
+                assert!(Direct::can(op));
+                direct.execute(op, &comm, main, &mut |op| self.perform_on_device(op))
+            }
+            None => staging.execute(op, &comm, main, &mut |part| self.perform(part)),
+        };
         let seen = Arc::new(Mutex::new(Vec::new()));
         let (saw, length) = (seen.clone(), op.recv.bytes());
         device.kernel(main, move |memory| {
@@ -191,6 +245,7 @@ fn ranks<T: Send>(size: i32, body: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
                 },
                 main: device.stream().unwrap(),
                 staging: Arc::new(Staging::new(device.clone(), CHUNK).unwrap()),
+                direct: None,
                 device,
                 network: network.clone(),
                 collectives: 0,
@@ -511,4 +566,138 @@ fn a_rank_that_gets_nothing_may_have_no_result() {
         }
         rank.run(&op, numbers(rank.comm.rank, 200)).0.unwrap();
     });
+}
+
+impl Rank {
+    /// From now on MPI gets the device's memory.
+    fn go_direct(&mut self, through: Through) {
+        self.direct = Some(Arc::new(Direct::new(self.device.clone(), through)));
+    }
+}
+
+#[test]
+fn direct_collectives_come_after_the_kernels_before_and_before_those_after() {
+    for (through, size) in [
+        (Through::Arrays, 1),
+        (Through::Arrays, 3),
+        (Through::Copies, 3),
+    ] {
+        ranks(size, |rank| {
+            rank.go_direct(through);
+            for n in [0, 1, 65, 300] {
+                for (turn, kind) in COLLECTIVES.into_iter().enumerate() {
+                    let root = turn as i32 % size;
+                    let (operand, want) = example(kind, rank.comm.rank, size as usize, n, root);
+                    let (sent, received) = ([operand.len() as i64], [want.len() as i64]);
+                    let op = Operation {
+                        dest: root,
+                        ..operation(kind, &sent, &received)
+                    };
+                    if kind == Kind::Exscan {
+                        assert!(!Direct::can(&op));
+                        continue;
+                    }
+                    let (done, result) = rank.run(&op, operand);
+                    done.unwrap();
+                    assert_eq!(result, want, "{kind:?} of {n} on {size}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn direct_messages_and_their_lengths() {
+    fn exchange<'a>(with: i32, sent: &'a [i64], received: &'a [i64]) -> Operation<'a> {
+        Operation {
+            dest: with,
+            source: with,
+            ..operation(Kind::Sendrecv, sent, received)
+        }
+    }
+    for through in [Through::Arrays, Through::Copies] {
+        ranks(2, |rank| {
+            rank.go_direct(through);
+            let (own, other) = (rank.comm.rank, 1 - rank.comm.rank);
+            for n in [0i64, 1, 1000] {
+                let shape = [n];
+                let (done, result) =
+                    rank.run(&exchange(other, &shape, &shape), numbers(own, n as usize));
+                done.unwrap();
+                assert_eq!(result, numbers(other, n as usize));
+            }
+            // Shorter and longer ones; with a status the rest is zeros.
+            let text = rank
+                .run(&exchange(other, &[100], &[300]), numbers(own, 100))
+                .0
+                .unwrap_err();
+            assert!(text.contains("100 bytes, and the result 300"), "{text}");
+            let text = rank
+                .run(&exchange(other, &[100], &[30]), numbers(own, 100))
+                .0
+                .unwrap_err();
+            assert!(text.contains("100 bytes, and the result 30"), "{text}");
+            let shorter = Operation {
+                status: 1,
+                ..exchange(other, &[100], &[300])
+            };
+            let (done, result) = rank.run(&shorter, numbers(own, 100));
+            done.unwrap();
+            let mut want = numbers(other, 100);
+            want.resize(300, 0);
+            assert_eq!(result, want);
+            let nobody = Operation {
+                dest: PROC_NULL,
+                source: PROC_NULL,
+                ..operation(Kind::Sendrecv, &[200], &[200])
+            };
+            let (done, result) = rank.run(&nobody, numbers(own, 200));
+            done.unwrap();
+            assert_eq!(result, vec![0; 200]);
+        });
+    }
+}
+
+#[test]
+fn direct_failures_leave_the_next_operation_alone() {
+    ranks(1, |rank| {
+        rank.go_direct(Through::Copies);
+        let shape = [500];
+        let op = operation(Kind::Allreduce, &shape, &shape);
+        rank.fails_at = 1;
+        assert!(rank.run(&op, numbers(0, 500)).0.is_err());
+        let (done, result) = rank.run(&op, numbers(0, 500));
+        done.unwrap();
+        assert_eq!(result, numbers(0, 500));
+        rank.device.fail_after(1);
+        let text = rank.run(&op, numbers(0, 500)).0.unwrap_err();
+        assert!(
+            text.contains("a copy failed on the simulated device"),
+            "{text}"
+        );
+    });
+}
+
+#[test]
+fn what_mpi_reduces_by_functions_on_the_host_does_not_go_directly() {
+    let shape = [4];
+    let with = |dtype, reduction| {
+        let mut op = operation(Kind::Allreduce, &shape, &shape);
+        (op.send.dtype, op.recv.dtype, op.reduction) = (dtype, dtype, Some(reduction));
+        Direct::can(&op)
+    };
+    assert!(with(ElementType::F32, Reduction::Sum) && with(ElementType::I8, Reduction::Max));
+    assert!(with(ElementType::C64, Reduction::Prod));
+    for (dtype, reduction) in [
+        (ElementType::F32, Reduction::Max),
+        (ElementType::F16, Reduction::Sum),
+        (ElementType::BF16, Reduction::Sum),
+        (ElementType::Bool, Reduction::Sum),
+        (ElementType::I32, Reduction::User),
+    ] {
+        assert!(!with(dtype, reduction), "{dtype:?} {reduction:?}");
+    }
+    let mut moved = operation(Kind::Allgather, &shape, &shape);
+    (moved.send.dtype, moved.reduction) = (ElementType::BF16, None);
+    assert!(Direct::can(&moved));
 }
