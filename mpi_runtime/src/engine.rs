@@ -319,11 +319,24 @@ impl Engine {
                 direct.execute(op, &comm, main, &mut perform).map(drop)
             }
             Place::Staged(staging, main) => {
-                // As a whole, so that nothing begins that cannot end.
-                check::prepare(op, &comm).map_err(failed)?;
-                let _pending = self.pending.enter(op, comm.name);
-                let mut perform = |part: &Operation<'_>| self.perform(part, &comm).map(done);
-                staging.execute(op, &comm, main, &mut perform).map(drop)
+                // The engine knows more of a message in two halves, and says it.
+                let waits = matches!(op.kind, Kind::Wait | Kind::WaitSend);
+                let pending = (!waits).then(|| self.pending.enter(op, comm.name));
+                if pending.is_some() {
+                    // As a whole, so that nothing begins that cannot end.
+                    check::prepare(op, &comm).map_err(failed)?;
+                }
+                let mut perform = |part: &Operation<'_>| match part.kind {
+                    Kind::Wait | Kind::WaitSend => self
+                        .wait_for_message(ticket, part, &comm)
+                        .map(|()| Done::default()),
+                    Kind::Isend | Kind::Irecv => {
+                        self.start_message(part, &comm).map(|()| Done::default())
+                    }
+                    _ => self.perform(part, &comm).map(done),
+                };
+                let done = staging.execute(op, &comm, main, &mut perform);
+                done.and_then(|done| self.say_received(op, done))
             }
         }
         .map_err(failed)
@@ -347,6 +360,18 @@ impl Engine {
             marks.check(op)?;
         }
         Ok(received)
+    }
+
+    /// MPI has filled the status of the last part of a message.
+    fn say_received(&self, op: &Operation<'_>, done: Done) -> Result<(), String> {
+        match &self.shim {
+            Some(shim) if op.status != 0 && receives(op) => {
+                // SAFETY: the user's status lives as long as programs that name it.
+                let said = unsafe { shim.set_received(op.status, done.bytes) };
+                said.map_err(|error| error.0)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Calls MPI. Nothing here touches the arrays.

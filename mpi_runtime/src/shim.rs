@@ -289,6 +289,15 @@ impl Shim {
         Ok((done != 0).then_some(status))
     }
 
+    /// Says in the user's `MPI_Status` at that address, which MPI has filled, how many bytes have come.
+    ///
+    /// # Safety
+    /// The address must be that of a status.
+    pub unsafe fn set_received(&self, address: usize, bytes: usize) -> Result<(), MpiError> {
+        // SAFETY: as the caller promises.
+        self.check(unsafe { (self.api.set_received)(address as *mut c_void, bytes as i64) })
+    }
+
     /// Writes a status to the user's `MPI_Status` at that address; 0 is none.
     ///
     /// # Safety

@@ -9,7 +9,7 @@ use mpi_runtime::cuda::Cuda;
 use mpi_runtime::device::{Address, Copy, Device, DeviceError, Fill, Stream};
 use mpi_runtime::simulated::Simulated;
 use mpi_runtime::transfer::{Mode, Through};
-use mpi_runtime::{Buffer, Direct, Kind, Operation, Staging, Ticket, World};
+use mpi_runtime::{Buffer, Direct, Operation, Staging, Ticket, World};
 use parking_lot::Mutex;
 
 use crate::config::{self, Config, Pretend};
@@ -122,15 +122,7 @@ impl<'a> Memory<'a> {
         ticket: Ticket,
         op: &Operation<'_>,
     ) -> Result<(), mpi_runtime::OperationError> {
-        let halves = matches!(
-            op.kind,
-            Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend
-        );
         match self.device {
-            // What the pretended device has is the host's after all.
-            Some((staged, _)) if halves && staged.pretended.is_some() => {
-                world.engine.execute(ticket, op)
-            }
             Some((staged, main)) => {
                 let engine = &world.engine;
                 let done = match &staged.direct {

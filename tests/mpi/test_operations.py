@@ -275,6 +275,21 @@ def test_any_source_any_tag_and_status() -> None:
         nt.send(jnp.float32(RANK), 0, tag=10 + RANK)
 
 
+def test_status_of_a_long_message() -> None:
+    """On a device it comes in several parts."""
+    from mpi4py import MPI
+
+    status = MPI.Status()
+    if RANK == 1:
+        nt.send(jnp.arange(5000.0), 0, tag=6)
+    elif RANK == 0:
+        got = nt.recv(jnp.zeros(6000), m.ANY_SOURCE, status=status)
+        assert (status.Get_source(), status.Get_tag()) == (1, 6)
+        assert status.Get_count(MPI.FLOAT) == 5000
+        np.testing.assert_array_equal(got, [*range(5000), *[0] * 1000])
+    nt.barrier()
+
+
 def test_proc_null_gives_zeros_at_once() -> None:
     received = nt.recv(jnp.full((3,), 7.0), m.PROC_NULL)
     np.testing.assert_array_equal(received, np.zeros(3))

@@ -43,6 +43,7 @@ static API: ShimApi = ShimApi {
     take: split::take,
     start_receive: split::start_receive,
     test: split::test,
+    set_received: messages::set_received,
     status_size: size_of::<ffi::MPI_Status>(),
     error_string,
 };

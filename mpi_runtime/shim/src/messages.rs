@@ -2,7 +2,7 @@
 //! so knows its length before a byte is written: Open MPI 4.1 corrupts memory when a large
 //! message is longer than the buffer, and MPI's own error does not say how long it was.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 
 use mpi::ffi;
@@ -205,4 +205,12 @@ pub(crate) fn rank(rank: i32) -> c_int {
 
 pub(crate) fn tag(tag: i32) -> c_int {
     if tag == ANY { ffi::MPI_ANY_TAG } else { tag }
+}
+
+/// See [`mpi_shim_abi::ShimApi::set_received`].
+pub unsafe extern "C" fn set_received(status: *mut c_void, bytes: i64) -> c_int {
+    // SAFETY: the caller passes a status that MPI has filled.
+    unsafe {
+        ffi::MPI_Status_set_elements_x(status.cast(), ffi::RSMPI_UINT8_T, bytes as ffi::MPI_Count)
+    }
 }

@@ -15,7 +15,7 @@ use std::ffi::{c_char, c_int, c_void};
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 10;
+pub const ABI_VERSION: u32 = 11;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -245,6 +245,8 @@ pub struct ShimApi {
     /// `MPI_Test`; fills `status` when the request is complete.
     pub test:
         unsafe extern "C" fn(request: *mut u64, done: *mut c_int, status: *mut ShimStatus) -> c_int,
+    /// `MPI_Status_set_elements_x` of the user's `MPI_Status`: so many bytes have come.
+    pub set_received: unsafe extern "C" fn(status: *mut c_void, bytes: i64) -> c_int,
     /// Bytes of an `MPI_Status`.
     pub status_size: usize,
     /// `MPI_Error_string`, NUL-terminated.

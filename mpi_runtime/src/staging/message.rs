@@ -306,15 +306,7 @@ impl<'r, 's> Incoming<'r, 's> {
         (self.source, self.tag) = (done.source, done.tag);
         self.length = Some(length);
         self.open = length > 0;
-        self.fits(length, done)?;
-        if self.may_be_shorter {
-            return Err(
-                "status= of a message longer than a chunk is not supported on device memory yet: leave it \
-                 out, or set MPI_CUDA_CHUNK_BYTES to more than the message on all ranks"
-                    .into(),
-            );
-        }
-        Ok(())
+        self.fits(length, done)
     }
 
     /// Bytes that have come.

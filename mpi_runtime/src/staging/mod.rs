@@ -87,10 +87,7 @@ impl Staging {
                 perform(op)
             }
             Kind::Send | Kind::Recv | Kind::Sendrecv => message::execute(&run, op, perform),
-            Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => Err(format!(
-                "{} is not supported on device memory yet; use send, recv or sendrecv",
-                crate::operation::name(op.kind)
-            )),
+            Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => run.whole(op, perform),
             _ => run.collective(op, comm, perform).map(|()| Done::default()),
         };
         // Also after a failure: memory that copies use must not be given to others before.
@@ -219,6 +216,37 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// A message in two halves, which copies once anyway: the engine's memory is the host's.
+    fn whole(&self, op: &Operation<'_>, perform: &mut Perform<'_>) -> Result<Done, String> {
+        let said = |error: DeviceError| error.to_string();
+        // An `irecv` has its operand for the shape only.
+        let sent = [(op.send.data as usize, op.send.bytes())];
+        let reads = op.kind != Kind::Irecv && sent[0].1 > 0;
+        let coming = self.come(if reads { &sent } else { &[] }).map_err(said)?;
+        let send = self.arrive(coming).map_err(said)?;
+        let received = [(op.recv.data as usize, op.recv.bytes())];
+        let recv = match self.memory(received[0].1) {
+            Ok(memory) => memory,
+            Err(error) => {
+                self.give_back(send, self.staging.down);
+                return Err(error.to_string());
+            }
+        };
+        let done = perform(&Operation {
+            send: at(&send, op.send),
+            recv: at(&recv, op.recv),
+            ..*op
+        });
+        self.give_back(send, self.staging.down);
+        match done {
+            Ok(done) => self.go(recv, &received).map_err(said).map(|()| done),
+            Err(error) => {
+                self.give_back(recv, self.staging.up);
+                Err(error)
+            }
+        }
+    }
+
     fn collective(
         &self,
         op: &Operation<'_>,
@@ -278,22 +306,17 @@ impl<'a> Run<'a> {
         let recv = self.memory(rows.iter().map(|row| row.1).sum());
         let recv = recv.map_err(|error| error.to_string())?;
         let [sent, received] = plan.shapes(number);
-        let data = |memory: &Option<HostMemory>| {
-            memory
-                .as_ref()
-                .map_or(std::ptr::null_mut(), |memory| memory.data.as_ptr().cast())
+        let sent = Buffer {
+            shape: &sent,
+            ..op.send
+        };
+        let received = Buffer {
+            shape: &received,
+            ..op.recv
         };
         let done = perform(&Operation {
-            send: Buffer {
-                data: data(&send),
-                shape: &sent,
-                ..op.send
-            },
-            recv: Buffer {
-                data: data(&recv),
-                shape: &received,
-                ..op.recv
-            },
+            send: at(&send, sent),
+            recv: at(&recv, received),
             ..*op
         });
         self.give_back(send, self.staging.down);
@@ -304,6 +327,15 @@ impl<'a> Run<'a> {
                 Err(error)
             }
         }
+    }
+}
+
+/// The array in memory of the host.
+fn at<'a>(memory: &Option<HostMemory>, array: Buffer<'a>) -> Buffer<'a> {
+    let data = memory.as_ref().map(|memory| memory.data.as_ptr().cast());
+    Buffer {
+        data: data.unwrap_or(std::ptr::null_mut()),
+        ..array
     }
 }
 
