@@ -48,6 +48,11 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
             compiled.map_err(with_remedy)?;
             let first = start.elapsed();
             match place {
+                Place::Here if plugin().config.recompile => {
+                    let whole = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());
+                    (*args).executable = spmd::recompile((*args).client, whole, options)?;
+                    say("mpi_cuda: compiled an optimized program again as it is");
+                }
                 Place::Here => {}
                 Place::Elsewhere(_) if ours.operations => {
                     let refused = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());

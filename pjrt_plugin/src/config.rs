@@ -106,6 +106,11 @@ pub const VARIABLES: &[Variable] = &[
                   that MPI knows",
     },
     Variable {
+        name: "MPI_CUDA_RECOMPILE",
+        values: "0, 1",
+        meaning: "tests only: compile each optimized program again as it is, like those rewritten",
+    },
+    Variable {
         name: "MPI_CUDA_PRETEND_SIZE",
         values: "ranks",
         meaning: "tests only: show a world of this size without starting it",
@@ -179,6 +184,7 @@ pub struct Config {
     pub proof_dir: Option<PathBuf>,
     pub probe: bool,
     pub pretend_device: Pretend,
+    pub recompile: bool,
     pub pretend_size: Option<i32>,
 }
 
@@ -267,6 +273,7 @@ impl Config {
                 Some("aware") => Pretend::DeviceThatMpiKnows,
                 Some(other) => return Err(wrong("MPI_CUDA_PRETEND_DEVICE", other)),
             },
+            recompile: flag("MPI_CUDA_RECOMPILE", false)?,
             pretend_size: match get("MPI_CUDA_PRETEND_SIZE") {
                 None => None,
                 Some(text) => Some(

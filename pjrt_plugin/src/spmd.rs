@@ -182,6 +182,27 @@ pub unsafe fn specialise(
     load(client, optimized?, options, callbacks)
 }
 
+/// Compiles the optimized program of `whole`, which is for this rank's device alone, again as it is
+/// (`MPI_CUDA_RECOMPILE`).
+///
+/// # Safety
+/// `whole` must be a live executable that was compiled with `options` and nobody uses.
+pub unsafe fn recompile(
+    client: *mut PJRT_Client,
+    whole: *mut PJRT_LoadedExecutable,
+    options: &[u8],
+) -> Result<*mut PJRT_LoadedExecutable, Error> {
+    // SAFETY: as the caller promises.
+    let optimized = unsafe { optimized_program(whole) };
+    destroy_loaded(whole);
+    let optimized = optimized?;
+    let options = Options::read(options)?;
+    let layouts = hlo_rewrite::layouts_of(&optimized)?;
+    let own = options.devices()?.ids().first().copied().unwrap_or(0);
+    let for_device = options.for_device(own, &layouts)?;
+    compile(client, &hlo_rewrite::module_of(&optimized)?, &for_device)
+}
+
 /// Compiles a partitioned, optimized program for this rank's device.
 fn load(
     client: *mut PJRT_Client,

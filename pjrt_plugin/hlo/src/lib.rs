@@ -109,6 +109,14 @@ pub fn module_of(program: &[u8]) -> Result<Vec<u8>, Refused> {
     Ok(read(program)?.write_to_bytes()?)
 }
 
+/// The layouts of a serialized `HloModuleProtoWithConfig` as it is.
+///
+/// # Errors
+/// If it is no module.
+pub fn layouts_of(program: &[u8]) -> Result<Layouts, Refused> {
+    Ok(Module::new(read(program)?)?.layouts())
+}
+
 /// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty configuration.
 ///
 /// # Errors
