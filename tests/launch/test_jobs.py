@@ -573,6 +573,38 @@ def test_the_transfer_that_is_used_is_said() -> None:
     assert "transfer" not in job("openmpi", TRANSFER, MPI_CUDA_LOG="info").stderr
 
 
+EIGHT = """if True:
+    import tempfile
+    import jax, jax.numpy as jnp, numpy as np, mpi_cuda as m
+    from jax import lax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    n, rank = jax.process_count(), jax.process_index()
+    mesh = Mesh(np.array(jax.devices()).reshape(2, n // 2), ("a", "b"))
+    rows = np.arange(n * 16, dtype=np.float32).reshape(n, 16)
+    spec = P(("a", "b"))
+    sharding = NamedSharding(mesh, spec)
+    x = jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    def program(x):
+        gathered = lax.all_gather(x, "b").sum(0)
+        return lax.psum(x, "a") + gathered + lax.ppermute(x, ("a", "b"), ring)
+    program = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec))
+    with jax.profiler.trace(tempfile.mkdtemp()):
+        for _ in range(20):
+            y = program(x)
+        assert m.allreduce(jnp.float32(1), m.SUM)[0] == n
+    grid = rows.reshape(2, n // 2, 16)
+    want = (grid.sum(0)[None] + grid.sum(1)[:, None]).reshape(n, 16) + np.roll(rows, 1, 0)
+    np.testing.assert_allclose(np.asarray(y.addressable_shards[0].data)[0], want[rank])
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_eight_ranks_and_a_profile(mpi: str) -> None:
+    result = job(mpi, EIGHT, ranks=8, limit=120)
+    assert result.returncode == 0, result.stderr
+
+
 PROBE = """if True:
     import runpy, sys
     sys.argv[1:] = ["probe"]
