@@ -80,7 +80,9 @@ impl Direct {
 
     /// Whether MPI can execute it on device memory, the same on all ranks. It reduces by functions of ours
     /// or the user's only in memory of the host, and so may any MPI reduce what is no number of C.
-    pub fn can(op: &Operation<'_>) -> bool {
+    /// With more ranks than cores (`crowded`) collectives are nonblocking ones, which Open MPI does not
+    /// execute on device memory.
+    pub fn can(op: &Operation<'_>, crowded: bool) -> bool {
         let dtype = op.send.dtype;
         let reduces = |reduction| match dtype.class() {
             Class::Integer => reduction != Reduction::User,
@@ -91,6 +93,8 @@ impl Direct {
             Class::Logical | Class::Opaque => false,
         };
         match op.kind {
+            Kind::Send | Kind::Recv | Kind::Sendrecv => true,
+            _ if crowded => false,
             Kind::Exscan | Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => false,
             _ => op.reduction.is_none_or(reduces),
         }
@@ -183,7 +187,10 @@ impl Direct {
 
     /// Memory for a copy of `bytes`.
     fn take(&self, bytes: usize) -> Result<Piece, DeviceError> {
-        let bytes = bytes.next_power_of_two().max(SMALLEST);
+        let bytes = match bytes {
+            0..=KEPT => bytes.next_power_of_two().max(SMALLEST),
+            _ => bytes,
+        };
         let mut free = self.free.lock();
         for place in 0..free.len() {
             let (event, piece) = &free[place];

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::path::PathBuf;
 use std::{fs, io};
 
@@ -61,7 +61,9 @@ impl Proofs {
         }
         let key = self.key(mpi);
         let file = self.file(&key);
-        let unfinished = file.with_extension(std::process::id().to_string());
+        // Ranks of several nodes may have one number.
+        let random = RandomState::new().hash_one(std::process::id());
+        let unfinished = file.with_extension(format!("{random:x}"));
         fs::create_dir_all(&self.folder)?;
         fs::write(&unfinished, format!("{key}\n{state}\n"))?;
         fs::rename(unfinished, file)

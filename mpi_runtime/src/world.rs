@@ -85,6 +85,8 @@ pub struct World {
     pub thread_level: &'static str,
     /// How data in device memory travel; none where the host has them.
     pub transfer: Option<Choice>,
+    /// There are more ranks than cores on some node.
+    pub crowded: bool,
     /// The engine.
     pub engine: Engine,
     shim: Option<Shim>,
@@ -178,6 +180,10 @@ impl World {
             })
         };
         same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
+        same(
+            "the memory of arrays (MPI_CUDA_DEVICE: 0 the host's, 1 a GPU's)",
+            u64::from(options.device.is_some()),
+        )?;
         let transfer = match &options.device {
             Some(device) => {
                 same("MPI_CUDA_CHUNK_BYTES", device.chunk_bytes as u64)?;
@@ -217,6 +223,7 @@ impl World {
             library,
             thread_level,
             transfer,
+            crowded,
             engine,
             shim: Some(shim),
             owns_mpi,
@@ -257,6 +264,7 @@ impl World {
             node_size: 1,
             library: "no MPI".into(),
             thread_level: "none",
+            crowded: false,
             transfer: options.device.as_ref().map(|_| Choice {
                 mode: Mode::Staged,
                 reason: "there is no MPI".into(),

@@ -126,7 +126,7 @@ impl<'a> Memory<'a> {
             Some((staged, main)) => {
                 let engine = &world.engine;
                 let done = match &staged.direct {
-                    Some(direct) if Direct::can(op) => {
+                    Some(direct) if Direct::can(op, world.crowded) => {
                         engine.execute_direct(ticket, op, direct, main)
                     }
                     _ => engine.execute_staged(ticket, op, &staged.staging, main),

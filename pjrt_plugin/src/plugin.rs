@@ -146,7 +146,8 @@ fn device_options(config: &Config) -> DeviceOptions {
 pub fn proofs(config: &Config) -> Proofs {
     let cache = || {
         let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
-        let named = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let named = std::env::var_os("XDG_CACHE_HOME").filter(|name| !name.is_empty());
+        let named = named.map(PathBuf::from);
         named.or_else(home).unwrap_or_else(std::env::temp_dir)
     };
     let driver = match cuda::find() {

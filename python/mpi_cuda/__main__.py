@@ -40,6 +40,8 @@ def exchange() -> None:
         return (np.arange(length) % 1000 + 7 * rank).astype(np.float32)
 
     make = jax.jit(lambda x: x + 1)
+    # All is exchanged, whatever is wrong, so that ranks stay together.
+    found = []
     for bytes_ in SIZES:
         length = bytes_ // 4
         everybody = np.stack([row(r, length) for r in range(size)])
@@ -54,20 +56,24 @@ def exchange() -> None:
                 ("bcast", nt.bcast(x, 0), everybody[0]),
             ]:
                 # Used on the device at once, and seen by the host.
-                wrong = np.flatnonzero(np.asarray(make(got)) != want + 1)
-                assert not len(wrong), f"{name} of {bytes_} bytes: {len(wrong)} numbers are wrong"
+                if wrong := np.count_nonzero(np.asarray(make(got)) != want + 1):
+                    found.append(f"{wrong} numbers of {name} of {bytes_} bytes")
+    jax.effects_barrier()
+    assert not found, f"wrong are {', '.join(found)}"
 
 
 def probe() -> int:
     """Tries one way after the other; 0 if one works."""
-    os.environ.setdefault("JAX_PLATFORMS", "mpi_cuda")
     os.environ["MPI_CUDA_PROBE"] = "1"
     import jax
 
     import mpi_cuda as m
     from mpi_cuda import _library
 
-    jax.devices()
+    # Python has imported JAX, which reads its variables then, with this package.
+    jax.config.update("jax_platforms", "mpi_cuda")
+    if not _library.is_ours(jax.local_devices()[0].client):
+        raise RuntimeError("mpi_cuda probe: JAX does not use mpi_cuda; set JAX_PLATFORMS=mpi_cuda")
     library, rank = _library.load(), m.COMM_WORLD.rank
 
     def say(text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from jax._src import ad_checkpoint as remat
 from jax._src import core
 from jax._src.interpreters import partial_eval as pe
-from jax._src.lax.control_flow import loops
+from jax._src.lax.control_flow import conditionals, loops
 
 from mpi_cuda import _order
 
@@ -90,6 +90,55 @@ def _keep_program(original: Any) -> Any:
     return rule
 
 
+def _keep_branches(original: Any) -> Any:
+    """The same for a `cond`."""
+
+    @functools.wraps(original)
+    def rule(trace: Any, index: Any, *tracers: Any, branches: Any, **params: Any) -> Any:
+        unknown = [not tracer.is_known() for tracer in tracers]
+        communicates = any(_order.effect in branch.effects for branch in branches)
+        if not communicates or not any(unknown) or not index.is_known():
+            return original(trace, index, *tracers, branches=branches, **params)
+        branches = tuple(_with_result(branch, unknown.index(True)) for branch in branches)
+        *results, extra = original(trace, index, *tracers, branches=branches, **params)
+        trace.effect_handles.append(pe.EffectHandle([extra], extra.recipe))
+        return results
+
+    return rule
+
+
+def _keep_rematerialized_branches(original: Any) -> Any:
+    """And inside `jax.checkpoint`."""
+
+    @functools.wraps(original)
+    def rule(saveable: Any, unknown: Any, instantiated: Any, eqn: Any) -> Any:
+        if _order.effect not in eqn.effects or unknown[0] or not any(unknown):
+            return original(saveable, unknown, instantiated, eqn)
+        place = list(unknown).index(True)
+        branches = tuple(_with_result(branch, place - 1) for branch in eqn.params["branches"])
+        extra = core.Var(eqn.invars[place].aval)
+        eqn = eqn.replace(
+            outvars=[*eqn.outvars, extra], params={**eqn.params, "branches": branches}
+        )
+        known, staged, out_unknown, out_instantiated, residuals = original(
+            saveable, unknown, instantiated, eqn
+        )
+        return known, staged, out_unknown[:-1], out_instantiated[:-1], residuals
+
+    return rule
+
+
+def _with_result(closed: Any, place: int) -> Any:
+    """A program that returns one of its arguments, too."""
+    jaxpr = closed.jaxpr
+    more = jaxpr.replace(
+        outvars=[*jaxpr.outvars, jaxpr.invars[place]],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    # JAX 0.12 has one class for both.
+    return closed.replace(jaxpr=more) if jaxpr is not closed else more
+
+
 def install() -> None:
     """Replaces what JAX does; another JAX that does it elsewhere is warned of."""
     rules: Any = pe.partial_eval_jaxpr_custom_rules
@@ -106,6 +155,12 @@ def install() -> None:
     module._scan_known_hoisting = _keep_known(module._scan_known_hoisting)
     rules[loops.scan_p] = _keep_rematerialized(rules[loops.scan_p])
     unknown_programs[remat.remat_p] = _keep_program(unknown_programs[remat.remat_p])
+    if conditionals.cond_p in unknown_programs:
+        unknown_programs[conditionals.cond_p] = _keep_branches(
+            unknown_programs[conditionals.cond_p]
+        )
+    if conditionals.cond_p in rules:
+        rules[conditionals.cond_p] = _keep_rematerialized_branches(rules[conditionals.cond_p])
     setattr(pe, "partial_eval_jaxpr_nounits", _split_nothing(pe.partial_eval_jaxpr_nounits))  # noqa: B010
 
 

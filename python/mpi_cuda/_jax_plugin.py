@@ -33,7 +33,7 @@ def _options() -> dict[str, Any]:
     from mpi_cuda import _library
 
     _library.start()
-    if os.environ.get("MPI_CUDA_DEVICE") == "cuda":
+    if _library.load().mpi_cuda_on_gpu():
         from jaxlib import xla_client
 
         # JAX's own for its GPU plugin: allocator, memory fraction, preallocation.

@@ -176,20 +176,36 @@ def _install_calls(
         if primitive in calls:
             programs = list(core.jaxprs_in_params(params))
             if any(map(has_operations, programs)) and all(map(_is_harmless, programs)):
-                tracers = _some_tangent(self, tracers)
+                tracers, found = _some_tangent(self, tracers)
+                if not found and any(map(_receives, programs)):
+                    raise NotImplementedError(
+                        f"mpi_cuda.recv with paired=True in a {primitive.name} that takes no array "
+                        "with derivatives, so that JAX takes it for a constant: pass one in, and "
+                        "give it to recv as its first argument"
+                    )
         return original(self, primitive, tracers, params)
 
     trace.process_primitive = process_primitive
 
 
-def _some_tangent(trace: Any, tracers: Sequence[Any]) -> Sequence[Any]:
-    """The operands, of which at least one has a tangent."""
+def _receives(program: Any) -> bool:
+    """Whether a program has a receive with derivatives."""
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        if eqn.primitive.name == "mpi_cuda_recv" and eqn.params["paired"]:
+            return True
+        if any(map(_receives, core.jaxprs_in_params(eqn.params))):
+            return True
+    return False
+
+
+def _some_tangent(trace: Any, tracers: Sequence[Any]) -> tuple[Sequence[Any], bool]:
+    """The operands, of which at least one has a tangent, if any can."""
     pairs = [trace.to_primal_tangent_pair(x) for x in tracers]
     if any(type(tangent) is not ad.Zero for _, tangent in pairs):
-        return tracers
+        return tracers, True
     for index, (primal, _) in enumerate(pairs):
         if is_differentiable(core.typeof(primal)):
             new = list(tracers)
             new[index] = _with_tangent(trace, tracers[index])
-            return new
-    return tracers
+            return new, True
+    return tracers, False

@@ -287,6 +287,8 @@ def test_status_of_a_long_message() -> None:
         assert (status.Get_source(), status.Get_tag()) == (1, 6)
         assert status.Get_count(MPI.FLOAT) == 5000
         np.testing.assert_array_equal(got, [*range(5000), *[0] * 1000])
+    nt.recv(X, m.PROC_NULL, status=status)
+    assert status.Get_source() == MPI.PROC_NULL and status.Get_count(MPI.FLOAT) == 0
     nt.barrier()
 
 

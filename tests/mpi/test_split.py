@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -209,6 +210,31 @@ def test_misuse_is_refused_by_name() -> None:
         jax.vmap(lambda n: nt.wait(m.Request(n, None, (2,), np.dtype("f4"), m.COMM_WORLD)))(
             jnp.arange(3, dtype=jnp.uint32)
         )
+    nt.barrier()
+
+
+@pytest.mark.skipif(
+    os.environ.get("MPI_CUDA_PRETEND_DEVICE") != "1", reason="only staged messages come in chunks"
+)
+def test_a_message_in_chunks_is_not_for_irecv() -> None:
+    comm, x = MPI.COMM_WORLD.Clone(), jnp.zeros(2000)
+    assert x.nbytes > int(os.environ["MPI_CUDA_CHUNK_BYTES"])
+    for status in (None, m.Status()):
+        if RANK == 0:
+            nt.send(x, 1, comm=comm)
+        elif RANK == 1:
+            coming = nt.irecv(x, 0, comm=comm)
+            with pytest.raises(Exception, match="8000 bytes and comes in chunks, which irecv"):
+                nt.wait(coming, status=status).block_until_ready()
+            # What follows the announcement, out of the way.
+            for _ in range(2):
+                nt.recv(jnp.zeros(1024), 0, comm=comm, status=m.Status())
+    if RANK == 0:
+        nt.wait(nt.isend(x, 1, comm=comm, tag=1))
+    elif RANK == 1:
+        with pytest.raises(Exception, match=r"came in one piece.*sent by isend"):
+            nt.recv(x, 0, comm=comm, tag=1).block_until_ready()
+    jax.effects_barrier()
     nt.barrier()
 
 

@@ -15,7 +15,7 @@ use crate::operation::{Buffer, ElementType, Operation};
 
 /// An announcement begins with this. It has a length that is none of an array of numbers.
 const MAGIC: [u8; 5] = *b"MPIc\x01";
-const ANNOUNCEMENT: usize = MAGIC.len() + size_of::<u64>();
+pub(super) const ANNOUNCEMENT: usize = MAGIC.len() + size_of::<u64>();
 
 fn announcement(bytes: usize) -> [u8; ANNOUNCEMENT] {
     let mut text = [0; ANNOUNCEMENT];
@@ -25,7 +25,7 @@ fn announcement(bytes: usize) -> [u8; ANNOUNCEMENT] {
 }
 
 /// The length that a message of `bytes` bytes in `memory` announces, if it is an announcement.
-fn announced(memory: &[u8]) -> Option<usize> {
+pub(super) fn announced(memory: &[u8]) -> Option<usize> {
     let length = memory.strip_prefix(&MAGIC)?;
     usize::try_from(u64::from_le_bytes(length.try_into().ok()?)).ok()
 }
@@ -36,6 +36,15 @@ pub(super) fn execute(
     op: &Operation<'_>,
     perform: &mut Perform<'_>,
 ) -> Result<Done, String> {
+    if op.status != 0 && op.kind != Kind::Send && op.source == PROC_NULL {
+        // Nothing comes, and MPI says so in the status.
+        perform(&Operation {
+            kind: Kind::Recv,
+            send: Buffer::NONE,
+            recv: Buffer::NONE,
+            ..*op
+        })?;
+    }
     let mut outgoing = Outgoing::new(run, op);
     let mut incoming = Incoming::new(run, op);
     let mut result = Ok(());
@@ -322,7 +331,7 @@ impl<'r, 's> Incoming<'r, 's> {
         if first && done.bytes > expected && done.bytes == self.room {
             return Err(format!(
                 "the message from rank {} came in one piece, and device memory receives more than \
-                 {chunk} bytes in chunks: it was sent from memory of the host, or \
+                 {chunk} bytes in chunks: it was sent by isend, or from memory of the host, or \
                  MPI_CUDA_CHUNK_BYTES differs there",
                 done.source
             ));

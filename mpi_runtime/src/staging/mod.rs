@@ -20,6 +20,7 @@ use mpi_shim_abi::Kind;
 use crate::communicators::Communicator;
 use crate::device::{self, Copy, Device, DeviceError, Event, HostMemory, Stream};
 use crate::operation::{Buffer, Operation};
+use message::ANNOUNCEMENT;
 use plan::Plan;
 use pool::Pool;
 
@@ -232,12 +233,31 @@ impl<'a> Run<'a> {
                 return Err(error.to_string());
             }
         };
+        let beginning = recv.as_ref().filter(|memory| memory.bytes >= ANNOUNCEMENT);
+        if let Some(memory) = beginning {
+            // SAFETY: memory of the pool's of at least that size.
+            unsafe { memory.data.as_ptr().write_bytes(0, ANNOUNCEMENT) };
+        }
         let done = perform(&Operation {
             send: at(&send, op.send),
             recv: at(&recv, op.recv),
             ..*op
         });
+        let arrived = beginning.map(|memory| {
+            // SAFETY: as above, and written by nobody now.
+            unsafe { std::slice::from_raw_parts(memory.data.as_ptr(), ANNOUNCEMENT) }
+        });
+        let announced = arrived.and_then(message::announced);
         self.give_back(send, self.staging.down);
+        let done = match announced.filter(|_| op.kind == Kind::Wait) {
+            Some(bytes) if bytes > self.staging.chunk => Err(format!(
+                "the message has {bytes} bytes and comes in chunks, which irecv cannot receive: receive it \
+                 by recv or sendrecv, send it by isend, or set MPI_CUDA_CHUNK_BYTES, here {}, to more on \
+                 all ranks",
+                self.staging.chunk
+            )),
+            _ => done,
+        };
         match done {
             Ok(done) => self.go(recv, &received).map_err(said).map(|()| done),
             Err(error) => {

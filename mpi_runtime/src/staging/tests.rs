@@ -210,7 +210,7 @@ impl Rank {
         let (staging, direct) = (self.staging.clone(), self.direct.clone());
         let done = match direct {
             Some(direct) => {
-                assert!(Direct::can(op));
+                assert!(Direct::can(op, false));
                 direct.execute(op, &comm, main, &mut |op| self.perform_on_device(op))
             }
             None => staging.execute(op, &comm, main, &mut |part| self.perform(part)),
@@ -626,7 +626,7 @@ fn direct_collectives_come_after_the_kernels_before_and_before_those_after() {
                         ..operation(kind, &sent, &received)
                     };
                     if kind == Kind::Exscan {
-                        assert!(!Direct::can(&op));
+                        assert!(!Direct::can(&op, false));
                         continue;
                     }
                     let (done, result) = rank.run(&op, operand);
@@ -716,7 +716,7 @@ fn what_mpi_reduces_by_functions_on_the_host_does_not_go_directly() {
     let with = |dtype, reduction| {
         let mut op = operation(Kind::Allreduce, &shape, &shape);
         (op.send.dtype, op.recv.dtype, op.reduction) = (dtype, dtype, Some(reduction));
-        Direct::can(&op)
+        Direct::can(&op, false)
     };
     assert!(with(ElementType::F32, Reduction::Sum) && with(ElementType::I8, Reduction::Max));
     assert!(with(ElementType::C64, Reduction::Prod));
@@ -731,5 +731,7 @@ fn what_mpi_reduces_by_functions_on_the_host_does_not_go_directly() {
     }
     let mut moved = operation(Kind::Allgather, &shape, &shape);
     (moved.send.dtype, moved.reduction) = (ElementType::BF16, None);
-    assert!(Direct::can(&moved));
+    assert!(Direct::can(&moved, false) && !Direct::can(&moved, true));
+    let message = operation(Kind::Sendrecv, &shape, &shape);
+    assert!(Direct::can(&message, true));
 }

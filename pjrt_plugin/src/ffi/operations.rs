@@ -227,9 +227,15 @@ fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32
     match attribute {
         rank if rank == any && may_be_any => Ok(ANY),
         rank if rank == null => Ok(PROC_NULL),
-        // A negative number that is no rank (mpi_cuda.h).
-        rank if rank < i64::from(i32::MIN) => small(rank.saturating_add(1 << 32), "rank"),
-        rank => small(rank, "rank"),
+        rank => {
+            // A negative number that is no rank (mpi_cuda.h).
+            let negative = rank < i64::from(i32::MIN);
+            let number = rank.saturating_add(if negative { 1 << 32 } else { 0 });
+            match small(number, "rank")? {
+                ANY | PROC_NULL => Err(format!("mpi_cuda: rank={number} is none")),
+                rank => Ok(rank),
+            }
+        }
     }
 }
 
