@@ -606,7 +606,9 @@ def test_eight_ranks_and_a_profile(mpi: str) -> None:
 
 
 PROBE = """if True:
-    import runpy, sys
+    import os, runpy, sys
+    # As who calls it without: JAX is imported with the package, before the probe can say.
+    os.environ.pop("JAX_PLATFORMS", None)
     sys.argv[1:] = ["probe"]
     runpy.run_module("mpi_cuda", run_name="__main__")
 """
@@ -645,6 +647,17 @@ def test_a_probe_needs_a_device(tmp_path: Path) -> None:
     result = job("openmpi", PROBE, MPI_CUDA_PROOF_DIR=str(tmp_path))
     assert result.returncode != 0 and "MPI_CUDA_DEVICE=cuda" in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_with_and_without_a_device_are_refused() -> None:
+    code = (
+        "import os\nif os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "    os.environ['MPI_CUDA_PRETEND_DEVICE'] = '1'\n"
+        "import jax; jax.devices()"
+    )
+    result = job("openmpi", code)
+    assert result.returncode != 0
+    assert re.search(r"MPI_CUDA_DEVICE.* is 1 on rank 1", result.stderr), result.stderr
 
 
 def test_ranks_whose_transfers_differ_are_refused(tmp_path: Path) -> None:
