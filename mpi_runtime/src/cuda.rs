@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use crate::device::{Address, Copy, Device, DeviceError, Event, Fill, HostMemory, Stream};
 
-/// Memory of the host that every context may use (`CU_MEMHOSTALLOC_PORTABLE`).
+/// Memory of the host that every context may use (`CU_MEMHOSTALLOC_PORTABLE`, `CU_MEMHOSTREGISTER_PORTABLE`).
 const PORTABLE: u32 = 1;
 
 /// A GPU, in the context that XLA uses too: the device's primary one.
@@ -186,6 +186,14 @@ impl Device for Cuda {
         // An error here means that the device has failed, which its next use says.
         // SAFETY: made by `pinned`, and not used any more.
         let _ = self.call("cuMemFreeHost", || unsafe { sys::cuMemFreeHost(data) });
+    }
+
+    fn pin(&self, memory: &HostMemory) -> Result<(), DeviceError> {
+        let (data, bytes) = (memory.data.as_ptr().cast(), memory.bytes);
+        // SAFETY: the memory is mapped, and stays so.
+        self.call("cuMemHostRegister", || unsafe {
+            sys::cuMemHostRegister_v2(data, bytes, PORTABLE)
+        })
     }
 
     fn memory(&self, bytes: usize) -> Result<Address, DeviceError> {

@@ -22,9 +22,9 @@ use crate::native::Groups;
 use crate::operation::{Buffer, Operation};
 use crate::order::{Order, Ticket};
 use crate::pending::{self, PendingTable};
-use crate::shim::Shim;
+use crate::shim::{Request, Shim};
 use crate::split::Splits;
-use crate::staging::{Done, Staging};
+use crate::staging::{Done, Mpi, Staging};
 use crate::world::WorldOptions;
 use crate::written;
 
@@ -326,16 +326,12 @@ impl Engine {
                     // As a whole, so that nothing begins that cannot end.
                     check::prepare(op, &comm).map_err(failed)?;
                 }
-                let mut perform = |part: &Operation<'_>| match part.kind {
-                    Kind::Wait | Kind::WaitSend => self
-                        .wait_for_message(ticket, part, &comm)
-                        .map(|()| Done::default()),
-                    Kind::Isend | Kind::Irecv => {
-                        self.start_message(part, &comm).map(|()| Done::default())
-                    }
-                    _ => self.perform(part, &comm).map(done),
+                let mut calls = Calls {
+                    engine: self,
+                    ticket,
+                    comm: &comm,
                 };
-                let done = staging.execute(op, &comm, main, &mut perform);
+                let done = staging.execute(op, &comm, main, &mut calls);
                 done.and_then(|done| self.say_received(op, done))
             }
         }
@@ -639,6 +635,69 @@ impl Engine {
         }
         self.communicators.free(number);
         executing
+    }
+}
+
+/// The engine's way to MPI, for staging.
+struct Calls<'a> {
+    engine: &'a Engine,
+    ticket: Ticket,
+    comm: &'a Communicator,
+}
+
+impl Mpi for Calls<'_> {
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+        let (engine, comm) = (self.engine, self.comm);
+        match op.kind {
+            Kind::Wait | Kind::WaitSend => engine
+                .wait_for_message(self.ticket, op, comm)
+                .map(|()| Done::default()),
+            Kind::Isend | Kind::Irecv => engine.start_message(op, comm).map(|()| Done::default()),
+            _ => engine.perform(op, comm).map(done),
+        }
+    }
+
+    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, String> {
+        let shim_op = check::prepare(op, self.comm)?;
+        let shim = self.engine.shim.as_ref().ok_or(NO_MESSAGES)?;
+        // SAFETY: what is sent stays in place, as whoever calls this promises.
+        let request = executing(|| unsafe { shim.start_send(&shim_op) });
+        let request = request.map_err(|error| error.0)?;
+        if let Some(history) = self.engine.history(op.comm) {
+            history.add(op, self.comm.rank, &ShimReceived::default());
+        }
+        Ok(request)
+    }
+
+    fn is_sent(&mut self, request: &mut Request) -> Result<bool, String> {
+        let shim = self.engine.shim.as_ref().ok_or(NO_MESSAGES)?;
+        let status = executing(|| shim.test(request));
+        status
+            .map(|status| status.is_some())
+            .map_err(|error| error.0)
+    }
+
+    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, String> {
+        let shim_op = check::prepare(op, self.comm)?;
+        let splits = self.engine.splits.as_ref().ok_or(NO_MESSAGES)?;
+        let received = splits.try_receive(&shim_op, shim_op.datatype);
+        let Some(received) = received.map_err(|error| error.0)? else {
+            return Ok(None);
+        };
+        if let Some(history) = self.engine.history(op.comm) {
+            history.add(op, self.comm.rank, &received);
+        }
+        Ok(Some(done(received)))
+    }
+
+    fn world_rank(&self, rank: i32) -> Result<i32, String> {
+        let (Some(shim), comm) = (&self.engine.shim, self.comm) else {
+            return Ok(rank);
+        };
+        let members = shim.comm_members(comm.handle, comm.size);
+        let members = members.map_err(|error| error.0)?;
+        let member = members.get(rank as usize).copied();
+        member.ok_or_else(|| format!("there is no rank {rank}"))
     }
 }
 

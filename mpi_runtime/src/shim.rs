@@ -23,7 +23,7 @@ pub struct Shim {
 
 /// A message on its way.
 #[derive(Debug)]
-pub struct Request(u64);
+pub struct Request(pub(crate) u64);
 
 /// A message that was taken out of the queue, and must be received.
 #[derive(Debug, Default)]

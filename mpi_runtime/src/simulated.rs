@@ -228,6 +228,10 @@ impl Device for Simulated {
         drop(unsafe { Box::from_raw(slice) });
     }
 
+    fn pin(&self, _: &HostMemory) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     fn memory(&self, bytes: usize) -> Result<Address, DeviceError> {
         match &self.memory {
             Memory::Own(memory) => {

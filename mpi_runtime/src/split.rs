@@ -246,14 +246,32 @@ impl Splits {
     }
 
     fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, MpiError> {
+        let mut spins = 0;
+        loop {
+            if let Some(received) = self.try_receive(op, element)? {
+                return Ok(received);
+            }
+            pause(&mut spins);
+        }
+    }
+
+    /// Receives the message that `op` receives, as elements of `element`, if one is there and belongs to
+    /// no receive started before.
+    pub(crate) fn try_receive(
+        &self,
+        op: &ShimOp,
+        element: Datatype,
+    ) -> Result<Option<ShimReceived>, MpiError> {
         let shared = &self.shared;
         let capacity = op.recv_count * element.size() as i64;
-        let mut spins = 0;
         let mut spill = Vec::new();
-        let (mut request, envelope) = loop {
+        let (mut request, envelope) = {
             let mut table = shared.table.lock();
             shared.progress(&mut table);
-            if let Some(message) = engine::executing(|| shared.shim.take(op))? {
+            loop {
+                let Some(message) = engine::executing(|| shared.shim.take(op))? else {
+                    return Ok(None);
+                };
                 let envelope = message.envelope;
                 if let Some(index) = taker(&table.rows, op.comm, &envelope) {
                     shared.receive_into(&mut table, index, message);
@@ -271,14 +289,12 @@ impl Splits {
                 })?;
                 break (request, envelope);
             }
-            drop(table);
-            pause(&mut spins);
         };
         let status = complete(&shared.shim, &mut request)?;
         drop(spill);
         // SAFETY: the user's status lives as long as programs that name it.
         unsafe { shared.shim.write_status(&status, op.status as usize) };
-        Ok(envelope)
+        Ok(Some(envelope))
     }
 
     /// The communicator with that handle is freed when this returns. Not from within MPI.
@@ -517,7 +533,8 @@ fn allocate(bytes: usize) -> Result<Vec<u128>, String> {
     Ok(memory)
 }
 
-fn pause(spins: &mut u32) {
+/// Between two looks of a thread at something that changes soon; `spins` counts them.
+pub(crate) fn pause(spins: &mut u32) {
     if *spins < SPINS {
         *spins += 1;
         std::hint::spin_loop();

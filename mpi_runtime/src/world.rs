@@ -1,6 +1,7 @@
 //! The world: which MPI, who we are in it, and the engine over it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
@@ -14,6 +15,7 @@ use crate::launcher::{self, Launched};
 use crate::output;
 use crate::proof::Proofs;
 use crate::shim::{self, MpiError, Shim, State};
+use crate::staging::Outboxes;
 use crate::transfer::{self, Asked, Aware, Choice, Mode, Proof, Through};
 
 /// How to find the world.
@@ -42,6 +44,8 @@ pub struct DeviceOptions {
     pub asked: Asked,
     /// `MPI_CUDA_CHUNK_BYTES`.
     pub chunk_bytes: usize,
+    /// `MPI_CUDA_OUTBOX`.
+    pub outbox: bool,
     /// What MPI is taken to say of its support for CUDA, if not asked (tests).
     pub aware: Option<Aware>,
     /// Where to look up what is known of direct transfer.
@@ -87,6 +91,8 @@ pub struct World {
     pub transfer: Option<Choice>,
     /// There are more ranks than cores on some node.
     pub crowded: bool,
+    /// Memory shared by the ranks of this node, where they stage.
+    pub outboxes: Option<Arc<Outboxes>>,
     /// The engine.
     pub engine: Engine,
     shim: Option<Shim>,
@@ -210,6 +216,18 @@ impl World {
             None => None,
         };
         shim.configure(crowded, options.part_bytes);
+        let stages = transfer
+            .as_ref()
+            .is_some_and(|choice| choice.mode == Mode::Staged);
+        let outboxes = match &options.device {
+            // The ranks agree on the transfer, and all of them or none come here.
+            Some(device) if size > 1 && stages => {
+                let chunk = device.outbox.then_some(device.chunk_bytes);
+                let outboxes = share_outboxes(&shim, &everybody, rank, size, chunk);
+                Some(Arc::new(outboxes.map_err(&agree)?))
+            }
+            _ => None,
+        };
         if size > 1 && node_size == size {
             engine.arrivals =
                 share_arrivals(&shim, &everybody, rank as usize, size as usize).map_err(&agree)?;
@@ -224,6 +242,7 @@ impl World {
             thread_level,
             transfer,
             crowded,
+            outboxes,
             engine,
             shim: Some(shim),
             owns_mpi,
@@ -265,6 +284,7 @@ impl World {
             library: "no MPI".into(),
             thread_level: "none",
             crowded: false,
+            outboxes: None,
             transfer: options.device.as_ref().map(|_| Choice {
                 mode: Mode::Staged,
                 reason: "there is no MPI".into(),
@@ -350,6 +370,25 @@ fn share_arrivals(
         Arrivals::unlink(name);
     }
     Ok(arrivals.ok().filter(|_| !failed))
+}
+
+/// The outboxes of this node's ranks; a rank makes one for messages in parts of `chunk` bytes, if any.
+/// Collective.
+fn share_outboxes(
+    shim: &Shim,
+    comm: &Communicator,
+    rank: i32,
+    size: i32,
+    chunk: Option<usize>,
+) -> Result<Outboxes, MpiError> {
+    let own_name = if rank == 0 { Arrivals::new_name() } else { 0 };
+    let name = max_over_ranks(shim, comm, own_name)?;
+    let mut outboxes = Outboxes::make(name, rank as usize, size as usize, chunk);
+    max_over_ranks(shim, comm, 0)?;
+    outboxes.open();
+    max_over_ranks(shim, comm, 0)?;
+    outboxes.unlink();
+    Ok(outboxes)
 }
 
 fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {

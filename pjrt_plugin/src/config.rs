@@ -90,6 +90,12 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "staging cuts data in GPU memory into chunks of this size; the same on all ranks",
     },
     Variable {
+        name: "MPI_CUDA_OUTBOX",
+        values: "1, 0",
+        meaning: "staged messages of more than a chunk between ranks of a node go through memory that \
+                  they share, and not through MPI",
+    },
+    Variable {
         name: "MPI_CUDA_PROOF_DIR",
         values: "path",
         meaning: "folder for what `python -m mpi_cuda probe` finds out; default: ~/.cache/mpi_cuda",
@@ -181,6 +187,7 @@ pub struct Config {
     /// What mpi4jax's variable said, if that was not clear.
     pub transfer_warning: Option<String>,
     pub chunk_bytes: usize,
+    pub outbox: bool,
     pub proof_dir: Option<PathBuf>,
     pub probe: bool,
     pub pretend_device: Pretend,
@@ -265,6 +272,7 @@ impl Config {
                     })
                     .ok_or_else(|| wrong("MPI_CUDA_CHUNK_BYTES", &text))?,
             },
+            outbox: flag("MPI_CUDA_OUTBOX", true)?,
             proof_dir: get("MPI_CUDA_PROOF_DIR").map(PathBuf::from),
             probe: flag("MPI_CUDA_PROBE", false)?,
             pretend_device: match get("MPI_CUDA_PRETEND_DEVICE").as_deref() {

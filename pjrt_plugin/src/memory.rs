@@ -37,12 +37,12 @@ const DELAY: Duration = Duration::from_micros(50);
 
 /// Prepares transfers, once the ranks agree on the way. Those for CUDA begin with the first call, which
 /// knows its device.
-pub fn start(config: &Config, mode: Mode) -> Result<(), Error> {
+pub fn start(config: &Config, world: &World) -> Result<(), Error> {
     if config.pretend_device != Pretend::Nothing {
         let failed = |error: DeviceError| Error::internal(format!("mpi_cuda: {error}"));
         let device = Arc::new(Simulated::over_host(DELAY));
         let pretended = Some(device.stream().map_err(failed)?);
-        let staged = Staged::new(device, config.chunk_bytes, mode, pretended).map_err(failed)?;
+        let staged = Staged::new(device, config.chunk_bytes, world, pretended).map_err(failed)?;
         STAGED.get_or_init(|| staged);
     }
     Ok(())
@@ -60,12 +60,16 @@ impl Staged {
     fn new(
         device: Arc<dyn Device>,
         chunk: usize,
-        mode: Mode,
+        world: &World,
         pretended: Option<Stream>,
     ) -> Result<Staged, DeviceError> {
+        let mode = world
+            .transfer
+            .as_ref()
+            .map_or(Mode::Staged, |choice| choice.mode);
         let through = |through| SWITCHED.lock().unwrap_or(through);
         Ok(Staged {
-            staging: Staging::new(device.clone(), chunk)?,
+            staging: Staging::new(device.clone(), chunk, world.outboxes.clone())?,
             direct: match mode {
                 Mode::Direct(chosen) => Some(Direct::new(device.clone(), through(chosen))),
                 Mode::Staged => None,
@@ -80,11 +84,10 @@ impl Staged {
         if let Some(staged) = STAGED.get() {
             return Ok(staged);
         }
-        let transfer = world().and_then(|world| world.transfer.as_ref());
-        let mode = transfer.map_or(Mode::Staged, |transfer| transfer.mode);
+        let world = world().ok_or("mpi_cuda: an operation before the world")?;
         let chunk = plugin().config.chunk_bytes;
         let staged = Cuda::new(frame.device()?)
-            .and_then(|cuda| Staged::new(Arc::new(cuda), chunk, mode, None))
+            .and_then(|cuda| Staged::new(Arc::new(cuda), chunk, world, None))
             .map_err(|error| format!("mpi_cuda: {error}"))?;
         Ok(STAGED.get_or_init(|| staged))
     }

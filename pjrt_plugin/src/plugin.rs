@@ -117,12 +117,17 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
             say(&format!("mpi_cuda: {warning}"));
         }
         if config.log >= Log::Info {
+            let readers = world.outboxes.as_ref().map_or(0, |all| all.readers());
             say(&format!(
-                "mpi_cuda: rank {}: transfer {transfer}",
-                world.rank
+                "mpi_cuda: rank {}: transfer {transfer}{}",
+                world.rank,
+                match readers {
+                    0 => String::new(),
+                    _ => format!("; shares memory with {readers} other rank(s) of this node"),
+                }
             ));
         }
-        memory::start(config, transfer.mode)?;
+        memory::start(config, &world)?;
     }
     Ok(WORLD.get_or_init(|| world))
 }
@@ -136,6 +141,7 @@ fn device_options(config: &Config) -> DeviceOptions {
             config.transfer
         },
         chunk_bytes: config.chunk_bytes,
+        outbox: config.outbox,
         aware: (config.pretend_device == Pretend::DeviceThatMpiKnows).then_some(Aware::Yes),
         proofs: proofs(config),
         trying: config.probe.then_some(Through::Copies),

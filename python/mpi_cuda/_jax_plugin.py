@@ -17,7 +17,7 @@ def initialize() -> None:
     from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle, _older_plugin
 
     _library.load()
-    _watch_backends(_serve_as_cpu)
+    _watch_backends(_answer_to_usual_names)
     xla_bridge._nonexperimental_plugins.add(NAME)
     xla_bridge.register_plugin(
         NAME, priority=500, library_path=str(_library.LIBRARY), options=_options
@@ -60,13 +60,15 @@ def _watch_backends(hook: Callable[[Any], None]) -> None:
     setattr(xla_bridge, "_init_backend", make_and_tell)  # noqa: B010
 
 
-def _serve_as_cpu(backend: Any) -> None:
-    """JAX's callbacks ask for the backend "cpu"; if the user selected none, ours is one."""
+def _answer_to_usual_names(backend: Any) -> None:
+    """JAX asks for the backend "cpu" in callbacks, and for "gpu", another name of "cuda", where it
+    lowers for one; if the user selected none of that name, ours is one."""
     import jax._src.xla_bridge as xla_bridge
 
     from mpi_cuda import _library
 
-    if _library.is_ours(backend) and backend.platform == "cpu":
+    if _library.is_ours(backend):
+        name = {"gpu": "cuda"}.get(backend.platform, backend.platform)
         platforms = (xla_bridge.config.jax_platforms.value or "").split(",")
-        if "cpu" not in platforms:
-            xla_bridge._backends.setdefault("cpu", backend)
+        if name not in platforms and backend.platform not in platforms:
+            xla_bridge._backends.setdefault(name, backend)

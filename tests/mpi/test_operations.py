@@ -253,6 +253,20 @@ def test_messages_round_a_ring() -> None:
     assert token.shape == () and token.dtype == np.int32
 
 
+@pytest.mark.parametrize("length", [3, 50_000])
+def test_what_sendrecv_receives_may_depend_on_what_it_sends(length: int) -> None:
+    """Once around: rank 0 receives nothing before its own message has passed all others."""
+    x = jnp.arange(length) * 1.5
+    left, right = (RANK - 1) % SIZE, (RANK + 1) % SIZE
+    for _ in range(3):
+        if RANK == 0:
+            got = nt.sendrecv(x, x, source=left, dest=right)
+        else:
+            got = nt.recv(x, left)
+            nt.send(got, right)
+        np.testing.assert_array_equal(got, x)
+
+
 def test_sendrecv_of_different_shapes_and_dtypes() -> None:
     right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
     shapes = [jnp.full((r + 1,), r, jnp.int32 if r % 2 else jnp.float32) for r in range(SIZE)]

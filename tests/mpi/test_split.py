@@ -226,9 +226,10 @@ def test_a_message_in_chunks_is_not_for_irecv() -> None:
             coming = nt.irecv(x, 0, comm=comm)
             with pytest.raises(Exception, match="8000 bytes and comes in chunks, which irecv"):
                 nt.wait(coming, status=status).block_until_ready()
-            # What follows the announcement, out of the way.
-            for _ in range(2):
-                nt.recv(jnp.zeros(1024), 0, comm=comm, status=m.Status())
+            if os.environ.get("MPI_CUDA_OUTBOX") == "0":
+                # What follows the announcement, out of the way.
+                for _ in range(2):
+                    nt.recv(jnp.zeros(1024), 0, comm=comm, status=m.Status())
     if RANK == 0:
         nt.wait(nt.isend(x, 1, comm=comm, tag=1))
     elif RANK == 1:

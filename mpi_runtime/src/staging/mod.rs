@@ -9,6 +9,7 @@
 //! copies up: the stream of the program does.
 
 mod message;
+mod outbox;
 mod plan;
 mod pool;
 
@@ -20,15 +21,38 @@ use mpi_shim_abi::Kind;
 use crate::communicators::Communicator;
 use crate::device::{self, Copy, Device, DeviceError, Event, HostMemory, Stream};
 use crate::operation::{Buffer, Operation};
-use message::ANNOUNCEMENT;
+use crate::shim::Request;
+use message::{ANNOUNCEMENT, Announcement};
+pub use outbox::Outboxes;
 use plan::Plan;
 use pool::Pool;
 
 /// Chunks that are on their way down while MPI has one.
 const AHEAD: usize = 2;
+/// Operations of at most so many bytes are copied in the program's own stream: there is nothing to
+/// overlap, and streams that wait for each other take longer than the copies.
+const SHORT: usize = 64 << 10;
 
-/// Executes one operation on memory of the host.
+/// Executes one operation, as MPI does.
 pub(crate) type Perform<'a> = dyn FnMut(&Operation<'_>) -> Result<Done, String> + 'a;
+
+/// What staging asks of MPI, all of it on memory of the host.
+pub(crate) trait Mpi {
+    /// Executes an operation, and waits for it.
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String>;
+
+    /// Starts the send of `op`. What is sent must stay as it is until [`Mpi::is_sent`].
+    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, String>;
+
+    /// Whether that has ended; not asked again then.
+    fn is_sent(&mut self, request: &mut Request) -> Result<bool, String>;
+
+    /// Receives the message that `op` would receive, if one is there.
+    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, String>;
+
+    /// The rank in the world of a rank of the operation's communicator.
+    fn world_rank(&self, rank: i32) -> Result<i32, String>;
+}
 
 /// What came of an operation on the host.
 #[derive(Clone, Copy, Debug, Default)]
@@ -49,6 +73,8 @@ pub struct Staging {
     up: Stream,
     pool: Pool,
     chunk: usize,
+    /// Of this node's ranks, for long messages among them.
+    outboxes: Option<Arc<Outboxes>>,
 }
 
 impl Staging {
@@ -56,13 +82,18 @@ impl Staging {
     ///
     /// # Errors
     /// If the device has failed.
-    pub fn new(device: Arc<dyn Device>, chunk: usize) -> Result<Staging, DeviceError> {
+    pub fn new(
+        device: Arc<dyn Device>,
+        chunk: usize,
+        outboxes: Option<Arc<Outboxes>>,
+    ) -> Result<Staging, DeviceError> {
         Ok(Staging {
             down: device.stream()?,
             up: device.stream()?,
             pool: Pool::new(device.clone(), chunk),
             device,
             chunk,
+            outboxes,
         })
     }
 
@@ -78,18 +109,23 @@ impl Staging {
         op: &Operation<'_>,
         comm: &Communicator,
         main: Stream,
-        perform: &mut Perform<'_>,
+        mpi: &mut dyn Mpi,
     ) -> Result<Done, String> {
-        let run = Run::begin(self, main).map_err(|error| error.to_string())?;
+        let is_short = op.send.bytes() + op.recv.bytes() <= SHORT.min(self.chunk);
+        let run = match is_short {
+            true => Ok(Run::within(self, main)),
+            false => Run::begin(self, main),
+        };
+        let run = run.map_err(|error| error.to_string())?;
         let done = match op.kind {
             Kind::Barrier => {
                 // It says that everything before has happened.
                 run.drain().map_err(|error| error.to_string())?;
-                perform(op)
+                mpi.perform(op)
             }
-            Kind::Send | Kind::Recv | Kind::Sendrecv => message::execute(&run, op, perform),
-            Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => run.whole(op, perform),
-            _ => run.collective(op, comm, perform).map(|()| Done::default()),
+            Kind::Send | Kind::Recv | Kind::Sendrecv => message::execute(&run, op, mpi),
+            Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => run.whole(op, mpi),
+            _ => run.collective(op, comm, mpi).map(|()| Done::default()),
         };
         // Also after a failure: memory that copies use must not be given to others before.
         let ended = run.end().map_err(|error| error.to_string());
@@ -101,6 +137,9 @@ impl Staging {
 struct Run<'a> {
     staging: &'a Staging,
     main: Stream,
+    /// Where its copies go.
+    down: Stream,
+    up: Stream,
 }
 
 /// A chunk in memory of the host, on its way down.
@@ -120,13 +159,32 @@ impl<'a> Run<'a> {
             .wait(staging.down, &here)
             .and_then(|()| device.wait(staging.up, &here));
         device.forget(here);
-        both.map(|()| Run { staging, main })
+        let (down, up) = (staging.down, staging.up);
+        both.map(|()| Run {
+            staging,
+            main,
+            down,
+            up,
+        })
+    }
+
+    /// Its copies are where the program is.
+    fn within(staging: &'a Staging, main: Stream) -> Run<'a> {
+        Run {
+            staging,
+            main,
+            down: main,
+            up: main,
+        }
     }
 
     /// Later work of the program comes after the copies.
     fn end(self) -> Result<(), DeviceError> {
         let device = &self.staging.device;
-        for stream in [self.staging.down, self.staging.up] {
+        for stream in [self.down, self.up] {
+            if stream == self.main {
+                continue;
+            }
             let behind = device.record(stream)?;
             let waits = device.wait(self.main, &behind);
             device.forget(behind);
@@ -137,7 +195,7 @@ impl<'a> Run<'a> {
 
     /// Waits until everything of the program before this operation has ended.
     fn drain(&self) -> Result<(), DeviceError> {
-        let here = self.staging.device.record(self.staging.down)?;
+        let here = self.staging.device.record(self.down)?;
         self.pass(here)
     }
 
@@ -163,7 +221,7 @@ impl<'a> Run<'a> {
                 copied: None,
             });
         };
-        let (device, down) = (&self.staging.device, self.staging.down);
+        let (device, down) = (&self.staging.device, self.down);
         let mut place = 0;
         for &(from, bytes) in rows {
             let to = memory.data.as_ptr().wrapping_add(place);
@@ -194,7 +252,7 @@ impl<'a> Run<'a> {
     /// Copies what lies in `memory` up, row by row, and gives it back when that has happened.
     fn go(&self, memory: Option<HostMemory>, rows: &[(usize, usize)]) -> Result<(), DeviceError> {
         let Some(memory) = memory else { return Ok(()) };
-        let (device, up) = (&self.staging.device, self.staging.up);
+        let (device, up) = (&self.staging.device, self.up);
         let mut place = 0;
         let mut result = Ok(());
         for &(to, bytes) in rows {
@@ -217,8 +275,15 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// No copy uses the memory any more.
+    fn put_back(&self, memory: Option<HostMemory>) {
+        if let Some(memory) = memory {
+            self.staging.pool.put_back(memory);
+        }
+    }
+
     /// A message in two halves, which copies once anyway: the engine's memory is the host's.
-    fn whole(&self, op: &Operation<'_>, perform: &mut Perform<'_>) -> Result<Done, String> {
+    fn whole(&self, op: &Operation<'_>, mpi: &mut dyn Mpi) -> Result<Done, String> {
         let said = |error: DeviceError| error.to_string();
         // An `irecv` has its operand for the shape only.
         let sent = [(op.send.data as usize, op.send.bytes())];
@@ -229,7 +294,7 @@ impl<'a> Run<'a> {
         let recv = match self.memory(received[0].1) {
             Ok(memory) => memory,
             Err(error) => {
-                self.give_back(send, self.staging.down);
+                self.put_back(send);
                 return Err(error.to_string());
             }
         };
@@ -238,7 +303,7 @@ impl<'a> Run<'a> {
             // SAFETY: memory of the pool's of at least that size.
             unsafe { memory.data.as_ptr().write_bytes(0, ANNOUNCEMENT) };
         }
-        let done = perform(&Operation {
+        let done = mpi.perform(&Operation {
             send: at(&send, op.send),
             recv: at(&recv, op.recv),
             ..*op
@@ -247,21 +312,24 @@ impl<'a> Run<'a> {
             // SAFETY: as above, and written by nobody now.
             unsafe { std::slice::from_raw_parts(memory.data.as_ptr(), ANNOUNCEMENT) }
         });
-        let announced = arrived.and_then(message::announced);
-        self.give_back(send, self.staging.down);
+        let announced = arrived.and_then(Announcement::read);
+        self.put_back(send);
         let done = match announced.filter(|_| op.kind == Kind::Wait) {
-            Some(bytes) if bytes > self.staging.chunk => Err(format!(
-                "the message has {bytes} bytes and comes in chunks, which irecv cannot receive: receive it \
-                 by recv or sendrecv, send it by isend, or set MPI_CUDA_CHUNK_BYTES, here {}, to more on \
-                 all ranks",
-                self.staging.chunk
-            )),
+            Some(announcement) if announcement.bytes > self.staging.chunk => {
+                announcement.refuse(self.staging);
+                Err(format!(
+                    "the message has {} bytes and comes in chunks, which irecv cannot receive: receive it by \
+                     recv or sendrecv, send it by isend, or set MPI_CUDA_CHUNK_BYTES, here {}, to more on all \
+                     ranks",
+                    announcement.bytes, self.staging.chunk
+                ))
+            }
             _ => done,
         };
         match done {
             Ok(done) => self.go(recv, &received).map_err(said).map(|()| done),
             Err(error) => {
-                self.give_back(recv, self.staging.up);
+                self.give_back(recv, self.up);
                 Err(error)
             }
         }
@@ -271,7 +339,7 @@ impl<'a> Run<'a> {
         &self,
         op: &Operation<'_>,
         comm: &Communicator,
-        perform: &mut Perform<'_>,
+        mpi: &mut dyn Mpi,
     ) -> Result<(), String> {
         let plan = Plan::new(op, comm, self.staging.chunk);
         if plan.returns_input {
@@ -281,9 +349,7 @@ impl<'a> Run<'a> {
                 // SAFETY: operand and result of one operation, which do not overlap.
                 unsafe {
                     let across = Copy::Across { to, from };
-                    self.staging
-                        .device
-                        .copy(self.staging.up, across, op.send.bytes())
+                    self.staging.device.copy(self.up, across, op.send.bytes())
                 }
                 .map_err(|error| error.to_string())?;
             }
@@ -298,7 +364,7 @@ impl<'a> Run<'a> {
                 }
             }
             if let Some(chunk) = coming.pop_front().filter(|_| result.is_ok()) {
-                result = self.chunk(op, &plan, number, chunk, perform);
+                result = self.chunk(op, &plan, number, chunk, mpi);
             } else {
                 break;
             }
@@ -307,7 +373,7 @@ impl<'a> Run<'a> {
             if let Some(copied) = chunk.copied {
                 self.staging.device.forget(copied);
             }
-            self.give_back(chunk.memory, self.staging.down);
+            self.give_back(chunk.memory, self.down);
         }
         result
     }
@@ -319,12 +385,17 @@ impl<'a> Run<'a> {
         plan: &Plan,
         number: usize,
         chunk: Coming,
-        perform: &mut Perform<'_>,
+        mpi: &mut dyn Mpi,
     ) -> Result<(), String> {
         let send = self.arrive(chunk).map_err(|error| error.to_string())?;
         let rows = plan.received(op, number);
-        let recv = self.memory(rows.iter().map(|row| row.1).sum());
-        let recv = recv.map_err(|error| error.to_string())?;
+        let recv = match self.memory(rows.iter().map(|row| row.1).sum()) {
+            Ok(memory) => memory,
+            Err(error) => {
+                self.put_back(send);
+                return Err(error.to_string());
+            }
+        };
         let [sent, received] = plan.shapes(number);
         let sent = Buffer {
             shape: &sent,
@@ -334,16 +405,16 @@ impl<'a> Run<'a> {
             shape: &received,
             ..op.recv
         };
-        let done = perform(&Operation {
+        let done = mpi.perform(&Operation {
             send: at(&send, sent),
             recv: at(&recv, received),
             ..*op
         });
-        self.give_back(send, self.staging.down);
+        self.put_back(send);
         match done {
             Ok(_) => self.go(recv, &rows).map_err(|error| error.to_string()),
             Err(error) => {
-                self.give_back(recv, self.staging.up);
+                self.give_back(recv, self.up);
                 Err(error)
             }
         }

@@ -53,6 +53,19 @@ impl Pool {
         }
     }
 
+    /// Takes memory back that no copy uses any more.
+    pub(super) fn put_back(&self, memory: HostMemory) {
+        self.keep(&mut self.state.lock(), memory);
+    }
+
+    fn keep(&self, state: &mut State, memory: HostMemory) {
+        if memory.bytes == SMALL || memory.bytes == self.large {
+            state.free.push(memory);
+        } else {
+            self.device.free_pinned(memory);
+        }
+    }
+
     fn collect(&self, state: &mut State) -> Result<(), DeviceError> {
         let mut place = 0;
         while place < state.in_use.len() {
@@ -62,11 +75,7 @@ impl Pool {
             }
             let (event, memory) = state.in_use.swap_remove(place);
             self.device.forget(event);
-            if memory.bytes == SMALL || memory.bytes == self.large {
-                state.free.push(memory);
-            } else {
-                self.device.free_pinned(memory);
-            }
+            self.keep(state, memory);
         }
         Ok(())
     }

@@ -1,18 +1,20 @@
 //! Staging on a device whose memory the host cannot address and whose copies come late, among ranks
 //! that are threads.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::{Done, Staging};
+use super::{Done, Mpi, Outboxes, Staging};
+use crate::arrivals::Arrivals;
 use crate::communicators::Communicator;
 use crate::device::{Device, Stream};
 use crate::direct::Direct;
 use crate::operation::{Buffer, ElementType, Operation};
+use crate::shim::Request;
 use crate::simulated::{NOT_YET, Simulated};
 use crate::transfer::Through;
 
@@ -34,7 +36,14 @@ struct State {
     messages: HashMap<(i32, i32), Vec<Vec<u8>>>,
     /// Operations of all ranks.
     operations: usize,
+    /// What is sent and has not left the sender's memory, by the number of the request.
+    sending: BTreeMap<u64, (i32, i32, Late)>,
+    under_way: u64,
+    looks: usize,
 }
+
+/// Memory that is read later: where it is, and its bytes.
+struct Late(usize, usize);
 
 struct Rank {
     comm: Communicator,
@@ -48,6 +57,7 @@ struct Rank {
     /// Fails at this operation.
     fails_at: usize,
     performed: usize,
+    begun: Instant,
 }
 
 /// The bytes of a buffer in memory of the host.
@@ -67,7 +77,7 @@ impl Network {
     }
 }
 
-impl Rank {
+impl Mpi for Rank {
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
         self.performed += 1;
         if self.performed == self.fails_at {
@@ -122,6 +132,72 @@ impl Rank {
         Ok(Done::default())
     }
 
+    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, String> {
+        self.performed += 1;
+        if self.performed == self.fails_at {
+            return Err("it was told to fail".into());
+        }
+        let mut state = self.network.state.lock();
+        state.operations += 1;
+        state.under_way += 1;
+        let number = state.under_way;
+        // Read late, so that memory that is used again too early is seen.
+        state.sending.insert(
+            number,
+            (
+                self.comm.rank,
+                op.dest,
+                Late(op.send.data as usize, op.send.bytes()),
+            ),
+        );
+        Ok(Request(number))
+    }
+
+    fn is_sent(&mut self, request: &mut Request) -> Result<bool, String> {
+        let mut state = self.network.state.lock();
+        // Not at the first look, and in order.
+        state.looks += 1;
+        let own = |of: &(i32, i32, Late)| of.0 == self.comm.rank;
+        let first = state
+            .sending
+            .iter()
+            .find(|(_, of)| own(of))
+            .map(|(&number, _)| number);
+        if let Some(first) = first.filter(|_| state.looks.is_multiple_of(3)) {
+            state.deliver(first);
+            self.network.changed.notify_all();
+        }
+        Ok(!state.sending.contains_key(&request.0))
+    }
+
+    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, String> {
+        assert!(
+            self.begun.elapsed() < Duration::from_secs(10),
+            "another rank does not come"
+        );
+        Ok(self.take_message(op, &mut self.network.state.lock()))
+    }
+
+    fn world_rank(&self, rank: i32) -> Result<i32, String> {
+        Ok(rank)
+    }
+}
+
+impl State {
+    /// What is being sent has been.
+    fn deliver(&mut self, number: u64) {
+        if let Some((from, to, Late(data, bytes))) = self.sending.remove(&number) {
+            let text = match bytes {
+                0 => Vec::new(),
+                // SAFETY: the sender keeps the memory until it hears that it is sent.
+                _ => unsafe { std::slice::from_raw_parts(data as *const u8, bytes) }.to_vec(),
+            };
+            self.messages.entry((from, to)).or_default().push(text);
+        }
+    }
+}
+
+impl Rank {
     /// As an MPI that knows the device, which writes no more than a message has.
     fn perform_on_device(&mut self, op: &Operation<'_>) -> Result<Done, String> {
         let place = |buffer: &Buffer<'_>| buffer.data as usize - Simulated::address(0);
@@ -177,29 +253,36 @@ impl Rank {
         if op.kind == Kind::Send {
             return Done::default();
         }
-        let message = loop {
-            let queue = state.messages.iter_mut().find(|((source, dest), queue)| {
-                (op.source == ANY || op.source == *source) && *dest == rank && !queue.is_empty()
-            });
-            match queue {
-                Some((&(source, _), queue)) => break (source, queue.remove(0)),
+        loop {
+            match self.take_message(op, &mut state) {
+                Some(done) => break done,
                 None => self.network.wait(&mut state),
             }
-        };
+        }
+    }
+
+    fn take_message(&self, op: &Operation<'_>, state: &mut State) -> Option<Done> {
+        let queue = state.messages.iter_mut().find(|((source, dest), queue)| {
+            let from = op.source == ANY || op.source == *source;
+            from && *dest == self.comm.rank && !queue.is_empty()
+        });
+        let (&(source, _), queue) = queue?;
+        let message = queue.remove(0);
         let room = bytes(&op.recv);
-        if message.1.len() <= room.len() {
-            room[..message.1.len()].copy_from_slice(&message.1);
+        if message.len() <= room.len() {
+            room[..message.len()].copy_from_slice(&message);
         }
-        Done {
-            source: message.0,
+        Some(Done {
+            source,
             tag: 5,
-            bytes: message.1.len(),
-        }
+            bytes: message.len(),
+        })
     }
 
     /// Executes an operation whose operand a kernel of the program makes just before, and that another
     /// overwrites just after; the result as a kernel just after sees it.
     fn run(&mut self, op: &Operation<'_>, operand: Vec<u8>) -> (Result<Done, String>, Vec<u8>) {
+        self.begun = Instant::now();
         let (main, device) = (self.main, self.device.clone());
         device.kernel(main, move |memory| {
             memory[..operand.len()].copy_from_slice(&operand);
@@ -213,7 +296,7 @@ impl Rank {
                 assert!(Direct::can(op, false));
                 direct.execute(op, &comm, main, &mut |op| self.perform_on_device(op))
             }
-            None => staging.execute(op, &comm, main, &mut |part| self.perform(part)),
+            None => staging.execute(op, &comm, main, self),
         };
         let seen = Arc::new(Mutex::new(Vec::new()));
         let (saw, length) = (seen.clone(), op.recv.bytes());
@@ -229,9 +312,27 @@ impl Rank {
 
 /// Runs `body` on `size` ranks; what each returned.
 fn ranks<T: Send>(size: i32, body: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
+    ranks_sharing(size, |_| false, body)
+}
+
+/// The same, where some ranks have an outbox.
+fn ranks_sharing<T: Send>(
+    size: i32,
+    shares: impl Fn(i32) -> bool,
+    body: impl Fn(&mut Rank) -> T + Sync,
+) -> Vec<T> {
     let network = Arc::new(Network::default());
+    let name = Arrivals::new_name();
+    let make = |rank| {
+        let slot = shares(rank).then_some(CHUNK);
+        Outboxes::make(name, rank as usize, size as usize, slot)
+    };
+    let mut outboxes: Vec<Outboxes> = (0..size).map(make).collect();
+    outboxes.iter_mut().for_each(Outboxes::open);
+    outboxes.iter().for_each(Outboxes::unlink);
     let mut all: Vec<Rank> = (0..size)
-        .map(|rank| {
+        .zip(outboxes)
+        .map(|(rank, outboxes)| {
             let delay = Duration::from_micros(300);
             let device = Arc::new(Simulated::with_memory(2 * RESULT, delay));
             Rank {
@@ -244,13 +345,16 @@ fn ranks<T: Send>(size: i32, body: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
                     freed: false,
                 },
                 main: device.stream().unwrap(),
-                staging: Arc::new(Staging::new(device.clone(), CHUNK).unwrap()),
+                staging: Arc::new(
+                    Staging::new(device.clone(), CHUNK, Some(Arc::new(outboxes))).unwrap(),
+                ),
                 direct: None,
                 device,
                 network: network.clone(),
                 collectives: 0,
                 fails_at: 0,
                 performed: 0,
+                begun: Instant::now(),
             }
         })
         .collect();
@@ -375,7 +479,12 @@ fn collectives_of_all_lengths_around_the_edges_of_chunks() {
 
 #[test]
 fn messages_of_all_lengths_around_the_edges_of_chunks() {
-    ranks(3, |rank| {
+    let some: [fn(i32) -> bool; 3] = [|_| false, |_| true, |rank| rank == 1];
+    some.into_iter().for_each(messages_of_all_lengths);
+}
+
+fn messages_of_all_lengths(shares: impl Fn(i32) -> bool) {
+    ranks_sharing(3, shares, |rank| {
         let own = rank.comm.rank;
         for n in [0usize, 1, 12, 13, 14, 63, 64, 65, 128, 129, 1000] {
             // Each sends another length, to the right, from the left or from anybody.
@@ -424,7 +533,64 @@ fn nobody_sends_zeros_and_what_nobody_gets_is_gone() {
 }
 
 #[test]
+fn what_a_rank_receives_may_depend_on_what_it_sends() {
+    for shares in [false, true] {
+        ranks_sharing(
+            3,
+            |_| shares,
+            |rank| {
+                let (own, shape) = (rank.comm.rank, [1000]);
+                let (dest, source) = ((own + 1) % 3, (own + 2) % 3);
+                let message = |kind| Operation {
+                    dest,
+                    source,
+                    ..operation(kind, &shape, &shape)
+                };
+                // Once around: rank 0 has nothing to receive until its message has passed the others.
+                if own == 0 {
+                    let (done, result) = rank.run(&message(Kind::Sendrecv), numbers(7, 1000));
+                    assert_eq!((done.unwrap().bytes, result), (1000, numbers(7, 1000)));
+                    return;
+                }
+                let (done, passed) = rank.run(&message(Kind::Recv), Vec::new());
+                done.unwrap();
+                rank.run(&message(Kind::Send), passed).0.unwrap();
+            },
+        );
+    }
+}
+
+#[test]
+fn between_ranks_that_share_memory_mpi_has_the_announcement_alone() {
+    ranks_sharing(
+        2,
+        |_| true,
+        |rank| {
+            let (shape, other) = ([4000], 1 - rank.comm.rank);
+            let op = Operation {
+                dest: other,
+                source: other,
+                ..operation(Kind::Sendrecv, &shape, &shape)
+            };
+            for _ in 0..3 {
+                let (done, result) = rank.run(&op, numbers(rank.comm.rank, 4000));
+                assert_eq!((done.unwrap().bytes, result), (4000, numbers(other, 4000)));
+            }
+            assert_eq!(rank.performed, 3);
+            // Both directions, and several slots of each.
+            assert!(rank.device.most_at_once() > 4);
+            // The announcement, and the room for the other one.
+            assert_eq!(rank.staging.pool.pieces(), (2, 0));
+        },
+    );
+}
+
+#[test]
 fn other_lengths_are_errors_that_name_both() {
+    [false, true].into_iter().for_each(other_lengths);
+}
+
+fn other_lengths(shares: bool) {
     for (sent, received) in [
         (300, 200),
         (200, 300),
@@ -433,16 +599,20 @@ fn other_lengths_are_errors_that_name_both() {
         (300, 5),
         (5, 300),
     ] {
-        let texts = ranks(2, |rank| {
-            let (sent, received) = ([sent], [received]);
-            let op = match rank.comm.rank {
-                0 => operation(Kind::Recv, &[0], &received),
-                _ => operation(Kind::Send, &sent, &[0]),
-            };
-            rank.run(&Operation { source: 1, ..op }, numbers(1, 300))
-                .0
-                .err()
-        });
+        let texts = ranks_sharing(
+            2,
+            |_| shares,
+            |rank| {
+                let (sent, received) = ([sent], [received]);
+                let op = match rank.comm.rank {
+                    0 => operation(Kind::Recv, &[0], &received),
+                    _ => operation(Kind::Send, &sent, &[0]),
+                };
+                rank.run(&Operation { source: 1, ..op }, numbers(1, 300))
+                    .0
+                    .err()
+            },
+        );
         let text = texts[0].clone().unwrap();
         assert!(text.contains(&received.to_string()), "{text}");
         assert!(text.contains(&sent.to_string()), "{text}");
@@ -452,28 +622,36 @@ fn other_lengths_are_errors_that_name_both() {
 
 #[test]
 fn a_message_that_does_not_fit_is_taken_out_of_the_way() {
-    ranks(2, |rank| {
-        let (long, short) = ([1000], [20]);
-        let other = 1 - rank.comm.rank;
-        let exchange = |received| Operation {
-            dest: other,
-            source: other,
-            ..operation(Kind::Sendrecv, &long, received)
-        };
-        // Rank 0 has no room, and sends all the same; the next exchange is not disturbed.
-        let received: &[i64] = if other == 1 { &short } else { &long };
-        let (done, result) = rank.run(&exchange(received), numbers(rank.comm.rank, 1000));
-        if other == 1 {
-            assert!(
-                done.unwrap_err()
-                    .contains("has 1000 bytes, and the result 20")
-            );
-        } else {
-            assert_eq!((done.unwrap().bytes, result), (1000, numbers(0, 1000)));
-        }
-        let (done, result) = rank.run(&exchange(&long), numbers(rank.comm.rank, 1000));
-        assert_eq!((done.unwrap().bytes, result), (1000, numbers(other, 1000)));
-    });
+    [false, true].into_iter().for_each(too_long_a_message);
+}
+
+fn too_long_a_message(shares: bool) {
+    ranks_sharing(
+        2,
+        |_| shares,
+        |rank| {
+            let (long, short) = ([1000], [20]);
+            let other = 1 - rank.comm.rank;
+            let exchange = |received| Operation {
+                dest: other,
+                source: other,
+                ..operation(Kind::Sendrecv, &long, received)
+            };
+            // Rank 0 has no room, and sends all the same; the next exchange is not disturbed.
+            let received: &[i64] = if other == 1 { &short } else { &long };
+            let (done, result) = rank.run(&exchange(received), numbers(rank.comm.rank, 1000));
+            if other == 1 {
+                assert!(
+                    done.unwrap_err()
+                        .contains("has 1000 bytes, and the result 20")
+                );
+            } else {
+                assert_eq!((done.unwrap().bytes, result), (1000, numbers(0, 1000)));
+            }
+            let (done, result) = rank.run(&exchange(&long), numbers(rank.comm.rank, 1000));
+            assert_eq!((done.unwrap().bytes, result), (1000, numbers(other, 1000)));
+        },
+    );
 }
 
 #[test]
@@ -532,6 +710,31 @@ fn a_device_that_fails_says_so() {
     }
 }
 
+/// Does one thing with every operation.
+struct Halves<F>(F);
+
+impl<F: FnMut(&Operation<'_>) -> Result<Done, String>> Mpi for Halves<F> {
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+        self.0(op)
+    }
+
+    fn start_send(&mut self, _: &Operation<'_>) -> Result<Request, String> {
+        Err("a half is sent as a whole".into())
+    }
+
+    fn is_sent(&mut self, _: &mut Request) -> Result<bool, String> {
+        Ok(false)
+    }
+
+    fn try_receive(&mut self, _: &Operation<'_>) -> Result<Option<Done>, String> {
+        Ok(None)
+    }
+
+    fn world_rank(&self, rank: i32) -> Result<i32, String> {
+        Ok(rank)
+    }
+}
+
 #[test]
 fn messages_in_two_halves_go_through_the_host_whole() {
     ranks(1, |rank| {
@@ -546,21 +749,21 @@ fn messages_in_two_halves_go_through_the_host_whole() {
                 memory[RESULT..].fill(NOT_YET);
             });
             let comm = rank.comm;
-            rank.staging
-                .execute(&op, &comm, main, &mut |half| {
-                    match half.kind {
-                        Kind::Isend => kept = bytes(&half.send).to_vec(),
-                        Kind::Irecv => assert!(half.send.data.is_null()),
-                        _ => assert_eq!(bytes(&half.send), [7]),
-                    }
-                    match half.kind {
-                        Kind::Wait => bytes(&half.recv).copy_from_slice(&kept),
-                        Kind::WaitSend => {}
-                        _ => bytes(&half.recv)[0] = 7,
-                    }
-                    Ok(Done::default())
-                })
-                .unwrap();
+            let mut halves = Halves(|half: &Operation<'_>| {
+                match half.kind {
+                    Kind::Isend => kept = bytes(&half.send).to_vec(),
+                    Kind::Irecv => assert!(half.send.data.is_null()),
+                    _ => assert_eq!(bytes(&half.send), [7]),
+                }
+                match half.kind {
+                    Kind::Wait => bytes(&half.recv).copy_from_slice(&kept),
+                    Kind::WaitSend => {}
+                    _ => bytes(&half.recv)[0] = 7,
+                }
+                Ok(Done::default())
+            });
+            let staging = &rank.staging;
+            staging.execute(&op, &comm, main, &mut halves).unwrap();
             let seen = Arc::new(Mutex::new(Vec::new()));
             let (saw, length) = (seen.clone(), op.recv.bytes());
             device.kernel(main, move |memory| {

@@ -1,0 +1,297 @@
+//! Memory that the ranks of a node share, through which long messages go between their devices: the
+//! sender's device copies into it and the receiver's copies out of it, and no processor touches the
+//! data. Each rank has an outbox, a ring of slots, and messages use its slots one after the other.
+//!
+//! MPI carries the announcement of a message, which says at which place of the ring it begins. A slot goes back
+//! and forth between the two ranks by its two numbers.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use memmap2::MmapRaw;
+
+use crate::device::{Device, HostMemory};
+use crate::pending::say;
+
+/// Slots of a ring: copies down, copies up and what the ranks do in between overlap.
+const SLOTS: usize = 8;
+/// Largest slot: a copy of this size reaches the device's full speed.
+const LARGEST: usize = 1 << 20;
+/// Slots begin at pages.
+const PAGE: usize = 4096;
+
+/// Both count places of the ring from 1 on: the last that was filled in this slot, and the last whose
+/// data are not needed any more.
+#[repr(C, align(64))]
+struct State {
+    filled: AtomicU64,
+    freed: AtomicU64,
+}
+
+/// One rank's slots, mapped by this process.
+pub(super) struct Outbox {
+    memory: MmapRaw,
+    slot: usize,
+    ranks: usize,
+    /// The device copies by itself, or it was tried.
+    pinned: OnceLock<()>,
+}
+
+impl Outbox {
+    fn header(ranks: usize) -> usize {
+        (SLOTS * size_of::<State>() + ranks).next_multiple_of(PAGE)
+    }
+
+    fn over(file: &File, ranks: usize) -> io::Result<Outbox> {
+        let memory = MmapRaw::map_raw(file)?;
+        let slots = memory.len().saturating_sub(Self::header(ranks));
+        if slots == 0 || !slots.is_multiple_of(SLOTS) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(Outbox {
+            memory,
+            slot: slots / SLOTS,
+            ranks,
+            pinned: OnceLock::new(),
+        })
+    }
+
+    fn state(&self, place: u64) -> &State {
+        let index = place as usize % SLOTS;
+        // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; everybody
+        // accesses it atomically.
+        unsafe { &*self.memory.as_mut_ptr().cast::<State>().add(index) }
+    }
+
+    /// Whether the rank with that number has mapped this memory.
+    fn seen_by(&self, rank: usize) -> &AtomicBool {
+        assert!(rank < self.ranks);
+        let offset = SLOTS * size_of::<State>() + rank;
+        // SAFETY: inside the header; zero or one, and accessed atomically by everybody.
+        unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicBool>() }
+    }
+
+    /// Bytes of a slot.
+    pub(super) fn slot(&self) -> usize {
+        self.slot
+    }
+
+    /// The memory of a place.
+    pub(super) fn data(&self, place: u64) -> *mut u8 {
+        let offset = Self::header(self.ranks) + place as usize % SLOTS * self.slot;
+        self.memory.as_mut_ptr().wrapping_add(offset)
+    }
+
+    /// Whether the sender may fill this place.
+    pub(super) fn is_free(&self, place: u64) -> bool {
+        let before = (place + 1).saturating_sub(SLOTS as u64);
+        self.state(place).freed.load(Ordering::Acquire) >= before
+    }
+
+    /// The sender has filled it.
+    pub(super) fn fill(&self, place: u64) {
+        self.state(place).filled.store(place + 1, Ordering::Release);
+    }
+
+    /// Whether the receiver may read it.
+    pub(super) fn is_filled(&self, place: u64) -> bool {
+        self.state(place).filled.load(Ordering::Acquire) == place + 1
+    }
+
+    /// The receiver has read it.
+    pub(super) fn free(&self, place: u64) {
+        self.state(place).freed.store(place + 1, Ordering::Release);
+    }
+
+    /// Nobody reads the places from `first` on, before `end`: whatever the sender puts there is lost.
+    pub(super) fn skip(&self, first: u64, end: u64) {
+        for place in first.max(end.saturating_sub(SLOTS as u64))..end {
+            self.free(place);
+        }
+    }
+
+    /// Lets the device copy by itself. If it refuses, its copies go through memory of its library's:
+    /// slower, and as right.
+    pub(super) fn pin(&self, device: &dyn Device) {
+        self.pinned.get_or_init(|| {
+            if let Some(data) = NonNull::new(self.memory.as_mut_ptr()) {
+                let bytes = self.memory.len();
+                if let Err(error) = device.pin(&HostMemory { data, bytes }) {
+                    say(&format!("mpi_cuda: memory shared by ranks is used unpinned, which is slower: {error}"));
+                }
+            }
+        });
+    }
+}
+
+/// The outboxes of the ranks that this one shares memory with.
+pub struct Outboxes {
+    name: u64,
+    rank: usize,
+    /// By rank in the world; its own among them, if it could be made.
+    all: Vec<Option<Outbox>>,
+    /// Place of the next message in the own one.
+    next: AtomicU64,
+}
+
+impl Outboxes {
+    fn path(name: u64, rank: usize) -> PathBuf {
+        format!("/dev/shm/mpi_cuda.{name:016x}.{rank}").into()
+    }
+
+    /// Makes the outbox of `rank`, for messages in parts of at most `chunk` bytes. All ranks of `size`
+    /// call this with the same name, then, when all have, [`Outboxes::open`], and then [`Outboxes::unlink`].
+    /// A rank that wants none or cannot make one sends its messages through MPI.
+    pub fn make(name: u64, rank: usize, size: usize, chunk: Option<usize>) -> Outboxes {
+        let mut all: Vec<Option<Outbox>> = (0..size).map(|_| None).collect();
+        if let Some(chunk) = chunk {
+            let slot = chunk.min(LARGEST);
+            all[rank] = Self::create(&Self::path(name, rank), size, slot).ok();
+        }
+        Outboxes {
+            name,
+            rank,
+            all,
+            next: AtomicU64::new(0),
+        }
+    }
+
+    fn create(path: &PathBuf, size: usize, slot: usize) -> io::Result<Outbox> {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(path)?;
+        let bytes = Outbox::header(size) + SLOTS * slot;
+        // Reserved, and not more than there is to spare: MPI and others need this memory too, and
+        // its lack would be a signal later.
+        let there = free_bytes(&file)?;
+        // SAFETY: a file of ours.
+        let reserved = (bytes as u64) <= there / 16
+            && unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as i64) } == 0;
+        let made = match reserved {
+            true => Outbox::over(&file, size),
+            false => Err(io::ErrorKind::OutOfMemory.into()),
+        };
+        if made.is_err() {
+            // Nobody has it.
+            let _ = std::fs::remove_file(path);
+        }
+        made
+    }
+
+    /// Maps those of the other ranks of this node, and shows them that it has.
+    pub fn open(&mut self) {
+        let (size, own) = (self.all.len(), self.rank);
+        for rank in 0..size {
+            if rank != own {
+                let path = Self::path(self.name, rank);
+                let file = OpenOptions::new().read(true).write(true).open(path);
+                self.all[rank] = file.and_then(|file| Outbox::over(&file, size)).ok();
+            }
+            if let Some(outbox) = &self.all[rank] {
+                outbox.seen_by(own).store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Takes the name of the own one away, once all ranks have mapped it.
+    pub fn unlink(&self) {
+        if self.all[self.rank].is_some() {
+            let _ = std::fs::remove_file(Self::path(self.name, self.rank));
+        }
+    }
+
+    /// The ranks that read this one's outbox.
+    pub fn readers(&self) -> usize {
+        let reads = |&rank: &usize| rank != self.rank && self.to(rank as i32).is_some();
+        (0..self.all.len()).filter(reads).count()
+    }
+
+    /// The own outbox, if `rank` reads it.
+    pub(super) fn to(&self, rank: i32) -> Option<&Outbox> {
+        let own = self.all[self.rank].as_ref()?;
+        let there = usize::try_from(rank).is_ok_and(|rank| rank < self.all.len());
+        (there && own.seen_by(rank as usize).load(Ordering::SeqCst)).then_some(own)
+    }
+
+    /// The outbox of `rank`.
+    pub(super) fn of(&self, rank: usize) -> Option<&Outbox> {
+        self.all.get(rank)?.as_ref()
+    }
+
+    /// This rank, in the world.
+    pub(super) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The first of `count` places for a message; they are nobody else's.
+    pub(super) fn reserve(&self, count: u64) -> u64 {
+        self.next.fetch_add(count, Ordering::Relaxed)
+    }
+}
+
+/// Bytes that are left where the file is.
+fn free_bytes(file: &File) -> io::Result<u64> {
+    // SAFETY: all zero bytes are a valid value of this plain struct.
+    let mut about: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: writes to a valid place.
+    match unsafe { libc::fstatvfs(file.as_raw_fd(), &mut about) } {
+        0 => Ok(about.f_bavail * about.f_frsize),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_go_back_and_forth_between_two_ranks() {
+        let name = crate::arrivals::Arrivals::new_name();
+        let mut both: Vec<_> = (0..2)
+            .map(|rank| Outboxes::make(name, rank, 2, Some(4096)))
+            .collect();
+        both.iter_mut().for_each(Outboxes::open);
+        both.iter().for_each(Outboxes::unlink);
+        assert!(!Outboxes::path(name, 0).exists() && both[0].readers() == 1);
+        let (sends, receives) = (both[0].to(1).unwrap(), both[1].of(0).unwrap());
+        for place in 0..3 * SLOTS as u64 {
+            assert!(sends.is_free(place) && !receives.is_filled(place));
+            assert!(sends.is_free(place + SLOTS as u64 - 1));
+            assert!(!sends.is_free(place + SLOTS as u64));
+            // SAFETY: a byte of a slot that is free.
+            unsafe { sends.data(place).write(place as u8) };
+            sends.fill(place);
+            assert!(receives.is_filled(place));
+            // SAFETY: a byte of a slot that is filled.
+            assert_eq!(unsafe { receives.data(place).read() }, place as u8);
+            receives.free(place);
+        }
+        // A message that nobody reads, and that is longer than the ring.
+        let (first, end) = (3 * SLOTS as u64, 6 * SLOTS as u64 + 1);
+        receives.skip(first, end);
+        for place in first..end + SLOTS as u64 {
+            assert!(sends.is_free(place));
+            sends.fill(place);
+        }
+        assert!(!sends.is_free(end + SLOTS as u64));
+    }
+
+    #[test]
+    fn a_rank_that_did_not_map_it_is_sent_to_by_mpi() {
+        let name = crate::arrivals::Arrivals::new_name();
+        let mut own = Outboxes::make(name, 1, 3, Some(4096));
+        own.open();
+        own.unlink();
+        assert!(own.to(0).is_none() && own.to(2).is_none() && own.to(7).is_none());
+        assert_eq!(own.readers(), 0);
+        // Too large for what there is.
+        assert!(Outboxes::create(&Outboxes::path(name, 1), 3, 1 << 50).is_err());
+        assert!(!Outboxes::path(name, 1).exists());
+    }
+}
