@@ -1,16 +1,16 @@
-"""What a GPU must show: operations and collectives on its memory against numpy, and their speed.
+"""What a GPU must show: operations and collectives on its memory against numpy.
 
-Usage: mpirun -n 2 python tests/gpu/check.py REPORT.json
+Usage: mpirun -n 2 python tests/gpu/check.py REPORT.json [NAME...]
 
 Needs no more than JAX and numpy. Rank 0 prints a line for each check and writes the report; a check
-that fails does not end the others, unless ranks would wait for each other.
+that fails does not end the others, unless ranks would wait for each other. With names, only those
+run.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import time
 import traceback
@@ -39,7 +39,7 @@ Check = Callable[[], Any]
 
 
 def check(function: Check) -> Check:
-    """Adds `function`, which fails by raising, and may return what it measured."""
+    """Adds `function`, which fails by raising, and may return what it found."""
     CHECKS.append((function.__name__.replace("_", " "), function))
     return function
 
@@ -231,39 +231,11 @@ def partitioned_training() -> None:
     np.testing.assert_allclose(part(shared[0]), params[0], atol=1e-3)
 
 
-def seconds(function: Callable[..., Any], *arguments: Any, times: int) -> float:
-    """Of a call, without the first two."""
-    for _ in range(2):
-        jax.block_until_ready(function(*arguments))
-    start = time.perf_counter()
-    for _ in range(times):
-        jax.block_until_ready(function(*arguments))
-    return (time.perf_counter() - start) / times
-
-
-@check
-def speed() -> dict[str, float]:
-    """Microseconds of an operation inside a loop of ten, and what the copies alone take."""
-    found = {}
-    sizes = (8, 1 << 16, 1 << 20, 1 << 22, 1 << 26)
-    for size in sizes[:2] if "MPI_CUDA_PRETEND_DEVICE" in os.environ else sizes:
-        x = jnp.ones(size // 4, jnp.float32)
-        for name, operation in {
-            "allreduce": lambda x: nt.allreduce(x, m.SUM),
-            "sendrecv": lambda x: nt.sendrecv(x, x, source=LEFT, dest=RIGHT),
-        }.items():
-            loop = jax.jit(lambda x, f=operation: lax.fori_loop(0, 10, lambda _, x: f(x), x))
-            found[f"{name} {size}"] = seconds(loop, x, times=5) / 10 * 1e6
-        host = np.asarray(x)
-        found[f"down {size}"] = seconds(lambda x=x: np.asarray(x + 0), times=5) * 1e6
-        found[f"up {size}"] = seconds(lambda h=host: jax.device_put(h), times=5) * 1e6
-    return found
-
-
 def main() -> int:
     report: dict[str, Any] = {"jax": jax.__version__, "ranks": SIZE, "checks": {}}
     wrong = 0
-    for name, function in CHECKS:
+    chosen = [c for c in CHECKS if not sys.argv[2:] or c[0] in sys.argv[2:]]
+    for name, function in chosen:
         start = time.perf_counter()
         try:
             result, text = function(), None
@@ -279,7 +251,7 @@ def main() -> int:
     if RANK == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(report, file, indent=1)
-        print(f"{len(CHECKS) - wrong} passed, {wrong} failed", flush=True)
+        print(f"{len(chosen) - wrong} passed, {wrong} failed", flush=True)
     return int(wrong > 0)
 
 
