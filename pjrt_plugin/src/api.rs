@@ -1,5 +1,6 @@
 //! The function table: the inner plugin's own, with what must differ replaced.
 
+use std::ffi::c_void;
 use std::mem::{offset_of, size_of};
 use std::sync::OnceLock;
 
@@ -96,7 +97,24 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_Buffer_Delete = buffers::delete,
         PJRT_Buffer_IsDeleted = buffers::is_deleted,
     }
+    if let Some(inner) = slot(api, FOR_EACH_PAYLOAD) {
+        let ours = error::for_each_payload as *const c_void;
+        error::for_each_payload_by(std::mem::replace(inner, ours));
+    }
     api
+}
+
+/// Where newer tables than our header's have `PJRT_Error_ForEachPayload` (fields are only
+/// ever appended).
+const FOR_EACH_PAYLOAD: usize = 137;
+
+/// An entry of the table by its number among the table's words, if the table has it.
+fn slot(api: &mut PJRT_Api, number: usize) -> Option<&mut *const c_void> {
+    let bytes = (number + 1) * size_of::<*const c_void>();
+    (api.struct_size >= bytes).then(|| {
+        // SAFETY: the table's storage has its struct_size, and is words.
+        unsafe { &mut *std::ptr::from_mut(api).cast::<*const c_void>().add(number) }
+    })
 }
 
 /// A table with nothing but the reason why there is no other.

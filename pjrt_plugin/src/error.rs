@@ -4,9 +4,10 @@
 //! tells the two apart, so that the framework can read and destroy either.
 
 use std::collections::HashSet;
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::fmt;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use parking_lot::Mutex;
 use pjrt_sys::*;
@@ -166,4 +167,35 @@ pub unsafe extern "C" fn get_code(args: *mut PJRT_Error_GetCode_Args) -> *mut PJ
             None => std::ptr::null_mut(),
         }
     }
+}
+
+/// The beginning of the arguments of `PJRT_Error_ForEachPayload`, which our header does not have yet.
+#[repr(C)]
+pub struct ForEachPayloadArgs {
+    struct_size: usize,
+    extension_start: *mut PJRT_Extension_Base,
+    error: *const PJRT_Error,
+}
+
+/// The inner plugin's function.
+static FOR_EACH_PAYLOAD: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Says what the inner plugin has in the table.
+pub fn for_each_payload_by(inner: *const c_void) {
+    FOR_EACH_PAYLOAD.store(inner.cast_mut(), Ordering::Release);
+}
+
+/// `PJRT_Error_ForEachPayload`; our errors have none.
+pub unsafe extern "C" fn for_each_payload(args: *mut ForEachPayloadArgs) -> *mut PJRT_Error {
+    type Function = unsafe extern "C" fn(*mut ForEachPayloadArgs) -> *mut PJRT_Error;
+    // SAFETY: the framework passes valid arguments with a live error.
+    if unsafe { own((*args).error) }.is_some() {
+        return std::ptr::null_mut();
+    }
+    let inner = FOR_EACH_PAYLOAD.load(Ordering::Acquire);
+    if inner.is_null() {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: the entry of the inner table, which has this type; the error is the inner plugin's.
+    unsafe { std::mem::transmute::<*mut c_void, Function>(inner)(args) }
 }

@@ -16,7 +16,8 @@ def initialize() -> None:
 
     from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle, _older_plugin
 
-    _library.load()
+    if _library.load().mpi_cuda_on_gpu():
+        _keep_cpu()
     _watch_backends(_answer_to_usual_names)
     xla_bridge._nonexperimental_plugins.add(NAME)
     xla_bridge.register_plugin(
@@ -26,6 +27,15 @@ def initialize() -> None:
     _ffi_targets.install()
     _lifecycle.install()
     _older_plugin.install()
+
+
+def _keep_cpu() -> None:
+    """Adds JAX's CPU backend to the platforms, for arguments of callbacks: as where none is named."""
+    import jax
+
+    platforms = jax.config.jax_platforms
+    if "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
 def _options() -> dict[str, Any]:

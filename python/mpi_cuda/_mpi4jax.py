@@ -2,7 +2,7 @@
 
 mpi4jax's bridge is built for one MPI and writes MPI's handles and addresses into programs. Where
 the backend mpi_cuda is selected, `mpi_cuda_startup` has Python import this module instead of
-`mpi4jax._src.xla_bridge.mpi_xla_bridge_cpu`. mpi4jax itself stays as it is; what it asks its own
+`mpi4jax._src.xla_bridge.mpi_xla_bridge_cpu`, and on GPUs of `mpi_xla_bridge_cuda`. mpi4jax itself stays as it is; what it asks its own
 `utils` for is answered with the numbers and the effect of ours:
 
 - communicators, reductions and status are numbers in programs, as in ours (`_arguments`);
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
+import types
 from typing import Any
 
 from mpi4py import MPI
@@ -56,6 +58,16 @@ def _elsewhere() -> Any:
 
 
 ffi_targets = {name.removesuffix("_ffi"): _elsewhere() for name in _ffi_targets.MPI4JAX}
+
+
+def _for_cuda() -> types.ModuleType:
+    """The other bridge, whose targets the plugin has registered."""
+    module: Any = types.ModuleType("mpi4jax._src.xla_bridge.mpi_xla_bridge_cuda", __doc__)
+    module.set_logging, module.get_logging = set_logging, get_logging
+    # It tells whether MPI knows CUDA, which this library finds out itself.
+    module.set_copy_to_host = lambda enable: None
+    module.ffi_targets = {}
+    return module
 
 
 def _handle(value: Any) -> int:
@@ -109,6 +121,12 @@ def _install() -> None:
             known = wrappers[key] = wrap(value)
         return known
 
+    if _library.load().mpi_cuda_on_gpu():
+        bridge = _for_cuda()
+        sys.modules[bridge.__name__] = bridge
+        # It would warn that its MPI is not said to know CUDA.
+        decorators: Any = importlib.import_module("mpi4jax._src.decorators")
+        decorators._cuda_mpi_setup_done = True
     utils.to_mpi_handle = _handle
     utils.to_mpi_ptr = to_mpi_ptr
     utils.wrap_as_hashable = wrap_as_hashable
