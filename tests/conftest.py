@@ -11,6 +11,18 @@ import pytest
 LIMIT = float(os.environ.get("TEST_TIMEOUT", "90"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "not_on_gpu(reason): of what is different on GPUs")
+
+
+@pytest.fixture(autouse=True)
+def not_on_gpu(request: pytest.FixtureRequest) -> None:
+    """Skips a test marked so where the ranks have GPUs."""
+    marker = request.node.get_closest_marker("not_on_gpu")
+    if marker is not None and os.environ.get("MPI_CUDA_DEVICE") == "cuda":
+        pytest.skip(marker.args[0])
+
+
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
     stderr = int(os.environ.get("TEST_STDERR", "2"))

@@ -71,6 +71,13 @@ impl Error {
         }
     }
 
+    /// What it says.
+    pub fn into_text(self) -> String {
+        let text = self.to_string();
+        self.discard();
+        text
+    }
+
     /// The pointer to return to the framework, which destroys it.
     pub fn into_raw(self) -> *mut PJRT_Error {
         match self {

@@ -222,10 +222,6 @@ unsafe fn must_defer(
     args: &PJRT_LoadedExecutable_Execute_Args,
     launches: usize,
 ) -> Result<bool, Error> {
-    // XLA:GPU has a queue of its own (`use_tfrt_gpu_client`).
-    if plugin().inner.device == Device::Cuda {
-        return Ok(false);
-    }
     // The launch whose callback this is would wait for what is deferred.
     if LAUNCHES_HERE.get() > 0 || crate::fork::is_child() || room::wait_for(launches) {
         return Ok(false);
@@ -397,6 +393,10 @@ unsafe fn all_are_here(
     let Some(alike) = program.alike else {
         return false;
     };
+    // XLA:GPU runs every launch on a thread of its own.
+    if plugin().inner.device == Device::Cuda {
+        return false;
+    }
     // SAFETY: as the caller promises; there is one device.
     let inputs = unsafe { slice(*args.argument_lists, args.num_args) };
     WITH_CALLBACKS.load(Ordering::Acquire) == 0

@@ -1,10 +1,14 @@
 //! Buffers that the framework gets before the launch that fills them: alias buffers of the inner
 //! plugin (`pjrt_c_api.h`, `PJRT_Client_CreateAliasBuffer`).
 
+use std::ffi::c_void;
+
 use pjrt_sys::*;
 
+use crate::boundary;
 use crate::buffers::{self, Held};
 use crate::call::{call, new_args};
+use crate::config::Device;
 use crate::error::Error;
 use crate::handles::{Owned, destroy_event};
 use crate::plugin::plugin;
@@ -18,7 +22,7 @@ pub struct Shape {
     pub element_type: PJRT_Buffer_Type,
     /// How many.
     pub dims: Vec<i64>,
-    /// The order of its dimensions, the fastest varying first; empty if it is the inner plugin's own.
+    /// The order of its dimensions, the fastest varying first; empty if it is row-major.
     pub order: Vec<i64>,
 }
 
@@ -44,15 +48,19 @@ impl Promise {
         args.shape_element_type = shape.element_type;
         args.shape_dims = shape.dims.as_ptr();
         args.shape_num_dims = shape.dims.len();
+        // XLA:GPU knows no layout where none is given.
+        let row_major: Vec<i64> = (0..shape.dims.len() as i64).rev().collect();
+        let order = match shape.order.is_empty() {
+            true => &row_major,
+            false => &shape.order,
+        };
+        let mut tiled = new_args::<PJRT_Buffer_MemoryLayout_Tiled>();
+        tiled.minor_to_major = order.as_ptr();
+        tiled.minor_to_major_size = order.len();
         let mut layout = new_args::<PJRT_Buffer_MemoryLayout>();
-        if !shape.order.is_empty() {
-            let mut tiled = new_args::<PJRT_Buffer_MemoryLayout_Tiled>();
-            tiled.minor_to_major = shape.order.as_ptr();
-            tiled.minor_to_major_size = shape.order.len();
-            layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
-            layout.__bindgen_anon_1.tiled = tiled;
-            args.shape_layout = &mut layout;
-        }
+        layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
+        layout.__bindgen_anon_1.tiled = tiled;
+        args.shape_layout = &mut layout;
         // SAFETY: live handles, and dimensions and a layout that outlive the call.
         unsafe {
             call(
@@ -69,10 +77,37 @@ impl Promise {
     }
 
     /// The promised buffer becomes `buffer`, which need not be ready.
-    pub fn fulfil(mut self, buffer: Owned) {
+    pub fn fulfil(self, buffer: Owned) {
+        // A result of XLA:GPU that fails has no memory, which the inner plugin would follow.
+        if plugin().inner.device == Device::Cuda {
+            self.fulfil_when_ready(buffer);
+        } else {
+            self.fulfil_now(buffer);
+        }
+    }
+
+    fn fulfil_now(mut self, buffer: Owned) {
         let mut args = new_args::<PJRT_Client_FulfillAliasBuffer_Args>();
         args.buffer = buffer.0;
         self.settle(args);
+    }
+
+    fn fulfil_when_ready(self, buffer: Owned) {
+        let event = match ready_event(buffer.0) {
+            Ok(event) => event,
+            Err(error) => return self.fail(&error.into_text()),
+        };
+        let mut ready = new_args::<PJRT_Event_OnReady_Args>();
+        ready.event = event;
+        ready.callback = Some(is_ready);
+        ready.user_arg = Box::into_raw(Box::new(Waiting {
+            promise: self,
+            buffer,
+            event,
+        }))
+        .cast();
+        // SAFETY: a live event; the callback takes `Waiting` over. A failure would have called it.
+        let _ = unsafe { call(plugin().inner.api().PJRT_Event_OnReady, &mut ready) };
     }
 
     /// Whoever waits for the promised buffer gets this error.
@@ -103,12 +138,41 @@ impl Promise {
 
     /// An event that the framework owns, ready when the promised buffer is.
     fn ready_event(&self) -> Result<*mut PJRT_Event, Error> {
-        let mut ready = new_args::<PJRT_Buffer_ReadyEvent_Args>();
-        ready.buffer = self.buffer.handle();
-        // SAFETY: a live buffer.
-        unsafe { call(plugin().inner.api().PJRT_Buffer_ReadyEvent, &mut ready) }?;
-        Ok(ready.event)
+        ready_event(self.buffer.handle())
     }
+}
+
+/// An event, the caller's, ready when the live `buffer` is.
+fn ready_event(buffer: *mut PJRT_Buffer) -> Result<*mut PJRT_Event, Error> {
+    let mut ready = new_args::<PJRT_Buffer_ReadyEvent_Args>();
+    ready.buffer = buffer;
+    // SAFETY: as the caller promises.
+    unsafe { call(plugin().inner.api().PJRT_Buffer_ReadyEvent, &mut ready) }?;
+    Ok(ready.event)
+}
+
+/// A promise that is fulfilled once the buffer is ready.
+struct Waiting {
+    promise: Promise,
+    buffer: Owned,
+    event: *mut PJRT_Event,
+}
+
+unsafe extern "C" fn is_ready(error: *mut PJRT_Error, waiting: *mut c_void) {
+    boundary::quiet((), || {
+        // SAFETY: made by `fulfil_when_ready`; called once.
+        let Waiting {
+            promise,
+            buffer,
+            event,
+        } = *unsafe { Box::from_raw(waiting.cast::<Waiting>()) };
+        // The callback owns the error (`pjrt_c_api.h`, PJRT_Event_OnReadyCallback).
+        match (!error.is_null()).then_some(Error::Inner(error)) {
+            Some(error) => promise.fail(&error.into_text()),
+            None => promise.fulfil_now(buffer),
+        }
+        destroy_event(event);
+    });
 }
 
 impl Drop for Promise {

@@ -30,7 +30,7 @@ def initialize() -> None:
 
 
 def _keep_cpu() -> None:
-    """Adds JAX's CPU backend to the platforms, for arguments of callbacks: as where none is named."""
+    """Adds JAX's CPU backend, where callbacks have their arguments."""
     import jax
 
     platforms = jax.config.jax_platforms

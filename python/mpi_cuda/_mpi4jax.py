@@ -2,8 +2,9 @@
 
 mpi4jax's bridge is built for one MPI and writes MPI's handles and addresses into programs. Where
 the backend mpi_cuda is selected, `mpi_cuda_startup` has Python import this module instead of
-`mpi4jax._src.xla_bridge.mpi_xla_bridge_cpu`, and on GPUs of `mpi_xla_bridge_cuda`. mpi4jax itself stays as it is; what it asks its own
-`utils` for is answered with the numbers and the effect of ours:
+`mpi4jax._src.xla_bridge.mpi_xla_bridge_cpu`; on GPUs it stands in for `mpi_xla_bridge_cuda` too.
+mpi4jax itself stays as it is; what it asks its own `utils` for is answered with the numbers and the
+effect of ours:
 
 - communicators, reductions and status are numbers in programs, as in ours (`_arguments`);
 - its ordered effect is ours, so that one order holds for the operations of both, and calls take

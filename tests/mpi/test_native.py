@@ -378,6 +378,7 @@ def test_8_bit_floats_are_moved() -> None:
     same(moved, *map(counted, ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"]))
 
 
+@pytest.mark.not_on_gpu("XLA:GPU leaves them, and they are refused")
 def test_8_bit_floats_are_reduced() -> None:
     x = counted("float8_e4m3fn") % 3, counted("float8_e5m2") % 3
     same(lambda *x: (lax.psum(x, "x"), lax.pmax(x, "x")), *x)
@@ -979,6 +980,7 @@ OWN: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @SEVERAL
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.not_on_gpu("XLA:GPU ends the process when it compiles them")
 def test_reductions_that_xla_does_not_know(name: str) -> None:
     """XLA's CPU compiler refuses them on a sharded axis; the ranks go on."""
     x = numbers((D, 3))

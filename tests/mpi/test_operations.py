@@ -378,6 +378,7 @@ def test_operands_keep_their_values() -> None:
     "[madvise]" not in HUGE_PAGES.read_text() if HUGE_PAGES.exists() else True,
     reason="Linux has huge pages always or never here",
 )
+@pytest.mark.not_on_gpu("it is about memory of the host")
 def test_messages_lie_in_huge_pages() -> None:
     """Asked for; whether there are free ones is for Linux to say."""
 

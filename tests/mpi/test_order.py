@@ -100,6 +100,7 @@ def test_callback_between_operations_runs_between_them() -> None:
     assert log == ["callback"]
 
 
+@pytest.mark.not_on_gpu("callbacks run on the CPU backend")
 def test_what_a_callback_launches_comes_before_what_was_dispatched_after_its_program() -> None:
     """Even if that is already queued behind it: the callback waits until it is."""
     total = jax.jit(lambda x: nt.allreduce(x, m.SUM))
@@ -124,6 +125,7 @@ def test_what_a_callback_launches_comes_before_what_was_dispatched_after_its_pro
     np.testing.assert_allclose(first, np.eye(128) * SIZE)
 
 
+@pytest.mark.not_on_gpu("callbacks run on the CPU backend")
 def test_a_callback_in_the_background_communicates_through_jax() -> None:
     """What it launches belongs to its own program's place in the order."""
     total = jax.jit(lambda x: nt.allreduce(x, m.SUM))
@@ -517,6 +519,7 @@ def launches_on_callers() -> int:
 @pytest.mark.skipif(
     SIZE != 2 or len(os.sched_getaffinity(0)) < SIZE, reason="ranks without cores are not in step"
 )
+@pytest.mark.not_on_gpu("XLA:GPU launches on a thread of its own")
 def test_ranks_in_step_run_small_programs_on_the_calling_thread() -> None:
     program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
     exchange = jax.jit(lambda x: nt.sendrecv(x, x, (RANK - 1) % SIZE, (RANK + 1) % SIZE))

@@ -196,6 +196,7 @@ def test_groups_of_devices_reduce_apart() -> None:
     )
 
 
+@pytest.mark.not_on_gpu("XLA:GPU launches on a thread of its own")
 def test_a_small_program_runs_on_its_caller() -> None:
     """Only if all ranks are seen to have come, which the scheduler may prevent for a while."""
     add = program(lambda x: lax.psum(x, "x"))

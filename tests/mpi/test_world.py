@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,8 @@ def test_the_world_is_mpis() -> None:
     assert [d.process_index for d in jax.devices()] == list(range(SIZE))
     assert [d.process_index for d in jax.local_devices()] == [RANK]
     assert jax.local_devices()[0].local_hardware_id == 0
-    assert jax.default_backend() == "cpu"
+    on_gpu = os.environ.get("MPI_CUDA_DEVICE") == "cuda"
+    assert jax.default_backend() == ("gpu" if on_gpu else "cpu")
     assert jnp.ones(3).devices() == {jax.local_devices()[0]}
 
 
