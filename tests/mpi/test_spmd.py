@@ -383,6 +383,7 @@ def test_what_does_not_communicate_may_depend_on_the_rank() -> None:
         np.testing.assert_allclose(add(sharded()), expected)
 
 
+@pytest.mark.not_on_gpu("XLA:GPU packs them into bytes")
 def test_elements_of_less_than_a_byte_are_refused_or_right() -> None:
     small = jax.jit(lambda x: x.astype(jnp.int2))(sharded())
     with pytest.raises(Exception, match="less than 8 bits"):
