@@ -314,6 +314,12 @@ unsafe fn launch_operations(
              processes with the spawn method and JAX_PLATFORMS=cpu",
         ));
     }
+    if plugin().inner.device == Device::Cuda && is_xlas_gpu_thread() {
+        return Err(Error::precondition(
+            "mpi_cuda: a host callback has called an operation with arrays on the GPU, which waits there until \
+             the callback has returned: call operations outside of callbacks",
+        ));
+    }
     if let Some(error) = world.engine.take_unread_error() {
         return Err(Error::internal(format!(
             "{error} (reported by the launch after it)"
@@ -370,6 +376,15 @@ unsafe fn launch_operations(
         world.engine.wait_idle();
     }
     result
+}
+
+/// Whether this is the thread on which XLA:GPU launches everything, so that nothing else is launched before
+/// it returns. XLA names it (`py_xla_dispatch`).
+fn is_xlas_gpu_thread() -> bool {
+    let mut name = [0u8; 16];
+    // SAFETY: a buffer as long as names are (prctl(2), PR_GET_NAME).
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    name.starts_with(b"py_xla_dispatch")
 }
 
 /// Launches that ran on the calling thread because all ranks were there.

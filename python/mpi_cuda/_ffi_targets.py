@@ -58,8 +58,13 @@ def _register(name: str, target: Any, platform: str, api_version: int = 0) -> No
 
 
 def install() -> None:
-    """Forwards all targets for the CPU, past and future; jaxlib's own CPU client gets them too."""
+    """Forwards all targets for the CPU, past and future; jaxlib's own CPU client gets them too.
+
+    Those for GPUs are registered by JAX's own package with the plugin that is wrapped."""
     from jaxlib import _jax, xla_client
+
+    if _library.load().mpi_cuda_on_gpu():
+        return
 
     registered = dict(xla_client.custom_call_targets("Host"))
     for name, target in registered.items():

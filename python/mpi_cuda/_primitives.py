@@ -104,6 +104,15 @@ def _refuse_automatic_partitioning(name: str, context: Any) -> None:
         )
 
 
+def _remedy() -> str:
+    if _library.load().mpi_cuda_on_gpu():
+        return (
+            "pass arrays that are on the GPU, and call no operation inside of a host callback, "
+            "whose arrays are on the CPU"
+        )
+    return "start with JAX_PLATFORMS=mpi_cuda"
+
+
 def _lowering(
     name: str,
     ctx: jax_mlir.LoweringRuleContext,
@@ -118,7 +127,7 @@ def _lowering(
     if not _library.is_ours(backend):
         raise RuntimeError(
             f"mpi_cuda.{name} needs the backend mpi_cuda, and this program is compiled for "
-            f"{backend.platform}: start with JAX_PLATFORMS=mpi_cuda"
+            f"{backend.platform}: {_remedy()}"
         )
     _refuse_automatic_partitioning(name, ctx.module_context.axis_context)
     avals = list(ctx.avals_in)

@@ -86,3 +86,24 @@ def test_auto_is_staged_and_says_how_to_get_a_proof() -> None:
     done = run("import jax; jax.devices()", 2, MPI_CUDA_TRANSFER="auto", MPI_CUDA_LOG="info")
     assert done.returncode == 0, done.stderr
     assert "transfer staged (" in done.stderr
+
+
+def test_operations_in_callbacks_are_refused_by_name() -> None:
+    done = run("""if True:
+        import jax, jax.numpy as jnp, numpy as np, mpi_cuda as m
+        from mpi_cuda import notoken as nt
+        x = jax.device_put(jnp.ones(3), jax.local_devices()[0])
+        total = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+        total(x)
+        def of(array):
+            def callback(_):
+                return np.asarray(total(array()))
+            return jax.jit(lambda x: jax.pure_callback(callback, x, x))
+        for call in (of(lambda: x), of(lambda: jnp.ones(3))):
+            try:
+                print(call(x))
+            except Exception as error:
+                print(str(error))
+    """)
+    assert "call operations outside of callbacks" in done.stdout, done.stdout + done.stderr
+    assert "call no operation inside of a host callback" in done.stdout

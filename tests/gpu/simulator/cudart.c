@@ -11,8 +11,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #define UNUSED __attribute__((unused))
 /* Declares and begins an exported function; the runtime's error numbers are the driver's. */
-#define FUNCTION(name, ...)        \
-  EXPORT int name(__VA_ARGS__);    \
+#define FUNCTION(name, ...)     \
+  EXPORT int name(__VA_ARGS__); \
   int name(__VA_ARGS__)
 
 static __thread int last_error;
@@ -151,7 +151,7 @@ FUNCTION(cudaGetFuncBySymbol, UNUSED CUfunction *function, const void *symbol) {
 }
 
 static int missing(const char *name) { return call(name, CUDA_ERROR_NOT_SUPPORTED); }
-#define MISSING(name)                                  \
+#define MISSING(name)                             \
   EXPORT int missing_##name(void) __asm__(#name); \
   int missing_##name(void) { return missing(#name); }
 #include "cudart_missing.h"

@@ -12,6 +12,7 @@
  *    (cuMemHostAlloc, cuMemHostRegister) is read and written when the stream gets there.
  *  - The default stream is the legacy one: it waits for all blocking streams, and they for it.
  *  - CUDA calls inside cuLaunchHostFunc's functions are refused.
+ *  - Events, streams and memory that are used after destruction end the process with a message.
  *  - A copy from or to device memory that is not mapped (any more) ends the process with a message.
  *
  * Environment:
@@ -91,9 +92,9 @@ static CUresult enter(const char *name) {
   return CUDA_SUCCESS;
 }
 
-#define ENTER                                   \
-  do {                                          \
-    CUresult entered = enter(__func__);         \
+#define ENTER                                    \
+  do {                                           \
+    CUresult entered = enter(__func__);          \
     if (entered != CUDA_SUCCESS) return entered; \
   } while (0)
 
@@ -131,9 +132,9 @@ static CUcontext current(void) { return context_depth ? context_stack[context_de
 
 #define NEED_CONTEXT \
   if (!current()) FAIL(CUDA_ERROR_INVALID_CONTEXT, "no context is current")
-#define NEED_DEVICE(device)                                                                    \
-  do {                                                                                         \
-    if (!initialised) FAIL(CUDA_ERROR_NOT_INITIALIZED, "before cuInit");                       \
+#define NEED_DEVICE(device)                                                                          \
+  do {                                                                                               \
+    if (!initialised) FAIL(CUDA_ERROR_NOT_INITIALIZED, "before cuInit");                             \
     if ((device) < 0 || (device) >= device_count) FAIL(CUDA_ERROR_INVALID_DEVICE, "no such device"); \
   } while (0)
 
@@ -150,8 +151,6 @@ struct block {
 };
 
 enum kind { MAPPED, ALLOCATED, POOLED, MANAGED, HOST_ALLOCATED, HOST_REGISTERED };
-static const char *const kind_names[] = {"mapped",  "allocated",      "of a pool",
-                                         "managed", "host allocated", "host registered"};
 
 /* Memory that the driver knows. */
 struct range {
@@ -183,9 +182,7 @@ static size_t memory_used[MAX_DEVICES];
 static bool in_arena(uintptr_t address) { return address - arena < ARENA; }
 
 /* Where the driver itself reads and writes what is at `address`. */
-static char *seen(uintptr_t address) {
-  return (char *)(in_arena(address) ? address + (uintptr_t)shadow : address);
-}
+static char *seen(uintptr_t address) { return (char *)(in_arena(address) ? address + (uintptr_t)shadow : address); }
 
 static void make_arena(void) {
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -271,6 +268,7 @@ static void map_block(uintptr_t at, size_t size, struct block *block, size_t off
   if (block->of_host && shadow &&
       mmap((void *)at, size, PROT_READ | PROT_WRITE, flags, block->file, (off_t)offset) == MAP_FAILED)
     DIE("cannot map %zu bytes: %s", size, strerror(errno));
+  madvise(seen(at), size, MADV_DONTDUMP); /* else a core has all of it */
   block->mappings++;
 }
 
@@ -290,8 +288,13 @@ static uintptr_t allocate(size_t size, int device, enum kind kind, CUcontext con
   if (!at) return 0;
   struct block *block = new_block(whole, device, kind == MANAGED);
   map_block(at, whole, block, 0);
-  add_range((struct range){
-      .start = at, .size = size, .kind = kind, .block = block, .device = device, .context = context, .accessible = true});
+  add_range((struct range){.start = at,
+                           .size = size,
+                           .kind = kind,
+                           .block = block,
+                           .device = device,
+                           .context = context,
+                           .accessible = true});
   return at;
 }
 
@@ -539,7 +542,8 @@ static CUresult copy(const char *name, uintptr_t to, size_t to_pitch, uintptr_t 
   return CUDA_SUCCESS;
 }
 
-static CUresult copy_line(const char *name, uintptr_t to, uintptr_t from, size_t size, CUstream stream, bool synchronous) {
+static CUresult copy_line(const char *name, uintptr_t to, uintptr_t from, size_t size, CUstream stream,
+                          bool synchronous) {
   return copy(name, to, size, from, size, size, 1, stream, synchronous);
 }
 
@@ -618,19 +622,19 @@ static CUresult fill(const char *name, uintptr_t to, size_t pitch, unsigned valu
   return CUDA_SUCCESS;
 }
 
-#define FILLS(bits, type)                                                                                          \
-  EXPORT CUresult cuMemsetD##bits(CUdeviceptr to, type value, size_t count) {                                      \
-    return fill("cuMemsetD" #bits, to, 0, value, bits / 8, count, 1, NULL);                                        \
-  }                                                                                                                \
-  EXPORT CUresult cuMemsetD##bits##Async(CUdeviceptr to, type value, size_t count, CUstream stream) {              \
-    return fill("cuMemsetD" #bits "Async", to, 0, value, bits / 8, count, 1, stream);                              \
-  }                                                                                                                \
-  EXPORT CUresult cuMemsetD2D##bits(CUdeviceptr to, size_t pitch, type value, size_t width, size_t height) {       \
-    return fill("cuMemsetD2D" #bits, to, pitch, value, bits / 8, width, height, NULL);                             \
-  }                                                                                                                \
-  EXPORT CUresult cuMemsetD2D##bits##Async(CUdeviceptr to, size_t pitch, type value, size_t width, size_t height,  \
-                                           CUstream stream) {                                                      \
-    return fill("cuMemsetD2D" #bits "Async", to, pitch, value, bits / 8, width, height, stream);                   \
+#define FILLS(bits, type)                                                                                         \
+  EXPORT CUresult cuMemsetD##bits(CUdeviceptr to, type value, size_t count) {                                     \
+    return fill("cuMemsetD" #bits, to, 0, value, bits / 8, count, 1, NULL);                                       \
+  }                                                                                                               \
+  EXPORT CUresult cuMemsetD##bits##Async(CUdeviceptr to, type value, size_t count, CUstream stream) {             \
+    return fill("cuMemsetD" #bits "Async", to, 0, value, bits / 8, count, 1, stream);                             \
+  }                                                                                                               \
+  EXPORT CUresult cuMemsetD2D##bits(CUdeviceptr to, size_t pitch, type value, size_t width, size_t height) {      \
+    return fill("cuMemsetD2D" #bits, to, pitch, value, bits / 8, width, height, NULL);                            \
+  }                                                                                                               \
+  EXPORT CUresult cuMemsetD2D##bits##Async(CUdeviceptr to, size_t pitch, type value, size_t width, size_t height, \
+                                           CUstream stream) {                                                     \
+    return fill("cuMemsetD2D" #bits "Async", to, pitch, value, bits / 8, width, height, stream);                  \
   }
 FILLS(8, unsigned char)
 FILLS(16, unsigned short)
@@ -836,6 +840,8 @@ static const struct {
     IS(COMPUTE_PREEMPTION_SUPPORTED, 1),
     IS(CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, 1),
     IS(COOPERATIVE_LAUNCH, 1),
+    IS(CAN_USE_64_BIT_STREAM_MEM_OPS, 1),
+    IS(CAN_USE_STREAM_WAIT_VALUE_NOR, 1),
     IS(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 232448),
     IS(HOST_REGISTER_SUPPORTED, 1),
     IS(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, 1),
@@ -1169,6 +1175,7 @@ EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, c
   bool of_host = properties->location.type != CU_MEM_LOCATION_TYPE_DEVICE;
   int device = of_host ? 0 : properties->location.id;
   NEED_DEVICE(device);
+  if (trace_level >= 2) say("  %zu bytes, handle types %d", size, (int)properties->requestedHandleTypes);
   if (!size || size % GRANULARITY) FAIL(CUDA_ERROR_INVALID_VALUE, "not a multiple of the granularity");
   if (properties->requestedHandleTypes & ~CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
     FAIL(CUDA_ERROR_NOT_SUPPORTED, "handles other than file descriptors");
@@ -1201,6 +1208,7 @@ EXPORT CUresult cuMemAddressReserve(CUdeviceptr *pointer, size_t size, size_t al
   *pointer = reserve(size, alignment);
   pthread_mutex_unlock(&lock);
   if (!*pointer) FAIL(CUDA_ERROR_OUT_OF_MEMORY, "no addresses");
+  if (trace_level >= 2) say("  %zu bytes at %p", size, (void *)(uintptr_t)*pointer);
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuMemAddressFree(CUdeviceptr pointer, UNUSED size_t size) {
@@ -1328,6 +1336,7 @@ EXPORT CUresult cuMemHostAlloc(void **memory, size_t size, unsigned flags) {
   size_t whole = (size + 4095) / 4096 * 4096;
   *memory = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (*memory == MAP_FAILED) FAIL(CUDA_ERROR_OUT_OF_MEMORY, "mmap");
+  if (trace_level >= 2) say("  %zu bytes, flags %u", size, flags);
   pthread_mutex_lock(&lock);
   add_range((struct range){.start = (uintptr_t)*memory,
                            .size = size,
@@ -1421,34 +1430,76 @@ EXPORT CUresult cuMemGetAddressRange(CUdeviceptr *base, size_t *size, CUdevicept
 static bool pointer_attribute(void *data, CUpointer_attribute attribute, uintptr_t pointer, const struct range *range) {
   bool of_host = range->kind == HOST_ALLOCATED || range->kind == HOST_REGISTERED;
   switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)data = range->kind == MAPPED ? NULL : range->context; break;
-    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-      *(unsigned *)data = of_host || (range->block && range->block->of_host && range->kind == MAPPED) ? CU_MEMORYTYPE_HOST
-                                                                                                  : CU_MEMORYTYPE_DEVICE;
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      *(CUcontext *)data = range->kind == MAPPED ? NULL : range->context;
       break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)data = pointer; break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+      *(unsigned *)data = of_host || (range->block && range->block->of_host && range->kind == MAPPED)
+                              ? CU_MEMORYTYPE_HOST
+                              : CU_MEMORYTYPE_DEVICE;
+      break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+      *(CUdeviceptr *)data = pointer;
+      break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
       *(void **)data = of_host || range->kind == MANAGED ? (void *)pointer : NULL;
       break;
-    case CU_POINTER_ATTRIBUTE_BUFFER_ID: *(unsigned long long *)data = range->id; break;
-    case CU_POINTER_ATTRIBUTE_IS_MANAGED: *(unsigned *)data = range->kind == MANAGED; break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)data = range->device; break;
-    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: *(int *)data = range->kind == ALLOCATED; break;
-    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *(CUdeviceptr *)data = range->start; break;
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)data = range->size; break;
-    case CU_POINTER_ATTRIBUTE_MAPPED: *(int *)data = 1; break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+      *(unsigned long long *)data = range->id;
+      break;
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED:
+      *(unsigned *)data = range->kind == MANAGED;
+      break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+      *(int *)data = range->device;
+      break;
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
+      *(int *)data = range->kind == ALLOCATED;
+      break;
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+      *(CUdeviceptr *)data = range->start;
+      break;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      *(size_t *)data = range->size;
+      break;
+    case CU_POINTER_ATTRIBUTE_MAPPED:
+      *(int *)data = 1;
+      break;
     case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES:
       *(unsigned long long *)data = range->block ? range->block->properties.requestedHandleTypes : 0;
       break;
-    case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE: *(int *)data = 0; break;
-    case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS: *(int *)data = CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE; break;
+    case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE:
+      *(int *)data = 0;
+      break;
+    case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS:
+      *(int *)data = CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE;
+      break;
     case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
       *(void **)data = range->kind == POOLED ? &default_pool : NULL;
       break;
-    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: *(int *)data = 0; break;
-    default: return false;
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
+      *(int *)data = 0;
+      break;
+    default:
+      return false;
   }
   return true;
+}
+
+static size_t size_of_attribute(CUpointer_attribute attribute) {
+  switch (attribute) {
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+    case CU_POINTER_ATTRIBUTE_HOST_POINTER:
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+    case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES:
+    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
+      return 8;
+    default:
+      return 4;
+  }
 }
 
 EXPORT CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
@@ -1468,10 +1519,7 @@ EXPORT CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *want
   for (unsigned i = 0; i < count; i++) {
     /* Of other memory the driver says so by zeros, and no error. */
     if (!range || !pointer_attribute(data[i], wanted[i], pointer, range))
-      memset(data[i], 0, wanted[i] == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL || wanted[i] == CU_POINTER_ATTRIBUTE_MEMORY_TYPE ||
-                                 wanted[i] == CU_POINTER_ATTRIBUTE_IS_MANAGED
-                             ? 4
-                             : sizeof(void *));
+      memset(data[i], 0, size_of_attribute(wanted[i]));
     if (!range && wanted[i] == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL) *(int *)data[i] = -2;
   }
   pthread_mutex_unlock(&lock);
@@ -1493,14 +1541,16 @@ EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int
   pthread_mutex_unlock(&lock);
   return CUDA_SUCCESS;
 }
-EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned flags) { return cuStreamCreateWithPriority(stream, flags, 0); }
+EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
+  return cuStreamCreateWithPriority(stream, flags, 0);
+}
 
-#define WITH_STREAM(handle)                                   \
-  ENTER;                                                      \
-  pthread_mutex_lock(&lock);                                  \
-  struct CUstream_st *stream = stream_of(handle, __func__);   \
-  if (!stream) {                                              \
-    pthread_mutex_unlock(&lock);                              \
+#define WITH_STREAM(handle)                                    \
+  ENTER;                                                       \
+  pthread_mutex_lock(&lock);                                   \
+  struct CUstream_st *stream = stream_of(handle, __func__);    \
+  if (!stream) {                                               \
+    pthread_mutex_unlock(&lock);                               \
     FAIL(CUDA_ERROR_INVALID_CONTEXT, "no context is current"); \
   }
 
@@ -1513,7 +1563,8 @@ EXPORT CUresult cuStreamDestroy(CUstream handle) {
 }
 EXPORT CUresult cuStreamSynchronize(CUstream handle) {
   WITH_STREAM(handle);
-  if (stream == stream->context->legacy) submit(stream, (struct op){.run = run_wait_stream, .name = __func__, .stream = stream});
+  if (stream == stream->context->legacy)
+    submit(stream, (struct op){.run = run_wait_stream, .name = __func__, .stream = stream});
   wait_until(stream, stream->submitted);
   pthread_mutex_unlock(&lock);
   return CUDA_SUCCESS;
@@ -1576,8 +1627,8 @@ EXPORT CUresult cuLaunchHostFunc(CUstream handle, CUhostFn function, void *data)
 }
 EXPORT CUresult cuStreamAddCallback(CUstream handle, CUstreamCallback callback, void *data, UNUSED unsigned flags) {
   WITH_STREAM(handle);
-  submit(stream, (struct op){
-                     .run = run_host_function, .name = __func__, .callback = callback, .data = data, .stream = handle});
+  submit(stream,
+         (struct op){.run = run_host_function, .name = __func__, .callback = callback, .data = data, .stream = handle});
   pthread_mutex_unlock(&lock);
   return CUDA_SUCCESS;
 }
@@ -1792,13 +1843,11 @@ EXPORT CUresult cuModuleLoadData(CUmodule *handle, const void *image) {
   if (module->is_elf)
     snprintf(module->why, sizeof module->why, "it is machine code (have XLA hand over PTX)");
   else
-    module->ptx = ptx_load(module->image,
-                           &(struct ptx_host){.arena = arena,
-                                              .arena_size = ARENA,
-                                              .shadow = shadow,
-                                              .allocate = allocate_global,
-                                              .user = module},
-                           module->why, sizeof module->why);
+    module->ptx = ptx_load(
+        module->image,
+        &(struct ptx_host){
+            .arena = arena, .arena_size = ARENA, .shadow = shadow, .allocate = allocate_global, .user = module},
+        module->why, sizeof module->why);
   if (!module->ptx && !module->is_elf) say("a module cannot be translated: %s", module->why);
   *handle = module;
   return CUDA_SUCCESS;
@@ -1905,13 +1954,24 @@ EXPORT CUresult cuFuncGetModule(CUmodule *module, CUfunction function) {
 EXPORT CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
   ENTER;
   switch (attribute) {
-    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; break;
-    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = function->kernel ? (int)function->kernel->shared_size : 0; break;
-    case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = 32; break;
+    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+      *value = 1024;
+      break;
+    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES:
+      *value = function->kernel ? (int)function->kernel->shared_size : 0;
+      break;
+    case CU_FUNC_ATTRIBUTE_NUM_REGS:
+      *value = 32;
+      break;
     case CU_FUNC_ATTRIBUTE_PTX_VERSION:
-    case CU_FUNC_ATTRIBUTE_BINARY_VERSION: *value = 90; break;
-    case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = 232448; break;
-    default: *value = 0;
+    case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
+      *value = 90;
+      break;
+    case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+      *value = 232448;
+      break;
+    default:
+      *value = 0;
   }
   return CUDA_SUCCESS;
 }
@@ -1959,8 +2019,9 @@ static CUresult launch(const char *name, CUfunction function, const unsigned gri
                        size_t shared, CUstream handle, void **parameters, void **extra) {
   CUresult entered = enter(name);
   if (entered != CUDA_SUCCESS) return entered;
-  if (trace_level >= 2) say("  kernel %s, grid %u %u %u, block %u %u %u", function->name, grid[0], grid[1], grid[2],
-                            block[0], block[1], block[2]);
+  if (trace_level >= 2)
+    say("  kernel %s, grid %u %u %u, block %u %u %u", function->name, grid[0], grid[1], grid[2], block[0], block[1],
+        block[2]);
   if (!function->kernel || function->kernel->why) {
     say("ERROR: the kernel %s cannot run here: %s", function->name,
         function->kernel ? function->kernel->why : function->why);
@@ -1969,7 +2030,8 @@ static CUresult launch(const char *name, CUfunction function, const unsigned gri
   struct launch *made = ptx_prepare(function->kernel, grid, block, shared, parameters, extra);
   if (!made) return fail(name, CUDA_ERROR_INVALID_VALUE, "parameters");
   pthread_mutex_lock(&lock);
-  submit(stream_of(handle, name), (struct op){.run = run_launch, .name = function->name, .launch = made, .owned = made});
+  submit(stream_of(handle, name),
+         (struct op){.run = run_launch, .name = function->name, .launch = made, .owned = made});
   pthread_mutex_unlock(&lock);
   return CUDA_SUCCESS;
 }
@@ -1981,7 +2043,8 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, un
 }
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters, void **extra) {
   return launch("cuLaunchKernelEx", function, (unsigned[]){c->gridDimX, c->gridDimY, c->gridDimZ},
-                (unsigned[]){c->blockDimX, c->blockDimY, c->blockDimZ}, c->sharedMemBytes, c->hStream, parameters, extra);
+                (unsigned[]){c->blockDimX, c->blockDimY, c->blockDimZ}, c->sharedMemBytes, c->hStream, parameters,
+                extra);
 }
 
 /* ---------------------------------------------------------------- graphs */
@@ -2121,10 +2184,9 @@ EXPORT CUresult cuGraphAddKernelNode(CUgraphNode *node, CUgraph graph, UNUSED co
                                      UNUSED size_t count, const CUDA_KERNEL_NODE_PARAMS *p) {
   ENTER;
   struct CUgraphNode_st made = {0};
-  CUresult result = kernel_node(&made, p->func ? p->func : (CUfunction)p->kern,
-                                (unsigned[]){p->gridDimX, p->gridDimY, p->gridDimZ},
-                                (unsigned[]){p->blockDimX, p->blockDimY, p->blockDimZ}, p->sharedMemBytes,
-                                p->kernelParams, p->extra);
+  CUresult result =
+      kernel_node(&made, p->func ? p->func : (CUfunction)p->kern, (unsigned[]){p->gridDimX, p->gridDimY, p->gridDimZ},
+                  (unsigned[]){p->blockDimX, p->blockDimY, p->blockDimZ}, p->sharedMemBytes, p->kernelParams, p->extra);
   return add_made(node, graph, made, result);
 }
 EXPORT CUresult cuGraphAddMemcpyNode(CUgraphNode *node, CUgraph graph, UNUSED const CUgraphNode *after,
@@ -2135,8 +2197,7 @@ EXPORT CUresult cuGraphAddMemcpyNode(CUgraphNode *node, CUgraph graph, UNUSED co
   return add_made(node, graph, made, result);
 }
 EXPORT CUresult cuGraphAddMemsetNode(CUgraphNode *node, CUgraph graph, UNUSED const CUgraphNode *after,
-                                     UNUSED size_t count, const CUDA_MEMSET_NODE_PARAMS *p,
-                                     UNUSED CUcontext context) {
+                                     UNUSED size_t count, const CUDA_MEMSET_NODE_PARAMS *p, UNUSED CUcontext context) {
   ENTER;
   struct CUgraphNode_st made = {0};
   fill_node(&made, p);
@@ -2146,9 +2207,10 @@ EXPORT CUresult cuGraphAddMemsetNode(CUgraphNode *node, CUgraph graph, UNUSED co
 EXPORT CUresult cuGraphAddHostNode(CUgraphNode *node, CUgraph graph, UNUSED const CUgraphNode *after,
                                    UNUSED size_t count, const CUDA_HOST_NODE_PARAMS *p) {
   ENTER;
-  *node = add_node(graph, (struct CUgraphNode_st){
-                              .type = CU_GRAPH_NODE_TYPE_HOST,
-                              .op = {.run = run_host_function, .name = "a graph", .function = p->fn, .data = p->userData}});
+  *node =
+      add_node(graph, (struct CUgraphNode_st){
+                          .type = CU_GRAPH_NODE_TYPE_HOST,
+                          .op = {.run = run_host_function, .name = "a graph", .function = p->fn, .data = p->userData}});
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuGraphAddEmptyNode(CUgraphNode *node, CUgraph graph, UNUSED const CUgraphNode *after,
@@ -2160,8 +2222,7 @@ EXPORT CUresult cuGraphAddEmptyNode(CUgraphNode *node, CUgraph graph, UNUSED con
 EXPORT CUresult cuGraphAddChildGraphNode(CUgraphNode *node, CUgraph graph, UNUSED const CUgraphNode *after,
                                          UNUSED size_t count, CUgraph child) {
   ENTER;
-  *node = add_node(graph,
-                   (struct CUgraphNode_st){.type = CU_GRAPH_NODE_TYPE_GRAPH, .child = copy_graph(child, false)});
+  *node = add_node(graph, (struct CUgraphNode_st){.type = CU_GRAPH_NODE_TYPE_GRAPH, .child = copy_graph(child, false)});
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuGraphAddNode(CUgraphNode *node, CUgraph graph, UNUSED const CUgraphNode *after,
@@ -2170,11 +2231,12 @@ EXPORT CUresult cuGraphAddNode(CUgraphNode *node, CUgraph graph, UNUSED const CU
   struct CUgraphNode_st made = {.type = p->type};
   CUresult result = CUDA_SUCCESS;
   switch (p->type) {
-    case CU_GRAPH_NODE_TYPE_EMPTY: break;
+    case CU_GRAPH_NODE_TYPE_EMPTY:
+      break;
     case CU_GRAPH_NODE_TYPE_GRAPH:
       /* Given away, the graph is the child itself: later updates name its nodes. */
       made.child = p->graph.ownership == CU_GRAPH_CHILD_GRAPH_OWNERSHIP_MOVE ? p->graph.graph
-                                                                            : copy_graph(p->graph.graph, false);
+                                                                             : copy_graph(p->graph.graph, false);
       break;
     case CU_GRAPH_NODE_TYPE_KERNEL:
       result = kernel_node(&made, p->kernel.func ? p->kernel.func : (CUfunction)p->kernel.kern,
@@ -2182,7 +2244,9 @@ EXPORT CUresult cuGraphAddNode(CUgraphNode *node, CUgraph graph, UNUSED const CU
                            (unsigned[]){p->kernel.blockDimX, p->kernel.blockDimY, p->kernel.blockDimZ},
                            p->kernel.sharedMemBytes, p->kernel.kernelParams, p->kernel.extra);
       break;
-    case CU_GRAPH_NODE_TYPE_MEMCPY: result = copy_node(&made, &p->memcpy.copyParams); break;
+    case CU_GRAPH_NODE_TYPE_MEMCPY:
+      result = copy_node(&made, &p->memcpy.copyParams);
+      break;
     case CU_GRAPH_NODE_TYPE_MEMSET:
       result = fill_node(&made, &(CUDA_MEMSET_NODE_PARAMS){.dst = p->memset.dst,
                                                            .pitch = p->memset.pitch,
@@ -2191,7 +2255,8 @@ EXPORT CUresult cuGraphAddNode(CUgraphNode *node, CUgraph graph, UNUSED const CU
                                                            .width = p->memset.width,
                                                            .height = p->memset.height});
       break;
-    default: FAIL(CUDA_ERROR_NOT_SUPPORTED, "this type of node");
+    default:
+      FAIL(CUDA_ERROR_NOT_SUPPORTED, "this type of node");
   }
   return add_made(node, graph, made, result);
 }
@@ -2212,8 +2277,9 @@ EXPORT CUresult cuGraphGetNodes(CUgraph graph, CUgraphNode *nodes, size_t *count
   *count = nodes ? i : graph->count;
   return CUDA_SUCCESS;
 }
-EXPORT CUresult cuGraphAddDependencies(UNUSED CUgraph graph, UNUSED const CUgraphNode *from, UNUSED const CUgraphNode *to,
-                                       UNUSED const CUgraphEdgeData *edges, size_t count) {
+EXPORT CUresult cuGraphAddDependencies(UNUSED CUgraph graph, UNUSED const CUgraphNode *from,
+                                       UNUSED const CUgraphNode *to, UNUSED const CUgraphEdgeData *edges,
+                                       size_t count) {
   ENTER;
   if (count) FAIL(CUDA_ERROR_NOT_SUPPORTED, "dependencies between nodes that exist");
   return CUDA_SUCCESS;
@@ -2238,8 +2304,7 @@ EXPORT CUresult cuGraphExecKernelNodeSetParams(CUgraphExec exec, CUgraphNode nod
   ENTER;
   CUgraphNode own = executable_node(graph_of(exec), node);
   if (!own) FAIL(CUDA_ERROR_INVALID_VALUE, "not a node of this graph");
-  return kernel_node(own, p->func ? p->func : (CUfunction)p->kern,
-                     (unsigned[]){p->gridDimX, p->gridDimY, p->gridDimZ},
+  return kernel_node(own, p->func ? p->func : (CUfunction)p->kern, (unsigned[]){p->gridDimX, p->gridDimY, p->gridDimZ},
                      (unsigned[]){p->blockDimX, p->blockDimY, p->blockDimZ}, p->sharedMemBytes, p->kernelParams,
                      p->extra);
 }
@@ -2305,9 +2370,7 @@ static CUresult missing(const char *name) {
   enter(name);
   return fail(name, CUDA_ERROR_NOT_SUPPORTED, "the simulated driver does not have it");
 }
-#define MISSING(name)                                \
+#define MISSING(name)                                  \
   EXPORT CUresult missing_##name(void) __asm__(#name); \
   CUresult missing_##name(void) { return missing(#name); }
 #include "driver_missing.h"
-
-UNUSED static const char *name_of(enum kind kind) { return kind_names[kind]; }

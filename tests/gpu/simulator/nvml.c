@@ -31,7 +31,7 @@ int nvmlDeviceGetCount_v2(unsigned *count) {
   return call(__func__, NVML_SUCCESS);
 }
 
-#define MISSING(name)                                  \
+#define MISSING(name)                             \
   EXPORT int missing_##name(void) __asm__(#name); \
   int missing_##name(void) { return call(#name, NVML_ERROR_NOT_SUPPORTED); }
 #include "nvml_missing.h"

@@ -30,6 +30,7 @@ F uint16_t set_bf16(float x) {
   uint32_t y = set_f32(x);
   return x != x ? 0x7fff : (uint16_t)((y + 0x7fff + (y >> 16 & 1)) >> 16);
 }
+/* clang-format off */
 #define INTEGER(bits)                                            \
   F uint##bits##_t get_u##bits(uint64_t x) { return (uint##bits##_t)x; } \
   F uint##bits##_t get_b##bits(uint64_t x) { return (uint##bits##_t)x; } \

@@ -3,12 +3,12 @@
  * end or the next wait. Modules are compiled by gcc and kept in a folder by a hash of their C text.
  *
  * Kernels that never wait for other threads (no bar, shfl, vote, redux) have registers in local variables. In others
- * each thread has a struct of registers and a place to go on at: `return` and `switch` do what a coroutine would. Threads
- * of a warp run until each of them waits or has ended; then those that wait for their warp go on, and when no thread
- * of the block can go on any more, those at the barrier do.
+ * each thread has a struct of registers and a place to go on at: `return` and `switch` do what a coroutine would.
+ * Threads of a warp run until each of them waits or has ended; then those that wait for their warp go on, and when no
+ * thread of the block can go on any more, those at the barrier do.
  *
- * Covered is what XLA's own emitters and simple Triton kernels use. A kernel with anything else is refused by the name of
- * that instruction; the others of its module run.
+ * Covered is what XLA's own emitters and simple Triton kernels use. A kernel with anything else is refused by the name
+ * of that instruction; the others of its module run.
  *
  * Environment: SIMULATOR_CACHE, the folder for compiled modules (/tmp/simulator-cache-UID).
  */
@@ -152,9 +152,9 @@ struct type {
   char kind; /* u, s, f, h (computed with as float), b, p */
 };
 static const struct type types[] = {
-    {"pred", 1, 'p'}, {"b8", 1, 'b'},  {"b16", 2, 'b'}, {"b32", 4, 'b'}, {"b64", 8, 'b'},  {"u8", 1, 'u'},
-    {"u16", 2, 'u'},  {"u32", 4, 'u'}, {"u64", 8, 'u'}, {"s8", 1, 's'},  {"s16", 2, 's'},  {"s32", 4, 's'},
-    {"s64", 8, 's'},  {"f16", 2, 'h'}, {"bf16", 2, 'h'}, {"f32", 4, 'f'}, {"f64", 8, 'f'}, {"f16x2", 4, 'x'},
+    {"pred", 1, 'p'},   {"b8", 1, 'b'},     {"b16", 2, 'b'},    {"b32", 4, 'b'}, {"b64", 8, 'b'}, {"u8", 1, 'u'},
+    {"u16", 2, 'u'},    {"u32", 4, 'u'},    {"u64", 8, 'u'},    {"s8", 1, 's'},  {"s16", 2, 's'}, {"s32", 4, 's'},
+    {"s64", 8, 's'},    {"f16", 2, 'h'},    {"bf16", 2, 'h'},   {"f32", 4, 'f'}, {"f64", 8, 'f'}, {"f16x2", 4, 'x'},
     {"bf16x2", 4, 'x'}, {"e4m3x2", 2, 'e'}, {"e5m2x2", 2, 'e'},
 };
 
@@ -212,10 +212,10 @@ static char *without_spaces(const char *text) {
 /* ---------------------------------------------------------------- operands */
 
 static __thread char *refusal; /* why this kernel cannot be translated */
-#define REFUSE(...)                             \
-  do {                                          \
-    if (!refusal) refusal = form(__VA_ARGS__);  \
-    return "0";                                 \
+#define REFUSE(...)                            \
+  do {                                         \
+    if (!refusal) refusal = form(__VA_ARGS__); \
+    return "0";                                \
   } while (0)
 
 static const char *special(const char *name) {
@@ -229,7 +229,8 @@ static const char *special(const char *name) {
   if (strcmp(name, "laneid") == 0) return "(flat & 31)";
   if (strcmp(name, "warpid") == 0) return "(flat >> 5)";
   if (strcmp(name, "nwarpid") == 0) return "((e->ntid[0] * e->ntid[1] * e->ntid[2] + 31) / 32)";
-  if (strcmp(name, "smid") == 0 || strncmp(name, "cluster_cta", 11) == 0 || strncmp(name, "clusterid", 9) == 0) return "0";
+  if (strcmp(name, "smid") == 0 || strncmp(name, "cluster_cta", 11) == 0 || strncmp(name, "clusterid", 9) == 0)
+    return "0";
   if (strncmp(name, "cluster_ncta", 12) == 0) return "1";
   if (strncmp(name, "clock", 5) == 0 || strncmp(name, "globaltimer", 11) == 0) return "nanoseconds()";
   if (strcmp(name, "dynamic_smem_size") == 0) return "e->dynamic_shared";
@@ -371,17 +372,27 @@ static const char *arithmetic(const struct kernel *k, const struct statement *s,
   if (t->kind == 'x') {
     const char *halves[2];
     for (int i = 0; i < 2; i++) {
-      const char *ha = half(k, o[1], t, i), *hb = n > 2 ? half(k, o[2], t, i) : "0", *hc = n > 3 ? half(k, o[3], t, i) : "0";
+      const char *ha = half(k, o[1], t, i), *hb = n > 2 ? half(k, o[2], t, i) : "0",
+                 *hc = n > 3 ? half(k, o[3], t, i) : "0";
       const char *result;
-      if (IS("add")) result = form("%s + %s", ha, hb);
-      else if (IS("sub")) result = form("%s - %s", ha, hb);
-      else if (IS("mul")) result = form("%s * %s", ha, hb);
-      else if (IS("fma")) result = form("fmaf(%s, %s, %s)", ha, hb, hc);
-      else if (IS("neg")) result = form("-%s", ha);
-      else if (IS("abs")) result = form("fabsf(%s)", ha);
-      else if (IS("max")) result = form("%s(%s, %s)", has(s, "NaN") ? "max_nan" : "fmax", ha, hb);
-      else if (IS("min")) result = form("%s(%s, %s)", has(s, "NaN") ? "min_nan" : "fmin", ha, hb);
-      else return NULL;
+      if (IS("add"))
+        result = form("%s + %s", ha, hb);
+      else if (IS("sub"))
+        result = form("%s - %s", ha, hb);
+      else if (IS("mul"))
+        result = form("%s * %s", ha, hb);
+      else if (IS("fma"))
+        result = form("fmaf(%s, %s, %s)", ha, hb, hc);
+      else if (IS("neg"))
+        result = form("-%s", ha);
+      else if (IS("abs"))
+        result = form("fabsf(%s)", ha);
+      else if (IS("max"))
+        result = form("%s(%s, %s)", has(s, "NaN") ? "max_nan" : "fmax", ha, hb);
+      else if (IS("min"))
+        result = form("%s(%s, %s)", has(s, "NaN") ? "min_nan" : "fmin", ha, hb);
+      else
+        return NULL;
       halves[i] = form("(uint32_t)set_%s(%s)", half_of(t)->name, result);
     }
     return form("(%s | %s << 16)", halves[0], halves[1]);
@@ -418,20 +429,27 @@ static const char *arithmetic(const struct kernel *k, const struct statement *s,
     const char *base;
     a = form("(u128)%s", form("(%s)%s", unsigned_of(t->bytes), a));
     b = form("(u128)%s", form("(%s)%s", unsigned_of(t->bytes), b));
-    if (IS("add") || IS("addc")) base = form("%s + %s", a, b);
-    else if (IS("sub") || IS("subc")) base = form("%s - %s", a, b);
-    else if ((IS("mad") || IS("madc")) && has(s, "lo")) base = form("(u128)(%s)(%s * %s) + (%s)%s", unsigned_of(t->bytes), a, b, unsigned_of(t->bytes), c);
-    else if ((IS("mad") || IS("madc")) && has(s, "hi") && t->kind == 'u') base = form("((%s * %s) >> %u) + (%s)%s", a, b, bits, unsigned_of(t->bytes), c);
-    else return NULL;
+    if (IS("add") || IS("addc"))
+      base = form("%s + %s", a, b);
+    else if (IS("sub") || IS("subc"))
+      base = form("%s - %s", a, b);
+    else if ((IS("mad") || IS("madc")) && has(s, "lo"))
+      base = form("(u128)(%s)(%s * %s) + (%s)%s", unsigned_of(t->bytes), a, b, unsigned_of(t->bytes), c);
+    else if ((IS("mad") || IS("madc")) && has(s, "hi") && t->kind == 'u')
+      base = form("((%s * %s) >> %u) + (%s)%s", a, b, bits, unsigned_of(t->bytes), c);
+    else
+      return NULL;
     const char *carried = carry_in ? form("%s %c R(carry)", base, IS("subc") ? '-' : '+') : base;
     return has(s, "cc") ? form("({ u128 x_ = %s; R(carry) = x_ >> %u & 1; (uint64_t)x_; })", carried, bits)
                         : form("(uint64_t)(%s)", carried);
   }
   bool wide = has(s, "wide"), high = has(s, "hi");
-  const char *big = t->kind == 's' ? (wide && bits < 64 ? "int64_t" : "s128") : (wide && bits < 64 ? "uint64_t" : "u128");
-  const char *product = !b ? "" : wide ? form("(uint64_t)((%s)%s * %s)", big, a, b)
-                      : high ? form("(%s)(((%s)%s * %s) >> %u)", unsigned_of(t->bytes), big, a, b, bits)
-                             : form("((uint64_t)%s * (uint64_t)%s)", a, b);
+  const char *big =
+      t->kind == 's' ? (wide && bits < 64 ? "int64_t" : "s128") : (wide && bits < 64 ? "uint64_t" : "u128");
+  const char *product = !b     ? ""
+                        : wide ? form("(uint64_t)((%s)%s * %s)", big, a, b)
+                        : high ? form("(%s)(((%s)%s * %s) >> %u)", unsigned_of(t->bytes), big, a, b, bits)
+                               : form("((uint64_t)%s * (uint64_t)%s)", a, b);
   if (IS("add")) {
     if (has(s, "sat")) return NULL;
     return SET("(uint64_t)%s + (uint64_t)%s", a, b);
@@ -442,8 +460,10 @@ static const char *arithmetic(const struct kernel *k, const struct statement *s,
     const struct type *result = wide ? find_type(form("%c%u", t->kind, 2 * bits)) : t;
     return form("set_%s((uint64_t)%s + (uint64_t)%s)", result->name, product, get(k, o[3], result));
   }
-  if (IS("div")) return SET("(%s ? (%s)(%s / %s) : -1)", b, c_type(find_type("s64")), t->kind == 's' ? form("(s128)%s", a) : a, b);
-  if (IS("rem")) return SET("(%s ? (%s)(%s %% %s) : -1)", b, c_type(find_type("s64")), t->kind == 's' ? form("(s128)%s", a) : a, b);
+  if (IS("div"))
+    return SET("(%s ? (%s)(%s / %s) : -1)", b, c_type(find_type("s64")), t->kind == 's' ? form("(s128)%s", a) : a, b);
+  if (IS("rem"))
+    return SET("(%s ? (%s)(%s %% %s) : -1)", b, c_type(find_type("s64")), t->kind == 's' ? form("(s128)%s", a) : a, b);
   if (IS("neg")) return SET("-(uint64_t)%s", a);
   if (IS("abs")) return SET("(%s < 0 ? -(uint64_t)%s : (uint64_t)%s)", a, a, a);
   if (IS("min")) return SET("(%s < %s ? %s : %s)", a, b, a, b);
@@ -461,15 +481,15 @@ static const char *arithmetic(const struct kernel *k, const struct statement *s,
     const char *by = has(s, "wrap") ? form("(%s & 31)", c) : form("(%s < 32 ? %s : 32)", c, c);
     return has(s, "l") ? form("(uint32_t)((u128)%s << %s >> 32)", both, by) : form("(uint32_t)(%s >> %s)", both, by);
   }
-  if (IS("prmt") && s->part_count == 2)
-    return form("prmt(%s, %s, %s)", a, b, c);
+  if (IS("prmt") && s->part_count == 2) return form("prmt(%s, %s, %s)", a, b, c);
   if (IS("lop3") && n == 5) return form("lop3(%s, %s, %s, %s)", a, b, c, value(k, o[4], NULL));
   if (IS("popc")) return form("__builtin_popcountll(%s)", a);
   if (IS("clz")) return form("(%s ? __builtin_clzll(%s) - %u : %u)", a, a, 64 - bits, bits);
   if (IS("brev")) return form("reverse(%s, %u)", a, bits);
-  if (IS("bfe")) return form("field((%s)%s, %s, %s, %d, %u)", unsigned_of(t->bytes), a, value(k, o[2], NULL), value(k, o[3], NULL), t->kind == 's', bits);
-  if (IS("bfi"))
-    return form("insert(%s, %s, %s, %s, %u)", a, b, value(k, o[3], NULL), value(k, o[4], NULL), bits);
+  if (IS("bfe"))
+    return form("field((%s)%s, %s, %s, %d, %u)", unsigned_of(t->bytes), a, value(k, o[2], NULL), value(k, o[3], NULL),
+                t->kind == 's', bits);
+  if (IS("bfi")) return form("insert(%s, %s, %s, %s, %u)", a, b, value(k, o[3], NULL), value(k, o[4], NULL), bits);
   if (IS("bfind")) {
     const char *x = t->kind == 's' ? form("(%s < 0 ? ~%s : %s)", a, a, a) : a;
     const char *place = form("(%s ? 63 - __builtin_clzll((%s)%s) : -1)", x, unsigned_of(t->bytes), x);
@@ -482,10 +502,10 @@ static const char *comparison(const struct kernel *k, const struct statement *s,
   static const struct {
     const char *name, *sign;
     bool unordered;
-  } known[] = {{"eq", "==", false}, {"ne", "!=", false}, {"lt", "<", false},  {"le", "<=", false}, {"gt", ">", false},
-               {"ge", ">=", false}, {"lo", "<", false},  {"ls", "<=", false}, {"hi", ">", false},  {"hs", ">=", false},
-               {"equ", "==", true}, {"neu", "!=", true}, {"ltu", "<", true},  {"leu", "<=", true}, {"gtu", ">", true},
-               {"geu", ">=", true}};
+  } known[] = {{"eq", "==", false}, {"ne", "!=", false}, {"lt", "<", false},  {"le", "<=", false},
+               {"gt", ">", false},  {"ge", ">=", false}, {"lo", "<", false},  {"ls", "<=", false},
+               {"hi", ">", false},  {"hs", ">=", false}, {"equ", "==", true}, {"neu", "!=", true},
+               {"ltu", "<", true},  {"leu", "<=", true}, {"gtu", ">", true},  {"geu", ">=", true}};
   const char *a = get(k, s->operands[1], t), *b = get(k, s->operands[2], t);
   const char *nan = form("(%s != %s || %s != %s)", a, a, b, b);
   const char *name = s->parts[1];
@@ -527,7 +547,11 @@ static const char *conversion(const struct kernel *k, const struct statement *s)
     return form("((uint32_t)set_%s(%s) << 16 | set_%s(%s))", part->name, high, part->name, low);
   }
   const char *a = get(k, s->operands[1], from);
-  const char *round = has(s, "rni") ? "nearbyint" : has(s, "rzi") ? "trunc" : has(s, "rmi") ? "floor" : has(s, "rpi") ? "ceil" : NULL;
+  const char *round = has(s, "rni")   ? "nearbyint"
+                      : has(s, "rzi") ? "trunc"
+                      : has(s, "rmi") ? "floor"
+                      : has(s, "rpi") ? "ceil"
+                                      : NULL;
   if (is_float(from)) {
     if (round) a = form("%s(%s)", round, a);
     if (!is_float(to)) return form("set_%s(to_%s(%s))", to->name, c_type(to), a);
@@ -571,9 +595,10 @@ static const char *show(struct kernel *k, const char *what) {
 }
 
 static const char *loop_over_warp(const char *start, const char *step, const char *mask) {
-  return form("({ uint32_t mask_ = %s; uint64_t x_ = %s; for (int i_ = 0; i_ < 32; i_++) if (mask_ >> i_ & 1 && "
-              "i_ < (int)live) { uint64_t v_ = w->value[R(turn)][i_]; %s } x_; })",
-              mask, start, step);
+  return form(
+      "({ uint32_t mask_ = %s; uint64_t x_ = %s; for (int i_ = 0; i_ < 32; i_++) if (mask_ >> i_ & 1 && "
+      "i_ < (int)live) { uint64_t v_ = w->value[R(turn)][i_]; %s } x_; })",
+      mask, start, step);
 }
 
 /* call.uni (result), function, (arguments) */
@@ -665,8 +690,10 @@ static const char *instruction(struct kernel *k, struct statement *s) {
 
   if (IS("cvta")) {
     const char *space = space_of(s), *from = value(k, o[1], t);
-    const char *base = strcmp(space, "shared") == 0 ? "(uint64_t)e->shared" : strcmp(space, "local") == 0 ? "(uint64_t)local"
-                     : strcmp(space, "param") == 0 ? "(uint64_t)e->parameters" : "0";
+    const char *base = strcmp(space, "shared") == 0  ? "(uint64_t)e->shared"
+                       : strcmp(space, "local") == 0 ? "(uint64_t)local"
+                       : strcmp(space, "param") == 0 ? "(uint64_t)e->parameters"
+                                                     : "0";
     return form("%s = %s %c %s;", target(k, o[0]), from, has(s, "to") ? '-' : '+', base);
   }
   if (IS("cvt")) return form("%s = %s;", target(k, o[0]), conversion(k, s));
@@ -692,10 +719,15 @@ static const char *instruction(struct kernel *k, struct statement *s) {
   if (IS("selp"))
     return form("%s = %s ? %s : %s;", target(k, o[0]), value(k, o[3], NULL), value(k, o[1], t), value(k, o[2], t));
   if (IS("slct"))
-    return form("%s = %s >= 0 ? %s : %s;", target(k, o[0]), get(k, o[3], s->types[1]), value(k, o[1], t), value(k, o[2], t));
+    return form("%s = %s >= 0 ? %s : %s;", target(k, o[0]), get(k, o[3], s->types[1]), value(k, o[1], t),
+                value(k, o[2], t));
   if (IS("testp")) {
     const char *a = get(k, o[1], t);
-    const char *test = has(s, "finite") ? "isfinite" : has(s, "infinite") ? "isinf" : has(s, "notanumber") ? "isnan" : has(s, "normal") ? "isnormal" : NULL;
+    const char *test = has(s, "finite")       ? "isfinite"
+                       : has(s, "infinite")   ? "isinf"
+                       : has(s, "notanumber") ? "isnan"
+                       : has(s, "normal")     ? "isnormal"
+                                              : NULL;
     if (has(s, "number")) return form("%s = !isnan(%s);", target(k, o[0]), a);
     if (!test) REFUSE("testp");
     return form("%s = !!%s(%s);", target(k, o[0]), test, a);
@@ -711,27 +743,32 @@ static const char *instruction(struct kernel *k, struct statement *s) {
   if (IS("shfl")) {
     char *second = strchr(o[0], '|'), *first = form("%.*s", (int)(second ? second - o[0] : (long)strlen(o[0])), o[0]);
     char mode = has(s, "up") ? 'u' : has(s, "down") ? 'd' : has(s, "bfly") ? 'b' : 'i';
-    return form("%s { int j_ = shuffle_lane('%c', flat & 31, %s, %s); int ok_ = j_ >= 0; if (!ok_) j_ = flat & 31; %s = "
-                "(uint32_t)w->value[R(turn)][j_]; %s }",
-                show(k, value(k, o[1], t)), mode, value(k, o[2], NULL), value(k, o[3], NULL), target(k, first),
-                second ? form("%s = ok_;", target(k, second + 1)) : "");
+    return form(
+        "%s { int j_ = shuffle_lane('%c', flat & 31, %s, %s); int ok_ = j_ >= 0; if (!ok_) j_ = flat & 31; %s = "
+        "(uint32_t)w->value[R(turn)][j_]; %s }",
+        show(k, value(k, o[1], t)), mode, value(k, o[2], NULL), value(k, o[3], NULL), target(k, first),
+        second ? form("%s = ok_;", target(k, second + 1)) : "");
   }
   if (IS("vote")) {
     const char *what = value(k, o[1], NULL), *mask = n > 2 ? value(k, o[2], NULL) : "-1";
     const char *result = has(s, "ballot") ? loop_over_warp("0", "x_ |= (v_ & 1) << i_;", mask)
-                       : has(s, "any")  ? loop_over_warp("0", "x_ |= v_ & 1;", mask)
-                       : has(s, "all")  ? loop_over_warp("1", "x_ &= v_ & 1;", mask)
-                                        : NULL;
+                         : has(s, "any")  ? loop_over_warp("0", "x_ |= v_ & 1;", mask)
+                         : has(s, "all")  ? loop_over_warp("1", "x_ &= v_ & 1;", mask)
+                                          : NULL;
     if (!result) REFUSE("vote");
     return form("%s %s = %s;", show(k, form("!!%s", what)), target(k, o[0]), result);
   }
   if (IS("redux") && t && t->bytes == 4 && !is_float(t)) {
     const char *mask = n > 2 ? value(k, o[2], NULL) : "-1";
-    const char *step = has(s, "add") ? "x_ += v_;" : has(s, "or") ? "x_ |= v_;" : has(s, "xor") ? "x_ ^= v_;" : has(s, "and") ? "x_ &= v_;"
-                     : has(s, "min") ? form("if (get_%s(v_) < get_%s(x_)) x_ = v_;", t->name, t->name)
-                                     : form("if (get_%s(v_) > get_%s(x_)) x_ = v_;", t->name, t->name);
+    const char *step = has(s, "add")   ? "x_ += v_;"
+                       : has(s, "or")  ? "x_ |= v_;"
+                       : has(s, "xor") ? "x_ ^= v_;"
+                       : has(s, "and") ? "x_ &= v_;"
+                       : has(s, "min") ? form("if (get_%s(v_) < get_%s(x_)) x_ = v_;", t->name, t->name)
+                                       : form("if (get_%s(v_) > get_%s(x_)) x_ = v_;", t->name, t->name);
     const char *start = has(s, "add") || has(s, "or") || has(s, "xor") ? "0"
-                      : has(s, "and") ? "-1" : "w->value[R(turn)][__builtin_ctz(mask_)]";
+                        : has(s, "and")                                ? "-1"
+                                                                       : "w->value[R(turn)][__builtin_ctz(mask_)]";
     return form("%s %s = %s;", show(k, value(k, o[1], t)), target(k, o[0]), loop_over_warp(start, step, mask));
   }
   if ((IS("ldmatrix") || IS("stmatrix")) && has(s, "m8n8") && t && t->bytes == 2) {
@@ -776,9 +813,10 @@ static const char *instruction(struct kernel *k, struct statement *s) {
     const char *b = get(k, o[1 + with_result], t), *c = n > 2 + with_result ? get(k, o[2 + with_result], t) : NULL;
     const char *raw = unsigned_of(t->bytes);
     const char *result = atomic_result(s, t, form("get_%s(old_)", t->name), b, c);
-    return form("{ %s *p_ = (void *)%s, old_ = __atomic_load_n(p_, 5), new_; do new_ = set_%s(%s); while "
-                "(!__atomic_compare_exchange_n(p_, &old_, new_, 0, 5, 5)); %s }",
-                raw, at, t->name, result, with_result ? form("%s = old_;", target(k, o[0])) : "");
+    return form(
+        "{ %s *p_ = (void *)%s, old_ = __atomic_load_n(p_, 5), new_; do new_ = set_%s(%s); while "
+        "(!__atomic_compare_exchange_n(p_, &old_, new_, 0, 5, 5)); %s }",
+        raw, at, t->name, result, with_result ? form("%s = old_;", target(k, o[0])) : "");
   }
   if (IS("cp") && has(s, "async") && (has(s, "ca") || has(s, "cg"))) {
     long size = strtol(o[2], NULL, 0);
@@ -866,8 +904,7 @@ static void parse_parameters(struct kernel *k, char *list) {
       return;
     }
     k->parameters_size = align_up(k->parameters_size, alignment);
-    add_symbol(&k->symbols, &k->symbol_count,
-               (struct symbol){strdup(name), PARAMETER, k->parameters_size, size});
+    add_symbol(&k->symbols, &k->symbol_count, (struct symbol){strdup(name), PARAMETER, k->parameters_size, size});
     k->parameter_offsets = realloc(k->parameter_offsets, (k->parameter_count + 1) * sizeof(size_t));
     k->parameter_sizes = realloc(k->parameter_sizes, (k->parameter_count + 1) * sizeof(size_t));
     k->parameter_offsets[k->parameter_count] = k->parameters_size;
@@ -987,11 +1024,16 @@ static void parse_body(struct kernel *k, const char *text, bool declarations) {
     text = end + 1;
     if (*statement == '.') {
       if (!declarations) continue;
-      if (strncmp(statement, ".reg", 4) == 0) parse_registers(k, statement + 4);
-      else if (strncmp(statement, ".shared", 7) == 0) parse_variable(k, statement + 7, SHARED);
-      else if (strncmp(statement, ".local", 6) == 0) parse_variable(k, statement + 6, LOCAL);
-      else if (strncmp(statement, ".param", 6) == 0) parse_call_variable(k, statement + 6);
-      else if (strncmp(statement, ".pragma", 7) != 0 && !refusal) refusal = form("directive %s", statement);
+      if (strncmp(statement, ".reg", 4) == 0)
+        parse_registers(k, statement + 4);
+      else if (strncmp(statement, ".shared", 7) == 0)
+        parse_variable(k, statement + 7, SHARED);
+      else if (strncmp(statement, ".local", 6) == 0)
+        parse_variable(k, statement + 6, LOCAL);
+      else if (strncmp(statement, ".param", 6) == 0)
+        parse_call_variable(k, statement + 6);
+      else if (strncmp(statement, ".pragma", 7) != 0 && !refusal)
+        refusal = form("directive %s", statement);
       continue;
     }
     if (!declarations) parse_instruction(k, statement);
@@ -1007,18 +1049,20 @@ static void parse_global(struct ptx_module *module, const char *text) {
   const char *values = strchr(text, '=');
   if (values) {
     /* Bytes; wider elements take their size. */
-    unsigned width = strstr(text, ".b8") || strstr(text, ".u8") || strstr(text, ".s8") ? 1
-                   : strstr(text, "16") && strstr(text, "b16")                         ? 2
-                   : strstr(text, ".b64") || strstr(text, ".u64") || strstr(text, ".f64") ? 8
-                                                                                       : 4;
+    unsigned width = strstr(text, ".b8") || strstr(text, ".u8") || strstr(text, ".s8")      ? 1
+                     : strstr(text, "16") && strstr(text, "b16")                            ? 2
+                     : strstr(text, ".b64") || strstr(text, ".u64") || strstr(text, ".f64") ? 8
+                                                                                            : 4;
     size_t at = 0;
     for (const char *p = values + 1; *p && at + width <= size;) {
       while (*p && !isdigit((unsigned char)*p) && *p != '-') p++;
       if (!*p) break;
       char *after;
       unsigned long long number;
-      if (p[0] == '0' && (p[1] == 'f' || p[1] == 'd')) number = strtoull(p + 2, &after, 16);
-      else number = *p == '-' ? (unsigned long long)strtoll(p, &after, 0) : strtoull(p, &after, 0);
+      if (p[0] == '0' && (p[1] == 'f' || p[1] == 'd'))
+        number = strtoull(p + 2, &after, 16);
+      else
+        number = *p == '-' ? (unsigned long long)strtoll(p, &after, 0) : strtoull(p, &after, 0);
       memcpy(content + at, &number, width);
       at += width;
       p = after;
@@ -1075,9 +1119,10 @@ static struct kernel *parse_kernel(struct ptx_module *module, const char *head, 
   for (size_t i = 0; i < module->symbol_count; i++)
     if (module->symbols[i].space == SHARED)
       add_symbol(&k->symbols, &k->symbol_count,
-                 (struct symbol){strdup(module->symbols[i].name), SHARED,
-                                 k->static_shared + (module->symbols[i].size ? module->symbols[i].offset : module->shared_size),
-                                 module->symbols[i].size});
+                 (struct symbol){
+                     strdup(module->symbols[i].name), SHARED,
+                     k->static_shared + (module->symbols[i].size ? module->symbols[i].offset : module->shared_size),
+                     module->symbols[i].size});
   k->static_shared += module->shared_size;
   parse_body(k, body, false);
   if (k->is_function && k->waits && !refusal) refusal = form("a function that waits");
@@ -1192,16 +1237,26 @@ static void write_kernel(struct text *c, const struct kernel *k, size_t number) 
     add(c, "%s  return DONE;\n#undef R\n}\n", k->code.at ? k->code.at : "");
     return;
   }
-  if (k->waits) add(c, "struct thread_%zu {\n  uint32_t place, turn; uint64_t carry; char local[%zu] __attribute__((aligned(16)));\n%s};\n", number, k->local_size + 1, registers);
+  if (k->waits)
+    add(c,
+        "struct thread_%zu {\n  uint32_t place, turn; uint64_t carry; char local[%zu] "
+        "__attribute__((aligned(16)));\n%s};\n",
+        number, k->local_size + 1, registers);
   add(c, "const unsigned size_%zu = %s;\n", number, k->waits ? form("sizeof(struct thread_%zu)", number) : "0");
   add(c, "int run_%zu(const struct env *e, const uint32_t tid[3], void *thread, struct warp *w) {\n", number);
   add(c, "  uint32_t flat = (tid[2] * e->ntid[1] + tid[1]) * e->ntid[0] + tid[0];\n");
-  add(c, "  uint32_t all = e->ntid[0] * e->ntid[1] * e->ntid[2], first = flat & ~31u, live = all - first < 32 ? all - first : 32;\n");
+  add(c,
+      "  uint32_t all = e->ntid[0] * e->ntid[1] * e->ntid[2], first = flat & ~31u, live = all - first < 32 ? all - "
+      "first : 32;\n");
   write_call_variables(c, k);
   if (k->waits)
-    add(c, "#define R(x) t->x\n  struct thread_%zu *t = thread;\n  char *local = t->local;\n  switch (t->place) {\n  case 0:;\n", number);
+    add(c,
+        "#define R(x) t->x\n  struct thread_%zu *t = thread;\n  char *local = t->local;\n  switch (t->place) {\n  case "
+        "0:;\n",
+        number);
   else
-    add(c, "#define R(x) x\n  char local[%zu] __attribute__((aligned(16)));\n  uint64_t carry;\n%s", k->local_size + 1, registers);
+    add(c, "#define R(x) x\n  char local[%zu] __attribute__((aligned(16)));\n  uint64_t carry;\n%s", k->local_size + 1,
+        registers);
   add(c, "%s", k->code.at ? k->code.at : "");
   if (k->waits) add(c, "  }\n");
   add(c, "  return DONE;\n#undef R\n}\n");
@@ -1213,8 +1268,10 @@ static void *compiled(const char *text, char *why, size_t why_size) {
   for (const char *p = text; *p; p++) hash = (hash ^ (unsigned char)*p) * 1099511628211u;
   char folder[256], source[320], library[320], temporary[320], log[330];
   const char *wanted = getenv("SIMULATOR_CACHE");
-  if (wanted) snprintf(folder, sizeof folder, "%s", wanted);
-  else snprintf(folder, sizeof folder, "/tmp/simulator-cache-%d", (int)getuid());
+  if (wanted)
+    snprintf(folder, sizeof folder, "%s", wanted);
+  else
+    snprintf(folder, sizeof folder, "/tmp/simulator-cache-%d", (int)getuid());
   mkdir(folder, 0700);
   snprintf(library, sizeof library, "%s/%016llx.so", folder, (unsigned long long)hash);
   if (access(library, R_OK) != 0) {
@@ -1225,12 +1282,15 @@ static void *compiled(const char *text, char *why, size_t why_size) {
     if (!file) return snprintf(why, why_size, "cannot write %s", source), NULL;
     fputs(text, file);
     fclose(file);
-    char *command = form("exec gcc -std=gnu17 -O1 -w -march=native -fwrapv -fno-strict-aliasing -ffp-contract=off -fPIC -shared -o %s %s -lm >%s 2>&1",
-                         temporary, source, log);
+    char *command = form(
+        "exec gcc -std=gnu17 -O1 -w -march=native -fwrapv -fno-strict-aliasing -ffp-contract=off -fPIC -shared -o %s "
+        "%s -lm >%s 2>&1",
+        temporary, source, log);
     char *arguments[] = {"sh", "-c", command, NULL};
     pid_t child;
     int status = -1;
-    if (posix_spawnp(&child, "sh", NULL, NULL, arguments, environ) != 0 || waitpid(child, &status, 0) != child || status != 0)
+    if (posix_spawnp(&child, "sh", NULL, NULL, arguments, environ) != 0 || waitpid(child, &status, 0) != child ||
+        status != 0)
       return snprintf(why, why_size, "gcc failed, see %s", log), NULL;
     unlink(log);
     if (!getenv("SIMULATOR_KEEP")) unlink(source);

@@ -16,7 +16,7 @@ struct ptx_kernel {
 
 /* What the translator needs of the driver. */
 struct ptx_host {
-  uintptr_t arena;  /* of device addresses */
+  uintptr_t arena; /* of device addresses */
   size_t arena_size;
   ptrdiff_t shadow; /* from there to where their memory is */
   /* Device memory for a global variable, with its content (or NULL: zeros). */
