@@ -69,7 +69,7 @@ impl Announcement {
         let outboxes = staging.outboxes.as_ref();
         let outbox = outboxes.and_then(|outboxes| outboxes.of(self.sender as usize));
         Some(outbox.ok_or(()).map(|outbox| {
-            let end = self.place + self.bytes.div_ceil(outbox.slot()) as u64;
+            let end = self.place + outbox.places(self.bytes);
             (outbox, self.place, end)
         }))
     }
@@ -275,7 +275,7 @@ impl<'r, 's> Outgoing<'r, 's> {
             && let Some(outbox) = outboxes.to(mpi.world_rank(op.dest)?)
         {
             outbox.pin(&*staging.device);
-            let first = outboxes.reserve(bytes.div_ceil(outbox.slot()) as u64);
+            let first = outboxes.reserve(outbox.places(bytes));
             announcement.sender = outboxes.rank() as u32;
             announcement.place = first;
             outgoing.way = Way::Outbox {
@@ -367,7 +367,7 @@ impl<'r, 's> Outgoing<'r, 's> {
                     if !outbox.is_free(*begun) {
                         break;
                     }
-                    let (bytes, to) = (left.min(outbox.slot()), outbox.data(*begun));
+                    let (bytes, to) = (left.min(outbox.part(self.bytes)), outbox.data(*begun));
                     let device = &run.staging.device;
                     // SAFETY: the operand is valid while the operation runs, and the slot is this rank's
                     // until `fill`, which comes after the event.
@@ -530,8 +530,8 @@ impl<'r, 's> Incoming<'r, 's> {
         let (outbox, device) = (arriving.outbox, &self.run.staging.device);
         let mut moved = false;
         while arriving.next < arriving.end && outbox.is_filled(arriving.next) {
-            let left = self.length.unwrap_or(0) - self.arrived;
-            let bytes = left.min(outbox.slot());
+            let length = self.length.unwrap_or(0);
+            let bytes = (length - self.arrived).min(outbox.part(length));
             let mut copied = None;
             if self.wrong.is_none() {
                 let to = self.data + self.arrived;

@@ -23,6 +23,10 @@ use crate::pending::say;
 const SLOTS: usize = 8;
 /// Largest slot: a copy of this size reaches the device's full speed.
 const LARGEST: usize = 1 << 20;
+/// A message goes in at least so many parts, unless they are smaller than that: it takes as long as its
+/// bytes and those of its largest part, since the receiver copies a part when the sender has.
+const PARTS: usize = 16;
+const SMALLEST: usize = 512 << 10;
 /// Slots begin at pages.
 const PAGE: usize = 4096;
 
@@ -77,9 +81,15 @@ impl Outbox {
         unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicBool>() }
     }
 
-    /// Bytes of a slot.
-    pub(super) fn slot(&self) -> usize {
-        self.slot
+    /// Bytes of the parts of a message of `bytes`, each of which has a slot; the last may be shorter.
+    pub(super) fn part(&self, bytes: usize) -> usize {
+        let part = (bytes / PARTS).next_multiple_of(PAGE);
+        part.clamp(SMALLEST.min(self.slot), self.slot)
+    }
+
+    /// How many places that takes.
+    pub(super) fn places(&self, bytes: usize) -> u64 {
+        bytes.div_ceil(self.part(bytes)) as u64
     }
 
     /// The memory of a place.
@@ -280,6 +290,21 @@ mod tests {
             sends.fill(place);
         }
         assert!(!sends.is_free(end + SLOTS as u64));
+    }
+
+    #[test]
+    fn parts_are_whole_elements_and_fit_their_slots() {
+        let name = crate::arrivals::Arrivals::new_name();
+        for chunk in [64, 4096, 1 << 20, 1 << 30] {
+            let own = Outboxes::make(name, 0, 1, Some(chunk));
+            own.unlink();
+            let own = own.of(0).unwrap();
+            for bytes in [1, 100, chunk + 1, 4 << 20, 5_000_001, 64 << 20] {
+                let part = own.part(bytes);
+                assert!(part <= chunk.min(LARGEST) && part.is_multiple_of(16));
+                assert_eq!(own.places(bytes), bytes.div_ceil(part) as u64);
+            }
+        }
     }
 
     #[test]
