@@ -710,6 +710,35 @@ fn a_device_that_fails_says_so() {
     }
 }
 
+#[test]
+fn a_receiver_that_fails_does_not_hold_the_sender() {
+    for copies in [0, 1, 9] {
+        let ends = ranks_sharing(
+            2,
+            |_| true,
+            |rank| {
+                let shape = [4000];
+                if rank.comm.rank == 1 {
+                    rank.device.fail_after(copies);
+                    let op = operation(Kind::Recv, &[0], &shape);
+                    return rank.run(&op, Vec::new()).0.err();
+                }
+                let op = Operation {
+                    dest: 1,
+                    ..operation(Kind::Send, &shape, &[0])
+                };
+                rank.run(&op, numbers(0, 4000)).0.err()
+            },
+        );
+        assert_eq!(ends[0], None);
+        let text = ends[1].clone().unwrap();
+        assert!(
+            text.contains("a copy failed on the simulated device"),
+            "{text}"
+        );
+    }
+}
+
 /// Does one thing with every operation.
 struct Halves<F>(F);
 
