@@ -19,7 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def not_on_gpu(request: pytest.FixtureRequest) -> None:
     """Skips a test marked so where the ranks have GPUs."""
     marker = request.node.get_closest_marker("not_on_gpu")
-    if marker is not None and os.environ.get("MPI_CUDA_DEVICE") == "cuda":
+    if marker is None:
+        return
+    from mpi_cuda import _library
+
+    if _library.load().mpi_cuda_on_gpu():
         pytest.skip(marker.args[0])
 
 

@@ -188,9 +188,9 @@ impl Device for Cuda {
         let _ = self.call("cuMemFreeHost", || unsafe { sys::cuMemFreeHost(data) });
     }
 
-    fn pin(&self, memory: &HostMemory) -> Result<(), DeviceError> {
+    unsafe fn pin(&self, memory: &HostMemory) -> Result<(), DeviceError> {
         let (data, bytes) = (memory.data.as_ptr().cast(), memory.bytes);
-        // SAFETY: the memory is mapped, and stays so.
+        // SAFETY: the memory stays mapped, as the caller promises.
         self.call("cuMemHostRegister", || unsafe {
             sys::cuMemHostRegister_v2(data, bytes, PORTABLE)
         })

@@ -102,12 +102,14 @@ pub trait Device: Send + Sync {
     /// Frees memory of [`Device::pinned`] that no copy uses any more.
     fn free_pinned(&self, memory: HostMemory);
 
-    /// Lets the device copy by itself to and from memory that somebody else has made, as long as the
-    /// process lives.
+    /// Lets the device copy by itself to and from memory that somebody else has made.
     ///
     /// # Errors
     /// If it cannot; then the memory is as good as before.
-    fn pin(&self, memory: &HostMemory) -> Result<(), DeviceError>;
+    ///
+    /// # Safety
+    /// The memory must stay mapped as long as the process lives.
+    unsafe fn pin(&self, memory: &HostMemory) -> Result<(), DeviceError>;
 
     /// Memory of the device that MPI can pass to other processes: of CUDA's, that of `cuMemAlloc`, and not
     /// of its virtual memory management.

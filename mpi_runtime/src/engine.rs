@@ -301,7 +301,7 @@ impl Engine {
         };
         match place {
             Place::Host => match op.kind {
-                Kind::Wait | Kind::WaitSend => self.wait_for_message(ticket, op, &comm),
+                Kind::Wait | Kind::WaitSend => self.wait_for_message(ticket, op, &comm, &mut []),
                 Kind::Isend | Kind::Irecv => self.start_message(op, &comm),
                 _ => {
                     let _pending = self.pending.enter(op, comm.name);
@@ -329,6 +329,7 @@ impl Engine {
                 let mut calls = Calls {
                     engine: self,
                     ticket,
+                    number: op.comm,
                     comm: &comm,
                 };
                 let done = staging.execute(op, &comm, main, &mut calls);
@@ -416,12 +417,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Waits for the message whose number is the operand.
+    /// Waits for the message whose number is the operand; `beginning` gets that of what has come.
     fn wait_for_message(
         &self,
         ticket: Ticket,
         op: &Operation<'_>,
         comm: &Communicator,
+        beginning: &mut [u8],
     ) -> Result<(), String> {
         if op.send.elements() != 1 || op.send.bytes() != size_of::<u32>() {
             return Err("the request must be one number of 32 bits".into());
@@ -457,6 +459,7 @@ impl Engine {
         if op.kind == Kind::WaitSend {
             return Ok(());
         }
+        ended.begin(beginning);
         ended.write(&op.recv, shim, op.status);
         let receive = Operation {
             kind: Kind::Recv,
@@ -642,6 +645,8 @@ impl Engine {
 struct Calls<'a> {
     engine: &'a Engine,
     ticket: Ticket,
+    /// Of the communicator.
+    number: i64,
     comm: &'a Communicator,
 }
 
@@ -649,12 +654,17 @@ impl Mpi for Calls<'_> {
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
         let (engine, comm) = (self.engine, self.comm);
         match op.kind {
-            Kind::Wait | Kind::WaitSend => engine
-                .wait_for_message(self.ticket, op, comm)
-                .map(|()| Done::default()),
+            Kind::Wait | Kind::WaitSend => self.wait(op, &mut []),
             Kind::Isend | Kind::Irecv => engine.start_message(op, comm).map(|()| Done::default()),
             _ => engine.perform(op, comm).map(done),
         }
+    }
+
+    fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, String> {
+        let waited = self
+            .engine
+            .wait_for_message(self.ticket, op, self.comm, beginning);
+        waited.map(|()| Done::default())
     }
 
     fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, String> {
@@ -694,6 +704,9 @@ impl Mpi for Calls<'_> {
         let (Some(shim), comm) = (&self.engine.shim, self.comm) else {
             return Ok(rank);
         };
+        if matches!(self.number, WORLD | DEFAULT | NATIVE) {
+            return Ok(rank);
+        }
         let members = shim.comm_members(comm.handle, comm.size);
         let members = members.map_err(|error| error.0)?;
         let member = members.get(rank as usize).copied();

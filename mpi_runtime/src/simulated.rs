@@ -228,7 +228,7 @@ impl Device for Simulated {
         drop(unsafe { Box::from_raw(slice) });
     }
 
-    fn pin(&self, _: &HostMemory) -> Result<(), DeviceError> {
+    unsafe fn pin(&self, _: &HostMemory) -> Result<(), DeviceError> {
         Ok(())
     }
 

@@ -99,6 +99,19 @@ impl Drop for Ended<'_> {
 }
 
 impl Ended<'_> {
+    /// Copies the beginning of what arrived.
+    pub fn begin(&self, to: &mut [u8]) {
+        let arrived = usize::try_from(self.received.bytes).unwrap_or(0);
+        let bytes = to.len().min(arrived);
+        if bytes > 0 {
+            // SAFETY: the memory holds what arrived.
+            unsafe {
+                let from = self.memory.as_ptr().cast::<u8>();
+                from.copy_to_nonoverlapping(to.as_mut_ptr(), bytes);
+            }
+        }
+    }
+
     /// Copies what arrived to `result`, if it fits, and fills the user's status.
     pub fn write(&self, result: &Buffer<'_>, shim: &Shim, status: usize) {
         let arrived = usize::try_from(self.received.bytes).unwrap_or(0);

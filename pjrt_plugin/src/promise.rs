@@ -100,14 +100,19 @@ impl Promise {
         let mut ready = new_args::<PJRT_Event_OnReady_Args>();
         ready.event = event;
         ready.callback = Some(is_ready);
-        ready.user_arg = Box::into_raw(Box::new(Waiting {
+        let waiting = Box::into_raw(Box::new(Waiting {
             promise: self,
             buffer,
             event,
-        }))
-        .cast();
-        // SAFETY: a live event; the callback takes `Waiting` over. A failure would have called it.
-        let _ = unsafe { call(plugin().inner.api().PJRT_Event_OnReady, &mut ready) };
+        }));
+        ready.user_arg = waiting.cast();
+        // SAFETY: a live event; the callback takes `Waiting` over, and is not called if that fails.
+        if let Err(error) = unsafe { call(plugin().inner.api().PJRT_Event_OnReady, &mut ready) } {
+            // SAFETY: made above.
+            let waiting = *unsafe { Box::from_raw(waiting) };
+            waiting.promise.fail(&error.into_text());
+            destroy_event(event);
+        }
     }
 
     /// Whoever waits for the promised buffer gets this error.

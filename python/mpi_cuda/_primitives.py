@@ -105,7 +105,10 @@ def _refuse_automatic_partitioning(name: str, context: Any) -> None:
 
 
 def _remedy() -> str:
-    if _library.load().mpi_cuda_on_gpu():
+    import jax._src.xla_bridge as xla_bridge
+
+    ours = any(_library.is_ours(backend) for backend in xla_bridge._backends.values())
+    if ours and _library.load().mpi_cuda_on_gpu():
         return (
             "pass arrays that are on the GPU, and call no operation inside of a host callback, "
             "whose arrays are on the CPU"

@@ -234,6 +234,9 @@ def partitioned_training() -> None:
 def main() -> int:
     report: dict[str, Any] = {"jax": jax.__version__, "ranks": SIZE, "checks": {}}
     wrong = 0
+    unknown = set(sys.argv[2:]) - {name for name, _ in CHECKS}
+    if unknown:
+        sys.exit(f"no such check: {sorted(unknown)}")
     chosen = [c for c in CHECKS if not sys.argv[2:] or c[0] in sys.argv[2:]]
     for name, function in chosen:
         start = time.perf_counter()

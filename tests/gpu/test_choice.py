@@ -82,10 +82,16 @@ def test_direct_transfer_is_refused_by_name() -> None:
     assert "MPI_CUDA_TRANSFER=staged" in done.stderr
 
 
-def test_auto_is_staged_and_says_how_to_get_a_proof() -> None:
+def test_auto_is_staged_where_mpi_knows_no_cuda() -> None:
     done = run("import jax; jax.devices()", 2, MPI_CUDA_TRANSFER="auto", MPI_CUDA_LOG="info")
     assert done.returncode == 0, done.stderr
     assert "transfer staged (" in done.stderr
+
+
+def test_the_remedy_is_for_whoever_forgot_the_platform() -> None:
+    code = "import mpi_cuda as m; from mpi_cuda import notoken as nt; nt.allreduce(1.0, m.SUM)"
+    done = run(code, JAX_PLATFORMS="cpu")
+    assert "compiled for cpu: start with JAX_PLATFORMS=mpi_cuda" in done.stderr
 
 
 def test_operations_in_callbacks_are_refused_by_name() -> None:

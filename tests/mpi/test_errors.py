@@ -174,6 +174,23 @@ def test_an_error_nobody_reads_is_raised_at_the_barrier() -> None:
     jax.effects_barrier()
 
 
+def test_a_send_that_fails_leaves_the_next_one_alone() -> None:
+    from mpi4py import MPI
+
+    largest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    if largest >= 2**31 - 1:
+        pytest.skip("every tag is one of this MPI's")
+    x = jnp.arange(9000.0)
+    if RANK == 0:
+        with pytest.raises(Exception, match="tag"):
+            nt.send(x, 1, tag=largest + 1)
+            jax.effects_barrier()
+        nt.send(x, 1)
+    elif RANK == 1:
+        np.testing.assert_array_equal(nt.recv(x, 0), x)
+    nt.barrier()
+
+
 def test_an_error_nobody_reads_is_raised_at_the_next_launch() -> None:
     from mpi_cuda import _library
 

@@ -267,6 +267,19 @@ def test_what_sendrecv_receives_may_depend_on_what_it_sends(length: int) -> None
         np.testing.assert_array_equal(got, x)
 
 
+def test_long_messages_on_other_communicators() -> None:
+    from mpi4py import MPI
+
+    for comm in (MPI.COMM_WORLD.Split(0, -RANK), MPI.COMM_WORLD.Split(RANK // 2, -RANK)):
+        rank, size = comm.rank, comm.size
+        ranks = comm.allgather(RANK)
+        left, right = (rank - 1) % size, (rank + 1) % size
+        for length in (1024, 1025, 50_003):
+            x = jnp.arange(length) + 1.5 * RANK
+            got = nt.sendrecv(x, x, source=left, dest=right, comm=comm)
+            np.testing.assert_array_equal(got, np.arange(length) + 1.5 * ranks[left])
+
+
 def test_sendrecv_of_different_shapes_and_dtypes() -> None:
     right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
     shapes = [jnp.full((r + 1,), r, jnp.int32 if r % 2 else jnp.float32) for r in range(SIZE)]

@@ -239,6 +239,32 @@ def test_a_message_in_chunks_is_not_for_irecv() -> None:
     nt.barrier()
 
 
+@pytest.mark.skipif(
+    os.environ.get("MPI_CUDA_PRETEND_DEVICE") != "1"
+    or os.environ.get("MPI_CUDA_OUTBOX") == "0"
+    or SIZE < 3,
+    reason="it is about three ranks that share memory",
+)
+def test_a_refused_message_leaves_that_of_another_rank_alone() -> None:
+    """The first fills its sender's outbox and is read last."""
+    chunk = int(os.environ["MPI_CUDA_CHUNK_BYTES"]) // 4
+    first, second = jnp.arange(8.0 * chunk), -jnp.arange(2.0 * chunk)
+    if RANK == 0:
+        nt.send(first, 1, tag=1)
+        nt.send(second, 2, tag=2)
+        nt.send(second + 1, 2, tag=3)
+    elif RANK == 1:
+        MPI.COMM_WORLD.recv(source=2)
+        np.testing.assert_array_equal(nt.recv(first, 0, tag=1), first)
+    elif RANK == 2:
+        small = nt.irecv(jnp.zeros(2), 0, tag=2)
+        MPI.COMM_WORLD.send(None, 1)
+        with pytest.raises(Exception, match="comes in chunks, which irecv cannot receive"):
+            nt.wait(small).block_until_ready()
+        np.testing.assert_array_equal(nt.recv(second, 0, tag=3), second + 1)
+    nt.barrier()
+
+
 def test_a_freed_communicator_fails_what_has_no_message() -> None:
     comm = MPI.COMM_WORLD.Clone()
     coming = nt.irecv(X, PREVIOUS, comm=comm)

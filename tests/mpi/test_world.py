@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from mpi4py import MPI
 
 import mpi_cuda as m
+from mpi_cuda import _library
 from mpi_cuda import notoken as nt
 
 RANK, SIZE = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
@@ -23,7 +22,7 @@ def test_the_world_is_mpis() -> None:
     assert [d.process_index for d in jax.devices()] == list(range(SIZE))
     assert [d.process_index for d in jax.local_devices()] == [RANK]
     assert jax.local_devices()[0].local_hardware_id == 0
-    on_gpu = os.environ.get("MPI_CUDA_DEVICE") == "cuda"
+    on_gpu = _library.load().mpi_cuda_on_gpu()
     assert jax.default_backend() == ("gpu" if on_gpu else "cpu")
     assert jnp.ones(3).devices() == {jax.local_devices()[0]}
 

@@ -15,12 +15,12 @@ use mpi_shim_abi::{Kind, PROC_NULL};
 
 use super::outbox::Outbox;
 use super::{AHEAD, Coming, Done, Mpi, Run, Staging};
-use crate::device::{Copy, DeviceError, Event, HostMemory};
+use crate::device::{Copy, DeviceError, Event, Fill, HostMemory};
 use crate::operation::{Buffer, ElementType, Operation};
 use crate::shim::Request;
 use crate::split::pause;
 
-/// An announcement begins with this. It has a length that is none of an array of numbers.
+/// An announcement begins with this. Of arrays only one of 25 bytes that begin so could be taken for one.
 const MAGIC: [u8; 5] = *b"MPIc\x02";
 /// Then come the message's bytes, and the sender's rank in the world and the place in its outbox.
 pub(super) const ANNOUNCEMENT: usize =
@@ -77,7 +77,7 @@ impl Announcement {
     /// Nobody receives the message.
     pub(super) fn refuse(&self, staging: &Staging) {
         if let Some(Ok((outbox, first, end))) = self.slots(staging) {
-            outbox.skip(first, end);
+            outbox.drain(first, end);
         }
     }
 }
@@ -219,12 +219,14 @@ struct Chunk {
 enum Way<'s> {
     /// In messages.
     Mpi,
-    /// Through the own outbox: the places of the first slots whose copies down have not begun, and not
-    /// ended. The receiver may read them after the operation has ended here.
+    /// Through the own outbox, in its places from `first` on, before `end`: the first whose copies down
+    /// have not begun, and not ended. The receiver may read them after the operation has ended here.
     Outbox {
         outbox: &'s Outbox,
+        first: u64,
         begun: u64,
         filled: u64,
+        end: u64,
     },
 }
 
@@ -239,6 +241,7 @@ struct Outgoing<'r, 's> {
     sending: VecDeque<(Request, Option<HostMemory>)>,
     /// To be said first.
     announcement: Option<Announcement>,
+    announced: bool,
     /// An empty message is one too.
     empty: bool,
     coming: VecDeque<Chunk>,
@@ -258,6 +261,7 @@ impl<'r, 's> Outgoing<'r, 's> {
             way: Way::Mpi,
             sending: VecDeque::new(),
             announcement: None,
+            announced: false,
             empty: sends && bytes == 0,
             coming: VecDeque::new(),
             begun: 0,
@@ -280,8 +284,10 @@ impl<'r, 's> Outgoing<'r, 's> {
             announcement.place = first;
             outgoing.way = Way::Outbox {
                 outbox,
+                first,
                 begun: first,
                 filled: first,
+                end: first + outbox.places(bytes),
             };
         }
         outgoing.announcement = Some(announcement);
@@ -320,6 +326,7 @@ impl<'r, 's> Outgoing<'r, 's> {
                 unsafe { to.copy_from_nonoverlapping(text.as_ptr(), text.len()) };
             }
             self.send(op, mpi, memory, ANNOUNCEMENT, ElementType::U8)?;
+            self.announced = true;
             moved = true;
         }
         if std::mem::take(&mut self.empty) {
@@ -428,6 +435,17 @@ impl<'r, 's> Outgoing<'r, 's> {
 
     /// What was copied down and not sent. What MPI may still be sending stays where it is.
     fn give_up(self) {
+        let staging = self.run.staging;
+        if let (
+            Way::Outbox {
+                first, filled, end, ..
+            },
+            Some(outboxes),
+        ) = (&self.way, &staging.outboxes)
+            && filled < end
+        {
+            outboxes.give_up(*first, *end, self.announced);
+        }
         for Chunk { coming, .. } in self.coming {
             if let Some(copied) = coming.copied {
                 self.run.staging.device.forget(copied);
@@ -498,7 +516,15 @@ impl<'r, 's> Incoming<'r, 's> {
             return Ok(false);
         }
         if self.arriving.is_some() {
-            return self.read_slots().map_err(said);
+            let moved = self.read_slots().map_err(said)?;
+            let gone = |a: &Arriving<'_>| a.next < a.end && a.outbox.is_broken(a.next);
+            if !moved && self.arriving.as_ref().is_some_and(gone) {
+                return Err(format!(
+                    "rank {} has failed while it was sending this message",
+                    self.source
+                ));
+            }
+            return Ok(moved);
         }
         let piece = match self.waiting.take() {
             Some(piece) => piece,
@@ -677,7 +703,13 @@ impl<'r, 's> Incoming<'r, 's> {
         }
         if let Some(arriving) = self.arriving.take().filter(|_| !well) {
             // The sender need not wait for what failed here.
-            arriving.outbox.skip(arriving.next, arriving.end);
+            for (place, copied) in arriving.going {
+                copied
+                    .into_iter()
+                    .for_each(|copied| self.run.staging.device.forget(copied));
+                arriving.outbox.free(place);
+            }
+            arriving.outbox.drain(arriving.next, arriving.end);
         }
         if let Some(wrong) = self.wrong.take() {
             return Err(wrong);
@@ -690,17 +722,13 @@ impl<'r, 's> Incoming<'r, 's> {
         if self.source == PROC_NULL {
             done.tag = mpi_shim_abi::ANY;
         }
-        let mut place = self.arrived;
-        while well && place < self.room {
-            let bytes = (self.room - place).min(self.run.staging.chunk);
-            let zeros = self.run.memory(bytes).map_err(|error| error.to_string())?;
-            if let Some(zeros) = &zeros {
-                // SAFETY: memory of the pool's of at least that size.
-                unsafe { zeros.data.as_ptr().write_bytes(0, bytes) };
-            }
-            let gone = self.run.go(zeros, &[(self.data + place, bytes)]);
-            gone.map_err(|error| error.to_string())?;
-            place += bytes;
+        if well && self.arrived < self.room {
+            let (to, zeros) = (
+                self.data + self.arrived,
+                Fill::Zeros(self.room - self.arrived),
+            );
+            // SAFETY: the end of the result, which is valid for what is in the stream.
+            unsafe { self.run.staging.device.fill(self.run.up, to, zeros) }.map_err(said)?;
         }
         Ok(done)
     }

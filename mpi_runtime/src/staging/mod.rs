@@ -41,6 +41,10 @@ pub(crate) trait Mpi {
     /// Executes an operation, and waits for it.
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String>;
 
+    /// Waits for a message that was started; `beginning` gets that of what has come, whether or not it fits
+    /// the result.
+    fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, String>;
+
     /// Starts the send of `op`. What is sent must stay as it is until [`Mpi::is_sent`].
     fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, String>;
 
@@ -298,23 +302,19 @@ impl<'a> Run<'a> {
                 return Err(error.to_string());
             }
         };
-        let beginning = recv.as_ref().filter(|memory| memory.bytes >= ANNOUNCEMENT);
-        if let Some(memory) = beginning {
-            // SAFETY: memory of the pool's of at least that size.
-            unsafe { memory.data.as_ptr().write_bytes(0, ANNOUNCEMENT) };
-        }
-        let done = mpi.perform(&Operation {
+        let host = Operation {
             send: at(&send, op.send),
             recv: at(&recv, op.recv),
             ..*op
-        });
-        let arrived = beginning.map(|memory| {
-            // SAFETY: as above, and written by nobody now.
-            unsafe { std::slice::from_raw_parts(memory.data.as_ptr(), ANNOUNCEMENT) }
-        });
-        let announced = arrived.and_then(Announcement::read);
+        };
+        let mut beginning = [0; ANNOUNCEMENT];
+        let done = match op.kind {
+            Kind::Wait => mpi.wait(&host, &mut beginning),
+            _ => mpi.perform(&host),
+        };
+        let announced = Announcement::read(&beginning);
         self.put_back(send);
-        let done = match announced.filter(|_| op.kind == Kind::Wait) {
+        let done = match announced {
             Some(announcement) if announcement.bytes > self.staging.chunk => {
                 announcement.refuse(self.staging);
                 Err(format!(

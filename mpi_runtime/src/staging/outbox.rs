@@ -18,6 +18,7 @@ use memmap2::MmapRaw;
 
 use crate::device::{Device, HostMemory};
 use crate::pending::say;
+use crate::split::pause;
 
 /// Slots of a ring: copies down, copies up and what the ranks do in between overlap.
 const SLOTS: usize = 8;
@@ -49,7 +50,7 @@ pub(super) struct Outbox {
 
 impl Outbox {
     fn header(ranks: usize) -> usize {
-        (SLOTS * size_of::<State>() + ranks).next_multiple_of(PAGE)
+        (SLOTS * size_of::<State>() + ranks + 1).next_multiple_of(PAGE)
     }
 
     fn over(file: &File, ranks: usize) -> io::Result<Outbox> {
@@ -76,7 +77,16 @@ impl Outbox {
     /// Whether the rank with that number has mapped this memory.
     fn seen_by(&self, rank: usize) -> &AtomicBool {
         assert!(rank < self.ranks);
-        let offset = SLOTS * size_of::<State>() + rank;
+        self.flag(rank)
+    }
+
+    fn broken(&self) -> &AtomicBool {
+        self.flag(self.ranks)
+    }
+
+    fn flag(&self, number: usize) -> &AtomicBool {
+        assert!(number <= self.ranks);
+        let offset = SLOTS * size_of::<State>() + number;
         // SAFETY: inside the header; zero or one, and accessed atomically by everybody.
         unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicBool>() }
     }
@@ -119,11 +129,29 @@ impl Outbox {
         self.state(place).freed.store(place + 1, Ordering::Release);
     }
 
-    /// Nobody reads the places from `first` on, before `end`: whatever the sender puts there is lost.
-    pub(super) fn skip(&self, first: u64, end: u64) {
-        for place in first.max(end.saturating_sub(SLOTS as u64))..end {
+    /// Takes the places from `first` on, before `end`, out of the way, in their order: slots are other
+    /// messages' before they are filled.
+    pub(super) fn drain(&self, first: u64, end: u64) {
+        for place in first..end {
+            let mut spins = 0;
+            while !self.is_filled(place) {
+                if self.is_broken(place) {
+                    return;
+                }
+                pause(&mut spins);
+            }
             self.free(place);
         }
+    }
+
+    /// The sender has announced a message and cannot send the rest of it.
+    fn break_off(&self) {
+        self.broken().store(true, Ordering::SeqCst);
+    }
+
+    /// Whether this place is never filled.
+    pub(super) fn is_broken(&self, place: u64) -> bool {
+        self.broken().load(Ordering::SeqCst) && !self.is_filled(place)
     }
 
     /// Lets the device copy by itself. If it refuses, its copies go through memory of its library's:
@@ -132,7 +160,9 @@ impl Outbox {
         self.pinned.get_or_init(|| {
             if let Some(data) = NonNull::new(self.memory.as_mut_ptr()) {
                 let bytes = self.memory.len();
-                if let Err(error) = device.pin(&HostMemory { data, bytes }) {
+                // SAFETY: mapped as long as the process lives: outboxes are the world's.
+                let pinned = unsafe { device.pin(&HostMemory { data, bytes }) };
+                if let Err(error) = pinned {
                     say(&format!("mpi_cuda: memory shared by ranks is used unpinned, which is slower: {error}"));
                 }
             }
@@ -225,6 +255,9 @@ impl Outboxes {
     /// The own outbox, if `rank` reads it.
     pub(super) fn to(&self, rank: i32) -> Option<&Outbox> {
         let own = self.all[self.rank].as_ref()?;
+        if own.broken().load(Ordering::SeqCst) {
+            return None;
+        }
         let there = usize::try_from(rank).is_ok_and(|rank| rank < self.all.len());
         (there && own.seen_by(rank as usize).load(Ordering::SeqCst)).then_some(own)
     }
@@ -242,6 +275,26 @@ impl Outboxes {
     /// The first of `count` places for a message; they are nobody else's.
     pub(super) fn reserve(&self, count: u64) -> u64 {
         self.next.fetch_add(count, Ordering::Relaxed)
+    }
+
+    /// The message with the places from `first` on, before `end`, is not sent to its end. If the receiver
+    /// knows of it, this rank's messages go through MPI from now on.
+    pub(super) fn give_up(&self, first: u64, end: u64, announced: bool) {
+        let back = || {
+            let next = &self.next;
+            next.compare_exchange(end, first, Ordering::Relaxed, Ordering::Relaxed)
+        };
+        if (announced || back().is_err())
+            && let Some(own) = &self.all[self.rank]
+        {
+            own.break_off();
+        }
+    }
+}
+
+impl Drop for Outboxes {
+    fn drop(&mut self) {
+        self.unlink();
     }
 }
 
@@ -282,14 +335,52 @@ mod tests {
             assert_eq!(unsafe { receives.data(place).read() }, place as u8);
             receives.free(place);
         }
-        // A message that nobody reads, and that is longer than the ring.
-        let (first, end) = (3 * SLOTS as u64, 6 * SLOTS as u64 + 1);
-        receives.skip(first, end);
-        for place in first..end + SLOTS as u64 {
-            assert!(sends.is_free(place));
-            sends.fill(place);
-        }
-        assert!(!sends.is_free(end + SLOTS as u64));
+    }
+
+    #[test]
+    fn a_message_that_is_refused_leaves_the_one_before_it_alone() {
+        let name = crate::arrivals::Arrivals::new_name();
+        let make = |rank| Outboxes::make(name, rank, 3, Some(4096));
+        let mut all: Vec<_> = (0..3).map(make).collect();
+        all.iter_mut().for_each(Outboxes::open);
+        let (sends, slow, refuses) = (all[0].to(1).unwrap(), &all[1], &all[2]);
+        let ring = SLOTS as u64;
+        // One that fills the ring, and one of two places for another rank, which refuses it first.
+        (0..ring).for_each(|place| sends.fill(place));
+        std::thread::scope(|scope| {
+            let refusing = scope.spawn(|| refuses.of(0).unwrap().drain(ring, ring + 2));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!sends.is_free(ring) && !refusing.is_finished());
+            for place in 0..ring {
+                assert!(slow.of(0).unwrap().is_filled(place));
+                slow.of(0).unwrap().free(place);
+            }
+            for place in ring..ring + 2 {
+                assert!(sends.is_free(place));
+                sends.fill(place);
+            }
+            refusing.join().unwrap();
+        });
+        assert!(sends.is_free(2 * ring + 1) && !sends.is_free(2 * ring + 2));
+    }
+
+    #[test]
+    fn what_is_given_up_is_taken_back_or_known_to_the_reader() {
+        let name = crate::arrivals::Arrivals::new_name();
+        let mut both: Vec<_> = (0..2)
+            .map(|rank| Outboxes::make(name, rank, 2, Some(4096)))
+            .collect();
+        both.iter_mut().for_each(Outboxes::open);
+        let first = both[0].reserve(5);
+        both[0].give_up(first, first + 5, false);
+        assert_eq!(both[0].reserve(3), first);
+        assert!(both[0].to(1).is_some());
+        both[0].to(1).unwrap().fill(first);
+        both[0].give_up(first, first + 3, true);
+        let read = both[1].of(0).unwrap();
+        assert!(both[0].to(1).is_none() && !read.is_broken(first) && read.is_broken(first + 1));
+        // What is there is taken out of the way, and the rest not waited for.
+        read.drain(first, first + 3);
     }
 
     #[test]
