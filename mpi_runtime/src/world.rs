@@ -223,7 +223,7 @@ impl World {
             // The ranks agree on the transfer, and all of them or none come here.
             Some(device) if size > 1 && stages => {
                 let chunk = device.outbox.then_some(device.chunk_bytes);
-                let outboxes = share_outboxes(&shim, &everybody, rank, size, chunk);
+                let outboxes = share_outboxes(&shim, &everybody, [rank, size, node_size], chunk);
                 Some(Arc::new(outboxes.map_err(&agree)?))
             }
             _ => None,
@@ -377,13 +377,18 @@ fn share_arrivals(
 fn share_outboxes(
     shim: &Shim,
     comm: &Communicator,
-    rank: i32,
-    size: i32,
+    [rank, size, node_size]: [i32; 3],
     chunk: Option<usize>,
 ) -> Result<Outboxes, MpiError> {
     let own_name = if rank == 0 { Arrivals::new_name() } else { 0 };
     let name = max_over_ranks(shim, comm, own_name)?;
-    let mut outboxes = Outboxes::make(name, rank as usize, size as usize, chunk);
+    let mut outboxes = Outboxes::make(
+        name,
+        rank as usize,
+        size as usize,
+        node_size as usize,
+        chunk,
+    );
     max_over_ranks(shim, comm, 0)?;
     outboxes.open();
     max_over_ranks(shim, comm, 0)?;

@@ -187,12 +187,19 @@ impl Outboxes {
 
     /// Makes the outbox of `rank`, for messages in parts of at most `chunk` bytes. All ranks of `size`
     /// call this with the same name, then, when all have, [`Outboxes::open`], and then [`Outboxes::unlink`].
-    /// A rank that wants none or cannot make one sends its messages through MPI.
-    pub fn make(name: u64, rank: usize, size: usize, chunk: Option<usize>) -> Outboxes {
+    /// A rank that wants none or cannot make one sends its messages through MPI; it makes one only if those of
+    /// the `neighbours` ranks of its node take at most half of the memory that is left for such things.
+    pub fn make(
+        name: u64,
+        rank: usize,
+        size: usize,
+        neighbours: usize,
+        chunk: Option<usize>,
+    ) -> Outboxes {
         let mut all: Vec<Option<Outbox>> = (0..size).map(|_| None).collect();
         if let Some(chunk) = chunk {
             let slot = chunk.min(LARGEST);
-            all[rank] = Self::create(&Self::path(name, rank), size, slot).ok();
+            all[rank] = Self::create(&Self::path(name, rank), size, neighbours, slot).ok();
         }
         Outboxes {
             name,
@@ -202,7 +209,7 @@ impl Outboxes {
         }
     }
 
-    fn create(path: &PathBuf, size: usize, slot: usize) -> io::Result<Outbox> {
+    fn create(path: &PathBuf, size: usize, neighbours: usize, slot: usize) -> io::Result<Outbox> {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(path)?;
@@ -211,7 +218,7 @@ impl Outboxes {
         // its lack would be a signal later.
         let there = free_bytes(&file)?;
         // SAFETY: a file of ours.
-        let reserved = (bytes as u64) <= there / 16
+        let reserved = (bytes * neighbours) as u64 <= there / 2
             && unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as i64) } == 0;
         let made = match reserved {
             true => Outbox::over(&file, size),
@@ -317,7 +324,7 @@ mod tests {
     fn places_go_back_and_forth_between_two_ranks() {
         let name = crate::arrivals::Arrivals::new_name();
         let mut both: Vec<_> = (0..2)
-            .map(|rank| Outboxes::make(name, rank, 2, Some(4096)))
+            .map(|rank| Outboxes::make(name, rank, 2, 2, Some(4096)))
             .collect();
         both.iter_mut().for_each(Outboxes::open);
         both.iter().for_each(Outboxes::unlink);
@@ -340,7 +347,7 @@ mod tests {
     #[test]
     fn a_message_that_is_refused_leaves_the_one_before_it_alone() {
         let name = crate::arrivals::Arrivals::new_name();
-        let make = |rank| Outboxes::make(name, rank, 3, Some(4096));
+        let make = |rank| Outboxes::make(name, rank, 3, 3, Some(4096));
         let mut all: Vec<_> = (0..3).map(make).collect();
         all.iter_mut().for_each(Outboxes::open);
         let (sends, slow, refuses) = (all[0].to(1).unwrap(), &all[1], &all[2]);
@@ -368,7 +375,7 @@ mod tests {
     fn what_is_given_up_is_taken_back_or_known_to_the_reader() {
         let name = crate::arrivals::Arrivals::new_name();
         let mut both: Vec<_> = (0..2)
-            .map(|rank| Outboxes::make(name, rank, 2, Some(4096)))
+            .map(|rank| Outboxes::make(name, rank, 2, 2, Some(4096)))
             .collect();
         both.iter_mut().for_each(Outboxes::open);
         let first = both[0].reserve(5);
@@ -387,7 +394,7 @@ mod tests {
     fn parts_are_whole_elements_and_fit_their_slots() {
         let name = crate::arrivals::Arrivals::new_name();
         for chunk in [64, 4096, 1 << 20, 1 << 30] {
-            let own = Outboxes::make(name, 0, 1, Some(chunk));
+            let own = Outboxes::make(name, 0, 1, 1, Some(chunk));
             own.unlink();
             let own = own.of(0).unwrap();
             for bytes in [1, 100, chunk + 1, 4 << 20, 5_000_001, 64 << 20] {
@@ -401,13 +408,13 @@ mod tests {
     #[test]
     fn a_rank_that_did_not_map_it_is_sent_to_by_mpi() {
         let name = crate::arrivals::Arrivals::new_name();
-        let mut own = Outboxes::make(name, 1, 3, Some(4096));
+        let mut own = Outboxes::make(name, 1, 3, 3, Some(4096));
         own.open();
         own.unlink();
         assert!(own.to(0).is_none() && own.to(2).is_none() && own.to(7).is_none());
         assert_eq!(own.readers(), 0);
         // Too large for what there is.
-        assert!(Outboxes::create(&Outboxes::path(name, 1), 3, 1 << 50).is_err());
+        assert!(Outboxes::create(&Outboxes::path(name, 1), 3, 1, 1 << 50).is_err());
         assert!(!Outboxes::path(name, 1).exists());
     }
 }

@@ -329,7 +329,7 @@ fn ranks_sharing<T: Send>(
     let name = Arrivals::new_name();
     let make = |rank| {
         let slot = shares(rank).then_some(CHUNK);
-        Outboxes::make(name, rank as usize, size as usize, slot)
+        Outboxes::make(name, rank as usize, size as usize, size as usize, slot)
     };
     let mut outboxes: Vec<Outboxes> = (0..size).map(make).collect();
     outboxes.iter_mut().for_each(Outboxes::open);
