@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(
+    "SIMULATED_GPU" not in os.environ, reason="it is for tests/gpu/simulator/run"
+)
+
 REPORT = """
 import jax, os
 own = jax.local_devices()[0]
