@@ -5,7 +5,7 @@
 //! on all ranks, since they follow from the operation and [`Staging::chunk`], which ranks agree on.
 //!
 //! Collectives are cut between the elements of a block ([`Plan`]), messages by their bytes
-//! (`message.rs`). The launching thread waits for MPI and for the copies down, never for the last
+//! (`message/`). The launching thread waits for MPI and for the copies down, never for the last
 //! copies up: the stream of the program does.
 
 mod message;
