@@ -127,6 +127,15 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
                 }
             ));
         }
+        let failure = world.outboxes.as_ref().and_then(|all| all.failure());
+        if let Some(failure) = failure.filter(|_| world.node_rank == 0 && world.node_size > 1) {
+            say(&format!(
+                "mpi_cuda: rank {}: long messages within this node go through MPI, which is slower, since \
+                 memory cannot be shared in /dev/shm ({failure}): make it larger (docker --shm-size), or set \
+                 MPI_CUDA_OUTBOX=0",
+                world.rank
+            ));
+        }
         memory::start(config, &world)?;
     }
     Ok(WORLD.get_or_init(|| world))

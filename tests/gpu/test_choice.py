@@ -54,8 +54,9 @@ def test_auto_takes_the_cpu_where_no_device_is_left() -> None:
     assert "device cpu (" in done.stderr
 
 
-def test_ranks_share_a_gpu_and_say_so() -> None:
-    done = run(REPORT, 2)
+@pytest.mark.parametrize("visible", [{}, {"SIMULATOR_DEVICES": "2", "CUDA_VISIBLE_DEVICES": "1"}])
+def test_ranks_share_a_gpu_and_say_so(visible: dict[str, str]) -> None:
+    done = run(REPORT, 2, **visible)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("platform gpu of 2") == 2
     assert "2 ranks of this node share 1 GPU(s), so none takes its memory" in done.stderr

@@ -178,6 +178,8 @@ pub struct Outboxes {
     all: Vec<Option<Outbox>>,
     /// Place of the next message in the own one.
     next: AtomicU64,
+    /// Why there is no own one, if there should be.
+    failure: Option<io::Error>,
 }
 
 impl Outboxes {
@@ -197,15 +199,20 @@ impl Outboxes {
         chunk: Option<usize>,
     ) -> Outboxes {
         let mut all: Vec<Option<Outbox>> = (0..size).map(|_| None).collect();
+        let mut failure = None;
         if let Some(chunk) = chunk {
             let slot = chunk.min(LARGEST);
-            all[rank] = Self::create(&Self::path(name, rank), size, neighbours, slot).ok();
+            match Self::create(&Self::path(name, rank), size, neighbours, slot) {
+                Ok(own) => all[rank] = Some(own),
+                Err(error) => failure = Some(error),
+            }
         }
         Outboxes {
             name,
             rank,
             all,
             next: AtomicU64::new(0),
+            failure,
         }
     }
 
@@ -222,7 +229,7 @@ impl Outboxes {
             && unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as i64) } == 0;
         let made = match reserved {
             true => Outbox::over(&file, size),
-            false => Err(io::ErrorKind::OutOfMemory.into()),
+            false => Err(io::ErrorKind::StorageFull.into()),
         };
         if made.is_err() {
             // Nobody has it.
@@ -251,6 +258,11 @@ impl Outboxes {
         if self.all[self.rank].is_some() {
             let _ = std::fs::remove_file(Self::path(self.name, self.rank));
         }
+    }
+
+    /// Why this rank has none, though it wants one.
+    pub fn failure(&self) -> Option<&io::Error> {
+        self.failure.as_ref()
     }
 
     /// The ranks that read this one's outbox.
@@ -413,7 +425,10 @@ mod tests {
         own.unlink();
         assert!(own.to(0).is_none() && own.to(2).is_none() && own.to(7).is_none());
         assert_eq!(own.readers(), 0);
+        assert!(own.failure().is_none());
         // Too large for what there is.
+        let many = Outboxes::make(name, 1, 3, 1 << 40, Some(4096));
+        assert!(many.failure().is_some() && many.of(1).is_none());
         assert!(Outboxes::create(&Outboxes::path(name, 1), 3, 1, 1 << 50).is_err());
         assert!(!Outboxes::path(name, 1).exists());
     }

@@ -8,16 +8,6 @@
 typedef unsigned __int128 u128;
 typedef __int128 s128;
 
-struct env {
-  const char *parameters;
-  const uint64_t *globals;
-  char *shared;
-  uint64_t arena, arena_size, shadow;
-  uint32_t ntid[3], nctaid[3], ctaid[3], dynamic_shared;
-};
-enum { DONE, BARRIER, WARP };
-struct warp { uint64_t value[2][32]; };
-
 #define F static inline __attribute__((always_inline, unused))
 F float get_f32(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
 F uint32_t set_f32(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }

@@ -14,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include "ptx.h"
+#include "thread.h"
 
 #include <ctype.h>
 #include <dlfcn.h>
@@ -116,19 +117,6 @@ struct ptx_module {
   uint64_t *globals;
   size_t global_count;
   size_t shared_size;
-};
-
-/* As prelude.h has it. */
-struct env {
-  const char *parameters;
-  const uint64_t *globals;
-  char *shared;
-  uint64_t arena, arena_size, shadow;
-  uint32_t ntid[3], nctaid[3], ctaid[3], dynamic_shared;
-};
-enum { DONE, BARRIER, WARP };
-struct warp {
-  uint64_t value[2][32];
 };
 
 static void add_symbol(struct symbol **symbols, size_t *count, struct symbol symbol) {

@@ -79,7 +79,7 @@ impl<'r, 's> Incoming<'r, 's> {
             let gone = |a: &Arriving<'_>| a.next < a.end && a.outbox.is_broken(a.next);
             if !moved && self.arriving.as_ref().is_some_and(gone) {
                 return Err(format!(
-                    "rank {} has failed while it was sending this message",
+                    "rank {} has failed while it was sending this message; its own error says why",
                     self.source
                 ));
             }
@@ -202,7 +202,7 @@ impl<'r, 's> Incoming<'r, 's> {
                 self.open = false;
                 return Err(format!(
                     "the message from rank {} comes through memory of this node that this rank has not \
-                     mapped",
+                     mapped: set MPI_CUDA_OUTBOX=0 on all ranks",
                     done.source
                 ));
             }
