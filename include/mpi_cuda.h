@@ -54,14 +54,15 @@ extern "C" {
  * The u32[] of an irecv or isend names the message until it is waited for, once; mpi_cuda_shutdown()
  * completes what was sent.
  *
- * Optional, and faster for small programs: an attribute named mpi_cuda_alike_<comm>_<sequence>, of any
+ * Optional, and faster for small programs: an attribute named mpi_cuda_uniform_<comm>_<sequence>, of any
  * integer, on one operation promises that this program always runs the same sequence of operations of
  * all ranks on that communicator (0 or 1), everywhere where <sequence> (16 hexadecimal digits) is the
  * same. If the sequence has mpi_cuda_sendrecv, the name ends with _<balance> (16 digits): the sum, modulo
  * 2^64, over them of h(rank, dest, k) - h(source, rank, k), with k the place in the sequence and h any
  * good hash, the same on all ranks; PROC_NULL counts nothing. Other messages, ANY_SOURCE, and a recvtag
  * that is neither ANY_TAG nor the tag sent with must not be in such a program, nor operations on other
- * communicators, nor host callbacks.
+ * communicators, nor host callbacks. (mpi_cuda_alike_ at the beginning of the name is accepted too, with
+ * a warning.)
  *
  * Where a rank receives nothing (bcast on the root, gather and reduce elsewhere), y is x.
  * Defaults: comm MPI_CUDA_COMM_DEFAULT, op MPI_CUDA_SUM, root and dest 0, tag 0,

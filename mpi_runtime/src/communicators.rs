@@ -14,15 +14,15 @@ pub const DEFAULT: i64 = 1;
 /// `COMM_SELF`, through a private duplicate.
 pub const SELF: i64 = 2;
 
-/// What native collectives use: a third private duplicate of `COMM_WORLD`.
-pub const NATIVE: i64 = 3;
+/// What collectives use: a third private duplicate of `COMM_WORLD`.
+pub const COLLECTIVES: i64 = 3;
 
 /// The communicators that always exist.
 pub const NAMES: [(&str, i64); 4] = [
     ("COMM_WORLD", WORLD),
     ("the default communicator", DEFAULT),
     ("COMM_SELF", SELF),
-    ("all ranks", NATIVE),
+    ("all ranks", COLLECTIVES),
 ];
 
 /// Numbers of the user's communicators have this bit, which no MPI's handles have.
@@ -85,7 +85,10 @@ impl Communicators {
         let rows = self.rows.read();
         // Other duplicates of COMM_WORLD have its handle too; they are not found by handle.
         let mut found = rows.iter().filter(|&(&number, row)| {
-            number != DEFAULT && number != NATIVE && !row.freed && row.user_handle == user_handle
+            number != DEFAULT
+                && number != COLLECTIVES
+                && !row.freed
+                && row.user_handle == user_handle
         });
         found.next().map(|(&number, _)| number)
     }

@@ -80,9 +80,9 @@ impl Direct {
 
     /// Whether MPI can execute it on device memory, the same on all ranks. It reduces by functions of ours
     /// or the user's only in memory of the host, and so may any MPI reduce what is no number of C.
-    /// With more ranks than cores (`crowded`) collectives are nonblocking ones, which Open MPI does not
+    /// With more ranks than cores (`oversubscribed`) collectives are nonblocking ones, which Open MPI does not
     /// execute on device memory.
-    pub fn can(op: &Operation<'_>, crowded: bool) -> bool {
+    pub fn can(op: &Operation<'_>, oversubscribed: bool) -> bool {
         let dtype = op.send.dtype;
         let reduces = |reduction| match dtype.class() {
             Class::Integer => reduction != Reduction::User,
@@ -94,7 +94,7 @@ impl Direct {
         };
         match op.kind {
             Kind::Send | Kind::Recv | Kind::Sendrecv => true,
-            _ if crowded => false,
+            _ if oversubscribed => false,
             Kind::Exscan | Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => false,
             _ => op.reduction.is_none_or(reduces),
         }

@@ -11,22 +11,23 @@ use std::time::{Duration, Instant};
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 use parking_lot::Mutex;
 
-use crate::alone;
-use crate::arrivals::Arrivals;
 use crate::check;
-use crate::communicators::{Communicator, Communicators, DEFAULT, NATIVE, WORLD};
+use crate::collectives::ReplicaGroups;
+use crate::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
 use crate::device::Stream;
 use crate::direct::Direct;
 use crate::error::OperationError;
-use crate::native::Groups;
+use crate::log;
+use crate::nonblocking::NonblockingMessages;
 use crate::operation::{Buffer, Operation};
 use crate::order::{Order, Ticket};
 use crate::pending::{self, PendingTable};
+use crate::rendezvous::Rendezvous;
+use crate::result_canary;
 use crate::shim::{Request, Shim};
-use crate::split::Splits;
+use crate::single_rank;
 use crate::staging::{Done, Mpi, Staging};
 use crate::world::WorldOptions;
-use crate::written;
 
 thread_local! {
     /// This thread is inside an operation.
@@ -44,8 +45,8 @@ pub(crate) fn executing<T>(body: impl FnOnce() -> T) -> T {
 /// A program that is the same fixed sequence of collectives and exchanges of all ranks, wherever it
 /// runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Alike {
-    /// The communicator of all of them: [`WORLD`], [`DEFAULT`] or [`NATIVE`].
+pub struct UniformProgram {
+    /// The communicator of all of them: [`WORLD`], [`DEFAULT`] or [`COLLECTIVES`].
     pub comm: i64,
     /// The sequence, hashed.
     pub sequence: u64,
@@ -54,7 +55,7 @@ pub struct Alike {
     pub balance: Option<u64>,
 }
 
-impl Alike {
+impl UniformProgram {
     /// Names the launch of this program that comes after `position` collectives; the same number in
     /// every process. Never 0.
     fn mark(self, position: u64) -> u64 {
@@ -70,7 +71,7 @@ struct History {
     /// Number of collectives. Messages do not count: ranks may exchange different numbers of them,
     /// and the balance tells whether they are done with.
     position: AtomicU64,
-    /// Messages sent less messages received, as in [`Alike::balance`].
+    /// Messages sent less messages received, as in [`UniformProgram::balance`].
     balance: AtomicU64,
 }
 
@@ -124,14 +125,14 @@ pub struct Engine {
     pub communicators: Communicators,
     pub(crate) order: Order,
     pub(crate) pending: Arc<PendingTable>,
-    /// Groups of ranks of native collectives.
-    pub(crate) groups: Groups,
+    /// The replica groups of collectives.
+    pub(crate) groups: ReplicaGroups,
     /// Errors of operations that nobody may have read yet.
     pub(crate) unread: Mutex<Vec<OperationError>>,
-    /// What was executed so far on [`WORLD`], on [`DEFAULT`], and of native collectives.
+    /// What was executed so far on [`WORLD`], on [`DEFAULT`], and of collectives of programs for several devices.
     histories: [History; 3],
     /// Messages whose start and end are separate; none without MPI.
-    splits: Option<Splits>,
+    nonblocking: Option<NonblockingMessages>,
     leaving: Mutex<Vec<Leaving>>,
     /// How many there are; spares the lock where there are none.
     leaving_count: AtomicUsize,
@@ -139,7 +140,7 @@ pub struct Engine {
     /// Say for each operation what served it.
     verbose: bool,
     /// Where the ranks meet, if all of them are on this node.
-    pub(crate) arrivals: Option<Arrivals>,
+    pub(crate) rendezvous: Option<Rendezvous>,
 }
 
 impl Engine {
@@ -153,14 +154,14 @@ impl Engine {
             order: Order::default(),
             pending,
             unread: Mutex::default(),
-            groups: Groups::default(),
+            groups: ReplicaGroups::default(),
             histories: Default::default(),
-            splits: shim.map(Splits::new),
+            nonblocking: shim.map(NonblockingMessages::new),
             leaving: Mutex::default(),
             leaving_count: AtomicUsize::new(0),
             rank,
             verbose: options.verbose,
-            arrivals: None,
+            rendezvous: None,
         }
     }
 
@@ -169,16 +170,20 @@ impl Engine {
     /// as much before and no message is left over, and may be waited for on the dispatching thread.
     ///
     /// Call with the ticket of the launch taken, and only if its inputs are ready.
-    pub fn all_have_arrived(&self, program: Alike) -> bool {
-        let (Some(arrivals), Some(history)) = (&self.arrivals, self.history_of(program)) else {
+    pub fn all_have_arrived(&self, program: UniformProgram) -> bool {
+        let (Some(rendezvous), Some(history)) = (&self.rendezvous, self.history_of(program)) else {
             return false;
         };
         // A receive that was started before may take a message that this launch waits for.
-        if self.splits.as_ref().is_some_and(Splits::are_first) {
+        if self
+            .nonblocking
+            .as_ref()
+            .is_some_and(NonblockingMessages::are_first)
+        {
             return false;
         }
         // A caller that waited for a result is back a little before its launch is retired.
-        arrivals.meet(
+        rendezvous.meet(
             || self.in_flight() == 1,
             || {
                 let balance = program.balance.map_or(0, |balance| {
@@ -192,9 +197,9 @@ impl Engine {
         )
     }
 
-    fn history_of(&self, program: Alike) -> Option<&History> {
+    fn history_of(&self, program: UniformProgram) -> Option<&History> {
         match program.comm {
-            NATIVE => Some(&self.histories[2]),
+            COLLECTIVES => Some(&self.histories[2]),
             comm => self.history(comm),
         }
     }
@@ -207,8 +212,8 @@ impl Engine {
         }
     }
 
-    /// A launch with native collectives that all ranks run has begun; its number, the same everywhere.
-    pub(crate) fn count_native(&self) -> u64 {
+    /// A launch with collectives that all ranks run has begun; its number, the same everywhere.
+    pub(crate) fn count_collective_launch(&self) -> u64 {
         let before = self.histories[2].position.fetch_add(1, Ordering::Relaxed);
         before + 1
     }
@@ -261,7 +266,7 @@ impl Engine {
         let comm = comm.map_or("an unknown communicator", |comm| comm.name);
         let by = self.shim.map_or("no MPI", |shim| shim.family.name());
         let end = if done { "done" } else { "failed" };
-        pending::say(&format!(
+        log::line(&format!(
             "mpi_cuda: rank {}, launch {}: {op} on {comm} {end} by {by} in {:.1} us",
             self.rank,
             ticket.0,
@@ -343,15 +348,15 @@ impl Engine {
     fn perform(&self, op: &Operation<'_>, comm: &Communicator) -> Result<ShimReceived, String> {
         let shim_op = check::prepare(op, comm)?;
         if self.shim.is_none() {
-            return alone::execute(op).map(|()| ShimReceived::default());
+            return single_rank::execute(op).map(|()| ShimReceived::default());
         }
-        let marks = written::mark(op, comm);
+        let marks = result_canary::place(op, comm);
         let received = self.call(op, comm, &shim_op)?;
         if check::returns_input(op, comm) {
-            alone::copy_through(op);
+            single_rank::copy_through(op);
         }
         if op.kind == Kind::Exscan && comm.rank == 0 {
-            alone::nothing_before(op);
+            single_rank::nothing_before(op);
         }
         if let Some(marks) = marks {
             marks.check(op)?;
@@ -379,10 +384,10 @@ impl Engine {
         shim_op: &ShimOp,
     ) -> Result<ShimReceived, String> {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
-        let received = match &self.splits {
+        let received = match &self.nonblocking {
             // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
-            Some(splits) if receives(op) && splits.are_first() => unsafe {
-                splits.receive_after(shim_op)
+            Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
+                nonblocking.receive_after(shim_op)
             },
             _ => executing(|| shim.execute(shim_op)),
         };
@@ -404,9 +409,9 @@ impl Engine {
         } else {
             op.source
         };
-        let number = match &self.splits {
+        let number = match &self.nonblocking {
             _ if peer == PROC_NULL => TO_NOBODY,
-            Some(splits) => splits.start(op, &shim_op)?,
+            Some(nonblocking) => nonblocking.start(op, &shim_op)?,
             None => return Err(NO_MESSAGES.into()),
         };
         if let Some(history) = self.history(op.comm) {
@@ -443,10 +448,10 @@ impl Engine {
                 _ => Ok(()),
             };
         }
-        let (Some(splits), Some(shim)) = (&self.splits, &self.shim) else {
+        let (Some(nonblocking), Some(shim)) = (&self.nonblocking, &self.shim) else {
             return Err(NO_MESSAGES.into());
         };
-        let (mut started, shape) = splits.find(number)?;
+        let (mut started, shape) = nonblocking.find(number)?;
         started.send.shape = &shape;
         let _pending = self.pending.enter(&started, comm.name);
         let about = |reason: String| format!("{started}: {reason}");
@@ -455,7 +460,7 @@ impl Engine {
                 "wait belongs to irecv, and wait_send to isend".into(),
             ));
         }
-        let ended = splits.wait(number).map_err(about)?;
+        let ended = nonblocking.wait(number).map_err(about)?;
         if op.kind == Kind::WaitSend {
             return Ok(());
         }
@@ -477,8 +482,10 @@ impl Engine {
     /// Ends all messages that were started, and says which of them nobody has waited for. Last, when
     /// everything else has ended.
     pub fn finish_messages(&self) {
-        let Some(splits) = &self.splits else { return };
-        let unfinished = splits.unfinished();
+        let Some(nonblocking) = &self.nonblocking else {
+            return;
+        };
+        let unfinished = nonblocking.unfinished();
         let _pending: Vec<_> = unfinished
             .iter()
             .map(|(operation, shape)| {
@@ -489,8 +496,8 @@ impl Engine {
                 self.pending.enter(&operation, name)
             })
             .collect();
-        for lost in splits.finish() {
-            pending::say(&format!("mpi_cuda: rank {}: {lost}", self.rank));
+        for lost in nonblocking.finish() {
+            log::line(&format!("mpi_cuda: rank {}: {lost}", self.rank));
         }
     }
 
@@ -527,13 +534,13 @@ impl Engine {
             gone
         };
         for row in gone {
-            if let Some(splits) = &self.splits {
-                splits.free(row.handle);
+            if let Some(nonblocking) = &self.nonblocking {
+                nonblocking.free(row.handle);
             }
             if let Some(shim) = &self.shim
                 && let Err(error) = shim.comm_free(row.handle)
             {
-                pending::say(&format!(
+                log::line(&format!(
                     "mpi_cuda: rank {}: cannot free communicator {}: {}",
                     self.rank, row.number, error.0
                 ));
@@ -622,8 +629,8 @@ impl Engine {
             self.wait_idle();
         }
         let handle = self.communicators.get(number).map(|comm| comm.handle);
-        if !executing && let (Some(splits), Some(handle)) = (&self.splits, handle) {
-            splits.free(handle);
+        if !executing && let (Some(nonblocking), Some(handle)) = (&self.nonblocking, handle) {
+            nonblocking.free(handle);
         }
         if executing && let Some(handle) = handle {
             let mut leaving = self.leaving.lock();
@@ -689,8 +696,8 @@ impl Mpi for Calls<'_> {
 
     fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, String> {
         let shim_op = check::prepare(op, self.comm)?;
-        let splits = self.engine.splits.as_ref().ok_or(NO_MESSAGES)?;
-        let received = splits.try_receive(&shim_op, shim_op.datatype);
+        let nonblocking = self.engine.nonblocking.as_ref().ok_or(NO_MESSAGES)?;
+        let received = nonblocking.try_receive(&shim_op, shim_op.datatype);
         let Some(received) = received.map_err(|error| error.0)? else {
             return Ok(None);
         };
@@ -704,7 +711,7 @@ impl Mpi for Calls<'_> {
         let (Some(shim), comm) = (&self.engine.shim, self.comm) else {
             return Ok(rank);
         };
-        if matches!(self.number, WORLD | DEFAULT | NATIVE) {
+        if matches!(self.number, WORLD | DEFAULT | COLLECTIVES) {
             return Ok(rank);
         }
         let members = shim.comm_members(comm.handle, comm.size);
@@ -763,7 +770,7 @@ mod tests {
             for comm in [WORLD, DEFAULT] {
                 let balance = None;
                 for position in 0..1000 {
-                    let program = Alike {
+                    let program = UniformProgram {
                         comm,
                         sequence,
                         balance,

@@ -3,10 +3,9 @@
 //!
 //! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it).
 
-pub mod alone;
-pub mod arrivals;
-mod asleep;
+mod backoff;
 pub mod check;
+pub mod collectives;
 pub mod communicators;
 pub mod cuda;
 pub mod device;
@@ -16,26 +15,28 @@ pub mod error;
 pub mod family;
 mod identity;
 pub mod launcher;
-pub mod native;
+pub mod log;
+pub mod nonblocking;
 pub mod operation;
 pub mod order;
 mod output;
 pub mod pending;
-pub mod proof;
+pub mod probe_result;
+pub mod rendezvous;
+mod result_canary;
 pub mod shim;
 pub mod simulated;
-pub mod split;
+pub mod single_rank;
 pub mod staging;
 pub mod transfer;
 pub mod world;
-mod written;
 
+pub use collectives::CollectiveSequence;
 pub use direct::Direct;
-pub use engine::{Alike, Engine};
+pub use engine::{Engine, UniformProgram};
 pub use error::{OperationError, StartError};
 pub use family::Family;
 pub use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
-pub use native::Program;
 pub use operation::{Buffer, ElementType, Operation};
 pub use order::Ticket;
 pub use staging::Staging;

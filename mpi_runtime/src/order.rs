@@ -15,19 +15,19 @@ pub struct Ticket(pub u32);
 /// The queue of launches that have not ended.
 #[derive(Default)]
 pub struct Order {
-    state: Mutex<State>,
+    state: Mutex<OrderState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct OrderState {
     last: u32,
     in_flight: VecDeque<Ticket>,
     /// The first of them has begun: an operation of it has had its turn.
     first_has_begun: bool,
 }
 
-impl State {
+impl OrderState {
     fn next(&mut self) -> Ticket {
         let mut next = self.last.wrapping_add(1);
         while next == 0 || self.in_flight.contains(&Ticket(next)) {

@@ -3,12 +3,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::log;
 use crate::operation::{Buffer, Operation};
 
 /// Operations now in progress; few (one per thread that executes). Rows are reused, so that
@@ -129,12 +129,6 @@ pub(crate) fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
     }
 }
 
-/// Prints a line to standard error in one piece, so that ranks do not mix theirs.
-pub fn say(line: &str) {
-    // There is nowhere to report that standard error is closed.
-    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
-}
-
 /// Starts the thread that prints overdue operations of `rank` to standard error.
 pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
     let table = Arc::downgrade(table);
@@ -146,7 +140,7 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
                 std::thread::sleep(pause);
                 let Some(table) = table.upgrade() else { return };
                 for text in table.overdue(warn_after) {
-                    say(&format!("mpi_cuda: rank {rank} is waiting in {text}"));
+                    log::line(&format!("mpi_cuda: rank {rank} is waiting in {text}"));
                 }
             }
         });

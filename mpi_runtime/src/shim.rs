@@ -40,7 +40,7 @@ pub struct MpiError(pub String);
 /// Whether MPI was started in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum State {
+pub enum MpiState {
     NotStarted,
     Running,
     Finalized,
@@ -114,12 +114,12 @@ impl Shim {
     }
 
     /// Whether MPI was started.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> MpiState {
         // SAFETY: callable at any time.
         match unsafe { (self.api.state)() } {
-            0 => State::NotStarted,
-            1 => State::Running,
-            _ => State::Finalized,
+            0 => MpiState::NotStarted,
+            1 => MpiState::Running,
+            _ => MpiState::Finalized,
         }
     }
 
@@ -212,9 +212,9 @@ impl Shim {
     }
 
     /// Whether to give up the core while waiting, and the largest part of a collective in bytes.
-    pub fn configure(&self, polite: bool, part_bytes: i64) {
+    pub fn configure(&self, yielding: bool, part_bytes: i64) {
         // SAFETY: stores both.
-        unsafe { (self.api.configure)(c_int::from(polite), part_bytes) }
+        unsafe { (self.api.configure)(c_int::from(yielding), part_bytes) }
     }
 
     /// Calls `deleted(number)` when `comm` is freed.

@@ -52,7 +52,7 @@ pub enum Through {
 
 /// What is known of a transfer with memory that XLA itself allocated, from an earlier job.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Proof {
+pub enum ProbeResult {
     /// Nobody has tried with this MPI, driver and plugin.
     None,
     /// It gave right results.
@@ -100,7 +100,7 @@ pub struct NotDirect {
     remedy: &'static str,
 }
 
-/// How to get a [`Proof`].
+/// How to get a [`ProbeResult`].
 const PROBE: &str = "`mpirun -n 2 python -m mpi_cuda probe` tries it";
 const ENABLE: &str = "an MPI built and started with CUDA support (Open MPI --with-cuda, MPICH --with-cuda, \
                       MPICH_GPU_SUPPORT_ENABLED=1 with Cray's)";
@@ -109,37 +109,42 @@ const ENABLE: &str = "an MPI built and started with CUDA support (Open MPI --wit
 ///
 /// # Errors
 /// If direct transfer was asked for and is known not to work, or not known to.
-pub fn choose(asked: Asked, mpi: &str, aware: Aware, proof: &Proof) -> Result<Choice, NotDirect> {
+pub fn choose(
+    asked: Asked,
+    mpi: &str,
+    aware: Aware,
+    probe_result: &ProbeResult,
+) -> Result<Choice, NotDirect> {
     let choice = |mode, reason: String| Ok(Choice { mode, reason });
     let refuse = |why: String, remedy| Err(NotDirect { why, remedy });
-    match (asked, aware, proof) {
+    match (asked, aware, probe_result) {
         (Asked::Staged, ..) => choice(Mode::Staged, "as asked for".into()),
         (Asked::Direct, Aware::No, _) => {
             refuse(format!("{mpi} says that it has no CUDA support"), ENABLE)
         }
-        (Asked::Direct, _, Proof::Fails(how)) => {
+        (Asked::Direct, _, ProbeResult::Fails(how)) => {
             refuse(format!("with {mpi} it was tried and failed: {how}"), ENABLE)
         }
-        (Asked::Direct, Aware::Unsaid, Proof::None) => refuse(
+        (Asked::Direct, Aware::Unsaid, ProbeResult::None) => refuse(
             format!("{mpi} does not say whether it has CUDA support, and nobody has tried it"),
             "try it with `mpirun -n 2 python -m mpi_cuda probe`",
         ),
-        (Asked::Direct, _, Proof::Works(through)) => {
+        (Asked::Direct, _, ProbeResult::Works(through)) => {
             choice(Mode::Direct(*through), "as asked for".into())
         }
-        (Asked::Direct, Aware::Yes, Proof::None) => choice(
+        (Asked::Direct, Aware::Yes, ProbeResult::None) => choice(
             Mode::Direct(Through::Copies),
             format!("as asked for; {PROBE} without them"),
         ),
         (Asked::Auto, Aware::No, _) => choice(Mode::Staged, format!("{mpi} has no CUDA support")),
-        (Asked::Auto, _, Proof::Works(through)) => {
+        (Asked::Auto, _, ProbeResult::Works(through)) => {
             choice(Mode::Direct(*through), format!("it was tried with {mpi}"))
         }
-        (Asked::Auto, _, Proof::Fails(how)) => choice(
+        (Asked::Auto, _, ProbeResult::Fails(how)) => choice(
             Mode::Staged,
             format!("direct was tried with {mpi} and failed: {how}"),
         ),
-        (Asked::Auto, _, Proof::None) => choice(
+        (Asked::Auto, _, ProbeResult::None) => choice(
             Mode::Staged,
             format!("direct is not proven with {mpi}; {PROBE}"),
         ),
@@ -152,17 +157,17 @@ mod tests {
 
     const EVERY_AWARE: [Aware; 3] = [Aware::Yes, Aware::No, Aware::Unsaid];
 
-    fn proofs() -> [Proof; 4] {
+    fn probe_results() -> [ProbeResult; 4] {
         [
-            Proof::None,
-            Proof::Works(Through::Arrays),
-            Proof::Works(Through::Copies),
-            Proof::Fails("rank 1 died".into()),
+            ProbeResult::None,
+            ProbeResult::Works(Through::Arrays),
+            ProbeResult::Works(Through::Copies),
+            ProbeResult::Fails("rank 1 died".into()),
         ]
     }
 
-    fn mode(asked: Asked, aware: Aware, proof: &Proof) -> Option<Mode> {
-        choose(asked, "Open MPI 4.1.4", aware, proof)
+    fn mode(asked: Asked, aware: Aware, probe_result: &ProbeResult) -> Option<Mode> {
+        choose(asked, "Open MPI 4.1.4", aware, probe_result)
             .ok()
             .map(|choice| choice.mode)
     }
@@ -170,41 +175,44 @@ mod tests {
     #[test]
     fn staged_is_staged() {
         for aware in EVERY_AWARE {
-            for proof in proofs() {
-                assert_eq!(mode(Asked::Staged, aware, &proof), Some(Mode::Staged));
+            for probe_result in probe_results() {
+                assert_eq!(
+                    mode(Asked::Staged, aware, &probe_result),
+                    Some(Mode::Staged)
+                );
             }
         }
     }
 
     #[test]
-    fn auto_is_direct_only_with_a_proof_and_never_an_error() {
+    fn auto_is_direct_only_with_a_probe_result_and_never_an_error() {
         for aware in EVERY_AWARE {
-            for proof in proofs() {
-                let want = match proof {
-                    Proof::Works(through) if aware != Aware::No => Mode::Direct(through),
+            for probe_result in probe_results() {
+                let want = match probe_result {
+                    ProbeResult::Works(through) if aware != Aware::No => Mode::Direct(through),
                     _ => Mode::Staged,
                 };
-                assert_eq!(mode(Asked::Auto, aware, &proof), Some(want));
+                assert_eq!(mode(Asked::Auto, aware, &probe_result), Some(want));
             }
         }
-        let choice = choose(Asked::Auto, "MPICH 4.3", Aware::Yes, &Proof::None).unwrap();
+        let choice = choose(Asked::Auto, "MPICH 4.3", Aware::Yes, &ProbeResult::None).unwrap();
         assert!(choice.to_string().contains("mpi_cuda probe"), "{choice}");
     }
 
     #[test]
     fn direct_is_direct_or_an_error_that_names_the_mpi_and_the_remedy() {
         for aware in EVERY_AWARE {
-            for proof in proofs() {
-                let choice = choose(Asked::Direct, "Open MPI 4.1.4", aware, &proof);
+            for probe_result in probe_results() {
+                let choice = choose(Asked::Direct, "Open MPI 4.1.4", aware, &probe_result);
                 let possible = match aware {
-                    Aware::Yes => !matches!(proof, Proof::Fails(_)),
+                    Aware::Yes => !matches!(probe_result, ProbeResult::Fails(_)),
                     Aware::No => false,
-                    Aware::Unsaid => matches!(proof, Proof::Works(_)),
+                    Aware::Unsaid => matches!(probe_result, ProbeResult::Works(_)),
                 };
-                assert_eq!(choice.is_ok(), possible, "{aware:?} {proof:?}");
+                assert_eq!(choice.is_ok(), possible, "{aware:?} {probe_result:?}");
                 // XLA's own arrays only if that was tried.
-                let tried = Mode::Direct(match proof {
-                    Proof::Works(through) => through,
+                let tried = Mode::Direct(match probe_result {
+                    ProbeResult::Works(through) => through,
                     _ => Through::Copies,
                 });
                 assert!(choice.as_ref().is_err() || choice.as_ref().unwrap().mode == tried);

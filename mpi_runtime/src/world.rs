@@ -6,17 +6,17 @@ use std::time::Duration;
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
-use crate::arrivals::Arrivals;
 use crate::communicators::{Communicator, DEFAULT, NAMES, SELF};
 use crate::engine::Engine;
 use crate::error::StartError;
 use crate::family::{self, Family};
 use crate::launcher::{self, Launched};
 use crate::output;
-use crate::proof::Proofs;
-use crate::shim::{self, MpiError, Shim, State};
-use crate::staging::Outboxes;
-use crate::transfer::{self, Asked, Aware, Choice, Mode, Proof, Through};
+use crate::probe_result::ProbeResults;
+use crate::rendezvous::Rendezvous;
+use crate::shim::{self, MpiError, MpiState, Shim};
+use crate::staging::ShmRings;
+use crate::transfer::{self, Asked, Aware, Choice, Mode, ProbeResult, Through};
 
 /// How to find the world.
 #[derive(Clone, Debug)]
@@ -44,32 +44,32 @@ pub struct DeviceOptions {
     pub asked: Asked,
     /// `MPI_CUDA_CHUNK_BYTES`.
     pub chunk_bytes: usize,
-    /// `MPI_CUDA_OUTBOX`.
-    pub outbox: bool,
+    /// `MPI_CUDA_SHM_RING`.
+    pub shm_ring: bool,
     /// What MPI is taken to say of its support for CUDA, if not asked (tests).
     pub aware: Option<Aware>,
     /// Where to look up what is known of direct transfer.
-    pub proofs: Proofs,
+    pub probe_results: ProbeResults,
     /// Tried now, so taken for proven.
     pub trying: Option<Through>,
 }
 
 /// What is known on all ranks: nodes may have files of their own.
 fn weakest(
-    own: Proof,
+    own: ProbeResult,
     largest: &dyn Fn(u64) -> Result<u64, StartError>,
-) -> Result<Proof, StartError> {
+) -> Result<ProbeResult, StartError> {
     let doubt = match own {
-        Proof::Works(Through::Arrays) => 0,
-        Proof::Works(Through::Copies) => 1,
-        Proof::None => 2,
-        Proof::Fails(_) => 3,
+        ProbeResult::Works(Through::Arrays) => 0,
+        ProbeResult::Works(Through::Copies) => 1,
+        ProbeResult::None => 2,
+        ProbeResult::Fails(_) => 3,
     };
     Ok(match largest(doubt)? {
         most if most == doubt => own,
-        1 => Proof::Works(Through::Copies),
-        2 => Proof::None,
-        _ => Proof::Fails("on another rank".into()),
+        1 => ProbeResult::Works(Through::Copies),
+        2 => ProbeResult::None,
+        _ => ProbeResult::Fails("on another rank".into()),
     })
 }
 
@@ -90,9 +90,9 @@ pub struct World {
     /// How data in device memory travel; none where the host has them.
     pub transfer: Option<Choice>,
     /// There are more ranks than cores on some node.
-    pub crowded: bool,
+    pub oversubscribed: bool,
     /// Memory shared by the ranks of this node, where they stage.
-    pub outboxes: Option<Arc<Outboxes>>,
+    pub shm_rings: Option<Arc<ShmRings>>,
     /// The engine.
     pub engine: Engine,
     shim: Option<Shim>,
@@ -112,16 +112,16 @@ impl World {
         let launched_size = launched.as_ref().map_or(1, |launched| launched.size);
         let shim = load_shim(options, launched.as_ref(), launched_size)?;
         let Some(shim) = shim else {
-            return Ok(Self::alone(options));
+            return Ok(Self::single_rank(options));
         };
         let library = shim.library_version();
         let owns_mpi = match shim.state() {
-            State::NotStarted => {
+            MpiState::NotStarted => {
                 shim.init().map_err(mpi_error("MPI_Init_thread"))?;
                 true
             }
-            State::Running => false,
-            State::Finalized => return Err(StartError::Finalized),
+            MpiState::Running => false,
+            MpiState::Finalized => return Err(StartError::Finalized),
         };
         let thread_level = shim.thread_level();
         if thread_level != "multiple" {
@@ -168,7 +168,7 @@ impl World {
         // All ranks must wait in the same way, since nonblocking collectives do not match blocking
         // ones (MPI 4.0, section 6.12).
         let agree = mpi_error("MPI_Allreduce");
-        let crowded =
+        let oversubscribed =
             max_over_ranks(&shim, &everybody, u64::from(node_size > cores)).map_err(&agree)? != 0;
         let same = |variable: &'static str, own: u64| {
             let largest = max_over_ranks(&shim, &everybody, own).map_err(&agree)?;
@@ -194,14 +194,14 @@ impl World {
             Some(device) => {
                 same("MPI_CUDA_CHUNK_BYTES", device.chunk_bytes as u64)?;
                 let own = match device.trying {
-                    Some(through) => Proof::Works(through),
-                    None => device.proofs.read(&library),
+                    Some(through) => ProbeResult::Works(through),
+                    None => device.probe_results.read(&library),
                 };
-                let proof = weakest(own, &|number| {
+                let probe_result = weakest(own, &|number| {
                     max_over_ranks(&shim, &everybody, number).map_err(&agree)
                 })?;
                 let aware = device.aware.unwrap_or_else(|| shim.cuda_aware());
-                let choice = transfer::choose(device.asked, &library, aware, &proof);
+                let choice = transfer::choose(device.asked, &library, aware, &probe_result);
                 // A rank that cannot go on must not leave the others waiting.
                 let mode = choice.as_ref().map_or(2, |choice| match choice.mode {
                     Mode::Direct(_) => 0,
@@ -215,22 +215,22 @@ impl World {
             }
             None => None,
         };
-        shim.configure(crowded, options.part_bytes);
+        shim.configure(oversubscribed, options.part_bytes);
         let stages = transfer
             .as_ref()
             .is_some_and(|choice| choice.mode == Mode::Staged);
-        let outboxes = match &options.device {
+        let shm_rings = match &options.device {
             // The ranks agree on the transfer, and all of them or none come here.
             Some(device) if size > 1 && stages => {
-                let chunk = device.outbox.then_some(device.chunk_bytes);
-                let outboxes = share_outboxes(&shim, &everybody, [rank, size, node_size], chunk);
-                Some(Arc::new(outboxes.map_err(&agree)?))
+                let chunk = device.shm_ring.then_some(device.chunk_bytes);
+                let shm_rings = share_shm_rings(&shim, &everybody, [rank, size, node_size], chunk);
+                Some(Arc::new(shm_rings.map_err(&agree)?))
             }
             _ => None,
         };
         if size > 1 && node_size == size {
-            engine.arrivals =
-                share_arrivals(&shim, &everybody, rank as usize, size as usize).map_err(&agree)?;
+            engine.rendezvous = share_rendezvous(&shim, &everybody, rank as usize, size as usize)
+                .map_err(&agree)?;
         }
         mark_rank(launched.as_ref());
         Ok(World {
@@ -241,8 +241,8 @@ impl World {
             library,
             thread_level,
             transfer,
-            crowded,
-            outboxes,
+            oversubscribed,
+            shm_rings,
             engine,
             shim: Some(shim),
             owns_mpi,
@@ -261,7 +261,7 @@ impl World {
     }
 
     /// A world of size 1 without MPI.
-    fn alone(options: &WorldOptions) -> World {
+    fn single_rank(options: &WorldOptions) -> World {
         let engine = Engine::new(None, 0, options);
         for (name, number) in NAMES {
             engine.communicators.add(
@@ -283,8 +283,8 @@ impl World {
             node_size: 1,
             library: "no MPI".into(),
             thread_level: "none",
-            crowded: false,
-            outboxes: None,
+            oversubscribed: false,
+            shm_rings: None,
             transfer: options.device.as_ref().map(|_| Choice {
                 mode: Mode::Staged,
                 reason: "there is no MPI".into(),
@@ -304,7 +304,7 @@ impl World {
     pub fn abort(&self, code: i32) -> ! {
         output::wait_until_read();
         if let Some(shim) = &self.shim
-            && shim.state() == State::Running
+            && shim.state() == MpiState::Running
         {
             shim.abort(code);
         }
@@ -315,10 +315,10 @@ impl World {
     pub fn shutdown(&self) {
         self.engine.wait_idle();
         let Some(shim) = &self.shim else { return };
-        if shim.state() == State::Running {
+        if shim.state() == MpiState::Running {
             self.engine.finish_messages();
         }
-        if self.owns_mpi && shim.state() == State::Running {
+        if self.owns_mpi && shim.state() == MpiState::Running {
             // An error here has no one left to hear it but the user at the terminal.
             if let Err(error) = shim.finalize() {
                 eprintln!(
@@ -354,35 +354,35 @@ fn max_over_ranks(shim: &Shim, comm: &Communicator, mine: u64) -> Result<u64, Mp
 }
 
 /// Memory in which the ranks meet, or none if they cannot share any. Collective.
-fn share_arrivals(
+fn share_rendezvous(
     shim: &Shim,
     comm: &Communicator,
     rank: usize,
     size: usize,
-) -> Result<Option<Arrivals>, MpiError> {
-    let own_name = if rank == 0 { Arrivals::new_name() } else { 0 };
-    let made = (rank == 0).then(|| Arrivals::create(own_name, size));
+) -> Result<Option<Rendezvous>, MpiError> {
+    let own_name = if rank == 0 { Rendezvous::new_name() } else { 0 };
+    let made = (rank == 0).then(|| Rendezvous::create(own_name, size));
     let name = max_over_ranks(shim, comm, own_name)?;
-    let arrivals = made.unwrap_or_else(|| Arrivals::open(name, rank, size));
+    let rendezvous = made.unwrap_or_else(|| Rendezvous::open(name, rank, size));
     // In containers of their own, ranks of one node have nothing to share.
-    let failed = max_over_ranks(shim, comm, u64::from(arrivals.is_err()))? != 0;
+    let failed = max_over_ranks(shim, comm, u64::from(rendezvous.is_err()))? != 0;
     if rank == 0 {
-        Arrivals::unlink(name);
+        Rendezvous::unlink(name);
     }
-    Ok(arrivals.ok().filter(|_| !failed))
+    Ok(rendezvous.ok().filter(|_| !failed))
 }
 
-/// The outboxes of this node's ranks; a rank makes one for messages in parts of `chunk` bytes, if any.
+/// The shared-memory rings of this node's ranks; a rank makes one for messages in parts of `chunk` bytes, if any.
 /// Collective.
-fn share_outboxes(
+fn share_shm_rings(
     shim: &Shim,
     comm: &Communicator,
     [rank, size, node_size]: [i32; 3],
     chunk: Option<usize>,
-) -> Result<Outboxes, MpiError> {
-    let own_name = if rank == 0 { Arrivals::new_name() } else { 0 };
+) -> Result<ShmRings, MpiError> {
+    let own_name = if rank == 0 { Rendezvous::new_name() } else { 0 };
     let name = max_over_ranks(shim, comm, own_name)?;
-    let mut outboxes = Outboxes::make(
+    let mut shm_rings = ShmRings::make(
         name,
         rank as usize,
         size as usize,
@@ -390,10 +390,10 @@ fn share_outboxes(
         chunk,
     );
     max_over_ranks(shim, comm, 0)?;
-    outboxes.open();
+    shm_rings.open();
     max_over_ranks(shim, comm, 0)?;
-    outboxes.unlink();
-    Ok(outboxes)
+    shm_rings.unlink();
+    Ok(shm_rings)
 }
 
 fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {

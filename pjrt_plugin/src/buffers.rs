@@ -10,7 +10,7 @@ use crate::call::{call, slice};
 use crate::client;
 use crate::error::Error;
 use crate::handles::{destroy_buffer, discard};
-use crate::holds::Holds;
+use crate::keep_alive::KeepAlive;
 use crate::plugin::plugin;
 
 /// Refuses a device or memory of another rank.
@@ -61,38 +61,38 @@ guarded! {
         PJRT_Buffer_CopyToMemory_Args: dst_memory);
 }
 
-static BUFFERS: Holds = Holds::new();
+static BUFFERS: KeepAlive = KeepAlive::new();
 
 /// Keeps a buffer and its content until dropped.
-pub struct Held(*mut PJRT_Buffer);
+pub struct KeptBuffer(*mut PJRT_Buffer);
 
 // SAFETY: only an address, given back to the thread-safe inner plugin.
-unsafe impl Send for Held {}
+unsafe impl Send for KeptBuffer {}
 
 /// Keeps `buffer` until what is returned is dropped.
-pub fn hold(buffer: *mut PJRT_Buffer) -> Held {
-    BUFFERS.hold(buffer as usize);
-    Held(buffer)
+pub fn keep(buffer: *mut PJRT_Buffer) -> KeptBuffer {
+    BUFFERS.keep(buffer as usize);
+    KeptBuffer(buffer)
 }
 
 /// Keeps the inputs of a launch.
 ///
 /// # Safety
 /// The arguments must be valid.
-pub unsafe fn hold_inputs(args: &PJRT_LoadedExecutable_Execute_Args) -> Vec<Held> {
+pub unsafe fn keep_inputs(args: &PJRT_LoadedExecutable_Execute_Args) -> Vec<KeptBuffer> {
     // SAFETY: as the caller promises; there is one device.
     let inputs = unsafe { slice(*args.argument_lists, args.num_args) };
-    inputs.iter().map(|&buffer| hold(buffer)).collect()
+    inputs.iter().map(|&buffer| keep(buffer)).collect()
 }
 
-impl Held {
+impl KeptBuffer {
     /// The buffer.
     pub fn handle(&self) -> *mut PJRT_Buffer {
         self.0
     }
 }
 
-impl Drop for Held {
+impl Drop for KeptBuffer {
     fn drop(&mut self) {
         let postponed = BUFFERS.release(self.0 as usize);
         if postponed.delete && !postponed.destroy {

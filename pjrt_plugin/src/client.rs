@@ -12,7 +12,7 @@ use crate::config::{Config, Device, MAX_WORLD, Topology};
 use crate::error::Error;
 use crate::ffi;
 use crate::plugin::{config_with, plugin, start_world};
-use crate::{gate, gpu, nested, xla_flags};
+use crate::{async_barrier, gpu, nested, xla_flags};
 
 /// What we know of a client; the handle the framework has is the inner plugin's.
 pub struct Client {
@@ -29,7 +29,7 @@ pub struct Client {
     /// This rank's device, as the one-element list the framework asks for.
     pub addressable: [*mut PJRT_Device; 1],
     /// Makes small programs run asynchronously.
-    pub gate: gate::Gate,
+    pub async_barrier: async_barrier::AsyncBarrier,
 }
 
 // SAFETY: the handles are the inner plugin's, which is thread-safe; the rest is read-only.
@@ -254,7 +254,8 @@ unsafe fn split_options(
 ) -> (Vec<(String, String)>, Vec<PJRT_NamedValue>) {
     let ours: Vec<String> = crate::config::VARIABLES
         .iter()
-        .map(|variable| crate::config::create_option(variable.name))
+        .flat_map(|variable| std::iter::once(variable.name).chain(variable.old_name))
+        .map(crate::config::create_option)
         .collect();
     // What JAX passes for its distributed service; meaningless to an inner CPU client.
     const JAX: &[&str] = &["node_id", "num_nodes", "partition_index"];
@@ -336,7 +337,7 @@ unsafe fn describe(handle: *mut PJRT_Client, rank: i32, size: i32) -> Result<Cli
         memories,
         owners,
         addressable,
-        gate: gate::Gate::default(),
+        async_barrier: async_barrier::AsyncBarrier::default(),
     })
 }
 
@@ -373,12 +374,12 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_Client_Destroy_Args) -> *mut PJ
         }
         // SAFETY: the framework passes valid arguments.
         let handle = unsafe { (*args).client };
-        crate::room::wait_none_deferred();
+        crate::inflight_limit::wait_none_deferred();
         if let Some(world) = crate::plugin::world() {
             world.engine.wait_idle();
         }
         if let Some(client) = find(handle) {
-            client.gate.destroy();
+            client.async_barrier.destroy();
             plugin()
                 .clients
                 .write()

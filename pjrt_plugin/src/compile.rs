@@ -1,19 +1,19 @@
 //! Compiling and loading programs: what is ours in them is noted, what we cannot run is refused.
 
 use std::ffi::c_char;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 use std::time::Instant;
 
-use mpi_runtime::Alike;
-use mpi_runtime::pending::say;
+use mpi_runtime::UniformProgram;
+use mpi_runtime::log;
 use pjrt_sys::*;
 
 use crate::boundary;
 use crate::call::{bytes, call, new_args, slice};
 use crate::config::{Device, Log};
 use crate::error::Error;
-use crate::execute::{self, Program};
-use crate::ffi::{ALIKE_MARK, CALLBACK_MARK, has_operations};
+use crate::execute::{self, ProgramInfo};
+use crate::ffi::{CALLBACK_MARK, OLD_UNIFORM_MARK, UNIFORM_MARK, has_operations};
 use crate::handles::{destroy_executable, destroy_loaded, with_executable};
 use crate::plugin::plugin;
 use crate::search::{contains, find};
@@ -51,7 +51,7 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
                 Place::Here if plugin().config.recompile => {
                     let whole = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());
                     (*args).executable = spmd::recompile((*args).client, whole, options)?;
-                    say("mpi_cuda: compiled an optimized program again as it is");
+                    log::line("mpi_cuda: compiled an optimized program again as it is");
                 }
                 Place::Here => {}
                 Place::Elsewhere(_) if ours.operations => {
@@ -69,7 +69,7 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
                     (*args).executable = loaded;
                     ours.merge(native);
                     if plugin().config.log >= Log::Debug {
-                        say(&format!(
+                        log::line(&format!(
                             "mpi_cuda: compiled a program for several devices in {:.1} ms: {:.1} ms \
                              for all of them, the rest for this rank's",
                             start.elapsed().as_secs_f64() * 1e3,
@@ -182,15 +182,15 @@ struct Contents {
     status: bool,
     callbacks: bool,
     /// Its operations are the same collectives and exchanges on every rank.
-    alike: Option<Alike>,
+    uniform: Option<UniformProgram>,
 }
 
 impl Contents {
-    /// Adds the native collectives of a program for several devices.
-    fn merge(&mut self, native: spmd::Contents) {
+    /// Adds the collectives of a program for several devices.
+    fn merge(&mut self, native: spmd::SpmdContents) {
         self.operations |= native.operations;
         self.callbacks |= native.callbacks;
-        self.alike = native.alike;
+        self.uniform = native.uniform;
     }
 
     fn of(program: &[u8]) -> Contents {
@@ -198,21 +198,35 @@ impl Contents {
             operations: has_operations(program),
             status: crate::status::is_read(program),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
-            alike: find(program, ALIKE_MARK.as_bytes())
-                .and_then(|start| alike(&program[start + ALIKE_MARK.len()..])),
+            uniform: after_mark(program).and_then(uniform),
         }
     }
 }
 
-/// Reads what follows [`ALIKE_MARK`]: the communicator, `_`, the hash of the sequence and, if there
+/// What follows the mark of a uniform program, by its name today or its old one.
+fn after_mark(program: &[u8]) -> Option<&[u8]> {
+    static WARNED: Once = Once::new();
+    let after = |mark: &str| Some(&program[find(program, mark.as_bytes())? + mark.len()..]);
+    after(UNIFORM_MARK).or_else(|| {
+        let found = after(OLD_UNIFORM_MARK)?;
+        WARNED.call_once(|| {
+            log::line(&format!(
+                "mpi_cuda: the attribute {OLD_UNIFORM_MARK}... is now called {UNIFORM_MARK}...: use that name"
+            ));
+        });
+        Some(found)
+    })
+}
+
+/// Reads what follows [`UNIFORM_MARK`]: the communicator, `_`, the hash of the sequence and, if there
 /// are exchanges, `_` and their balance; both of 16 hexadecimal digits.
-fn alike(text: &[u8]) -> Option<Alike> {
+fn uniform(text: &[u8]) -> Option<UniformProgram> {
     let number = |range| {
         let digits = std::str::from_utf8(text.get(range)?).ok()?;
         u64::from_str_radix(digits, 16).ok()
     };
     (text.get(1) == Some(&b'_')).then_some(())?;
-    Some(Alike {
+    Some(UniformProgram {
         comm: number(0..1)? as i64,
         sequence: number(2..18)?,
         balance: match text.get(18) {
@@ -241,16 +255,16 @@ unsafe fn note(loaded: *mut PJRT_LoadedExecutable, ours: Contents) -> Result<(),
             destroy_loaded(loaded);
         })?;
         if ours.operations || ours.callbacks {
-            let program = Program {
+            let program = ProgramInfo {
                 operations: ours.operations,
                 callbacks: ours.callbacks,
                 cheap,
                 status: ours.status,
-                alike: ours.alike.filter(|_| cheap && !ours.callbacks),
+                uniform: ours.uniform.filter(|_| cheap && !ours.callbacks),
             };
             execute::remember(loaded, program);
             if cheap {
-                execute::prepare_gate(loaded);
+                execute::prepare_async_barrier(loaded);
             }
         }
     }
@@ -302,7 +316,7 @@ unsafe fn is_cheap(executable: *mut PJRT_Executable) -> bool {
                 bytes(property.name, property.name_size) == b"flops"
                     && property.type_ == PJRT_NamedValue_kFloat
             });
-        // Unknown counts as cheap: the gate is never wrong, only slower.
+        // Unknown counts as cheap: the barrier is never wrong, only slower.
         flops.is_none_or(|flops| flops.__bindgen_anon_1.float_value < 2.0 * CHEAP_FLOPS)
     }
 }
@@ -337,11 +351,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_old_mark_is_accepted() {
+        let old = b"...mpi_cuda_alike_1_00000000000000ff...";
+        let new = b"...mpi_cuda_uniform_1_00000000000000ff...";
+        assert!(after_mark(old).and_then(uniform).is_some());
+        assert_eq!(
+            after_mark(old).and_then(uniform),
+            after_mark(new).and_then(uniform)
+        );
+        assert!(after_mark(b"mpi_cuda_allreduce").is_none());
+    }
+
+    #[test]
     fn reads_what_follows_the_mark() {
-        let collectives = alike(b"1_00000000000000ff\0rest").unwrap();
+        let collectives = uniform(b"1_00000000000000ff\0rest").unwrap();
         assert_eq!((collectives.comm, collectives.sequence), (1, 255));
         assert_eq!(collectives.balance, None);
-        let exchanges = alike(b"0_00000000000000ff_fffffffffffffffe").unwrap();
+        let exchanges = uniform(b"0_00000000000000ff_fffffffffffffffe").unwrap();
         assert_eq!((exchanges.comm, exchanges.balance), (0, Some(u64::MAX - 1)));
         for wrong in [
             "",
@@ -351,7 +377,7 @@ mod tests {
             "1_00000000000000ff_0",
             "x_00000000000000ff",
         ] {
-            assert_eq!(alike(wrong.as_bytes()), None);
+            assert_eq!(uniform(wrong.as_bytes()), None);
         }
     }
 }

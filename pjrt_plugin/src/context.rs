@@ -7,26 +7,26 @@ use pjrt_sys::*;
 use crate::boundary;
 use crate::call::{call, new_args};
 use crate::error::Error;
-use crate::holds::Holds;
+use crate::keep_alive::KeepAlive;
 use crate::plugin::plugin;
 
-static CONTEXTS: Holds = Holds::new();
+static CONTEXTS: KeepAlive = KeepAlive::new();
 
 /// Keeps a context until dropped; null contexts need no keeping.
-pub struct Held(*mut PJRT_ExecuteContext);
+pub struct KeptContext(*mut PJRT_ExecuteContext);
 
 // SAFETY: only an address, given back to the thread-safe inner plugin.
-unsafe impl Send for Held {}
+unsafe impl Send for KeptContext {}
 
 /// Keeps `context` for one launch.
-pub fn hold(context: *mut PJRT_ExecuteContext) -> Held {
+pub fn keep(context: *mut PJRT_ExecuteContext) -> KeptContext {
     if !context.is_null() {
-        CONTEXTS.hold(context as usize);
+        CONTEXTS.keep(context as usize);
     }
-    Held(context)
+    KeptContext(context)
 }
 
-impl Drop for Held {
+impl Drop for KeptContext {
     fn drop(&mut self) {
         if !self.0.is_null() && CONTEXTS.release(self.0 as usize).destroy {
             // A failure would leave nothing to do but leak it.

@@ -1,4 +1,4 @@
-//! Launches for which the inner plugin has no room (`room.rs`): the framework gets promised results at
+//! Launches for which the inner plugin has no slot (`inflight_limit.rs`): the framework gets alias buffers as results at
 //! once, and a thread of ours launches them in order. That thread may wait for peers.
 
 use std::collections::{HashMap, VecDeque};
@@ -6,6 +6,7 @@ use std::collections::{HashMap, VecDeque};
 use parking_lot::{Condvar, Mutex};
 use pjrt_sys::*;
 
+use crate::alias_buffer::{AliasBuffer, AliasShape, End};
 use crate::boundary;
 use crate::buffers;
 use crate::call::{bytes, call, new_args, slice};
@@ -13,43 +14,42 @@ use crate::client;
 use crate::error::Error;
 use crate::execute;
 use crate::handles::{Owned, with_executable};
+use crate::inflight_limit;
 use crate::layouts;
 use crate::options::Options;
 use crate::plugin::plugin;
-use crate::promise::{End, Promise, Shape};
-use crate::room;
 
 /// What promising the results of an executable takes.
 #[derive(Clone)]
-struct Outlook {
+struct OutputSpec {
     client: *mut PJRT_Client,
     device: *mut PJRT_Device,
     memory: *mut PJRT_Memory,
     /// `None` for a token.
-    outputs: Vec<Option<Shape>>,
+    outputs: Vec<Option<AliasShape>>,
 }
 
 // SAFETY: handles of the inner plugin, which is thread-safe.
-unsafe impl Send for Outlook {}
+unsafe impl Send for OutputSpec {}
 
-/// By executable; `None` if its results cannot be promised.
-static OUTLOOKS: Mutex<Option<HashMap<usize, Option<Outlook>>>> = Mutex::new(None);
+/// By executable; `None` if its results cannot be alias buffers.
+static OUTPUT_SPECS: Mutex<Option<HashMap<usize, Option<OutputSpec>>>> = Mutex::new(None);
 
 /// Runs a launch whose time has come, with its arguments and what is to be told of its end.
 type Run =
     Box<dyn FnOnce(&mut PJRT_LoadedExecutable_Execute_Args, Vec<End>) -> Result<(), Error> + Send>;
 
 struct Launch {
-    executable: execute::Held,
+    executable: execute::KeptExecutable,
     execute_device: *mut PJRT_Device,
     options: Options,
     inputs: Vec<*mut PJRT_Buffer>,
     /// `None` for a token, which is one of the `ends`.
-    outputs: Vec<Option<Promise>>,
+    outputs: Vec<Option<AliasBuffer>>,
     ends: Vec<End>,
     run: Run,
     #[expect(dead_code, reason = "held for its drop")]
-    counted: room::Deferred,
+    counted: inflight_limit::Deferred,
 }
 
 // SAFETY: handles of the inner plugin, which is thread-safe.
@@ -68,7 +68,7 @@ pub unsafe fn is_possible(args: &PJRT_LoadedExecutable_Execute_Args) -> bool {
     options.num_send_ops == 0
         && options.num_recv_ops == 0
         && options.num_tasks == 0
-        && outlook(args.executable).is_some()
+        && output_spec(args.executable).is_some()
 }
 
 /// Puts a launch at the end of the queue: `run` gets arguments like `args` when its time has come.
@@ -82,12 +82,12 @@ pub unsafe fn defer(
     + Send
     + 'static,
 ) -> Result<(), Error> {
-    let Some(outlook) = outlook(args.executable) else {
+    let Some(output_spec) = output_spec(args.executable) else {
         return Err(Error::internal("a launch was deferred that cannot be"));
     };
     start_thread()?;
-    let mut promised = Promised::default();
-    let event = match promised.make(&outlook, !args.device_complete_events.is_null()) {
+    let mut promised = AliasResults::default();
+    let event = match promised.make(&output_spec, !args.device_complete_events.is_null()) {
         Ok(event) => event,
         Err(error) => {
             promised.results.into_iter().for_each(buffers::give_up);
@@ -104,14 +104,14 @@ pub unsafe fn defer(
             args.device_complete_events.write(event);
         }
         Launch {
-            executable: execute::hold(args.executable),
+            executable: execute::keep(args.executable),
             execute_device: args.execute_device,
             options: Options::copy(args.options),
             inputs: slice(*args.argument_lists, args.num_args).to_vec(),
             outputs: promised.outputs,
             ends: promised.ends,
             run: Box::new(run),
-            counted: room::Deferred::new(),
+            counted: inflight_limit::Deferred::new(),
         }
     };
     QUEUE.lock().push_back(launch);
@@ -119,27 +119,27 @@ pub unsafe fn defer(
     Ok(())
 }
 
-/// Results and their promises, one after the other.
+/// Results and their alias buffers, one after the other.
 #[derive(Default)]
-struct Promised {
+struct AliasResults {
     results: Vec<*mut PJRT_Buffer>,
-    outputs: Vec<Option<Promise>>,
+    outputs: Vec<Option<AliasBuffer>>,
     ends: Vec<End>,
 }
 
-impl Promised {
+impl AliasResults {
     /// Promises the results and, if asked, the event of the end.
     fn make(
         &mut self,
-        outlook: &Outlook,
+        output_spec: &OutputSpec,
         with_event: bool,
     ) -> Result<Option<*mut PJRT_Event>, Error> {
-        let end = || End::new(outlook.client, outlook.device, outlook.memory);
-        for shape in &outlook.outputs {
+        let end = || End::new(output_spec.client, output_spec.device, output_spec.memory);
+        for shape in &output_spec.outputs {
             if let Some(shape) = shape {
-                let (result, promise) = Promise::new(outlook.client, shape)?;
+                let (result, alias) = AliasBuffer::new(output_spec.client, shape)?;
                 self.results.push(result);
-                self.outputs.push(Some(promise));
+                self.outputs.push(Some(alias));
             } else {
                 let (result, end) = end()?;
                 self.results.push(result);
@@ -152,7 +152,7 @@ impl Promised {
         }
         let (buffer, end) = end()?;
         let event = end.event();
-        // Only the event is of use; the promise keeps the buffer.
+        // Only the event is of use; the alias keeps the buffer.
         buffers::give_up(buffer);
         self.ends.push(end);
         event.map(Some)
@@ -161,8 +161,8 @@ impl Promised {
 
 /// The framework destroys an executable.
 pub fn forget(executable: *const PJRT_LoadedExecutable) {
-    if let Some(outlooks) = OUTLOOKS.lock().as_mut() {
-        outlooks.remove(&(executable as usize));
+    if let Some(specs) = OUTPUT_SPECS.lock().as_mut() {
+        specs.remove(&(executable as usize));
     }
 }
 
@@ -208,10 +208,10 @@ impl Launch {
         args.execute_device = self.execute_device;
         let result = (self.run)(&mut args, self.ends);
         let text = result.as_ref().err().map(Error::to_string);
-        for (promise, output) in self.outputs.into_iter().zip(outputs) {
-            match (promise, &text) {
-                (Some(promise), None) => promise.fulfil(Owned(output)),
-                (Some(promise), Some(error)) => promise.fail(error),
+        for (alias, output) in self.outputs.into_iter().zip(outputs) {
+            match (alias, &text) {
+                (Some(alias), None) => alias.fulfil(Owned(output)),
+                (Some(alias), Some(error)) => alias.fail(error),
                 (None, _) => drop(Owned(output)),
             }
         }
@@ -222,8 +222,8 @@ impl Launch {
 }
 
 /// What promising the results of `executable` takes; `None` if that cannot be.
-fn outlook(executable: *mut PJRT_LoadedExecutable) -> Option<Outlook> {
-    let mut known = OUTLOOKS.lock();
+fn output_spec(executable: *mut PJRT_LoadedExecutable) -> Option<OutputSpec> {
+    let mut known = OUTPUT_SPECS.lock();
     known
         .get_or_insert_with(HashMap::new)
         .entry(executable as usize)
@@ -237,7 +237,7 @@ fn outlook(executable: *mut PJRT_LoadedExecutable) -> Option<Outlook> {
 
 /// # Safety
 /// `loaded` must be live.
-unsafe fn look_at(loaded: *mut PJRT_LoadedExecutable) -> Result<Option<Outlook>, Error> {
+unsafe fn look_at(loaded: *mut PJRT_LoadedExecutable) -> Result<Option<OutputSpec>, Error> {
     let (client, device) = client::of_executable(loaded)?;
     // SAFETY: `loaded` is live; the lists of the executable got from it live as long as that.
     unsafe {
@@ -245,7 +245,7 @@ unsafe fn look_at(loaded: *mut PJRT_LoadedExecutable) -> Result<Option<Outlook>,
         let outputs = with_executable(loaded, |executable| {
             shapes(executable, memory, &client.memories)
         })?;
-        Ok(outputs.map(|outputs| Outlook {
+        Ok(outputs.map(|outputs| OutputSpec {
             client: client.handle,
             device,
             memory,
@@ -254,7 +254,7 @@ unsafe fn look_at(loaded: *mut PJRT_LoadedExecutable) -> Result<Option<Outlook>,
     }
 }
 
-/// The shapes of the results, or `None` if one of them cannot be promised.
+/// The shapes of the results, or `None` if one of them cannot be alias buffers.
 ///
 /// # Safety
 /// `executable` must be live.
@@ -262,7 +262,7 @@ unsafe fn shapes(
     executable: *mut PJRT_Executable,
     default: *mut PJRT_Memory,
     memories: &[*mut PJRT_Memory],
-) -> Result<Option<Vec<Option<Shape>>>, Error> {
+) -> Result<Option<Vec<Option<AliasShape>>>, Error> {
     let api = plugin().inner.api();
     let mut types = new_args::<PJRT_Executable_OutputElementTypes_Args>();
     types.executable = executable;
@@ -303,7 +303,7 @@ unsafe fn shapes(
             };
             match memory {
                 _ if element_type == PJRT_Buffer_Type_TOKEN => shapes.push(None),
-                Some(memory) if can_be_promised(element_type) => shapes.push(Some(Shape {
+                Some(memory) if can_be_aliased(element_type) => shapes.push(Some(AliasShape {
                     memory,
                     element_type,
                     dims: own.to_vec(),
@@ -340,9 +340,9 @@ unsafe fn is_kind(memory: *mut PJRT_Memory, kind: &[u8]) -> bool {
     }
 }
 
-/// The inner plugin promises elements of whole bytes only: its check of a fulfilled promise
-/// compares element sizes that it sets for results and not for promises.
-fn can_be_promised(element_type: PJRT_Buffer_Type) -> bool {
+/// The inner plugin makes alias buffers of whole bytes only: its check of a fulfilled alias
+/// compares element sizes that it sets for results and not for alias buffers.
+fn can_be_aliased(element_type: PJRT_Buffer_Type) -> bool {
     !matches!(
         element_type,
         PJRT_Buffer_Type_INVALID

@@ -8,10 +8,12 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use mpi_runtime::{Alike, Ticket, World};
+use mpi_runtime::{Ticket, UniformProgram, World};
 use parking_lot::{ReentrantMutex, RwLock};
 use pjrt_sys::*;
 
+use crate::alias_buffer::End;
+use crate::async_barrier;
 use crate::boundary;
 use crate::buffers;
 use crate::call::{call, new_args, slice};
@@ -21,14 +23,12 @@ use crate::context;
 use crate::deferred;
 use crate::error::Error;
 use crate::events;
-use crate::gate;
 use crate::handles::{destroy_event, destroy_loaded};
-use crate::holds::Holds;
+use crate::inflight_limit;
+use crate::keep_alive::KeepAlive;
 use crate::nested;
 use crate::options::Options;
 use crate::plugin::{plugin, world};
-use crate::promise::End;
-use crate::room;
 use crate::spmd;
 
 /// How long a program that cannot be deferred waits for those that are.
@@ -36,7 +36,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// What we know of a loaded executable that has operations of ours or host callbacks.
 #[derive(Clone, Copy)]
-pub struct Program {
+pub struct ProgramInfo {
     /// It has operations.
     pub operations: bool,
     /// It has host callbacks.
@@ -46,12 +46,12 @@ pub struct Program {
     /// It writes a status of the user's, who reads it when the launch returns, as after MPI's own receive.
     pub status: bool,
     /// Its operations are the same collectives and exchanges on every rank.
-    pub alike: Option<Alike>,
+    pub uniform: Option<UniformProgram>,
 }
 
-static PROGRAMS: LazyLock<RwLock<HashMap<usize, Program>>> = LazyLock::new(RwLock::default);
+static PROGRAMS: LazyLock<RwLock<HashMap<usize, ProgramInfo>>> = LazyLock::new(RwLock::default);
 
-/// Held from taking a ticket until the inner plugin has queued the launch, so that tickets and
+/// KeptExecutable from taking a ticket until the inner plugin has queued the launch, so that tickets and
 /// XLA's own queue have the same order. Reentrant, since a host callback may launch programs.
 static LAUNCHING: ReentrantMutex<()> = ReentrantMutex::new(());
 
@@ -65,7 +65,7 @@ thread_local! {
 }
 
 /// Notes a loaded executable with operations or callbacks.
-pub fn remember(loaded: *const PJRT_LoadedExecutable, program: Program) {
+pub fn remember(loaded: *const PJRT_LoadedExecutable, program: ProgramInfo) {
     PROGRAMS.write().insert(loaded as usize, program);
 }
 
@@ -91,25 +91,25 @@ pub fn ticket_of(run_id: i64) -> Option<Ticket> {
 }
 
 /// Executables that deferred launches still need.
-static EXECUTABLES: Holds = Holds::new();
+static EXECUTABLES: KeepAlive = KeepAlive::new();
 
 /// Keeps an executable until dropped.
-pub struct Held(*mut PJRT_LoadedExecutable);
+pub struct KeptExecutable(*mut PJRT_LoadedExecutable);
 
 /// Keeps `executable` until what is returned is dropped.
-pub fn hold(executable: *mut PJRT_LoadedExecutable) -> Held {
-    EXECUTABLES.hold(executable as usize);
-    Held(executable)
+pub fn keep(executable: *mut PJRT_LoadedExecutable) -> KeptExecutable {
+    EXECUTABLES.keep(executable as usize);
+    KeptExecutable(executable)
 }
 
-impl Held {
+impl KeptExecutable {
     /// The executable.
     pub fn handle(&self) -> *mut PJRT_LoadedExecutable {
         self.0
     }
 }
 
-impl Drop for Held {
+impl Drop for KeptExecutable {
     fn drop(&mut self) {
         if EXECUTABLES.release(self.0 as usize).destroy {
             forget(self.0);
@@ -145,7 +145,7 @@ pub unsafe extern "C" fn destroy(args: *mut PJRT_LoadedExecutable_Destroy_Args) 
 pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) -> *mut PJRT_Error {
     // SAFETY: the framework passes valid arguments.
     if unsafe { (*args).num_devices } == 0 {
-        // It runs on devices of other ranks alone.
+        // It runs on devices of other ranks on_caller.
         return std::ptr::null_mut();
     }
     // SAFETY: as above.
@@ -158,20 +158,22 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
         return boundary::pjrt(|| unsafe { launch_in_background(&mut *args, program) });
     }
     match program {
-        None if !room::may_be_short() => match plugin().inner.api().PJRT_LoadedExecutable_Execute {
-            // SAFETY: passed through.
-            Some(function) => unsafe { function(args) },
-            None => std::ptr::null_mut(),
-        },
+        None if !inflight_limit::may_be_full() => {
+            match plugin().inner.api().PJRT_LoadedExecutable_Execute {
+                // SAFETY: passed through.
+                Some(function) => unsafe { function(args) },
+                None => std::ptr::null_mut(),
+            }
+        }
         Some(program) if program.operations => {
             // SAFETY: as above.
             boundary::pjrt(|| unsafe {
-                launch_operations(&mut *args, program, context::hold(context))
+                launch_operations(&mut *args, program, context::keep(context))
             })
         }
         _ => {
             // SAFETY: as above.
-            boundary::pjrt(|| unsafe { launch_others(&mut *args, program, context::hold(context)) })
+            boundary::pjrt(|| unsafe { launch_others(&mut *args, program, context::keep(context)) })
         }
     }
 }
@@ -182,8 +184,8 @@ pub unsafe extern "C" fn execute(args: *mut PJRT_LoadedExecutable_Execute_Args) 
 /// The arguments must be valid.
 unsafe fn launch_others(
     args: &mut PJRT_LoadedExecutable_Execute_Args,
-    program: Option<Program>,
-    held: context::Held,
+    program: Option<ProgramInfo>,
+    context: context::KeptContext,
 ) -> Result<(), Error> {
     let callbacks = program.is_some_and(|program| program.callbacks);
     let several = world().is_some_and(|world| world.size > 1);
@@ -191,16 +193,16 @@ unsafe fn launch_others(
     // SAFETY: valid arguments.
     let deferred = several && unsafe { must_defer(args, 1)? };
     let completion = Completion {
-        inputs: if several && room::may_be_short() {
+        inputs: if several && inflight_limit::may_be_full() {
             // SAFETY: valid arguments.
-            unsafe { buffers::hold_inputs(args) }
+            unsafe { buffers::keep_inputs(args) }
         } else {
             Vec::new()
         },
-        held,
+        context,
         callbacks: callbacks.then(WithCallbacks::new),
         ticket: None,
-        taken: several.then(|| room::Taken::new(1, callbacks)),
+        slot: several.then(|| inflight_limit::InFlightSlot::new(1, callbacks)),
         ends: Vec::new(),
     };
     if deferred {
@@ -214,7 +216,7 @@ unsafe fn launch_others(
 }
 
 /// Whether the dispatching thread would wait for a peer, and a thread of ours can do so instead.
-/// Call with the launching lock held.
+/// Call with the launching lock context.
 ///
 /// # Safety
 /// The arguments must be valid.
@@ -223,14 +225,14 @@ unsafe fn must_defer(
     launches: usize,
 ) -> Result<bool, Error> {
     // The launch whose callback this is would wait for what is deferred.
-    if LAUNCHES_HERE.get() > 0 || crate::fork::is_child() || room::wait_for(launches) {
+    if LAUNCHES_HERE.get() > 0 || crate::fork::is_child() || inflight_limit::wait_for(launches) {
         return Ok(false);
     }
     // SAFETY: as the caller promises.
     if unsafe { deferred::is_possible(args) } {
         return Ok(true);
     }
-    match room::wait_none_deferred_for(LONGEST_WAIT) {
+    match inflight_limit::wait_none_deferred_for(LONGEST_WAIT) {
         0 => Ok(false),
         waiting => Err(Error::precondition(format!(
             "mpi_cuda: {waiting} launches wait for their peers, and a program whose results have less \
@@ -270,7 +272,7 @@ unsafe fn defer(
 /// The arguments must be valid.
 unsafe fn launch_in_background(
     args: &mut PJRT_LoadedExecutable_Execute_Args,
-    program: Option<Program>,
+    program: Option<ProgramInfo>,
 ) -> Result<(), Error> {
     let with_callbacks = program.is_some_and(|program| program.callbacks);
     let mut own = None;
@@ -278,7 +280,7 @@ unsafe fn launch_in_background(
         (Some(program), Some(world)) if program.operations => {
             CALLBACK_OF.get().unwrap_or_else(|| {
                 let ticket = world.engine.issue_ticket_now();
-                own = Some(InFlight(ticket));
+                own = Some(TicketGuard(ticket));
                 ticket
             })
         }
@@ -300,8 +302,8 @@ unsafe fn launch_in_background(
 /// The arguments must be valid.
 unsafe fn launch_operations(
     args: &mut PJRT_LoadedExecutable_Execute_Args,
-    program: Program,
-    held: context::Held,
+    program: ProgramInfo,
+    context: context::KeptContext,
 ) -> Result<(), Error> {
     let Some(world) = world() else {
         return Err(Error::internal(
@@ -334,24 +336,24 @@ unsafe fn launch_operations(
     let ticket = nested.unwrap_or_else(|| world.engine.issue_ticket());
     // The outer launch retires the ticket of what its callbacks launch.
     let own = if nested.is_none() {
-        Some(InFlight(ticket))
+        Some(TicketGuard(ticket))
     } else {
         None
     };
     // Alone in the world nothing waits for a peer, and with everybody here nothing for long.
     // SAFETY: valid arguments.
-    let alone = world.size == 1 || !deferred && unsafe { all_are_here(world, program, args) };
+    let on_caller = world.size == 1 || !deferred && unsafe { all_are_here(world, program, args) };
     let completion = Completion {
-        inputs: if alone {
+        inputs: if on_caller {
             Vec::new()
         } else {
             // SAFETY: valid arguments.
-            unsafe { buffers::hold_inputs(args) }
+            unsafe { buffers::keep_inputs(args) }
         },
-        held,
+        context,
         callbacks: program.callbacks.then(WithCallbacks::new),
         ticket: own,
-        taken: (world.size > 1).then(|| room::Taken::new(launches, true)),
+        slot: (world.size > 1).then(|| inflight_limit::InFlightSlot::new(launches, true)),
         ends: Vec::new(),
     };
     let launch_id = ticket.0 as i32;
@@ -364,12 +366,12 @@ unsafe fn launch_operations(
         }
         return Ok(());
     }
-    let shut = (program.cheap && !alone).then(|| shut_gate(args.executable));
+    let context = (program.cheap && !on_caller).then(|| hold_async_barrier(args.executable));
     // SAFETY: valid arguments.
     let result = unsafe { with_launch_id(args, launch_id, |args| launch(args, completion)) };
-    drop(shut);
-    if alone && program.alike.is_some() && world.size > 1 {
-        HERE.fetch_add(1, Ordering::Relaxed);
+    drop(context);
+    if on_caller && program.uniform.is_some() && world.size > 1 {
+        ON_CALLERS.fetch_add(1, Ordering::Relaxed);
     }
     drop(order);
     if waits {
@@ -388,11 +390,11 @@ fn is_xlas_gpu_thread() -> bool {
 }
 
 /// Launches that ran on the calling thread because all ranks were there.
-static HERE: AtomicUsize = AtomicUsize::new(0);
+static ON_CALLERS: AtomicUsize = AtomicUsize::new(0);
 
 /// How many launches of operations ran on the thread that dispatched them.
 pub fn launches_on_callers() -> usize {
-    HERE.load(Ordering::Relaxed)
+    ON_CALLERS.load(Ordering::Relaxed)
 }
 
 /// Whether this launch may wait for its peers on the calling thread: all of them have dispatched it,
@@ -402,10 +404,10 @@ pub fn launches_on_callers() -> usize {
 /// The arguments must be valid.
 unsafe fn all_are_here(
     world: &World,
-    program: Program,
+    program: ProgramInfo,
     args: &PJRT_LoadedExecutable_Execute_Args,
 ) -> bool {
-    let Some(alike) = program.alike else {
+    let Some(uniform) = program.uniform else {
         return false;
     };
     // XLA:GPU runs every launch on a thread of its own.
@@ -416,7 +418,7 @@ unsafe fn all_are_here(
     let inputs = unsafe { slice(*args.argument_lists, args.num_args) };
     WITH_CALLBACKS.load(Ordering::Acquire) == 0
         && inputs.iter().all(|&buffer| is_ready(buffer))
-        && world.engine.all_have_arrived(alike)
+        && world.engine.all_have_arrived(uniform)
 }
 
 fn is_ready(buffer: *mut PJRT_Buffer) -> bool {
@@ -462,15 +464,15 @@ unsafe fn with_launch_id(
 
 /// What a launch holds until it has ended.
 struct Completion {
-    #[expect(dead_code, reason = "held for its drop")]
-    inputs: Vec<buffers::Held>,
-    #[expect(dead_code, reason = "held for its drop")]
-    held: context::Held,
-    #[expect(dead_code, reason = "held for its drop")]
+    #[expect(dead_code, reason = "context for its drop")]
+    inputs: Vec<buffers::KeptBuffer>,
+    #[expect(dead_code, reason = "context for its drop")]
+    context: context::KeptContext,
+    #[expect(dead_code, reason = "context for its drop")]
     callbacks: Option<WithCallbacks>,
-    ticket: Option<InFlight>,
-    #[expect(dead_code, reason = "held for its drop")]
-    taken: Option<room::Taken>,
+    ticket: Option<TicketGuard>,
+    #[expect(dead_code, reason = "context for its drop")]
+    slot: Option<inflight_limit::InFlightSlot>,
     /// What the framework waits for, if the launch was deferred.
     ends: Vec<End>,
 }
@@ -493,7 +495,7 @@ static WITH_CALLBACKS: AtomicUsize = AtomicUsize::new(0);
 struct WithCallbacks;
 
 impl WithCallbacks {
-    /// Call with the launching lock held if there are several ranks: not while another thread makes
+    /// Call with the launching lock context if there are several ranks: not while another thread makes
     /// sure that there are none.
     fn new() -> WithCallbacks {
         WITH_CALLBACKS.fetch_add(1, Ordering::AcqRel);
@@ -508,9 +510,9 @@ impl Drop for WithCallbacks {
 }
 
 /// Retires its ticket when dropped, so that no path forgets it.
-struct InFlight(Ticket);
+struct TicketGuard(Ticket);
 
-impl Drop for InFlight {
+impl Drop for TicketGuard {
     fn drop(&mut self) {
         if let Some(world) = world() {
             world.engine.retire(self.0);
@@ -585,21 +587,23 @@ unsafe extern "C" fn launch_ended(error: *mut PJRT_Error, ended: *mut c_void) {
     });
 }
 
-/// Call with the launching lock held.
-fn shut_gate(executable: *mut PJRT_LoadedExecutable) -> Option<gate::Shut> {
-    let shut = client::of_executable(executable).and_then(|(client, _)| client.gate.shut(&client));
-    shut.map_err(|error| {
-        eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
-        error.discard();
-    })
-    .ok()
+/// Call with the launching lock context.
+fn hold_async_barrier(executable: *mut PJRT_LoadedExecutable) -> Option<async_barrier::Hold> {
+    let context = client::of_executable(executable)
+        .and_then(|(client, _)| client.async_barrier.hold(&client));
+    context
+        .map_err(|error| {
+            eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
+            error.discard();
+        })
+        .ok()
 }
 
-/// Makes the gate, which a program now compiled may need.
-pub fn prepare_gate(executable: *mut PJRT_LoadedExecutable) {
+/// Makes the async barrier, which a program now compiled may need.
+pub fn prepare_async_barrier(executable: *mut PJRT_LoadedExecutable) {
     if world().is_some_and(|world| world.size > 1) {
-        let made =
-            client::of_executable(executable).and_then(|(client, _)| client.gate.prepare(&client));
+        let made = client::of_executable(executable)
+            .and_then(|(client, _)| client.async_barrier.prepare(&client));
         // The launch that needs it tries again, and says so.
         made.map_err(Error::discard).ok();
     }

@@ -2,7 +2,7 @@
 
 use mpi_runtime::World;
 use mpi_runtime::cuda::{self, Found};
-use mpi_runtime::pending::say;
+use mpi_runtime::log;
 use pjrt_sys::PJRT_NamedValue;
 
 use crate::client::{Value, option_name};
@@ -31,14 +31,14 @@ pub fn options(
     let names: Vec<String> = given.iter().map(|o| unsafe { option_name(o) }).collect();
     let mut options = choose(rank, size, Node::of(world, count), &names);
     if plugin().config.log >= Log::Info {
-        say(&format!(
+        log::line(&format!(
             "mpi_cuda: rank {rank}: CUDA client with {options:?}"
         ));
     }
     if let Some((_, Value::List(devices))) = options.iter().find(|(n, _)| *n == "visible_devices") {
         let sharing = world.node_size > count;
         if sharing && world.node_rank == 0 {
-            say(&format!(
+            log::line(&format!(
                 "mpi_cuda: {} ranks of this node share {count} GPU(s), so none takes its memory at \
                  the start (rank {rank} is on GPU {devices:?})",
                 world.node_size

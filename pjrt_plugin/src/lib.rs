@@ -7,7 +7,9 @@
 // Constants of C keep their names.
 #![allow(non_upper_case_globals)]
 
+mod alias_buffer;
 mod api;
+mod async_barrier;
 mod boundary;
 mod buffers;
 mod call;
@@ -23,21 +25,19 @@ mod exports;
 mod extension;
 mod ffi;
 mod fork;
-mod gate;
 mod gpu;
 mod handles;
-mod holds;
+mod huge_pages;
+mod inflight_limit;
 mod inner;
+mod keep_alive;
 mod layouts;
 mod memory;
-mod natives;
 mod nested;
 mod options;
-mod pages;
 mod plugin;
 mod probe;
-mod promise;
-mod room;
+mod replica_groups;
 mod search;
 mod spmd;
 mod status;

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use crate::config::{self, Config, Pretend};
 use crate::error::Error;
 use crate::ffi::frame::Frame;
-use crate::pages;
+use crate::huge_pages;
 use crate::plugin::{plugin, world};
 
 /// A device with its staging.
@@ -69,7 +69,7 @@ impl Staged {
             .map_or(Mode::Staged, |choice| choice.mode);
         let through = |through| SWITCHED.lock().unwrap_or(through);
         Ok(Staged {
-            staging: Staging::new(device.clone(), chunk, world.outboxes.clone())?,
+            staging: Staging::new(device.clone(), chunk, world.shm_rings.clone())?,
             direct: match mode {
                 Mode::Direct(chosen) => Some(Direct::new(device.clone(), through(chosen))),
                 Mode::Staged => None,
@@ -129,7 +129,7 @@ impl<'a> Memory<'a> {
             Some((staged, main)) => {
                 let engine = &world.engine;
                 let done = match &staged.direct {
-                    Some(direct) if Direct::can(op, world.crowded) => {
+                    Some(direct) if Direct::can(op, world.oversubscribed) => {
                         engine.execute_direct(ticket, op, direct, main)
                     }
                     _ => engine.execute_staged(ticket, op, &staged.staging, main),
@@ -139,7 +139,7 @@ impl<'a> Memory<'a> {
             }
             None => {
                 if plugin().config.huge_pages {
-                    pages::prepare(op);
+                    huge_pages::prepare(op);
                 }
                 world.engine.execute(ticket, op)
             }

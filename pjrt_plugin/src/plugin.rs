@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use mpi_runtime::cuda::{self, Found};
-use mpi_runtime::pending::say;
-use mpi_runtime::proof::Proofs;
+use mpi_runtime::log;
+use mpi_runtime::probe_result::ProbeResults;
 use mpi_runtime::transfer::{Asked, Aware, Through};
 use mpi_runtime::world::DeviceOptions;
 use mpi_runtime::{World, WorldOptions};
@@ -97,9 +97,12 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     };
     let world = World::start(&options)
         .map_err(|error| Error::precondition(format!("mpi_cuda: {error}")))?;
+    for warning in config.warnings.iter().filter(|_| world.rank == 0) {
+        log::line(&format!("mpi_cuda: {warning}"));
+    }
     if config.log >= Log::Info {
         let (major, minor) = plugin().inner.version();
-        say(&format!(
+        log::line(&format!(
             "mpi_cuda: rank {} of {} (node-local {}): device {} ({}), inner plugin {} (PJRT \
              {major}.{minor}), MPI {} (thread level {})",
             world.rank,
@@ -114,11 +117,11 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     }
     if let Some(transfer) = &world.transfer {
         if let Some(warning) = config.transfer_warning.as_ref().filter(|_| world.rank == 0) {
-            say(&format!("mpi_cuda: {warning}"));
+            log::line(&format!("mpi_cuda: {warning}"));
         }
         if config.log >= Log::Info {
-            let readers = world.outboxes.as_ref().map_or(0, |all| all.readers());
-            say(&format!(
+            let readers = world.shm_rings.as_ref().map_or(0, |all| all.readers());
+            log::line(&format!(
                 "mpi_cuda: rank {}: transfer {transfer}{}",
                 world.rank,
                 match readers {
@@ -127,12 +130,12 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
                 }
             ));
         }
-        let failure = world.outboxes.as_ref().and_then(|all| all.failure());
+        let failure = world.shm_rings.as_ref().and_then(|all| all.failure());
         if let Some(failure) = failure.filter(|_| world.node_rank == 0 && world.node_size > 1) {
-            say(&format!(
+            log::line(&format!(
                 "mpi_cuda: rank {}: long messages within this node go through MPI, which is slower, since \
                  memory cannot be shared in /dev/shm ({failure}): make it larger (docker --shm-size), or set \
-                 MPI_CUDA_OUTBOX=0",
+                 MPI_CUDA_SHM_RING=0",
                 world.rank
             ));
         }
@@ -150,15 +153,15 @@ fn device_options(config: &Config) -> DeviceOptions {
             config.transfer
         },
         chunk_bytes: config.chunk_bytes,
-        outbox: config.outbox,
+        shm_ring: config.shm_ring,
         aware: (config.pretend_device == Pretend::DeviceThatMpiKnows).then_some(Aware::Yes),
-        proofs: proofs(config),
+        probe_results: probe_results(config),
         trying: config.probe.then_some(Through::Copies),
     }
 }
 
 /// Where what is known of direct transfer is kept.
-pub fn proofs(config: &Config) -> Proofs {
+pub fn probe_results(config: &Config) -> ProbeResults {
     let cache = || {
         let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
         let named = std::env::var_os("XDG_CACHE_HOME").filter(|name| !name.is_empty());
@@ -174,8 +177,8 @@ pub fn proofs(config: &Config) -> Proofs {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // Another version of the plugin may allocate in another way.
     let size = std::fs::metadata(path).map_or(0, |file| file.len());
-    Proofs {
-        folder: match &config.proof_dir {
+    ProbeResults {
+        folder: match &config.probe_dir {
             Some(folder) => folder.clone(),
             None => cache().join("mpi_cuda"),
         },

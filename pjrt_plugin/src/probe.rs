@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::error::Error;
 use crate::memory;
-use crate::plugin::{plugin, proofs, world};
+use crate::plugin::{plugin, probe_results, world};
 
 /// What to try, in this order.
 const WAYS: [(Through, &str); 2] = [(Through::Arrays, "arrays"), (Through::Copies, "copies")];
@@ -31,7 +31,7 @@ pub fn next() -> Result<usize, Error> {
     }
     let mut trying = TRYING.lock();
     // An earlier job died in it.
-    let unfinished = proofs(&plugin().config).unfinished(&world.library);
+    let unfinished = probe_results(&plugin().config).unfinished(&world.library);
     let died = WAYS
         .iter()
         .position(|(_, name)| unfinished.as_deref() == Some(*name));
@@ -75,11 +75,11 @@ fn failed(error: MpiError) -> Error {
 
 fn keep(state: &str) -> Result<(), Error> {
     let library = world().map_or("", |world| &world.library);
-    let proofs = proofs(&plugin().config);
-    proofs.write(library, state).map_err(|error| {
+    let probe_results = probe_results(&plugin().config);
+    probe_results.write(library, state).map_err(|error| {
         Error::precondition(format!(
-            "mpi_cuda: {} cannot be written ({error}): set MPI_CUDA_PROOF_DIR",
-            proofs.folder.display()
+            "mpi_cuda: {} cannot be written ({error}): set MPI_CUDA_PROBE_DIR",
+            probe_results.folder.display()
         ))
     })
 }

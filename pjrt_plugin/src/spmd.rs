@@ -7,8 +7,8 @@ use std::ffi::{c_char, c_void};
 use std::sync::{Arc, LazyLock};
 
 use hlo_rewrite::{Devices, Envelope, Options, Refused, Rewritten};
-use mpi_runtime::communicators::NATIVE;
-use mpi_runtime::{Alike, World};
+use mpi_runtime::communicators::COLLECTIVES;
+use mpi_runtime::{UniformProgram, World};
 use parking_lot::RwLock;
 use pjrt_sys::*;
 
@@ -17,14 +17,14 @@ use crate::call::{call, new_args};
 use crate::client;
 use crate::error::Error;
 use crate::handles::{destroy_loaded, with_executable};
-use crate::natives;
 use crate::plugin::{plugin, world};
+use crate::replica_groups;
 
 /// Format of what [`PJRT_Executable_OptimizedProgram`] gives.
 const OPTIMIZED: &str = "hlo_with_config";
 
 /// Above these a launch takes long enough that a caller would rather not wait for it; the same for
-/// operations in `python/mpi_cuda/_alike.py`.
+/// operations in `python/mpi_cuda/_uniform.py`.
 const LONGEST: u64 = 10_000;
 const LARGEST: u64 = 16 << 20;
 
@@ -41,13 +41,13 @@ pub struct Spmd {
 
 /// What of ours is in a rewritten program.
 #[derive(Clone, Copy, Default)]
-pub struct Contents {
-    /// It has native collectives.
+pub struct SpmdContents {
+    /// It has collectives.
     pub operations: bool,
     /// It calls back into the host.
     pub callbacks: bool,
     /// It is the same on all ranks of the world.
-    pub alike: Option<Alike>,
+    pub uniform: Option<UniformProgram>,
 }
 
 /// By executable and by loaded executable.
@@ -174,7 +174,7 @@ pub unsafe fn specialise(
     whole: *mut PJRT_LoadedExecutable,
     options: &Options,
     callbacks: bool,
-) -> Result<(*mut PJRT_LoadedExecutable, Contents), Error> {
+) -> Result<(*mut PJRT_LoadedExecutable, SpmdContents), Error> {
     // SAFETY: as the caller promises.
     let optimized = unsafe { optimized_program(whole) };
     // What was compiled for all devices is not needed any more.
@@ -209,7 +209,7 @@ fn load(
     optimized: Vec<u8>,
     options: &Options,
     callbacks: bool,
-) -> Result<(*mut PJRT_LoadedExecutable, Contents), Error> {
+) -> Result<(*mut PJRT_LoadedExecutable, SpmdContents), Error> {
     let world = world().ok_or_else(|| Error::internal("a program before the world"))?;
     let own = i64::from(
         client::find(client)
@@ -218,8 +218,8 @@ fn load(
     );
     let devices = options.devices()?;
     let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
-    natives::register(&rewritten, devices.ids(), world)?;
-    let contents = Contents::of(&rewritten, &devices, world, callbacks);
+    replica_groups::register(&rewritten, devices.ids(), world)?;
+    let contents = SpmdContents::of(&rewritten, &devices, world, callbacks);
     let for_device = options.for_device(own, &rewritten.layouts)?;
     let loaded = compile(client, &rewritten.module, &for_device)?;
     let spmd = Arc::new(Spmd {
@@ -238,7 +238,7 @@ pub fn deserialize(
     client: *mut PJRT_Client,
     serialized: &[u8],
     options: &[u8],
-) -> Result<Option<(*mut PJRT_LoadedExecutable, Contents)>, Error> {
+) -> Result<Option<(*mut PJRT_LoadedExecutable, SpmdContents)>, Error> {
     let Some(envelope) = Envelope::read(serialized)? else {
         return Ok(None);
     };
@@ -254,7 +254,7 @@ pub fn deserialize(
             let loaded = compile_for_all(client, &envelope.optimized, &without_passes)?;
             // SAFETY: just compiled.
             unsafe { note_elsewhere(loaded, &options, envelope.callbacks)? };
-            (loaded, Contents::default())
+            (loaded, SpmdContents::default())
         }
         Place::Here => {
             return Err(Error::invalid(
@@ -301,17 +301,22 @@ pub unsafe extern "C" fn serialize(args: *mut PJRT_Executable_Serialize_Args) ->
     })
 }
 
-impl Contents {
-    fn of(rewritten: &Rewritten, devices: &Devices, world: &World, callbacks: bool) -> Contents {
+impl SpmdContents {
+    fn of(
+        rewritten: &Rewritten,
+        devices: &Devices,
+        world: &World,
+        callbacks: bool,
+    ) -> SpmdContents {
         let everybody = devices.ids().len() == world.size as usize;
         let short = rewritten.executed <= LONGEST && rewritten.bytes <= LARGEST;
-        let alike = rewritten.collectives > 0 && rewritten.other_ordered == 0 && everybody;
-        let alike = alike && short && !callbacks;
-        Contents {
+        let uniform = rewritten.collectives > 0 && rewritten.other_ordered == 0 && everybody;
+        let uniform = uniform && short && !callbacks;
+        SpmdContents {
             operations: rewritten.collectives > 0,
             callbacks,
-            alike: alike.then_some(Alike {
-                comm: NATIVE,
+            uniform: uniform.then_some(UniformProgram {
+                comm: COLLECTIVES,
                 sequence: rewritten.sequence,
                 balance: None,
             }),

@@ -14,7 +14,7 @@ use crate::reduction::reduction;
 use crate::{SUCCESS, attempt};
 
 /// Whether to give up the core while waiting; see [`mpi_shim_abi::ShimApi::configure`].
-pub(crate) static POLITE: AtomicBool = AtomicBool::new(false);
+pub(crate) static YIELDING: AtomicBool = AtomicBool::new(false);
 
 /// Tests before the core is given up for the first time.
 const SPINS: u32 = 64;
@@ -23,7 +23,7 @@ const SPINS: u32 = 64;
 ///
 /// Blocking calls are the fastest, but some MPIs (MPICH 4.0) never yield in them: with more ranks
 /// than cores a waiting rank then keeps its peer from running. Nonblocking calls and a loop of our
-/// own do the same politely.
+/// own do the same nonblocking.
 ///
 /// # Safety
 /// The buffers of `op` must be valid for its counts and types, its status null or an `MPI_Status`.
@@ -99,8 +99,8 @@ impl Call {
 pub(crate) unsafe fn run(kind: Kind, call: &Call) -> c_int {
     // SAFETY: as the caller promises.
     unsafe {
-        if polite() {
-            politely(kind, call)
+        if yielding() {
+            nonblocking(kind, call)
         } else {
             blocking(kind, call)
         }
@@ -136,7 +136,7 @@ unsafe fn blocking(kind: Kind, call: &Call) -> c_int {
 /// # Safety
 /// As for [`execute`].
 #[rustfmt::skip]
-unsafe fn politely(kind: Kind, call: &Call) -> c_int {
+unsafe fn nonblocking(kind: Kind, call: &Call) -> c_int {
     let &Call { send, recv, sent, received, reduce, root, comm } = call;
     let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
     // SAFETY: as for `blocking`; the buffers outlive the request, which is waited for.
@@ -167,8 +167,8 @@ unsafe fn politely(kind: Kind, call: &Call) -> c_int {
 }
 
 /// Whether to give up the core while waiting.
-pub(crate) fn polite() -> bool {
-    POLITE.load(Ordering::Relaxed)
+pub(crate) fn yielding() -> bool {
+    YIELDING.load(Ordering::Relaxed)
 }
 
 /// Tests until the request is complete, giving up the core between tests.
@@ -176,7 +176,7 @@ pub(crate) fn polite() -> bool {
 /// # Safety
 /// The request must be live or null.
 pub(crate) unsafe fn wait(request: &mut ffi::MPI_Request, status: &mut ffi::MPI_Status) -> c_int {
-    if !polite() {
+    if !yielding() {
         // SAFETY: as the caller promises.
         return unsafe { ffi::MPI_Wait(request, status) };
     }

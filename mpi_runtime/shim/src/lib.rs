@@ -14,8 +14,8 @@ mod execute;
 mod handle;
 mod large;
 mod messages;
+mod nonblocking;
 mod reduction;
-mod split;
 
 use handle::{comm_from_bits, comm_to_bits};
 
@@ -39,10 +39,10 @@ static API: ShimApi = ShimApi {
     configure,
     comm_watch,
     execute: execute_op,
-    start_send: split::start_send,
-    take: split::take,
-    start_receive: split::start_receive,
-    test: split::test,
+    start_send: nonblocking::start_send,
+    take: nonblocking::take,
+    start_receive: nonblocking::start_receive,
+    test: nonblocking::test,
     set_received: messages::set_received,
     status_size: size_of::<ffi::MPI_Status>(),
     error_string,
@@ -301,8 +301,8 @@ unsafe extern "C" fn node(
     SUCCESS
 }
 
-unsafe extern "C" fn configure(polite: c_int, part_bytes: i64) {
-    execute::POLITE.store(polite != 0, Ordering::Relaxed);
+unsafe extern "C" fn configure(yielding: c_int, part_bytes: i64) {
+    execute::YIELDING.store(yielding != 0, Ordering::Relaxed);
     large::PART.store(part_bytes, Ordering::Relaxed);
 }
 

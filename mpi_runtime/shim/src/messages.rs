@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use mpi::ffi;
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
 
-use crate::execute::{datatype, polite, wait};
+use crate::execute::{datatype, wait, yielding};
 use crate::handle::comm_from_bits;
 use crate::large::{self, Made};
 use crate::{SUCCESS, attempt};
@@ -24,7 +24,7 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
             Ok(sent) => sent,
             Err(code) => return code,
         };
-        if op.kind == Kind::Send && !polite() {
+        if op.kind == Kind::Send && !yielding() {
             return ffi::MPI_Send(
                 op.send,
                 sent.count,
@@ -132,7 +132,7 @@ unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
                 );
                 wait(&mut request, &mut status);
             };
-        } else if polite() {
+        } else if yielding() {
             let mut request = ffi::RSMPI_REQUEST_NULL;
             attempt! {
                 ffi::MPI_Imrecv(
@@ -185,7 +185,7 @@ pub(crate) fn length(status: &ffi::MPI_Status) -> Result<i64, c_int> {
 unsafe fn find(op: &ShimOp, message: &mut ffi::MPI_Message, status: &mut ffi::MPI_Status) -> c_int {
     let comm = comm_from_bits(op.comm);
     let (source, tag) = (rank(op.source), tag(op.recv_tag));
-    if !polite() {
+    if !yielding() {
         // SAFETY: as the caller promises.
         return unsafe { ffi::MPI_Mprobe(source, tag, comm, message, status) };
     }

@@ -217,9 +217,9 @@ pub struct ShimApi {
         size: *mut c_int,
         cores: *mut c_int,
     ) -> c_int,
-    /// `polite` is 1: give up the core while waiting, since there are more ranks than cores; 0: spin.
+    /// `yielding` is 1: give up the core while waiting, since there are more ranks than cores; 0: spin.
     /// Collectives of more than `part_bytes` go in parts. Both are the same on all ranks.
-    pub configure: unsafe extern "C" fn(polite: c_int, part_bytes: i64),
+    pub configure: unsafe extern "C" fn(yielding: c_int, part_bytes: i64),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
     /// Executes an operation and waits until its buffers may be used again.

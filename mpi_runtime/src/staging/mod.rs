@@ -9,9 +9,9 @@
 //! copies up: the stream of the program does.
 
 mod message;
-mod outbox;
 mod plan;
 mod pool;
+mod shm_ring;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,10 +22,10 @@ use crate::communicators::Communicator;
 use crate::device::{self, Copy, Device, DeviceError, Event, HostMemory, Stream};
 use crate::operation::{Buffer, Operation};
 use crate::shim::Request;
-use message::{ANNOUNCEMENT, Announcement};
-pub use outbox::Outboxes;
+use message::{HEADER_BYTES, RendezvousHeader};
 use plan::Plan;
 use pool::Pool;
+pub use shm_ring::ShmRings;
 
 /// Chunks that are on their way down while MPI has one.
 const AHEAD: usize = 2;
@@ -78,7 +78,7 @@ pub struct Staging {
     pool: Pool,
     chunk: usize,
     /// Of this node's ranks, for long messages among them.
-    outboxes: Option<Arc<Outboxes>>,
+    shm_rings: Option<Arc<ShmRings>>,
 }
 
 impl Staging {
@@ -89,7 +89,7 @@ impl Staging {
     pub fn new(
         device: Arc<dyn Device>,
         chunk: usize,
-        outboxes: Option<Arc<Outboxes>>,
+        shm_rings: Option<Arc<ShmRings>>,
     ) -> Result<Staging, DeviceError> {
         Ok(Staging {
             down: device.stream()?,
@@ -97,7 +97,7 @@ impl Staging {
             pool: Pool::new(device.clone(), chunk),
             device,
             chunk,
-            outboxes,
+            shm_rings,
         })
     }
 
@@ -307,21 +307,21 @@ impl<'a> Run<'a> {
             recv: at(&recv, op.recv),
             ..*op
         };
-        let mut beginning = [0; ANNOUNCEMENT];
+        let mut beginning = [0; HEADER_BYTES];
         let done = match op.kind {
             Kind::Wait => mpi.wait(&host, &mut beginning),
             _ => mpi.perform(&host),
         };
-        let announced = Announcement::read(&beginning);
+        let header_sent = RendezvousHeader::read(&beginning);
         self.put_back(send);
-        let done = match announced {
-            Some(announcement) if announcement.bytes > self.staging.chunk => {
-                announcement.refuse(self.staging);
+        let done = match header_sent {
+            Some(header) if header.bytes > self.staging.chunk => {
+                header.refuse(self.staging);
                 Err(format!(
                     "the message has {} bytes and comes in chunks, which irecv cannot receive: receive it by \
                      recv or sendrecv, send it by isend, or set MPI_CUDA_CHUNK_BYTES, here {}, to more on all \
                      ranks",
-                    announcement.bytes, self.staging.chunk
+                    header.bytes, self.staging.chunk
                 ))
             }
             _ => done,

@@ -13,11 +13,11 @@ const SMALL: usize = 64 << 10;
 pub(super) struct Pool {
     device: Arc<dyn Device>,
     large: usize,
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
 }
 
 #[derive(Default)]
-struct State {
+struct PoolState {
     free: Vec<HostMemory>,
     /// With the event behind the last copy.
     in_use: Vec<(Event, HostMemory)>,
@@ -58,7 +58,7 @@ impl Pool {
         self.keep(&mut self.state.lock(), memory);
     }
 
-    fn keep(&self, state: &mut State, memory: HostMemory) {
+    fn keep(&self, state: &mut PoolState, memory: HostMemory) {
         if memory.bytes == SMALL || memory.bytes == self.large {
             state.free.push(memory);
         } else {
@@ -66,7 +66,7 @@ impl Pool {
         }
     }
 
-    fn collect(&self, state: &mut State) -> Result<(), DeviceError> {
+    fn collect(&self, state: &mut PoolState) -> Result<(), DeviceError> {
         let mut place = 0;
         while place < state.in_use.len() {
             if !self.device.has_passed(&state.in_use[place].0)? {

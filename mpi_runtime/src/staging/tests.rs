@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::{Done, Mpi, Outboxes, Staging};
-use crate::arrivals::Arrivals;
+use super::{Done, Mpi, ShmRings, Staging};
 use crate::communicators::Communicator;
 use crate::device::{Device, Stream};
 use crate::direct::Direct;
 use crate::operation::{Buffer, ElementType, Operation};
+use crate::rendezvous::Rendezvous;
 use crate::shim::Request;
 use crate::simulated::{NOT_YET, Simulated};
 use crate::transfer::Through;
@@ -26,12 +26,12 @@ const DTYPE: ElementType = ElementType::U8;
 /// What ranks exchange, in place of MPI: collectives meet by their number, messages queue.
 #[derive(Default)]
 struct Network {
-    state: Mutex<State>,
+    state: Mutex<FakeState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct FakeState {
     collectives: HashMap<usize, HashMap<i32, Vec<u8>>>,
     messages: HashMap<(i32, i32), Vec<Vec<u8>>>,
     /// Operations of all ranks.
@@ -71,7 +71,7 @@ fn bytes<'a>(buffer: &Buffer<'_>) -> &'a mut [u8] {
 
 impl Network {
     /// Waits for a change; for a rank that has failed not for ever.
-    fn wait(&self, state: &mut MutexGuard<'_, State>) {
+    fn wait(&self, state: &mut MutexGuard<'_, FakeState>) {
         let waited = self.changed.wait_for(state, Duration::from_secs(10));
         assert!(!waited.timed_out(), "another rank does not come");
     }
@@ -187,7 +187,7 @@ impl Mpi for Rank {
     }
 }
 
-impl State {
+impl FakeState {
     /// What is being sent has been.
     fn deliver(&mut self, number: u64) {
         if let Some((from, to, Late(data, bytes))) = self.sending.remove(&number) {
@@ -265,7 +265,7 @@ impl Rank {
         }
     }
 
-    fn take_message(&self, op: &Operation<'_>, state: &mut State) -> Option<Done> {
+    fn take_message(&self, op: &Operation<'_>, state: &mut FakeState) -> Option<Done> {
         let queue = state.messages.iter_mut().find(|((source, dest), queue)| {
             let from = op.source == ANY || op.source == *source;
             from && *dest == self.comm.rank && !queue.is_empty()
@@ -319,24 +319,24 @@ fn ranks<T: Send>(size: i32, body: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
     ranks_sharing(size, |_| false, body)
 }
 
-/// The same, where some ranks have an outbox.
+/// The same, where some ranks have an shared-memory ring.
 fn ranks_sharing<T: Send>(
     size: i32,
     shares: impl Fn(i32) -> bool,
     body: impl Fn(&mut Rank) -> T + Sync,
 ) -> Vec<T> {
     let network = Arc::new(Network::default());
-    let name = Arrivals::new_name();
+    let name = Rendezvous::new_name();
     let make = |rank| {
         let slot = shares(rank).then_some(CHUNK);
-        Outboxes::make(name, rank as usize, size as usize, size as usize, slot)
+        ShmRings::make(name, rank as usize, size as usize, size as usize, slot)
     };
-    let mut outboxes: Vec<Outboxes> = (0..size).map(make).collect();
-    outboxes.iter_mut().for_each(Outboxes::open);
-    outboxes.iter().for_each(Outboxes::unlink);
+    let mut shm_rings: Vec<ShmRings> = (0..size).map(make).collect();
+    shm_rings.iter_mut().for_each(ShmRings::open);
+    shm_rings.iter().for_each(ShmRings::unlink);
     let mut all: Vec<Rank> = (0..size)
-        .zip(outboxes)
-        .map(|(rank, outboxes)| {
+        .zip(shm_rings)
+        .map(|(rank, shm_rings)| {
             let delay = Duration::from_micros(300);
             let device = Arc::new(Simulated::with_memory(2 * RESULT, delay));
             Rank {
@@ -350,7 +350,7 @@ fn ranks_sharing<T: Send>(
                 },
                 main: device.stream().unwrap(),
                 staging: Arc::new(
-                    Staging::new(device.clone(), CHUNK, Some(Arc::new(outboxes))).unwrap(),
+                    Staging::new(device.clone(), CHUNK, Some(Arc::new(shm_rings))).unwrap(),
                 ),
                 direct: None,
                 device,
@@ -565,7 +565,7 @@ fn what_a_rank_receives_may_depend_on_what_it_sends() {
 }
 
 #[test]
-fn between_ranks_that_share_memory_mpi_has_the_announcement_alone() {
+fn between_ranks_that_share_memory_mpi_has_the_header_alone() {
     ranks_sharing(
         2,
         |_| true,
@@ -583,7 +583,7 @@ fn between_ranks_that_share_memory_mpi_has_the_announcement_alone() {
             assert_eq!(rank.performed, 3);
             // Both directions, and several slots of each.
             assert!(rank.device.most_at_once() > 4);
-            // The announcement, and the room for the other one.
+            // The rendezvous header, and the room for the other one.
             assert_eq!(rank.staging.pool.pieces(), (2, 0));
         },
     );

@@ -14,9 +14,9 @@ use crate::plugin::plugin;
 use crate::search::contains;
 
 mod callbacks;
+mod collectives;
 mod forward;
 pub mod frame;
-mod native;
 mod operations;
 
 pub use callbacks::{Trampoline, set_trampoline};
@@ -49,8 +49,10 @@ pub fn receives(program: &[u8]) -> bool {
 pub const CALLBACK_MARK: &str = "_python_cpu_callback";
 
 /// What the name of an attribute begins with that says: the operations of this program are the same
-/// on every rank (`include/mpi_cuda.h`, mpi_cuda_alike).
-pub const ALIKE_MARK: &str = "mpi_cuda_alike_";
+/// on every rank (`include/mpi_cuda.h`, mpi_cuda_uniform).
+pub const UNIFORM_MARK: &str = "mpi_cuda_uniform_";
+/// A name of it that is still accepted.
+pub const OLD_UNIFORM_MARK: &str = "mpi_cuda_alike_";
 
 /// An FFI handler as XLA calls it (`xla/ffi/api/c_api.h`, XLA_FFI_Handler).
 pub type Handler = unsafe extern "C" fn(*mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error;
@@ -68,10 +70,10 @@ pub fn register_all() -> Result<(), Error> {
     for (name, handler) in operations::MPI4JAX_HANDLERS {
         register(&mpi4jax_target(name), *handler)?;
     }
-    for (name, handler) in native::HANDLERS {
+    for (name, handler) in collectives::HANDLERS {
         register(&format!("{}{name}", hlo_rewrite::TARGET_PREFIX), *handler)?;
     }
-    register(crate::gate::TARGET, operations::gate)?;
+    register(crate::async_barrier::TARGET, operations::async_barrier)?;
     // On GPUs JAX's own package has registered its own.
     if plugin().inner.device == Device::Cpu {
         for (name, handler) in callbacks::HANDLERS {

@@ -125,12 +125,12 @@ impl Dialect {
     }
 }
 
-/// The gate's custom call; see [`crate::gate`].
-pub unsafe extern "C" fn gate(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
+/// The async barrier's custom call; see [`crate::async_barrier`].
+pub unsafe extern "C" fn async_barrier(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |frame| {
-            crate::gate::wait_open(frame.run_id());
+            crate::async_barrier::wait_released(frame.run_id());
             fill_tokens(frame, 0, &Memory::of(frame)?)
         })
     }

@@ -4,15 +4,15 @@ use std::collections::VecDeque;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::{ANNOUNCEMENT, Announcement, Piece, said};
+use super::{HEADER_BYTES, Piece, RendezvousHeader, said};
 use crate::device::{Copy, DeviceError, Event, Fill};
 use crate::operation::{Buffer, ElementType, Operation};
-use crate::staging::outbox::Outbox;
+use crate::staging::shm_ring::ShmRing;
 use crate::staging::{Done, Mpi, Run, Staging};
 
 /// How data arrive, once that is known.
 struct Arriving<'s> {
-    outbox: &'s Outbox,
+    shm_ring: &'s ShmRing,
     /// The next place to be copied up, those before it that still are, and the end.
     next: u64,
     end: u64,
@@ -76,7 +76,7 @@ impl<'r, 's> Incoming<'r, 's> {
         }
         if self.arriving.is_some() {
             let moved = self.read_slots().map_err(said)?;
-            let gone = |a: &Arriving<'_>| a.next < a.end && a.outbox.is_broken(a.next);
+            let gone = |a: &Arriving<'_>| a.next < a.end && a.shm_ring.is_broken(a.next);
             if !moved && self.arriving.as_ref().is_some_and(gone) {
                 return Err(format!(
                     "rank {} has failed while it was sending this message; its own error says why",
@@ -112,15 +112,15 @@ impl<'r, 's> Incoming<'r, 's> {
         let Some(arriving) = &mut self.arriving else {
             return Ok(false);
         };
-        let (outbox, device) = (arriving.outbox, &self.run.staging.device);
+        let (shm_ring, device) = (arriving.shm_ring, &self.run.staging.device);
         let mut moved = false;
-        while arriving.next < arriving.end && outbox.is_filled(arriving.next) {
+        while arriving.next < arriving.end && shm_ring.is_filled(arriving.next) {
             let length = self.length.unwrap_or(0);
-            let bytes = (length - self.arrived).min(outbox.part(length));
+            let bytes = (length - self.arrived).min(shm_ring.part(length));
             let mut copied = None;
             if self.wrong.is_none() {
                 let to = self.data + self.arrived;
-                let from = outbox.data(arriving.next).cast_const();
+                let from = shm_ring.data(arriving.next).cast_const();
                 // SAFETY: the result holds the message, which was checked, and is valid while the
                 // operation runs; the slot is this rank's until `free`, which comes after the event.
                 unsafe { device.copy(self.run.up, Copy::Up { to, from }, bytes) }?;
@@ -137,7 +137,7 @@ impl<'r, 's> Incoming<'r, 's> {
             {
                 break;
             }
-            outbox.free(*place);
+            shm_ring.free(*place);
             moved = true;
             if let Some((_, Some(copied))) = arriving.going.pop_front() {
                 device.forget(copied);
@@ -151,10 +151,10 @@ impl<'r, 's> Incoming<'r, 's> {
     pub(super) fn room(&self) -> Result<Piece, String> {
         let left = self.length.unwrap_or(self.room) - self.arrived;
         let bytes = left.min(self.run.staging.chunk);
-        let memory = self.run.memory(bytes.max(ANNOUNCEMENT));
-        let (elements, dtype) = if bytes < ANNOUNCEMENT {
-            // An announcement must fit, to be recognised.
-            (ANNOUNCEMENT, ElementType::U8)
+        let memory = self.run.memory(bytes.max(HEADER_BYTES));
+        let (elements, dtype) = if bytes < HEADER_BYTES {
+            // A rendezvous header must fit, to be recognised.
+            (HEADER_BYTES, ElementType::U8)
         } else {
             (bytes / self.dtype.size(), self.dtype)
         };
@@ -167,10 +167,10 @@ impl<'r, 's> Incoming<'r, 's> {
 
     /// A message has come.
     pub(super) fn take(&mut self, piece: Piece, done: Done) -> Result<(), String> {
-        let begins = self.length.is_none() && done.bytes == ANNOUNCEMENT;
-        let said = Announcement::read(piece.bytes(done.bytes)).filter(|_| begins);
+        let begins = self.length.is_none() && done.bytes == HEADER_BYTES;
+        let said = RendezvousHeader::read(piece.bytes(done.bytes)).filter(|_| begins);
         let wrong = match said {
-            Some(said) => self.announced(said, done),
+            Some(said) => self.header_sent(said, done),
             None => self.data(done),
         };
         self.wrong = self.wrong.take().or(wrong.err());
@@ -183,16 +183,16 @@ impl<'r, 's> Incoming<'r, 's> {
         gone.map_err(|error| error.to_string())
     }
 
-    fn announced(&mut self, said: Announcement, done: Done) -> Result<(), String> {
+    fn header_sent(&mut self, said: RendezvousHeader, done: Done) -> Result<(), String> {
         (self.source, self.tag) = (done.source, done.tag);
         self.length = Some(said.bytes);
         self.open = said.bytes > 0;
         let staging: &'s Staging = self.run.staging;
         match said.slots(staging) {
-            Some(Ok((outbox, next, end))) => {
-                outbox.pin(&*staging.device);
+            Some(Ok((shm_ring, next, end))) => {
+                shm_ring.pin(&*staging.device);
                 self.arriving = Some(Arriving {
-                    outbox,
+                    shm_ring,
                     next,
                     end,
                     going: VecDeque::new(),
@@ -202,7 +202,7 @@ impl<'r, 's> Incoming<'r, 's> {
                 self.open = false;
                 return Err(format!(
                     "the message from rank {} comes through memory of this node that this rank has not \
-                     mapped: set MPI_CUDA_OUTBOX=0 on all ranks",
+                     mapped: set MPI_CUDA_SHM_RING=0 on all ranks",
                     done.source
                 ));
             }
@@ -266,9 +266,9 @@ impl<'r, 's> Incoming<'r, 's> {
                 copied
                     .into_iter()
                     .for_each(|copied| self.run.staging.device.forget(copied));
-                arriving.outbox.free(place);
+                arriving.shm_ring.free(place);
             }
-            arriving.outbox.drain(arriving.next, arriving.end);
+            arriving.shm_ring.drain(arriving.next, arriving.end);
         }
         if let Some(wrong) = self.wrong.take() {
             return Err(wrong);

@@ -1,27 +1,27 @@
 //! Messages in chunks.
 //!
-//! One of at most a chunk is one message, as without staging. A longer one is announced: a message of
+//! One of at most a chunk is one message, as without staging. A longer one has a rendezvous header: a message of
 //! its own with the length comes first, and pins the sender and the tag of the chunks that follow. So
-//! both sides must have device memory and the same size of a chunk; whoever meets an announcement that
+//! both sides must have device memory and the same size of a chunk; whoever meets a rendezvous header that
 //! does not fit fails, and nothing is taken for something else. Between ranks that share memory the data
-//! go through the sender's outbox, and MPI has the announcement alone.
+//! go through the sender's shared-memory ring, and MPI has the rendezvous header alone.
 //!
 //! What is sent and what is received move on independently of each other: what this rank receives may
 //! depend on what becomes of the message that it sends.
 
-mod announcement;
 mod incoming;
 mod outgoing;
+mod rendezvous_header;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
 use super::{Done, Mpi, Run};
 use crate::device::{DeviceError, HostMemory};
+use crate::nonblocking::pause;
 use crate::operation::{Buffer, ElementType, Operation};
-use crate::split::pause;
-pub(super) use announcement::{ANNOUNCEMENT, Announcement};
 use incoming::Incoming;
 use outgoing::Outgoing;
+pub(super) use rendezvous_header::{HEADER_BYTES, RendezvousHeader};
 
 /// Sends, receives, or both.
 pub(super) fn execute(

@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::announcement::BY_MPI;
-use super::{ANNOUNCEMENT, Announcement, Piece, said};
+use super::rendezvous_header::BY_MPI;
+use super::{HEADER_BYTES, Piece, RendezvousHeader, said};
 use crate::device::{Copy, DeviceError, HostMemory};
 use crate::operation::{Buffer, ElementType, Operation};
 use crate::shim::Request;
-use crate::staging::outbox::Outbox;
+use crate::staging::shm_ring::ShmRing;
 use crate::staging::{AHEAD, Coming, Mpi, Run, Staging};
 
 /// A chunk of what is sent, on its way down.
@@ -22,10 +22,10 @@ struct Chunk {
 enum Way<'s> {
     /// In messages.
     Mpi,
-    /// Through the own outbox, in its places from `first` on, before `end`: the first whose copies down
+    /// Through the own shared-memory ring, in its places from `first` on, before `end`: the first whose copies down
     /// have not begun, and not ended. The receiver may read them after the operation has ended here.
-    Outbox {
-        outbox: &'s Outbox,
+    ShmRing {
+        shm_ring: &'s ShmRing,
         first: u64,
         begun: u64,
         filled: u64,
@@ -43,8 +43,8 @@ pub(super) struct Outgoing<'r, 's> {
     /// What MPI may still be sending.
     sending: VecDeque<(Request, Option<HostMemory>)>,
     /// To be said first.
-    announcement: Option<Announcement>,
-    announced: bool,
+    header: Option<RendezvousHeader>,
+    header_sent: bool,
     /// An empty message is one too.
     empty: bool,
     coming: VecDeque<Chunk>,
@@ -63,8 +63,8 @@ impl<'r, 's> Outgoing<'r, 's> {
             dtype: op.send.dtype,
             way: Way::Mpi,
             sending: VecDeque::new(),
-            announcement: None,
-            announced: false,
+            header: None,
+            header_sent: false,
             empty: sends && bytes == 0,
             coming: VecDeque::new(),
             begun: 0,
@@ -72,28 +72,28 @@ impl<'r, 's> Outgoing<'r, 's> {
         if bytes <= run.staging.chunk {
             return Ok(outgoing);
         }
-        let mut announcement = Announcement {
+        let mut header = RendezvousHeader {
             bytes,
             sender: BY_MPI,
             place: 0,
         };
         let staging: &'s Staging = run.staging;
-        if let Some(outboxes) = &staging.outboxes
-            && let Some(outbox) = outboxes.to(mpi.world_rank(op.dest)?)
+        if let Some(shm_rings) = &staging.shm_rings
+            && let Some(shm_ring) = shm_rings.to(mpi.world_rank(op.dest)?)
         {
-            outbox.pin(&*staging.device);
-            let first = outboxes.reserve(outbox.places(bytes));
-            announcement.sender = outboxes.rank() as u32;
-            announcement.place = first;
-            outgoing.way = Way::Outbox {
-                outbox,
+            shm_ring.pin(&*staging.device);
+            let first = shm_rings.reserve(shm_ring.places(bytes));
+            header.sender = shm_rings.rank() as u32;
+            header.place = first;
+            outgoing.way = Way::ShmRing {
+                shm_ring,
                 first,
                 begun: first,
                 filled: first,
-                end: first + outbox.places(bytes),
+                end: first + shm_ring.places(bytes),
             };
         }
-        outgoing.announcement = Some(announcement);
+        outgoing.header = Some(header);
         Ok(outgoing)
     }
 
@@ -123,17 +123,17 @@ impl<'r, 's> Outgoing<'r, 's> {
         mpi: &mut dyn Mpi,
     ) -> Result<bool, String> {
         let mut moved = self.end_messages(mpi)? | self.begin_copies().map_err(said)?;
-        // Copies begin before the announcement goes out.
-        if let Some(announcement) = self.announcement.take() {
-            let memory = self.run.memory(ANNOUNCEMENT).map_err(said)?;
+        // Copies begin before the rendezvous header goes out.
+        if let Some(header) = self.header.take() {
+            let memory = self.run.memory(HEADER_BYTES).map_err(said)?;
             if let Some(memory) = &memory {
-                let text = announcement.text();
+                let text = header.text();
                 let to = memory.data.as_ptr();
                 // SAFETY: memory of the pool's of at least that size.
                 unsafe { to.copy_from_nonoverlapping(text.as_ptr(), text.len()) };
             }
-            self.send(op, mpi, memory, ANNOUNCEMENT, ElementType::U8)?;
-            self.announced = true;
+            self.send(op, mpi, memory, HEADER_BYTES, ElementType::U8)?;
+            self.header_sent = true;
             moved = true;
         }
         if std::mem::take(&mut self.empty) {
@@ -153,8 +153,11 @@ impl<'r, 's> Outgoing<'r, 's> {
             if let Some(copied) = coming.copied {
                 self.run.staging.device.forget(copied);
             }
-            if let Way::Outbox { outbox, filled, .. } = &mut self.way {
-                outbox.fill(*filled);
+            if let Way::ShmRing {
+                shm_ring, filled, ..
+            } = &mut self.way
+            {
+                shm_ring.fill(*filled);
                 *filled += 1;
             } else {
                 self.send(op, mpi, coming.memory, bytes, self.dtype)?;
@@ -177,11 +180,13 @@ impl<'r, 's> Outgoing<'r, 's> {
                     let bytes = left.min(run.staging.chunk);
                     (run.come(&[(from, bytes)])?, bytes)
                 }
-                Way::Outbox { outbox, begun, .. } => {
-                    if !outbox.is_free(*begun) {
+                Way::ShmRing {
+                    shm_ring, begun, ..
+                } => {
+                    if !shm_ring.is_free(*begun) {
                         break;
                     }
-                    let (bytes, to) = (left.min(outbox.part(self.bytes)), outbox.data(*begun));
+                    let (bytes, to) = (left.min(shm_ring.part(self.bytes)), shm_ring.data(*begun));
                     let device = &run.staging.device;
                     // SAFETY: the operand is valid while the operation runs, and the slot is this rank's
                     // until `fill`, which comes after the event.
@@ -244,14 +249,14 @@ impl<'r, 's> Outgoing<'r, 's> {
     pub(super) fn give_up(self) {
         let staging = self.run.staging;
         if let (
-            Way::Outbox {
+            Way::ShmRing {
                 first, filled, end, ..
             },
-            Some(outboxes),
-        ) = (&self.way, &staging.outboxes)
+            Some(shm_rings),
+        ) = (&self.way, &staging.shm_rings)
             && filled < end
         {
-            outboxes.give_up(*first, *end, self.announced);
+            shm_rings.give_up(*first, *end, self.header_sent);
         }
         for Chunk { coming, .. } in self.coming {
             if let Some(copied) = coming.copied {

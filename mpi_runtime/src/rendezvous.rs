@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use memmap2::MmapRaw;
 
-use crate::asleep;
+use crate::backoff;
 
 /// How long a rank looks for the others before it takes the slower way; about what that way costs.
 const PATIENCE: Duration = Duration::from_micros(200);
@@ -73,7 +73,7 @@ fn bytes(size: usize) -> usize {
 }
 
 /// The marks of all ranks of this node.
-pub struct Arrivals {
+pub struct Rendezvous {
     memory: MmapRaw,
     rank: usize,
     size: usize,
@@ -83,7 +83,7 @@ pub struct Arrivals {
     failures: AtomicU32,
 }
 
-impl Arrivals {
+impl Rendezvous {
     /// A number that names shared memory no other process uses. Never 0.
     pub fn new_name() -> u64 {
         let mut hasher = DefaultHasher::new();
@@ -96,7 +96,7 @@ impl Arrivals {
     }
 
     /// Makes the memory for `size` ranks; of rank 0.
-    pub fn create(name: u64, size: usize) -> io::Result<Arrivals> {
+    pub fn create(name: u64, size: usize) -> io::Result<Rendezvous> {
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -109,7 +109,7 @@ impl Arrivals {
     }
 
     /// Maps the memory that rank 0 made.
-    pub fn open(name: u64, rank: usize, size: usize) -> io::Result<Arrivals> {
+    pub fn open(name: u64, rank: usize, size: usize) -> io::Result<Rendezvous> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -126,8 +126,8 @@ impl Arrivals {
         let _ = std::fs::remove_file(Self::path(name));
     }
 
-    fn over(file: &std::fs::File, rank: usize, size: usize) -> io::Result<Arrivals> {
-        Ok(Arrivals {
+    fn over(file: &std::fs::File, rank: usize, size: usize) -> io::Result<Rendezvous> {
+        Ok(Rendezvous {
             memory: MmapRaw::map_raw(file)?,
             rank,
             size,
@@ -171,7 +171,7 @@ impl Arrivals {
     /// Waits, asleep, until all ranks have begun launch number `launch`.
     pub fn wait_begun(&self, launch: u64) {
         let has_begun = |rank| self.begun(rank).launch.load(Ordering::Acquire) >= launch;
-        asleep::until(|| (0..self.size).all(has_begun).then_some(()));
+        backoff::until(|| (0..self.size).all(has_begun).then_some(()));
     }
 
     /// The first of `ranks` of which this rank sees that its launch number `launch` runs something other
@@ -289,19 +289,19 @@ mod tests {
     use super::*;
     use std::sync::Barrier;
 
-    fn three() -> Vec<Arrivals> {
-        let name = Arrivals::new_name();
-        let first = Arrivals::create(name, 3).unwrap();
-        assert!(Arrivals::create(name, 3).is_err());
-        assert!(Arrivals::open(name, 1, 4).is_err());
-        let others = (1..3).map(|rank| Arrivals::open(name, rank, 3).unwrap());
+    fn three() -> Vec<Rendezvous> {
+        let name = Rendezvous::new_name();
+        let first = Rendezvous::create(name, 3).unwrap();
+        assert!(Rendezvous::create(name, 3).is_err());
+        assert!(Rendezvous::open(name, 1, 4).is_err());
+        let others = (1..3).map(|rank| Rendezvous::open(name, rank, 3).unwrap());
         let all = std::iter::once(first).chain(others).collect();
-        Arrivals::unlink(name);
-        assert!(Arrivals::open(name, 1, 3).is_err());
+        Rendezvous::unlink(name);
+        assert!(Rendezvous::open(name, 1, 3).is_err());
         all
     }
 
-    fn meet(rank: &Arrivals, mark: u64) -> bool {
+    fn meet(rank: &Rendezvous, mark: u64) -> bool {
         rank.meet(|| true, || (mark, 0))
     }
 
@@ -418,7 +418,7 @@ mod tests {
                 rank.pause(1000 * PAUSE + 17 * failures as u64);
             }
         }
-        let until = |rank: &Arrivals| rank.paused_until.load(Ordering::Relaxed);
+        let until = |rank: &Rendezvous| rank.paused_until.load(Ordering::Relaxed);
         assert_eq!(until(&ranks[0]), 1001 * PAUSE);
         assert_eq!(until(&ranks[1]), 1002 * PAUSE);
         assert_eq!(until(&ranks[2]), 1004 * PAUSE);

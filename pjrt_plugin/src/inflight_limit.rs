@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 /// Launches that we let the inner plugin hold; the rest is for those that are not counted.
-const ROOM: usize = 28;
+const SLOTS: usize = 28;
 /// A dispatch waits this long for any launch to end, before it is deferred.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// So many launches are deferred without waiting again, if none has ended meanwhile.
@@ -24,8 +24,8 @@ const LONG_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Launches in flight or deferred that may wait for a peer.
 static BEHIND_PEERS: AtomicUsize = AtomicUsize::new(0);
-static STATE: Mutex<State> = Mutex::new(State {
-    taken: 0,
+static STATE: Mutex<InFlight> = Mutex::new(InFlight {
+    in_flight: 0,
     deferred: 0,
     ended: 0,
     stalled_at: None,
@@ -33,9 +33,9 @@ static STATE: Mutex<State> = Mutex::new(State {
 });
 static CHANGED: Condvar = Condvar::new();
 
-struct State {
+struct InFlight {
     /// Launches of the inner plugin in flight.
-    taken: usize,
+    in_flight: usize,
     /// Launches that it has not got yet.
     deferred: usize,
     /// How many have ended.
@@ -46,44 +46,44 @@ struct State {
     waiting: usize,
 }
 
-impl State {
-    fn has_room(&self, launches: usize) -> bool {
-        self.deferred == 0 && self.taken + launches <= ROOM
+impl InFlight {
+    fn has_slots(&self, launches: usize) -> bool {
+        self.deferred == 0 && self.in_flight + launches <= SLOTS
     }
 }
 
-/// Whether a launch now may find the room taken by launches that wait for peers.
-pub fn may_be_short() -> bool {
+/// Whether a launch now may find all slots taken by launches that wait for peers.
+pub fn may_be_full() -> bool {
     BEHIND_PEERS.load(Ordering::Acquire) > 0
 }
 
 /// What a launch takes until it has ended.
-pub struct Taken {
+pub struct InFlightSlot {
     launches: usize,
     behind_peers: bool,
 }
 
-impl Taken {
-    /// Takes room for a launch; `waits` if it may wait for a peer.
-    pub fn new(launches: usize, waits: bool) -> Taken {
-        STATE.lock().taken += launches;
+impl InFlightSlot {
+    /// Takes the slots of a launch; `waits` if it may wait for a peer.
+    pub fn new(launches: usize, waits: bool) -> InFlightSlot {
+        STATE.lock().in_flight += launches;
         if waits {
             BEHIND_PEERS.fetch_add(1, Ordering::AcqRel);
         }
-        Taken {
+        InFlightSlot {
             launches,
             behind_peers: waits,
         }
     }
 }
 
-impl Drop for Taken {
+impl Drop for InFlightSlot {
     fn drop(&mut self) {
         if self.behind_peers {
             BEHIND_PEERS.fetch_sub(1, Ordering::AcqRel);
         }
         change(|state| {
-            state.taken -= self.launches;
+            state.in_flight -= self.launches;
             state.ended += 1;
         });
     }
@@ -108,7 +108,7 @@ impl Drop for Deferred {
     }
 }
 
-fn change(how: impl FnOnce(&mut State)) {
+fn change(how: impl FnOnce(&mut InFlight)) {
     let mut state = STATE.lock();
     how(&mut state);
     if state.waiting > 0 {
@@ -116,12 +116,12 @@ fn change(how: impl FnOnce(&mut State)) {
     }
 }
 
-/// Whether there is room for `launches` more, after those already deferred. Waits for it as long as
+/// Whether there are slots for `launches` more, after those already deferred. Waits for it as long as
 /// launches end.
 pub fn wait_for(launches: usize) -> bool {
     let mut state = STATE.lock();
     loop {
-        if state.has_room(launches) {
+        if state.has_slots(launches) {
             return true;
         }
         let many = state.deferred >= MANY;
@@ -130,7 +130,7 @@ pub fn wait_for(launches: usize) -> bool {
         }
         let before = state.ended;
         let deadline = Instant::now() + if many { LONG_PATIENCE } else { PATIENCE };
-        while state.ended == before && !state.has_room(launches) {
+        while state.ended == before && !state.has_slots(launches) {
             if wait(&mut state, Some(deadline)) {
                 state.stalled_at = Some(before);
                 return false;
@@ -160,7 +160,7 @@ pub fn wait_none_deferred_for(patience: Duration) -> usize {
 }
 
 /// Whether the time is over.
-fn wait(state: &mut parking_lot::MutexGuard<'_, State>, deadline: Option<Instant>) -> bool {
+fn wait(state: &mut parking_lot::MutexGuard<'_, InFlight>, deadline: Option<Instant>) -> bool {
     state.waiting += 1;
     let over = match deadline {
         Some(deadline) => CHANGED.wait_until(state, deadline).timed_out(),

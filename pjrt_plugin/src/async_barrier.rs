@@ -1,4 +1,4 @@
-//! The gate: XLA:CPU runs a cheap program on the calling thread and waits there, and that thread
+//! The async barrier: XLA:CPU runs a cheap program on the calling thread and waits there, and that thread
 //! must never wait for a peer. It does so only if nothing is queued on the device. So before a
 //! cheap program with operations we queue a tiny one that waits until the launch is queued behind
 //! it, which makes XLA run both on its own threads.
@@ -15,13 +15,13 @@ use crate::error::Error;
 use crate::handles::{destroy_buffer, destroy_event, destroy_loaded};
 use crate::plugin::plugin;
 
-/// Target of the gate's custom call.
-pub const TARGET: &str = "mpi_cuda_gate";
+/// Target of the barrier's custom call.
+pub const TARGET: &str = "mpi_cuda_async_barrier";
 
 /// The matrix product has 2 · 16³ operations, which is above XLA's limit for cheap programs.
-const PROGRAM: &str = r#"module @mpi_cuda_gate {
+const PROGRAM: &str = r#"module @mpi_cuda_async_barrier {
   func.func public @main(%a: tensor<16x16xf32>) -> tensor<16x16xf32> {
-    %t = stablehlo.custom_call @mpi_cuda_gate() {api_version = 4 : i32, has_side_effect = true} : () -> tensor<i32>
+    %t = stablehlo.custom_call @mpi_cuda_async_barrier() {api_version = 4 : i32, has_side_effect = true} : () -> tensor<i32>
     %b = stablehlo.dot_general %a, %a, contracting_dims = [1] x [0] : (tensor<16x16xf32>, tensor<16x16xf32>) -> tensor<16x16xf32>
     return %b : tensor<16x16xf32>
   }
@@ -29,54 +29,54 @@ const PROGRAM: &str = r#"module @mpi_cuda_gate {
 
 static MATRIX: [f32; 256] = [0.0; 256];
 
-/// The gates now shut, by run id.
-static SHUT: Mutex<Option<HashSet<u32>>> = Mutex::new(None);
-static OPENED: Condvar = Condvar::new();
+/// The barriers now held, by run id.
+static HELD: Mutex<Option<HashSet<u32>>> = Mutex::new(None);
+static RELEASED: Condvar = Condvar::new();
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
-/// The gate's program and its operand; made with the first program that may need it.
+/// The barrier's program and its operand; made with the first program that may need it.
 #[derive(Default)]
-pub struct Gate {
-    made: Mutex<Option<Made>>,
+pub struct AsyncBarrier {
+    made: Mutex<Option<BarrierProgram>>,
 }
 
 #[derive(Clone, Copy)]
-struct Made {
+struct BarrierProgram {
     executable: *mut PJRT_LoadedExecutable,
     operand: *mut PJRT_Buffer,
 }
 
-/// A gate that is shut; dropping opens it.
-pub struct Shut(u32);
+/// A barrier that is held; dropping releases it.
+pub struct Hold(u32);
 
-impl Drop for Shut {
+impl Drop for Hold {
     fn drop(&mut self) {
-        if let Some(shut) = SHUT.lock().as_mut() {
-            shut.remove(&self.0);
+        if let Some(held) = HELD.lock().as_mut() {
+            held.remove(&self.0);
         }
-        OPENED.notify_all();
+        RELEASED.notify_all();
     }
 }
 
-/// Waits until the gate of that run is open; what its custom call does.
-pub fn wait_open(run_id: i64) {
-    let mut shut = SHUT.lock();
-    while shut
+/// Waits until the barrier of that run is released; what its custom call does.
+pub fn wait_released(run_id: i64) {
+    let mut held = HELD.lock();
+    while held
         .as_ref()
-        .is_some_and(|shut| shut.contains(&(run_id as u32)))
+        .is_some_and(|held| held.contains(&(run_id as u32)))
     {
-        OPENED.wait(&mut shut);
+        RELEASED.wait(&mut held);
     }
 }
 
-impl Gate {
+impl AsyncBarrier {
     /// Makes the program, if that has not happened. It takes 20 ms, which belong to the compilation of
     /// a program that may need it, and not to one of its launches.
     pub fn prepare(&self, client: &Client) -> Result<(), Error> {
         self.get(client).map(|_| ())
     }
 
-    fn get(&self, client: &Client) -> Result<Made, Error> {
+    fn get(&self, client: &Client) -> Result<BarrierProgram, Error> {
         let mut made = self.made.lock();
         match *made {
             Some(made) => Ok(made),
@@ -84,12 +84,12 @@ impl Gate {
         }
     }
 
-    /// Queues a shut gate on this rank's device.
-    pub fn shut(&self, client: &Client) -> Result<Shut, Error> {
+    /// Queues a held barrier on this rank's device.
+    pub fn hold(&self, client: &Client) -> Result<Hold, Error> {
         let made = self.get(client)?;
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        SHUT.lock().get_or_insert_with(HashSet::new).insert(id);
-        let shut = Shut(id);
+        HELD.lock().get_or_insert_with(HashSet::new).insert(id);
+        let held = Hold(id);
         let mut options = new_args::<PJRT_ExecuteOptions>();
         options.launch_id = id as i32;
         let arguments = [made.operand];
@@ -111,7 +111,7 @@ impl Gate {
             )
         }?;
         destroy_buffer(outputs[0]);
-        Ok(shut)
+        Ok(held)
     }
 
     /// Destroys the program; before its client is destroyed.
@@ -125,9 +125,9 @@ impl Gate {
 }
 
 // SAFETY: handles of the inner plugin, which is thread-safe.
-unsafe impl Send for Made {}
+unsafe impl Send for BarrierProgram {}
 
-fn make(client: &Client) -> Result<Made, Error> {
+fn make(client: &Client) -> Result<BarrierProgram, Error> {
     let api = plugin().inner.api();
     const FORMAT: &str = "mlir";
     let mut program = new_args::<PJRT_Program>();
@@ -156,7 +156,7 @@ fn make(client: &Client) -> Result<Made, Error> {
         call(api.PJRT_Client_BufferFromHostBuffer, &mut operand)?;
     }
     destroy_event(operand.done_with_host_buffer);
-    Ok(Made {
+    Ok(BarrierProgram {
         executable: compile.executable,
         operand: operand.buffer,
     })

@@ -6,16 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-/// The handles of one kind that are held, by address.
+/// The handles of one kind that are kept, by address.
 #[derive(Default)]
-pub struct Holds {
+pub struct KeepAlive {
     /// How many there are; spares the lock where there are none.
     count: AtomicUsize,
-    held: Mutex<Option<HashMap<usize, Held>>>,
+    kept: Mutex<Option<HashMap<usize, Kept>>>,
 }
 
 #[derive(Default)]
-struct Held {
+struct Kept {
     times: usize,
     postponed: Postponed,
 }
@@ -29,30 +29,30 @@ pub struct Postponed {
     pub destroy: bool,
 }
 
-impl Holds {
-    /// No handle is held.
-    pub const fn new() -> Holds {
-        Holds {
+impl KeepAlive {
+    /// No handle is kept.
+    pub const fn new() -> KeepAlive {
+        KeepAlive {
             count: AtomicUsize::new(0),
-            held: Mutex::new(None),
+            kept: Mutex::new(None),
         }
     }
 
-    /// Holds `handle` once more; whoever does must [`Holds::release`] it.
-    pub fn hold(&self, handle: usize) {
-        let mut held = self.held.lock();
-        let held = held.get_or_insert_with(HashMap::new);
-        held.entry(handle).or_default().times += 1;
-        self.count.store(held.len(), Ordering::Release);
+    /// KeepAlive `handle` once more; whoever does must [`KeepAlive::release`] it.
+    pub fn keep(&self, handle: usize) {
+        let mut kept = self.kept.lock();
+        let kept = kept.get_or_insert_with(HashMap::new);
+        kept.entry(handle).or_default().times += 1;
+        self.count.store(kept.len(), Ordering::Release);
     }
 
-    /// Gives `handle` up once; has what is to be done if it is not held any more.
+    /// Gives `handle` up once; has what is to be done if it is not kept any more.
     pub fn release(&self, handle: usize) -> Postponed {
-        let mut held = self.held.lock();
-        let Some(held) = held.as_mut() else {
+        let mut kept = self.kept.lock();
+        let Some(kept) = kept.as_mut() else {
             return Postponed::default();
         };
-        let Some(found) = held.get_mut(&handle) else {
+        let Some(found) = kept.get_mut(&handle) else {
             return Postponed::default();
         };
         found.times -= 1;
@@ -60,18 +60,18 @@ impl Holds {
             return Postponed::default();
         }
         let postponed = found.postponed;
-        held.remove(&handle);
-        self.count.store(held.len(), Ordering::Release);
+        kept.remove(&handle);
+        self.count.store(kept.len(), Ordering::Release);
         postponed
     }
 
-    /// Puts off what `note` marks, if `handle` is held.
+    /// Puts off what `note` marks, if `handle` is kept.
     pub fn postpone(&self, handle: usize, note: impl FnOnce(&mut Postponed)) -> bool {
         if self.count.load(Ordering::Acquire) == 0 {
             return false;
         }
-        let mut held = self.held.lock();
-        match held.as_mut().and_then(|held| held.get_mut(&handle)) {
+        let mut kept = self.kept.lock();
+        match kept.as_mut().and_then(|kept| kept.get_mut(&handle)) {
             Some(found) => {
                 note(&mut found.postponed);
                 true
@@ -85,9 +85,9 @@ impl Holds {
         if self.count.load(Ordering::Acquire) == 0 {
             return Postponed::default();
         }
-        let held = self.held.lock();
-        held.as_ref()
-            .and_then(|held| held.get(&handle))
+        let kept = self.kept.lock();
+        kept.as_ref()
+            .and_then(|kept| kept.get(&handle))
             .map_or_else(Postponed::default, |found| found.postponed)
     }
 }
@@ -98,21 +98,21 @@ mod tests {
 
     #[test]
     fn what_is_held_is_destroyed_after_the_last_release() {
-        let holds = Holds::new();
-        assert!(!holds.postpone(1, |postponed| postponed.destroy = true));
-        holds.hold(1);
-        holds.hold(1);
-        assert!(!holds.postpone(2, |postponed| postponed.destroy = true));
-        assert!(holds.postpone(1, |postponed| postponed.delete = true));
-        assert!(holds.postponed(1).delete && !holds.postponed(2).delete);
-        assert!(holds.postpone(1, |postponed| postponed.destroy = true));
-        assert_eq!(holds.release(1), Postponed::default());
+        let table = KeepAlive::new();
+        assert!(!table.postpone(1, |postponed| postponed.destroy = true));
+        table.keep(1);
+        table.keep(1);
+        assert!(!table.postpone(2, |postponed| postponed.destroy = true));
+        assert!(table.postpone(1, |postponed| postponed.delete = true));
+        assert!(table.postponed(1).delete && !table.postponed(2).delete);
+        assert!(table.postpone(1, |postponed| postponed.destroy = true));
+        assert_eq!(table.release(1), Postponed::default());
         let both = Postponed {
             delete: true,
             destroy: true,
         };
-        assert_eq!(holds.release(1), both);
-        assert!(!holds.postpone(1, |postponed| postponed.destroy = true));
-        assert_eq!(holds.release(1), Postponed::default());
+        assert_eq!(table.release(1), both);
+        assert!(!table.postpone(1, |postponed| postponed.destroy = true));
+        assert_eq!(table.release(1), Postponed::default());
     }
 }

@@ -30,13 +30,13 @@ const LARGEST_SPARE: usize = 64 << 20;
 const SPINS: u32 = 64;
 
 /// The messages of this process that were started and not waited for.
-pub struct Splits {
+pub struct NonblockingMessages {
     shared: Arc<Shared>,
 }
 
 struct Shared {
     shim: Shim,
-    table: Mutex<Table>,
+    table: Mutex<MessageTable>,
     /// Something was started.
     started: Condvar,
     /// Receives that have no message yet; spares other receives the lock if there are none.
@@ -44,7 +44,7 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct Table {
+struct MessageTable {
     last: u32,
     rows: Vec<Row>,
     has_thread: bool,
@@ -62,7 +62,7 @@ struct Row {
     posted: Posted,
     /// What is sent, or arrives; in 16-byte elements, so that it is aligned for all types.
     memory: Vec<u128>,
-    state: State,
+    state: MessageState,
 }
 
 /// As the shim takes it; its pointers are not used, but for what is sent, which is the row's memory.
@@ -72,7 +72,7 @@ struct Posted(ShimOp);
 // SAFETY: see above; memory of a vector does not move with it.
 unsafe impl Send for Posted {}
 
-enum State {
+enum MessageState {
     /// A receive that has no message yet.
     Unmatched,
     Running(Request, ShimReceived),
@@ -82,7 +82,7 @@ enum State {
 
 /// A message that was waited for.
 pub struct Ended<'a> {
-    splits: &'a Splits,
+    nonblocking: &'a NonblockingMessages,
     /// What started it.
     pub operation: Operation<'static>,
     /// What arrived.
@@ -94,7 +94,7 @@ pub struct Ended<'a> {
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         let memory = std::mem::take(&mut self.memory);
-        self.splits.shared.table.lock().keep(memory);
+        self.nonblocking.shared.table.lock().keep(memory);
     }
 }
 
@@ -130,10 +130,10 @@ impl Ended<'_> {
     }
 }
 
-impl Splits {
+impl NonblockingMessages {
     /// None yet.
-    pub fn new(shim: Shim) -> Splits {
-        Splits {
+    pub fn new(shim: Shim) -> NonblockingMessages {
+        NonblockingMessages {
             shared: Arc::new(Shared {
                 shim,
                 table: Mutex::default(),
@@ -167,10 +167,10 @@ impl Splits {
         let state = if sends {
             // SAFETY: the row keeps the memory until the request is complete.
             let request = engine::executing(|| unsafe { shared.shim.start_send(&posted) });
-            State::Running(request.map_err(|error| error.0)?, nothing)
+            MessageState::Running(request.map_err(|error| error.0)?, nothing)
         } else {
             shared.unmatched.fetch_add(1, Ordering::AcqRel);
-            State::Unmatched
+            MessageState::Unmatched
         };
         table.last = table.last.wrapping_add(1).max(1);
         let number = table.last;
@@ -211,15 +211,17 @@ impl Splits {
             if table.rows[index].has_ended() {
                 let row = table.rows.remove(index);
                 return match row.state {
-                    State::Done(status, received) => Ok(Ended {
-                        splits: self,
+                    MessageState::Done(status, received) => Ok(Ended {
+                        nonblocking: self,
                         operation: row.operation,
                         received,
                         status,
                         memory: row.memory,
                     }),
-                    State::Failed(reason) => Err(reason),
-                    State::Unmatched | State::Running(..) => unreachable!("it has ended"),
+                    MessageState::Failed(reason) => Err(reason),
+                    MessageState::Unmatched | MessageState::Running(..) => {
+                        unreachable!("it has ended")
+                    }
                 };
             }
             drop(table);
@@ -314,7 +316,7 @@ impl Splits {
     pub fn free(&self, comm: u64) {
         let mut table = self.shared.table.lock();
         for row in &mut table.rows {
-            if matches!(row.state, State::Unmatched) && row.posted.0.comm == comm {
+            if matches!(row.state, MessageState::Unmatched) && row.posted.0.comm == comm {
                 self.shared.fail(
                     row,
                     "the communicator was freed before the message came; wait for it first".into(),
@@ -329,7 +331,7 @@ impl Splits {
         let running = table
             .rows
             .iter()
-            .filter(|row| matches!(row.state, State::Running(..)));
+            .filter(|row| matches!(row.state, MessageState::Running(..)));
         running
             .map(|row| (row.operation, row.shape.clone()))
             .collect()
@@ -345,14 +347,18 @@ impl Splits {
             table.rows.retain_mut(|row| {
                 let operation = &row.operation;
                 match &row.state {
-                    State::Running(..) => return true,
-                    State::Failed(reason) => lost.push(format!("{operation} failed: {reason}")),
-                    State::Unmatched | State::Done(..) if operation.kind == Kind::Irecv => {
+                    MessageState::Running(..) => return true,
+                    MessageState::Failed(reason) => {
+                        lost.push(format!("{operation} failed: {reason}"))
+                    }
+                    MessageState::Unmatched | MessageState::Done(..)
+                        if operation.kind == Kind::Irecv =>
+                    {
                         lost.push(format!(
                             "{operation} was never waited for, and its message is lost"
                         ));
                     }
-                    State::Unmatched | State::Done(..) => {}
+                    MessageState::Unmatched | MessageState::Done(..) => {}
                 }
                 false
             });
@@ -366,7 +372,7 @@ impl Splits {
     }
 }
 
-impl Table {
+impl MessageTable {
     /// Memory for so many bytes.
     fn memory(&mut self, bytes: usize) -> Result<Vec<u128>, String> {
         let elements = bytes.div_ceil(size_of::<u128>());
@@ -391,7 +397,7 @@ impl Table {
 
 impl Row {
     fn has_ended(&self) -> bool {
-        matches!(self.state, State::Done(..) | State::Failed(_))
+        matches!(self.state, MessageState::Done(..) | MessageState::Failed(_))
     }
 }
 
@@ -450,42 +456,44 @@ impl Shared {
     }
 
     /// Moves every message on; whether anything changed.
-    fn progress(&self, table: &mut Table) -> bool {
+    fn progress(&self, table: &mut MessageTable) -> bool {
         let mut changed = false;
         for index in 0..table.rows.len() {
             let row = &mut table.rows[index];
             match &mut row.state {
-                State::Unmatched => match engine::executing(|| self.shim.take(&row.posted.0)) {
-                    Ok(None) => {}
-                    Ok(Some(message)) => {
-                        let comm = row.posted.0.comm;
-                        // At least this row accepts it; an earlier one may, too.
-                        if let Some(first) = taker(&table.rows, comm, &message.envelope) {
-                            self.receive_into(table, first, message);
-                        }
-                        changed = true;
-                    }
-                    Err(error) => self.fail(row, error.0),
-                },
-                State::Running(request, envelope) => {
-                    let envelope = *envelope;
-                    match engine::executing(|| self.shim.test(request)) {
+                MessageState::Unmatched => {
+                    match engine::executing(|| self.shim.take(&row.posted.0)) {
                         Ok(None) => {}
-                        Ok(Some(status)) => {
-                            row.state = State::Done(status, envelope);
+                        Ok(Some(message)) => {
+                            let comm = row.posted.0.comm;
+                            // At least this row accepts it; an earlier one may, too.
+                            if let Some(first) = taker(&table.rows, comm, &message.envelope) {
+                                self.receive_into(table, first, message);
+                            }
                             changed = true;
                         }
                         Err(error) => self.fail(row, error.0),
                     }
                 }
-                State::Done(..) | State::Failed(_) => {}
+                MessageState::Running(request, envelope) => {
+                    let envelope = *envelope;
+                    match engine::executing(|| self.shim.test(request)) {
+                        Ok(None) => {}
+                        Ok(Some(status)) => {
+                            row.state = MessageState::Done(status, envelope);
+                            changed = true;
+                        }
+                        Err(error) => self.fail(row, error.0),
+                    }
+                }
+                MessageState::Done(..) | MessageState::Failed(_) => {}
             }
         }
         changed
     }
 
     /// Starts to receive a message into the row that gets it.
-    fn receive_into(&self, table: &mut Table, index: usize, message: Message) {
+    fn receive_into(&self, table: &mut MessageTable, index: usize, message: Message) {
         let envelope = message.envelope;
         let memory = table.memory(envelope.bytes as usize);
         let row = &mut table.rows[index];
@@ -501,17 +509,17 @@ impl Shared {
         match started {
             Ok(request) => {
                 self.unmatched.fetch_sub(1, Ordering::AcqRel);
-                row.state = State::Running(request, envelope);
+                row.state = MessageState::Running(request, envelope);
             }
             Err(error) => self.fail(row, error.0),
         }
     }
 
     fn fail(&self, row: &mut Row, reason: String) {
-        if matches!(row.state, State::Unmatched) {
+        if matches!(row.state, MessageState::Unmatched) {
             self.unmatched.fetch_sub(1, Ordering::AcqRel);
         }
-        row.state = State::Failed(reason);
+        row.state = MessageState::Failed(reason);
     }
 }
 
@@ -519,7 +527,7 @@ impl Shared {
 fn taker(rows: &[Row], comm: u64, envelope: &ShimReceived) -> Option<usize> {
     rows.iter().position(|row| {
         let op = &row.posted.0;
-        matches!(row.state, State::Unmatched)
+        matches!(row.state, MessageState::Unmatched)
             && op.comm == comm
             && (op.source == ANY || op.source == envelope.source)
             && (op.recv_tag == ANY || op.recv_tag == envelope.tag)
@@ -562,7 +570,7 @@ mod tests {
     use crate::check;
     use crate::communicators::Communicator;
 
-    fn receive(number: u32, comm: u64, source: i32, tag: i32, state: State) -> Row {
+    fn receive(number: u32, comm: u64, source: i32, tag: i32, state: MessageState) -> Row {
         let operation = Operation {
             kind: Kind::Irecv,
             of: None,
@@ -599,11 +607,11 @@ mod tests {
     #[test]
     fn a_message_goes_to_the_first_receive_that_accepts_it() {
         let rows = [
-            receive(1, 7, 1, 5, State::Failed(String::new())),
-            receive(2, 8, ANY, ANY, State::Unmatched),
-            receive(3, 7, 1, 5, State::Unmatched),
-            receive(4, 7, ANY, 5, State::Unmatched),
-            receive(5, 7, ANY, ANY, State::Unmatched),
+            receive(1, 7, 1, 5, MessageState::Failed(String::new())),
+            receive(2, 8, ANY, ANY, MessageState::Unmatched),
+            receive(3, 7, 1, 5, MessageState::Unmatched),
+            receive(4, 7, ANY, 5, MessageState::Unmatched),
+            receive(5, 7, ANY, ANY, MessageState::Unmatched),
         ];
         let gets = |comm, source, tag| {
             let envelope = ShimReceived {

@@ -1,8 +1,8 @@
 //! Memory that the ranks of a node share, through which long messages go between their devices: the
 //! sender's device copies into it and the receiver's copies out of it, and no processor touches the
-//! data. Each rank has an outbox, a ring of slots, and messages use its slots one after the other.
+//! data. Each rank has a shared-memory ring, a ring of slots, and messages use its slots one after the other.
 //!
-//! MPI carries the announcement of a message, which says at which place of the ring it begins. A slot goes back
+//! MPI carries the rendezvous header of a message, which says at which place of the ring it begins. A slot goes back
 //! and forth between the two ranks by its two numbers.
 
 use std::fs::{File, OpenOptions};
@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use memmap2::MmapRaw;
 
 use crate::device::{Device, HostMemory};
-use crate::pending::say;
-use crate::split::pause;
+use crate::log;
+use crate::nonblocking::pause;
 
 /// Slots of a ring: copies down, copies up and what the ranks do in between overlap.
 const SLOTS: usize = 8;
@@ -34,13 +34,13 @@ const PAGE: usize = 4096;
 /// Both count places of the ring from 1 on: the last that was filled in this slot, and the last whose
 /// data are not needed any more.
 #[repr(C, align(64))]
-struct State {
+struct RingState {
     filled: AtomicU64,
     freed: AtomicU64,
 }
 
 /// One rank's slots, mapped by this process.
-pub(super) struct Outbox {
+pub(super) struct ShmRing {
     memory: MmapRaw,
     slot: usize,
     ranks: usize,
@@ -48,18 +48,18 @@ pub(super) struct Outbox {
     pinned: OnceLock<()>,
 }
 
-impl Outbox {
+impl ShmRing {
     fn header(ranks: usize) -> usize {
-        (SLOTS * size_of::<State>() + ranks + 1).next_multiple_of(PAGE)
+        (SLOTS * size_of::<RingState>() + ranks + 1).next_multiple_of(PAGE)
     }
 
-    fn over(file: &File, ranks: usize) -> io::Result<Outbox> {
+    fn over(file: &File, ranks: usize) -> io::Result<ShmRing> {
         let memory = MmapRaw::map_raw(file)?;
         let slots = memory.len().saturating_sub(Self::header(ranks));
         if slots == 0 || !slots.is_multiple_of(SLOTS) {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        Ok(Outbox {
+        Ok(ShmRing {
             memory,
             slot: slots / SLOTS,
             ranks,
@@ -67,11 +67,11 @@ impl Outbox {
         })
     }
 
-    fn state(&self, place: u64) -> &State {
+    fn state(&self, place: u64) -> &RingState {
         let index = place as usize % SLOTS;
         // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; everybody
         // accesses it atomically.
-        unsafe { &*self.memory.as_mut_ptr().cast::<State>().add(index) }
+        unsafe { &*self.memory.as_mut_ptr().cast::<RingState>().add(index) }
     }
 
     /// Whether the rank with that number has mapped this memory.
@@ -86,7 +86,7 @@ impl Outbox {
 
     fn flag(&self, number: usize) -> &AtomicBool {
         assert!(number <= self.ranks);
-        let offset = SLOTS * size_of::<State>() + number;
+        let offset = SLOTS * size_of::<RingState>() + number;
         // SAFETY: inside the header; zero or one, and accessed atomically by everybody.
         unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicBool>() }
     }
@@ -144,7 +144,7 @@ impl Outbox {
         }
     }
 
-    /// The sender has announced a message and cannot send the rest of it.
+    /// The sender has sent the header of a message and cannot send the rest of it.
     fn break_off(&self) {
         self.broken().store(true, Ordering::SeqCst);
     }
@@ -160,35 +160,35 @@ impl Outbox {
         self.pinned.get_or_init(|| {
             if let Some(data) = NonNull::new(self.memory.as_mut_ptr()) {
                 let bytes = self.memory.len();
-                // SAFETY: mapped as long as the process lives: outboxes are the world's.
+                // SAFETY: mapped as long as the process lives: shared-memory rings are the world's.
                 let pinned = unsafe { device.pin(&HostMemory { data, bytes }) };
                 if let Err(error) = pinned {
-                    say(&format!("mpi_cuda: memory shared by ranks is used unpinned, which is slower: {error}"));
+                    log::line(&format!("mpi_cuda: memory shared by ranks is used unpinned, which is slower: {error}"));
                 }
             }
         });
     }
 }
 
-/// The outboxes of the ranks that this one shares memory with.
-pub struct Outboxes {
+/// The shared-memory rings of the ranks that this one shares memory with.
+pub struct ShmRings {
     name: u64,
     rank: usize,
     /// By rank in the world; its own among them, if it could be made.
-    all: Vec<Option<Outbox>>,
+    all: Vec<Option<ShmRing>>,
     /// Place of the next message in the own one.
     next: AtomicU64,
     /// Why there is no own one, if there should be.
     failure: Option<io::Error>,
 }
 
-impl Outboxes {
+impl ShmRings {
     fn path(name: u64, rank: usize) -> PathBuf {
         format!("/dev/shm/mpi_cuda.{name:016x}.{rank}").into()
     }
 
-    /// Makes the outbox of `rank`, for messages in parts of at most `chunk` bytes. All ranks of `size`
-    /// call this with the same name, then, when all have, [`Outboxes::open`], and then [`Outboxes::unlink`].
+    /// Makes the shared-memory ring of `rank`, for messages in parts of at most `chunk` bytes. All ranks of `size`
+    /// call this with the same name, then, when all have, [`ShmRings::open`], and then [`ShmRings::unlink`].
     /// A rank that wants none or cannot make one sends its messages through MPI; it makes one only if those of
     /// the `neighbours` ranks of its node take at most half of the memory that is left for such things.
     pub fn make(
@@ -197,8 +197,8 @@ impl Outboxes {
         size: usize,
         neighbours: usize,
         chunk: Option<usize>,
-    ) -> Outboxes {
-        let mut all: Vec<Option<Outbox>> = (0..size).map(|_| None).collect();
+    ) -> ShmRings {
+        let mut all: Vec<Option<ShmRing>> = (0..size).map(|_| None).collect();
         let mut failure = None;
         if let Some(chunk) = chunk {
             let slot = chunk.min(LARGEST);
@@ -207,7 +207,7 @@ impl Outboxes {
                 Err(error) => failure = Some(error),
             }
         }
-        Outboxes {
+        ShmRings {
             name,
             rank,
             all,
@@ -216,11 +216,11 @@ impl Outboxes {
         }
     }
 
-    fn create(path: &PathBuf, size: usize, neighbours: usize, slot: usize) -> io::Result<Outbox> {
+    fn create(path: &PathBuf, size: usize, neighbours: usize, slot: usize) -> io::Result<ShmRing> {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(path)?;
-        let bytes = Outbox::header(size) + SLOTS * slot;
+        let bytes = ShmRing::header(size) + SLOTS * slot;
         // Reserved, and not more than there is to spare: MPI and others need this memory too, and
         // its lack would be a signal later.
         let there = free_bytes(&file)?;
@@ -228,7 +228,7 @@ impl Outboxes {
         let reserved = (bytes * neighbours) as u64 <= there / 2
             && unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as i64) } == 0;
         let made = match reserved {
-            true => Outbox::over(&file, size),
+            true => ShmRing::over(&file, size),
             false => Err(io::ErrorKind::StorageFull.into()),
         };
         if made.is_err() {
@@ -245,10 +245,10 @@ impl Outboxes {
             if rank != own {
                 let path = Self::path(self.name, rank);
                 let file = OpenOptions::new().read(true).write(true).open(path);
-                self.all[rank] = file.and_then(|file| Outbox::over(&file, size)).ok();
+                self.all[rank] = file.and_then(|file| ShmRing::over(&file, size)).ok();
             }
-            if let Some(outbox) = &self.all[rank] {
-                outbox.seen_by(own).store(true, Ordering::SeqCst);
+            if let Some(shm_ring) = &self.all[rank] {
+                shm_ring.seen_by(own).store(true, Ordering::SeqCst);
             }
         }
     }
@@ -265,14 +265,14 @@ impl Outboxes {
         self.failure.as_ref()
     }
 
-    /// The ranks that read this one's outbox.
+    /// The ranks that read this one's shared-memory ring.
     pub fn readers(&self) -> usize {
         let reads = |&rank: &usize| rank != self.rank && self.to(rank as i32).is_some();
         (0..self.all.len()).filter(reads).count()
     }
 
-    /// The own outbox, if `rank` reads it.
-    pub(super) fn to(&self, rank: i32) -> Option<&Outbox> {
+    /// The own shared-memory ring, if `rank` reads it.
+    pub(super) fn to(&self, rank: i32) -> Option<&ShmRing> {
         let own = self.all[self.rank].as_ref()?;
         if own.broken().load(Ordering::SeqCst) {
             return None;
@@ -281,8 +281,8 @@ impl Outboxes {
         (there && own.seen_by(rank as usize).load(Ordering::SeqCst)).then_some(own)
     }
 
-    /// The outbox of `rank`.
-    pub(super) fn of(&self, rank: usize) -> Option<&Outbox> {
+    /// The shared-memory ring of `rank`.
+    pub(super) fn of(&self, rank: usize) -> Option<&ShmRing> {
         self.all.get(rank)?.as_ref()
     }
 
@@ -298,12 +298,12 @@ impl Outboxes {
 
     /// The message with the places from `first` on, before `end`, is not sent to its end. If the receiver
     /// knows of it, this rank's messages go through MPI from now on.
-    pub(super) fn give_up(&self, first: u64, end: u64, announced: bool) {
+    pub(super) fn give_up(&self, first: u64, end: u64, header_sent: bool) {
         let back = || {
             let next = &self.next;
             next.compare_exchange(end, first, Ordering::Relaxed, Ordering::Relaxed)
         };
-        if (announced || back().is_err())
+        if (header_sent || back().is_err())
             && let Some(own) = &self.all[self.rank]
         {
             own.break_off();
@@ -311,7 +311,7 @@ impl Outboxes {
     }
 }
 
-impl Drop for Outboxes {
+impl Drop for ShmRings {
     fn drop(&mut self) {
         self.unlink();
     }
@@ -334,13 +334,13 @@ mod tests {
 
     #[test]
     fn places_go_back_and_forth_between_two_ranks() {
-        let name = crate::arrivals::Arrivals::new_name();
+        let name = crate::rendezvous::Rendezvous::new_name();
         let mut both: Vec<_> = (0..2)
-            .map(|rank| Outboxes::make(name, rank, 2, 2, Some(4096)))
+            .map(|rank| ShmRings::make(name, rank, 2, 2, Some(4096)))
             .collect();
-        both.iter_mut().for_each(Outboxes::open);
-        both.iter().for_each(Outboxes::unlink);
-        assert!(!Outboxes::path(name, 0).exists() && both[0].readers() == 1);
+        both.iter_mut().for_each(ShmRings::open);
+        both.iter().for_each(ShmRings::unlink);
+        assert!(!ShmRings::path(name, 0).exists() && both[0].readers() == 1);
         let (sends, receives) = (both[0].to(1).unwrap(), both[1].of(0).unwrap());
         for place in 0..3 * SLOTS as u64 {
             assert!(sends.is_free(place) && !receives.is_filled(place));
@@ -358,10 +358,10 @@ mod tests {
 
     #[test]
     fn a_message_that_is_refused_leaves_the_one_before_it_alone() {
-        let name = crate::arrivals::Arrivals::new_name();
-        let make = |rank| Outboxes::make(name, rank, 3, 3, Some(4096));
+        let name = crate::rendezvous::Rendezvous::new_name();
+        let make = |rank| ShmRings::make(name, rank, 3, 3, Some(4096));
         let mut all: Vec<_> = (0..3).map(make).collect();
-        all.iter_mut().for_each(Outboxes::open);
+        all.iter_mut().for_each(ShmRings::open);
         let (sends, slow, refuses) = (all[0].to(1).unwrap(), &all[1], &all[2]);
         let ring = SLOTS as u64;
         // One that fills the ring, and one of two places for another rank, which refuses it first.
@@ -385,11 +385,11 @@ mod tests {
 
     #[test]
     fn what_is_given_up_is_taken_back_or_known_to_the_reader() {
-        let name = crate::arrivals::Arrivals::new_name();
+        let name = crate::rendezvous::Rendezvous::new_name();
         let mut both: Vec<_> = (0..2)
-            .map(|rank| Outboxes::make(name, rank, 2, 2, Some(4096)))
+            .map(|rank| ShmRings::make(name, rank, 2, 2, Some(4096)))
             .collect();
-        both.iter_mut().for_each(Outboxes::open);
+        both.iter_mut().for_each(ShmRings::open);
         let first = both[0].reserve(5);
         both[0].give_up(first, first + 5, false);
         assert_eq!(both[0].reserve(3), first);
@@ -404,9 +404,9 @@ mod tests {
 
     #[test]
     fn parts_are_whole_elements_and_fit_their_slots() {
-        let name = crate::arrivals::Arrivals::new_name();
+        let name = crate::rendezvous::Rendezvous::new_name();
         for chunk in [64, 4096, 1 << 20, 1 << 30] {
-            let own = Outboxes::make(name, 0, 1, 1, Some(chunk));
+            let own = ShmRings::make(name, 0, 1, 1, Some(chunk));
             own.unlink();
             let own = own.of(0).unwrap();
             for bytes in [1, 100, chunk + 1, 4 << 20, 5_000_001, 64 << 20] {
@@ -419,17 +419,17 @@ mod tests {
 
     #[test]
     fn a_rank_that_did_not_map_it_is_sent_to_by_mpi() {
-        let name = crate::arrivals::Arrivals::new_name();
-        let mut own = Outboxes::make(name, 1, 3, 3, Some(4096));
+        let name = crate::rendezvous::Rendezvous::new_name();
+        let mut own = ShmRings::make(name, 1, 3, 3, Some(4096));
         own.open();
         own.unlink();
         assert!(own.to(0).is_none() && own.to(2).is_none() && own.to(7).is_none());
         assert_eq!(own.readers(), 0);
         assert!(own.failure().is_none());
         // Too large for what there is.
-        let many = Outboxes::make(name, 1, 3, 1 << 40, Some(4096));
+        let many = ShmRings::make(name, 1, 3, 1 << 40, Some(4096));
         assert!(many.failure().is_some() && many.of(1).is_none());
-        assert!(Outboxes::create(&Outboxes::path(name, 1), 3, 1, 1 << 50).is_err());
-        assert!(!Outboxes::path(name, 1).exists());
+        assert!(ShmRings::create(&ShmRings::path(name, 1), 3, 1, 1 << 50).is_err());
+        assert!(!ShmRings::path(name, 1).exists());
     }
 }

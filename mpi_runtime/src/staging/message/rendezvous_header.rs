@@ -1,40 +1,40 @@
 //! What is said of a long message before it comes.
 
 use crate::staging::Staging;
-use crate::staging::outbox::Outbox;
+use crate::staging::shm_ring::ShmRing;
 
-/// An announcement begins with this. Of arrays only one of 25 bytes that begin so could be taken for one.
+/// A rendezvous header begins with this. Of arrays only one of 25 bytes that begin so could be taken for one.
 const MAGIC: [u8; 5] = *b"MPIc\x02";
-/// Then come the message's bytes, and the sender's rank in the world and the place in its outbox.
-pub(crate) const ANNOUNCEMENT: usize =
+/// Then come the message's bytes, and the sender's rank in the world and the place in its shared-memory ring.
+pub(crate) const HEADER_BYTES: usize =
     MAGIC.len() + size_of::<u64>() + size_of::<u32>() + size_of::<u64>();
 /// In place of a rank: the data come as messages.
 pub(super) const BY_MPI: u32 = u32::MAX;
 
 /// What is said of a message before it comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Announcement {
+pub(crate) struct RendezvousHeader {
     pub(crate) bytes: usize,
     pub(super) sender: u32,
     pub(super) place: u64,
 }
 
-impl Announcement {
-    pub(super) fn text(self) -> [u8; ANNOUNCEMENT] {
+impl RendezvousHeader {
+    pub(super) fn text(self) -> [u8; HEADER_BYTES] {
         let bytes = (self.bytes as u64).to_le_bytes();
         let (sender, place) = (self.sender.to_le_bytes(), self.place.to_le_bytes());
         let all = MAGIC.into_iter().chain(bytes).chain(sender).chain(place);
-        let mut text = [0; ANNOUNCEMENT];
+        let mut text = [0; HEADER_BYTES];
         text.iter_mut().zip(all).for_each(|(to, from)| *to = from);
         text
     }
 
-    /// The announcement that a message in `memory` is, if it is one.
-    pub(crate) fn read(memory: &[u8]) -> Option<Announcement> {
+    /// The rendezvous header that a message in `memory` is, if it is one.
+    pub(crate) fn read(memory: &[u8]) -> Option<RendezvousHeader> {
         let text = memory.strip_prefix(&MAGIC)?;
         let (bytes, text) = text.split_first_chunk()?;
         let (sender, text) = text.split_first_chunk()?;
-        Some(Announcement {
+        Some(RendezvousHeader {
             bytes: usize::try_from(u64::from_le_bytes(*bytes)).ok()?,
             sender: u32::from_le_bytes(*sender),
             place: u64::from_le_bytes(text.try_into().ok()?),
@@ -42,28 +42,28 @@ impl Announcement {
     }
 }
 
-impl Announcement {
+impl RendezvousHeader {
     /// Where the message comes from, and its places: from the first to behind the last. None if it comes
     /// by MPI.
     pub(super) fn slots<'s>(
         &self,
         staging: &'s Staging,
-    ) -> Option<Result<(&'s Outbox, u64, u64), ()>> {
+    ) -> Option<Result<(&'s ShmRing, u64, u64), ()>> {
         if self.sender == BY_MPI {
             return None;
         }
-        let outboxes = staging.outboxes.as_ref();
-        let outbox = outboxes.and_then(|outboxes| outboxes.of(self.sender as usize));
-        Some(outbox.ok_or(()).map(|outbox| {
-            let end = self.place + outbox.places(self.bytes);
-            (outbox, self.place, end)
+        let shm_rings = staging.shm_rings.as_ref();
+        let shm_ring = shm_rings.and_then(|shm_rings| shm_rings.of(self.sender as usize));
+        Some(shm_ring.ok_or(()).map(|shm_ring| {
+            let end = self.place + shm_ring.places(self.bytes);
+            (shm_ring, self.place, end)
         }))
     }
 
     /// Nobody receives the message.
     pub(crate) fn refuse(&self, staging: &Staging) {
-        if let Some(Ok((outbox, first, end))) = self.slots(staging) {
-            outbox.drain(first, end);
+        if let Some(Ok((shm_ring, first, end))) = self.slots(staging) {
+            shm_ring.drain(first, end);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Native collectives: the groups of ranks they run in, and the start of their programs.
+//! Collectives: the groups of ranks they run in, and the start of their programs.
 
 #![forbid(unsafe_code)]
 
@@ -8,16 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi_shim_abi::{ANY, Datatype, Kind, Reduction, ShimOp};
 use parking_lot::Mutex;
 
-use crate::arrivals::Arrivals;
-use crate::asleep;
-use crate::communicators::{Communicator, NATIVE, SELF};
+use crate::backoff;
+use crate::communicators::{COLLECTIVES, Communicator, SELF};
 use crate::engine::Engine;
 use crate::error::OperationError;
 use crate::operation::{Buffer, Operation};
 use crate::order::Ticket;
+use crate::rendezvous::Rendezvous;
 use crate::shim::{MpiError, Shim};
 
-/// Tag of messages between the devices of native collectives.
+/// Tag of messages between the devices of collectives.
 pub const TAG: i32 = 1;
 /// Tags of the first run of a program: what a rank is about to run, and the verdict.
 const ARRIVAL_TAG: i32 = 2;
@@ -25,15 +25,15 @@ const VERDICT_TAG: i32 = 3;
 
 /// The groups that this process's rank is in, by number.
 #[derive(Default)]
-pub struct Groups {
+pub struct ReplicaGroups {
     members: Mutex<HashMap<i64, Vec<i32>>>,
     /// Sequences of collectives that this rank has run, in words.
     summaries: Mutex<HashMap<u64, String>>,
 }
 
-/// A program with native collectives.
+/// A program with collectives.
 #[derive(Debug)]
-pub struct Program {
+pub struct CollectiveSequence {
     /// Hash of its sequence of collectives.
     pub sequence: u64,
     /// The sequence in words.
@@ -46,10 +46,15 @@ pub struct Program {
     begun: AtomicBool,
 }
 
-impl Program {
+impl CollectiveSequence {
     /// A program that has not run yet.
-    pub fn new(sequence: u64, summary: String, members: Vec<i32>, world_size: i32) -> Program {
-        Program {
+    pub fn new(
+        sequence: u64,
+        summary: String,
+        members: Vec<i32>,
+        world_size: i32,
+    ) -> CollectiveSequence {
+        CollectiveSequence {
             sequence,
             summary,
             everybody: members.len() == world_size as usize,
@@ -73,7 +78,7 @@ impl Engine {
         let Some(members) = self.groups.members.lock().get(&op.comm).cloned() else {
             return Ok(None);
         };
-        let everybody = self.communicators.get(NATIVE);
+        let everybody = self.communicators.get(COLLECTIVES);
         let Some(world) = everybody else {
             return Ok(None);
         };
@@ -126,18 +131,18 @@ impl Engine {
     /// others have begun, and later it looks at what is there. Else the ranks meet, by messages, at the
     /// first launch of a sequence: that is the same on all of them, since it depends on nothing but the
     /// sequences that they have run together.
-    pub fn begin_native(
+    pub fn begin_collectives(
         &self,
         ticket: Ticket,
-        program: &Program,
+        program: &CollectiveSequence,
         first: bool,
     ) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
         let new = !program.begun.load(Ordering::Relaxed);
-        let launch = program.everybody.then(|| self.count_native());
-        let done = match (launch, &self.arrivals) {
-            (Some(launch), Some(arrivals)) => {
-                self.begin_in_sight(program, launch, arrivals, first || new)
+        let launch = program.everybody.then(|| self.count_collective_launch());
+        let done = match (launch, &self.rendezvous) {
+            (Some(launch), Some(rendezvous)) => {
+                self.begin_in_sight(program, launch, rendezvous, first || new)
             }
             _ if new => self.meet(program),
             _ => Ok(()),
@@ -149,29 +154,29 @@ impl Engine {
 
     fn begin_in_sight(
         &self,
-        program: &Program,
+        program: &CollectiveSequence,
         launch: u64,
-        arrivals: &Arrivals,
+        rendezvous: &Rendezvous,
         new: bool,
     ) -> Result<(), OperationError> {
         let own = program.sequence;
-        arrivals.begin(launch, own, new.then_some(&program.summary));
+        rendezvous.begin(launch, own, new.then_some(&program.summary));
         let other = if new {
             self.groups
                 .summaries
                 .lock()
                 .insert(own, program.summary.clone());
             let _pending = self.pending.enter(&first_run(NOBODY), "all ranks");
-            arrivals.wait_begun(launch);
-            arrivals.other_program(launch, own, arrivals.ranks())
+            rendezvous.wait_begun(launch);
+            rendezvous.other_program(launch, own, rendezvous.ranks())
         } else {
-            arrivals.other_program(launch, own, arrivals.neighbours())
+            rendezvous.other_program(launch, own, rendezvous.neighbours())
         };
         let Some((rank, theirs)) = other else {
             return Ok(());
         };
         let rank = rank as i32;
-        let words = arrivals.words(rank as usize, launch);
+        let words = rendezvous.words(rank as usize, launch);
         let words = words.or_else(|| self.groups.summaries.lock().get(&theirs).cloned());
         let mut both = [
             (self.rank, words_or(Some(&program.summary))),
@@ -181,7 +186,7 @@ impl Engine {
         Err(self.failed(program, verdict(&both)))
     }
 
-    fn failed(&self, program: &Program, reason: String) -> OperationError {
+    fn failed(&self, program: &CollectiveSequence, reason: String) -> OperationError {
         OperationError {
             operation: "the start of a program".into(),
             rank: self.rank,
@@ -193,7 +198,7 @@ impl Engine {
 
     /// The first of the members collects what each is about to run, and tells them whether it is the
     /// same.
-    fn meet(&self, program: &Program) -> Result<(), OperationError> {
+    fn meet(&self, program: &CollectiveSequence) -> Result<(), OperationError> {
         // The same one in every program with the same members, in whatever order.
         let mut members = program.members.clone();
         members.sort_unstable();
@@ -204,7 +209,10 @@ impl Engine {
             return Ok(());
         }
         let failed = |reason: String| self.failed(program, reason);
-        let comm = self.communicators.get(NATIVE).map_or(0, |row| row.handle);
+        let comm = self
+            .communicators
+            .get(COLLECTIVES)
+            .map_or(0, |row| row.handle);
         let post = Post {
             engine: self,
             shim,
@@ -264,7 +272,7 @@ fn first_run(peer: i32) -> Operation<'static> {
     Operation {
         kind: Kind::Recv,
         of: Some("a program's first run, which all its ranks must begin:"),
-        comm: NATIVE,
+        comm: COLLECTIVES,
         send: Buffer::NONE,
         recv: Buffer::NONE,
         reduction: None,
@@ -278,7 +286,7 @@ fn first_run(peer: i32) -> Operation<'static> {
 }
 
 /// What a rank says of the program that it is about to run: the hash, then words.
-fn arrival(program: &Program) -> Vec<u8> {
+fn arrival(program: &CollectiveSequence) -> Vec<u8> {
     let mut bytes = program.sequence.to_le_bytes().to_vec();
     bytes.extend_from_slice(program.summary.as_bytes());
     bytes
@@ -327,7 +335,7 @@ impl Post<'_> {
     fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
         let wanted = self.operation(Kind::Recv, peer, tag, &[]);
         let _pending = self.engine.pending.enter(&first_run(peer), "all ranks");
-        let message = asleep::until(|| self.shim.take(&wanted).transpose())?;
+        let message = backoff::until(|| self.shim.take(&wanted).transpose())?;
         self.shim.receive_bytes(message)
     }
 }
@@ -338,12 +346,17 @@ mod tests {
 
     #[test]
     fn an_arrival_names_its_program() {
-        let program = Program::new(7, "all-reduce f32[4] SUM".into(), vec![0, 1], 2);
+        let program = CollectiveSequence::new(7, "all-reduce f32[4] SUM".into(), vec![0, 1], 2);
         assert!(program.everybody);
         let bytes = arrival(&program);
         assert_eq!(described(&bytes), "all-reduce f32[4] SUM");
         assert_eq!(
-            described(&arrival(&Program::new(0, String::new(), vec![0], 2))),
+            described(&arrival(&CollectiveSequence::new(
+                0,
+                String::new(),
+                vec![0],
+                2
+            ))),
             "no collectives"
         );
         assert_eq!(described(&[1, 2]), "no collectives");

@@ -1,19 +1,20 @@
-//! Handlers of native collectives, which `hlo_rewrite` puts into partitioned programs. Their operands
+//! Handlers of collectives, which `hlo_rewrite` puts into partitioned programs. Their operands
 //! lie contiguously as MPI wants them; the last operand and the last result are the token.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use mpi_runtime::collectives::TAG;
 use mpi_runtime::operation::REDUCTIONS;
-use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Reduction, Ticket, World, native};
+use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
 use pjrt_sys::*;
 
 use super::Handler;
 use super::frame::{Frame, handle};
 use crate::execute::ticket_of;
 use crate::memory::Memory;
-use crate::natives::{self, Part};
 use crate::plugin::world;
+use crate::replica_groups::{self, Part};
 
 /// Handlers by the name of the target, without the prefix.
 pub const HANDLERS: &[(&str, Handler)] = &[
@@ -62,7 +63,7 @@ unsafe fn collective(
                 ticket,
                 operands: frame.raw_args().len().saturating_sub(1),
                 results: frame.raw_rets().len().saturating_sub(1),
-                part: natives::part(attribute(frame, "table")?)?,
+                part: replica_groups::part(attribute(frame, "table")?)?,
                 memory: Memory::of(frame)?,
             };
             refuse_narrow(frame)?;
@@ -77,12 +78,12 @@ unsafe extern "C" fn begin(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error 
     unsafe {
         handle(frame, |frame| {
             let world = world().ok_or("mpi_cuda: a program ran before the world was started")?;
-            let program = natives::program(attribute(frame, "program")?)?;
+            let program = replica_groups::program(attribute(frame, "program")?)?;
             let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
             let again = program.ran.swap(true, Ordering::Relaxed);
             world
                 .engine
-                .begin_native(ticket, &program.sequence, !again)
+                .begin_collectives(ticket, &program.sequence, !again)
                 .map_err(|error| error.to_string())
         })
     }
@@ -108,18 +109,18 @@ fn refuse_narrow(frame: &Frame<'_>) -> Result<(), String> {
 fn attribute(frame: &Frame<'_>, name: &str) -> Result<i64, String> {
     frame
         .integer(name)
-        .ok_or_else(|| format!("mpi_cuda: a native collective lacks its attribute {name}"))
+        .ok_or_else(|| format!("mpi_cuda: a collective lacks its attribute {name}"))
 }
 
 impl Collective<'_> {
     fn arg(&self, index: usize) -> Result<Buffer<'_>, String> {
         let found = self.frame.arg(index).filter(|_| index < self.operands);
-        found.ok_or_else(|| "mpi_cuda: a native collective lacks an operand".into())
+        found.ok_or_else(|| "mpi_cuda: a collective lacks an operand".into())
     }
 
     fn ret(&self, index: usize) -> Result<Buffer<'_>, String> {
         let found = self.frame.ret(index).filter(|_| index < self.results);
-        found.ok_or_else(|| "mpi_cuda: a native collective lacks a result".into())
+        found.ok_or_else(|| "mpi_cuda: a collective lacks a result".into())
     }
 
     /// The number of this rank's group, and its size; none if it is in none.
@@ -127,13 +128,13 @@ impl Collective<'_> {
         match self.part {
             Part::Member { group, size, .. } => Ok(Some((group, size))),
             Part::None => Ok(None),
-            _ => Err("mpi_cuda: a native collective needs groups".into()),
+            _ => Err("mpi_cuda: a collective needs groups".into()),
         }
     }
 
     fn member(&self) -> Result<(i64, i64), String> {
         self.group()?
-            .ok_or_else(|| "mpi_cuda: this rank is in no group of a native collective".into())
+            .ok_or_else(|| "mpi_cuda: this rank is in no group of a collective".into())
     }
 
     fn reduction(&self) -> Result<Reduction, String> {
@@ -239,8 +240,8 @@ fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> O
         user_reduction: 0,
         dest: 0,
         source: 0,
-        send_tag: native::TAG,
-        recv_tag: native::TAG,
+        send_tag: TAG,
+        recv_tag: TAG,
         status: 0,
     }
 }
@@ -332,7 +333,7 @@ unsafe extern "C" fn all_to_all(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_E
     unsafe {
         collective(frame, |call| {
             let (group, size) = call.member()?;
-            let (size, rank) = (size as usize, natives::rank_in(&call.part)?);
+            let (size, rank) = (size as usize, replica_groups::rank_in(&call.part)?);
             for blocks in [call.operands, call.results] {
                 if blocks != size && blocks != 1 {
                     return Err(
@@ -429,7 +430,7 @@ unsafe extern "C" fn collective_permute(frame: *mut XLA_FFI_CallFrame) -> *mut X
                             source: from.unwrap_or(PROC_NULL),
                             ..operation(
                                 Kind::Sendrecv,
-                                mpi_runtime::communicators::NATIVE,
+                                mpi_runtime::communicators::COLLECTIVES,
                                 send,
                                 recv,
                             )
@@ -465,7 +466,7 @@ unsafe extern "C" fn id(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |frame| {
-            let Part::Value(value) = natives::part(attribute(frame, "table")?)? else {
+            let Part::Value(value) = replica_groups::part(attribute(frame, "table")?)? else {
                 return Err("mpi_cuda: this rank runs no part of the program".into());
             };
             let result = frame

@@ -1,4 +1,4 @@
-//! What the custom calls of native collectives refer to by number, as it is for this rank. Numbers
+//! What the custom calls of collectives refer to by number, as it is for this rank. Numbers
 //! are hashes of the content, so a program that comes from a cache finds the same.
 
 use std::collections::HashMap;
@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
 
 use hlo_rewrite::{Rewritten, Table};
-use mpi_runtime::{Program, World};
+use mpi_runtime::{CollectiveSequence, World};
 use parking_lot::RwLock;
 
 use crate::error::Error;
@@ -38,9 +38,9 @@ pub enum Part {
 
 /// A program, and whether this process has run it. Two may have the same sequence of collectives,
 /// which is all that ranks compare: what else is in them may depend on the rank.
-pub struct Loaded {
+pub struct CollectiveProgram {
     /// What the ranks compare.
-    pub sequence: Arc<Program>,
+    pub sequence: Arc<CollectiveSequence>,
     /// It has begun here before.
     pub ran: AtomicBool,
 }
@@ -49,9 +49,9 @@ pub struct Loaded {
 struct Known {
     parts: HashMap<i64, Part>,
     /// By identity.
-    programs: HashMap<i64, Arc<Loaded>>,
+    programs: HashMap<i64, Arc<CollectiveProgram>>,
     /// By the sequence of collectives.
-    sequences: HashMap<u64, Arc<Program>>,
+    sequences: HashMap<u64, Arc<CollectiveSequence>>,
 }
 
 static KNOWN: LazyLock<RwLock<Known>> = LazyLock::new(RwLock::default);
@@ -82,14 +82,14 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
         .map(|&id| rank(id))
         .collect::<Result<_, _>>()?;
     let summary = rewritten.summary.clone();
-    let program = || Program::new(rewritten.sequence, summary, members, world.size);
+    let program = || CollectiveSequence::new(rewritten.sequence, summary, members, world.size);
     let sequence = known
         .sequences
         .entry(rewritten.sequence)
         .or_insert_with(|| Arc::new(program()))
         .clone();
     known.programs.entry(rewritten.identity).or_insert_with(|| {
-        Arc::new(Loaded {
+        Arc::new(CollectiveProgram {
             sequence,
             ran: AtomicBool::new(false),
         })
@@ -129,14 +129,14 @@ fn part_of(rank: i32, number: i64, table: &Table) -> Part {
 /// What this rank does in the collective that refers to `number`.
 pub fn part(number: i64) -> Result<Part, String> {
     KNOWN.read().parts.get(&number).copied().ok_or_else(|| {
-        format!("mpi_cuda: a native collective refers to {number}, which no program here has")
+        format!("mpi_cuda: a collective refers to {number}, which no program here has")
     })
 }
 
 /// The program with that number.
-pub fn program(number: i64) -> Result<Arc<Loaded>, String> {
+pub fn program(number: i64) -> Result<Arc<CollectiveProgram>, String> {
     KNOWN.read().programs.get(&number).cloned().ok_or_else(|| {
-        format!("mpi_cuda: a native collective is of program {number}, which is not loaded here")
+        format!("mpi_cuda: a collective is of program {number}, which is not loaded here")
     })
 }
 
@@ -144,7 +144,7 @@ pub fn program(number: i64) -> Result<Arc<Loaded>, String> {
 pub fn rank_in(part: &Part) -> Result<usize, String> {
     match part {
         Part::Member { rank, .. } => Ok(*rank),
-        _ => Err("mpi_cuda: this rank is in no group of a native collective".into()),
+        _ => Err("mpi_cuda: this rank is in no group of a collective".into()),
     }
 }
 

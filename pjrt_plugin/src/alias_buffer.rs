@@ -6,16 +6,16 @@ use std::ffi::c_void;
 use pjrt_sys::*;
 
 use crate::boundary;
-use crate::buffers::{self, Held};
+use crate::buffers::{self, KeptBuffer};
 use crate::call::{call, new_args};
 use crate::config::Device;
 use crate::error::Error;
 use crate::handles::{Owned, destroy_event};
 use crate::plugin::plugin;
 
-/// What a promised buffer will be like.
+/// What an alias buffer will be like.
 #[derive(Clone)]
-pub struct Shape {
+pub struct AliasShape {
     /// Where.
     pub memory: *mut PJRT_Memory,
     /// Of what.
@@ -26,22 +26,22 @@ pub struct Shape {
     pub order: Vec<i64>,
 }
 
-/// A promised buffer; it is kept until the promise is fulfilled, whatever the framework does with it.
-pub struct Promise {
+/// An alias buffer; it is kept until it is fulfilled, whatever the framework does with it.
+pub struct AliasBuffer {
     client: *mut PJRT_Client,
     callback: *mut PJRT_FulfillAliasBufferCallback,
-    buffer: Held,
+    buffer: KeptBuffer,
 }
 
 // SAFETY: handles of the inner plugin, which is thread-safe.
-unsafe impl Send for Promise {}
+unsafe impl Send for AliasBuffer {}
 
-impl Promise {
-    /// The buffer, for the framework, and the promise to fill it.
+impl AliasBuffer {
+    /// The buffer, for the framework, and the alias to fill it.
     pub fn new(
         client: *mut PJRT_Client,
-        shape: &Shape,
-    ) -> Result<(*mut PJRT_Buffer, Promise), Error> {
+        shape: &AliasShape,
+    ) -> Result<(*mut PJRT_Buffer, AliasBuffer), Error> {
         let mut args = new_args::<PJRT_Client_CreateAliasBuffer_Args>();
         args.client = client;
         args.memory = shape.memory;
@@ -68,15 +68,15 @@ impl Promise {
                 &mut args,
             )
         }?;
-        let promise = Promise {
+        let alias = AliasBuffer {
             client,
             callback: args.fulfill_alias_buffer_cb,
-            buffer: buffers::hold(args.alias_buffer),
+            buffer: buffers::keep(args.alias_buffer),
         };
-        Ok((args.alias_buffer, promise))
+        Ok((args.alias_buffer, alias))
     }
 
-    /// The promised buffer becomes `buffer`, which need not be ready.
+    /// The alias buffer becomes `buffer`, which need not be ready.
     pub fn fulfil(self, buffer: Owned) {
         // A result of XLA:GPU that fails has no memory, which the inner plugin would follow.
         if plugin().inner.device == Device::Cuda {
@@ -101,7 +101,7 @@ impl Promise {
         ready.event = event;
         ready.callback = Some(is_ready);
         let waiting = Box::into_raw(Box::new(Waiting {
-            promise: self,
+            alias: self,
             buffer,
             event,
         }));
@@ -110,12 +110,12 @@ impl Promise {
         if let Err(error) = unsafe { call(plugin().inner.api().PJRT_Event_OnReady, &mut ready) } {
             // SAFETY: made above.
             let waiting = *unsafe { Box::from_raw(waiting) };
-            waiting.promise.fail(&error.into_text());
+            waiting.alias.fail(&error.into_text());
             destroy_event(event);
         }
     }
 
-    /// Whoever waits for the promised buffer gets this error.
+    /// Whoever waits for the alias buffer gets this error.
     pub fn fail(mut self, message: &str) {
         self.settle_with(message);
     }
@@ -132,7 +132,7 @@ impl Promise {
         args.client = self.client;
         args.fulfill_alias_buffer_cb = std::mem::replace(&mut self.callback, std::ptr::null_mut());
         // SAFETY: the callback is used once. If that fails (as it says for every error passed on),
-        // the promised buffer carries the error.
+        // the alias buffer carries the error.
         let _ = unsafe {
             call(
                 plugin().inner.api().PJRT_Client_FulfillAliasBuffer,
@@ -141,7 +141,7 @@ impl Promise {
         };
     }
 
-    /// An event that the framework owns, ready when the promised buffer is.
+    /// An event that the framework owns, ready when the alias buffer is.
     fn ready_event(&self) -> Result<*mut PJRT_Event, Error> {
         ready_event(self.buffer.handle())
     }
@@ -156,9 +156,9 @@ fn ready_event(buffer: *mut PJRT_Buffer) -> Result<*mut PJRT_Event, Error> {
     Ok(ready.event)
 }
 
-/// A promise that is fulfilled once the buffer is ready.
+/// A alias that is fulfilled once the buffer is ready.
 struct Waiting {
-    promise: Promise,
+    alias: AliasBuffer,
     buffer: Owned,
     event: *mut PJRT_Event,
 }
@@ -167,20 +167,20 @@ unsafe extern "C" fn is_ready(error: *mut PJRT_Error, waiting: *mut c_void) {
     boundary::quiet((), || {
         // SAFETY: made by `fulfil_when_ready`; called once.
         let Waiting {
-            promise,
+            alias,
             buffer,
             event,
         } = *unsafe { Box::from_raw(waiting.cast::<Waiting>()) };
         // The callback owns the error (`pjrt_c_api.h`, PJRT_Event_OnReadyCallback).
         match (!error.is_null()).then_some(Error::Inner(error)) {
-            Some(error) => promise.fail(&error.into_text()),
-            None => promise.fulfil_now(buffer),
+            Some(error) => alias.fail(&error.into_text()),
+            None => alias.fulfil_now(buffer),
         }
         destroy_event(event);
     });
 }
 
-impl Drop for Promise {
+impl Drop for AliasBuffer {
     fn drop(&mut self) {
         if !self.callback.is_null() {
             self.settle_with("mpi_cuda: the launch that computes this was given up");
@@ -188,10 +188,10 @@ impl Drop for Promise {
     }
 }
 
-/// The end of a launch, promised as an empty buffer: PJRT has no events of ours, and the inner
-/// plugin no promise of a token.
+/// The end of a launch, as an empty alias buffer: PJRT has no events of ours, and the inner
+/// plugin no alias of a token.
 pub struct End {
-    promise: Promise,
+    alias: AliasBuffer,
     device: *mut PJRT_Device,
 }
 
@@ -201,35 +201,35 @@ unsafe impl Send for End {}
 const EMPTY: [i64; 1] = [0];
 
 impl End {
-    /// The empty buffer, for the framework, and the promise of it.
+    /// The empty buffer, for the framework, and the alias of it.
     pub fn new(
         client: *mut PJRT_Client,
         device: *mut PJRT_Device,
         memory: *mut PJRT_Memory,
     ) -> Result<(*mut PJRT_Buffer, End), Error> {
-        let shape = Shape {
+        let shape = AliasShape {
             memory,
             element_type: PJRT_Buffer_Type_PRED,
             dims: EMPTY.to_vec(),
             order: Vec::new(),
         };
-        let (buffer, promise) = Promise::new(client, &shape)?;
-        Ok((buffer, End { promise, device }))
+        let (buffer, alias) = AliasBuffer::new(client, &shape)?;
+        Ok((buffer, End { alias, device }))
     }
 
     /// An event that the framework owns.
     pub fn event(&self) -> Result<*mut PJRT_Event, Error> {
-        self.promise.ready_event()
+        self.alias.ready_event()
     }
 
     /// The launch has ended.
     pub fn reach(self, error: Option<&str>) {
         if let Some(error) = error {
-            return self.promise.fail(error);
+            return self.alias.fail(error);
         }
         static NOTHING: u8 = 0;
         let mut args = new_args::<PJRT_Client_BufferFromHostBuffer_Args>();
-        args.client = self.promise.client;
+        args.client = self.alias.client;
         args.data = (&raw const NOTHING).cast();
         args.type_ = PJRT_Buffer_Type_PRED;
         args.dims = EMPTY.as_ptr();
@@ -241,9 +241,9 @@ impl End {
         match unsafe { call(api.PJRT_Client_BufferFromHostBuffer, &mut args) } {
             Ok(()) => {
                 destroy_event(args.done_with_host_buffer);
-                self.promise.fulfil(Owned(args.buffer));
+                self.alias.fulfil(Owned(args.buffer));
             }
-            Err(error) => self.promise.fail(&error.to_string()),
+            Err(error) => self.alias.fail(&error.to_string()),
         }
     }
 }

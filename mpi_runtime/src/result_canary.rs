@@ -1,6 +1,6 @@
 //! Whether MPI wrote a whole result. A collective whose ranks pass different sizes is an error of the
 //! program, but MPI need not say so where a rank gets less than it has room for (MPI 4.0, section 6.1):
-//! what is left would be whatever the memory held before. A mark at the end tells, if at least as many
+//! what is left would be whatever the memory held before. A canary at the end tells, if at least as many
 //! bytes are missing as it has; fewer could be told from data only by chance.
 
 use std::hash::{BuildHasher, RandomState};
@@ -12,23 +12,23 @@ use crate::communicators::Communicator;
 use crate::operation::{Buffer, Operation};
 
 /// What no data will be by chance.
-static MARK: LazyLock<u128> = LazyLock::new(|| {
+static CANARY: LazyLock<u128> = LazyLock::new(|| {
     let word = |seed: u8| u128::from(RandomState::new().hash_one(seed));
     word(0) << 64 | word(1)
 });
 
-const MARK_BYTES: usize = size_of::<u128>();
+const CANARY_BYTES: usize = size_of::<u128>();
 
-/// The marks at the ends of what each rank sends to this one.
-pub struct Marks<'a> {
+/// The canaries at the ends of what each rank sends to this one.
+pub struct ResultCanary<'a> {
     result: Buffer<'a>,
     blocks: usize,
     block: usize,
 }
 
-/// Marks the result of `op`, if it is one that may stay unwritten. Results too short for that are
+/// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short for that are
 /// filled with zeros.
-pub fn mark<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<Marks<'a>> {
+pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary<'a>> {
     let is_root = comm.rank == op.dest;
     let blocks = match op.kind {
         Kind::Allgather | Kind::Alltoall => comm.size as usize,
@@ -41,34 +41,34 @@ pub fn mark<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<Marks<'a>> {
     if bytes == 0 || data.is_null() || std::ptr::eq(op.recv.data, op.send.data) {
         return None;
     }
-    let marks = Marks {
+    let canary = ResultCanary {
         result: op.recv,
         blocks,
         block: bytes / blocks,
     };
-    if marks.block < MARK_BYTES {
+    if canary.block < CANARY_BYTES {
         // SAFETY: the result is valid for its bytes, as whoever made the operation promises.
         unsafe { data.write_bytes(0, bytes) };
         return None;
     }
     for block in 0..blocks {
         // SAFETY: inside the result, see `end_of`.
-        unsafe { marks.end_of(block).write_unaligned(*MARK) };
+        unsafe { canary.end_of(block).write_unaligned(*CANARY) };
     }
-    Some(marks)
+    Some(canary)
 }
 
-impl Marks<'_> {
-    /// Where the mark of a block is: its last bytes.
+impl ResultCanary<'_> {
+    /// Where the canary of a block is: its last bytes.
     fn end_of(&self, block: usize) -> *mut u128 {
-        let end = (block + 1) * self.block - MARK_BYTES;
+        let end = (block + 1) * self.block - CANARY_BYTES;
         self.result.data.cast::<u8>().wrapping_add(end).cast()
     }
 
     /// The first block that nobody wrote to its end, if there is one.
     pub fn unwritten(&self) -> Option<usize> {
-        // SAFETY: inside the result, whose blocks are no shorter than a mark.
-        (0..self.blocks).find(|&block| unsafe { self.end_of(block).read_unaligned() } == *MARK)
+        // SAFETY: inside the result, whose blocks are no shorter than a canary.
+        (0..self.blocks).find(|&block| unsafe { self.end_of(block).read_unaligned() } == *CANARY)
     }
 
     /// What is wrong, if something is.
@@ -128,16 +128,16 @@ mod tests {
     fn a_block_that_is_not_written_to_its_end_is_found() {
         let mut memory = [0; 90];
         let op = operation(Kind::Allgather, &mut memory, &[3, 30]);
-        let marks = mark(&op, &COMM).unwrap();
-        assert_eq!(marks.unwritten(), Some(0));
+        let canary = place(&op, &COMM).unwrap();
+        assert_eq!(canary.unwritten(), Some(0));
         memory.fill(1);
-        assert!(marks.unwritten().is_none() && marks.check(&op).is_ok());
-        let marks = mark(&op, &COMM).unwrap();
+        assert!(canary.unwritten().is_none() && canary.check(&op).is_ok());
+        let canary = place(&op, &COMM).unwrap();
         memory[..30].fill(1);
         memory[30..44].fill(2);
         memory[60..].fill(3);
-        assert_eq!(marks.unwritten(), Some(1));
-        let text = marks.check(&op).unwrap_err();
+        assert_eq!(canary.unwritten(), Some(1));
+        let text = canary.check(&op).unwrap_err();
         assert!(
             text.contains("rank 1 sent less than the 30 bytes"),
             "{text}"
@@ -147,12 +147,12 @@ mod tests {
     #[test]
     fn short_results_are_zeros_and_the_root_is_left_alone() {
         let mut memory = [7; 8];
-        assert!(mark(&operation(Kind::Scatter, &mut memory, &[8]), &COMM).is_none());
+        assert!(place(&operation(Kind::Scatter, &mut memory, &[8]), &COMM).is_none());
         assert_eq!(memory, [0; 8]);
         let root = Communicator { rank: 0, ..COMM };
         let mut memory = [7; 40];
-        assert!(mark(&operation(Kind::Bcast, &mut memory, &[40]), &root).is_none());
-        assert!(mark(&operation(Kind::Allreduce, &mut memory, &[40]), &COMM).is_none());
+        assert!(place(&operation(Kind::Bcast, &mut memory, &[40]), &root).is_none());
+        assert!(place(&operation(Kind::Allreduce, &mut memory, &[40]), &COMM).is_none());
         assert_eq!(memory, [7; 40]);
     }
 }

@@ -6,22 +6,22 @@ use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::path::PathBuf;
 use std::{fs, io};
 
-use crate::transfer::{Proof, Through};
+use crate::transfer::{ProbeResult, Through};
 
 /// How the texts of a failure and of an attempt begin.
 const FAILED: &str = "failed: ";
 const TRYING: &str = "trying ";
 
-/// Where proofs are kept, and for what.
+/// Where probe results are kept, and for what.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Proofs {
+pub struct ProbeResults {
     /// A folder, which need not exist.
     pub folder: PathBuf,
     /// What is used besides MPI: the driver and the plugin, with their versions.
     pub with: String,
 }
 
-impl Proofs {
+impl ProbeResults {
     fn key(&self, mpi: &str) -> String {
         format!("{}; {}", mpi.replace('\n', " "), self.with)
     }
@@ -33,8 +33,9 @@ impl Proofs {
     }
 
     /// What is known of `mpi`, the library in words.
-    pub fn read(&self, mpi: &str) -> Proof {
-        self.state(mpi).map_or(Proof::None, |state| parse(&state))
+    pub fn read(&self, mpi: &str) -> ProbeResult {
+        self.state(mpi)
+            .map_or(ProbeResult::None, |state| parse(&state))
     }
 
     /// What was being tried in a job that has not reported.
@@ -55,7 +56,7 @@ impl Proofs {
     /// # Errors
     /// If it is none of these, or the file cannot be written.
     pub fn write(&self, mpi: &str, state: &str) -> io::Result<()> {
-        if parse(state) == Proof::None {
+        if parse(state) == ProbeResult::None {
             let text = format!("`{state}` says nothing about direct transfer");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
@@ -70,16 +71,16 @@ impl Proofs {
     }
 }
 
-fn parse(state: &str) -> Proof {
+fn parse(state: &str) -> ProbeResult {
     match state {
-        "arrays" => Proof::Works(Through::Arrays),
-        "copies" => Proof::Works(Through::Copies),
+        "arrays" => ProbeResult::Works(Through::Arrays),
+        "copies" => ProbeResult::Works(Through::Copies),
         _ => match (state.strip_prefix(FAILED), state.strip_prefix(TRYING)) {
-            (Some(why), _) => Proof::Fails(why.to_owned()),
-            (_, Some(what)) => Proof::Fails(format!(
+            (Some(why), _) => ProbeResult::Fails(why.to_owned()),
+            (_, Some(what)) => ProbeResult::Fails(format!(
                 "the job that tried it with {what} did not end; run the probe again"
             )),
-            _ => Proof::None,
+            _ => ProbeResult::None,
         },
     }
 }
@@ -89,35 +90,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_proof_is_of_one_mpi_driver_and_plugin() {
-        let folder = std::env::temp_dir().join(format!("mpi_cuda_proof_{}", std::process::id()));
-        let proofs = |with: &str| Proofs {
+    fn a_probe_result_is_of_one_mpi_driver_and_plugin() {
+        let folder =
+            std::env::temp_dir().join(format!("mpi_cuda_probe_result_{}", std::process::id()));
+        let probe_results = |with: &str| ProbeResults {
             folder: folder.clone(),
             with: with.into(),
         };
-        let here = proofs("driver 13000, plugin 0.112");
-        assert_eq!(here.read("Open MPI 5.0.7"), Proof::None);
-        for (state, proof) in [
-            ("arrays", Proof::Works(Through::Arrays)),
-            ("copies", Proof::Works(Through::Copies)),
-            ("failed: wrong data", Proof::Fails("wrong data".into())),
+        let here = probe_results("driver 13000, plugin 0.112");
+        assert_eq!(here.read("Open MPI 5.0.7"), ProbeResult::None);
+        for (state, probe_result) in [
+            ("arrays", ProbeResult::Works(Through::Arrays)),
+            ("copies", ProbeResult::Works(Through::Copies)),
+            (
+                "failed: wrong data",
+                ProbeResult::Fails("wrong data".into()),
+            ),
         ] {
             here.write("Open MPI 5.0.7", state).unwrap();
-            assert_eq!(here.read("Open MPI 5.0.7"), proof);
+            assert_eq!(here.read("Open MPI 5.0.7"), probe_result);
         }
-        assert_eq!(here.read("MPICH 4.3"), Proof::None);
+        assert_eq!(here.read("MPICH 4.3"), ProbeResult::None);
         assert_eq!(
-            proofs("driver 12080, plugin 0.112").read("Open MPI 5.0.7"),
-            Proof::None
+            probe_results("driver 12080, plugin 0.112").read("Open MPI 5.0.7"),
+            ProbeResult::None
         );
         here.write("Open MPI 5.0.7", "trying arrays").unwrap();
-        assert!(matches!(here.read("Open MPI 5.0.7"), Proof::Fails(why) if why.contains("again")));
+        assert!(
+            matches!(here.read("Open MPI 5.0.7"), ProbeResult::Fails(why) if why.contains("again"))
+        );
         assert_eq!(here.unfinished("Open MPI 5.0.7").unwrap(), "arrays");
         assert!(here.write("Open MPI 5.0.7", "perhaps").is_err());
         // A file of something else, as where two keys have one hash.
         let file = here.file(&here.key("Open MPI 5.0.7"));
         fs::write(&file, "Open MPI 4\narrays\n").unwrap();
-        assert_eq!(here.read("Open MPI 5.0.7"), Proof::None);
+        assert_eq!(here.read("Open MPI 5.0.7"), ProbeResult::None);
         fs::remove_dir_all(folder).unwrap();
     }
 }
