@@ -83,7 +83,7 @@ pub enum StartError {
         own: u64,
     },
     #[error(transparent)]
-    NotDirect(#[from] crate::transfer::NotDirect),
+    NotDirect(#[from] crate::transfer::choice::NotDirect),
     #[error("MPI has already been finalized in this process: create the JAX backend before that")]
     Finalized,
     #[error(

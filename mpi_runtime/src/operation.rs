@@ -13,7 +13,7 @@ pub struct Operation<'a> {
     pub kind: Kind,
     /// Whose it is, if it is no operation of the user's own: `mpi4jax's`.
     pub of: Option<&'static str>,
-    /// Number of the communicator (see [`crate::communicators`]).
+    /// Number of the communicator (see [`crate::mpi::communicators`]).
     pub comm: i64,
     /// What this rank passes.
     pub send: Buffer<'a>,

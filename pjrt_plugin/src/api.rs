@@ -6,9 +6,11 @@ use std::sync::OnceLock;
 
 use pjrt_sys::*;
 
+use crate::compile::spmd;
 use crate::error::Error;
+use crate::pjrt::{buffer, client, event, execute_context, extension, topology};
 use crate::plugin::{self, Plugin};
-use crate::{buffers, client, compile, context, error, events, execute, extension, spmd, topology};
+use crate::{compile, error, launch};
 
 /// Replaces entries of a table, if the inner table is long enough to have them.
 macro_rules! replace {
@@ -59,8 +61,8 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_Error_Destroy = error::destroy,
         PJRT_Error_Message = error::message,
         PJRT_Error_GetCode = error::get_code,
-        PJRT_Event_OnReady = events::on_ready,
-        PJRT_Event_Destroy = events::destroy,
+        PJRT_Event_OnReady = event::on_ready,
+        PJRT_Event_Destroy = event::destroy,
         PJRT_Client_Create = client::create,
         PJRT_Client_Destroy = client::destroy,
         PJRT_Client_PlatformVersion = compile::platform_version,
@@ -83,19 +85,19 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_Executable_Serialize = spmd::serialize,
         PJRT_Executable_OptimizedProgram = spmd::optimized,
         PJRT_Executable_DeserializeAndLoad = compile::deserialize_and_load,
-        PJRT_ExecuteContext_Destroy = context::destroy,
-        PJRT_LoadedExecutable_Execute = execute::execute,
-        PJRT_LoadedExecutable_Destroy = execute::destroy,
-        PJRT_Client_BufferFromHostBuffer = buffers::from_host_buffer,
-        PJRT_Client_CreateUninitializedBuffer = buffers::create_uninitialized,
-        PJRT_Client_CreateViewOfDeviceBuffer = buffers::create_view,
-        PJRT_Client_CreateAliasBuffer = buffers::create_alias,
-        PJRT_Client_CreateBuffersForAsyncHostToDevice = buffers::create_for_async_transfer,
-        PJRT_Buffer_CopyToDevice = buffers::copy_to_device,
-        PJRT_Buffer_CopyToMemory = buffers::copy_to_memory,
-        PJRT_Buffer_Destroy = buffers::destroy,
-        PJRT_Buffer_Delete = buffers::delete,
-        PJRT_Buffer_IsDeleted = buffers::is_deleted,
+        PJRT_ExecuteContext_Destroy = execute_context::destroy,
+        PJRT_LoadedExecutable_Execute = launch::execute,
+        PJRT_LoadedExecutable_Destroy = launch::destroy,
+        PJRT_Client_BufferFromHostBuffer = buffer::from_host_buffer,
+        PJRT_Client_CreateUninitializedBuffer = buffer::create_uninitialized,
+        PJRT_Client_CreateViewOfDeviceBuffer = buffer::create_view,
+        PJRT_Client_CreateAliasBuffer = buffer::create_alias,
+        PJRT_Client_CreateBuffersForAsyncHostToDevice = buffer::create_for_async_transfer,
+        PJRT_Buffer_CopyToDevice = buffer::copy_to_device,
+        PJRT_Buffer_CopyToMemory = buffer::copy_to_memory,
+        PJRT_Buffer_Destroy = buffer::destroy,
+        PJRT_Buffer_Delete = buffer::delete,
+        PJRT_Buffer_IsDeleted = buffer::is_deleted,
     }
     if let Some(inner) = slot(api, FOR_EACH_PAYLOAD) {
         let ours = error::for_each_payload as *const c_void;

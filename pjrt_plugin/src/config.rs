@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use mpi_runtime::family::Family;
-use mpi_runtime::transfer::Asked;
+use mpi_runtime::mpi::family::Family;
+use mpi_runtime::transfer::choice::Asked;
 
 use crate::error::Error;
 

@@ -64,7 +64,7 @@ impl Error {
     /// Forgets the error.
     pub fn discard(self) {
         if let Error::Inner(error) = self {
-            let mut args = crate::call::new_args::<PJRT_Error_Destroy_Args>();
+            let mut args = crate::inner::call::new_args::<PJRT_Error_Destroy_Args>();
             args.error = error;
             // SAFETY: owned, and destroyed once.
             unsafe { destroy(&mut args) };
@@ -122,12 +122,12 @@ pub fn inner_message(error: *const PJRT_Error) -> String {
     let Some(function) = plugin().inner.api().PJRT_Error_Message else {
         return String::new();
     };
-    let mut args = crate::call::new_args::<PJRT_Error_Message_Args>();
+    let mut args = crate::inner::call::new_args::<PJRT_Error_Message_Args>();
     args.error = error;
     // SAFETY: a live error of the inner plugin.
     unsafe { function(&mut args) };
     // SAFETY: the plugin filled in a string that lives as long as the error.
-    let bytes = unsafe { crate::call::bytes(args.message, args.message_size) };
+    let bytes = unsafe { crate::inner::call::bytes(args.message, args.message_size) };
     String::from_utf8_lossy(bytes).into_owned()
 }
 
@@ -153,7 +153,7 @@ pub unsafe extern "C" fn message(args: *mut PJRT_Error_Message_Args) {
             (*args).message_size = own.message.len();
         } else if let Some(function) = plugin().inner.api().PJRT_Error_Message {
             function(args);
-            crate::events::message_was_read(crate::call::bytes(
+            crate::pjrt::event::message_was_read(crate::inner::call::bytes(
                 (*args).message,
                 (*args).message_size,
             ));

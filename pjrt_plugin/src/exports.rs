@@ -70,7 +70,7 @@ fn world_of_this_process() -> Option<&'static mpi_runtime::World> {
 
 extern "C" fn on_comm_deleted(number: i64) -> c_int {
     quiet(0, || {
-        let may_wait = !crate::execute::in_callback();
+        let may_wait = !crate::launch::is_in_callback();
         world().map_or(0, |world| {
             c_int::from(world.engine.comm_deleted(number, may_wait))
         })
@@ -114,19 +114,19 @@ pub unsafe extern "C" fn mpi_cuda_comm(
 /// The number of a user-defined reduction for the attribute `op`.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_op(handle: u64) -> i64 {
-    quiet(-1, || crate::user_reductions::register(handle))
+    quiet(-1, || crate::ffi::user_reductions::register(handle))
 }
 
 /// The number of an `MPI_Status` for the attribute `status`.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_status(address: *mut c_void) -> i64 {
-    quiet(0, || crate::status::register(address as usize))
+    quiet(0, || crate::ffi::status::register(address as usize))
 }
 
 /// The next program with receives of mpi4jax's that is compiled has a status.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_reads_status() {
-    quiet((), crate::status::next_reads);
+    quiet((), crate::ffi::status::next_reads);
 }
 
 /// Waits until everything dispatched so far has ended; −1 if an operation failed unnoticed.
@@ -136,7 +136,7 @@ pub extern "C" fn mpi_cuda_wait() -> c_int {
         let Some(world) = world_of_this_process() else {
             return 0;
         };
-        if crate::execute::in_callback() {
+        if crate::launch::is_in_callback() {
             return fail("mpi_cuda: a host callback cannot wait for the launch that it belongs to");
         }
         world.engine.wait_idle();
@@ -155,7 +155,7 @@ pub extern "C" fn mpi_cuda_in_flight() -> c_int {
 /// Number of launches so far that ran on the calling thread, since all ranks had arrived.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_launches_on_callers() -> c_int {
-    quiet(0, || crate::execute::launches_on_callers() as c_int)
+    quiet(0, || crate::launch::launches_on_callers() as c_int)
 }
 
 /// Ends the whole job with a non-zero status, once the launcher has read what this rank printed.

@@ -3,19 +3,19 @@
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use mpi_runtime::cuda::{self, Found};
+use mpi_runtime::device::cuda::{self, Found};
 use mpi_runtime::log;
-use mpi_runtime::probe_result::ProbeResults;
-use mpi_runtime::transfer::{Asked, Aware, Through};
+use mpi_runtime::transfer::choice::{Asked, Aware, Through};
+use mpi_runtime::transfer::probe_result::ProbeResults;
 use mpi_runtime::world::DeviceOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::{Mutex, RwLock};
 
-use crate::client::Client;
 use crate::config::{Config, Device, Log, Pretend, create_option};
 use crate::error::Error;
-use crate::inner::{Inner, own_folder};
-use crate::memory;
+use crate::ffi::memory;
+use crate::inner::find::{Inner, own_folder};
+use crate::pjrt::client::Client;
 
 /// What exists from the moment the library is asked for its table.
 pub struct Plugin {

@@ -4,12 +4,12 @@
 
 #![forbid(unsafe_code)]
 
-use mpi_runtime::shim::MpiError;
-use mpi_runtime::transfer::Through;
+use mpi_runtime::mpi::shim::MpiError;
+use mpi_runtime::transfer::choice::Through;
 use parking_lot::Mutex;
 
 use crate::error::Error;
-use crate::memory;
+use crate::ffi::memory;
 use crate::plugin::{plugin, probe_results, world};
 
 /// What to try, in this order.

@@ -9,9 +9,9 @@ use pjrt_sys::*;
 
 use super::Handler;
 use super::frame::{Frame, handle};
-use crate::call::slice;
-use crate::execute::in_callback_of;
-use crate::extension::user_data_type;
+use crate::inner::call::slice;
+use crate::launch::in_callback_of;
+use crate::pjrt::extension::user_data_type;
 
 /// An array as the trampoline sees it.
 #[repr(C)]

@@ -4,17 +4,17 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use mpi_runtime::collectives::TAG;
+use mpi_runtime::engine::collectives::TAG;
 use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
 use pjrt_sys::*;
 
 use super::Handler;
 use super::frame::{Frame, handle};
-use crate::execute::ticket_of;
-use crate::memory::Memory;
+use crate::ffi::memory::Memory;
+use crate::ffi::replica_groups::{self, Part};
+use crate::launch::ticket_of;
 use crate::plugin::world;
-use crate::replica_groups::{self, Part};
 
 /// Handlers by the name of the target, without the prefix.
 pub const HANDLERS: &[(&str, Handler)] = &[
@@ -430,7 +430,7 @@ unsafe extern "C" fn collective_permute(frame: *mut XLA_FFI_CallFrame) -> *mut X
                             source: from.unwrap_or(PROC_NULL),
                             ..operation(
                                 Kind::Sendrecv,
-                                mpi_runtime::communicators::COLLECTIVES,
+                                mpi_runtime::mpi::communicators::COLLECTIVES,
                                 send,
                                 recv,
                             )

@@ -7,7 +7,7 @@ use mpi_runtime::{Buffer, ElementType};
 use pjrt_sys::*;
 
 use crate::boundary::panic_text;
-use crate::call::slice;
+use crate::inner::call::slice;
 
 /// A call frame whose handler is to be executed.
 pub struct Frame<'a>(pub &'a XLA_FFI_CallFrame);
@@ -117,7 +117,7 @@ impl<'a> Frame<'a> {
 
     /// The `launch_id` this program was executed with.
     pub fn run_id(&self) -> i64 {
-        let mut args: XLA_FFI_RunId_Get_Args = crate::call::new_args();
+        let mut args: XLA_FFI_RunId_Get_Args = crate::inner::call::new_args();
         args.ctx = self.0.ctx;
         // SAFETY: a table of FFI 0.2 or newer has the function; the context is the frame's.
         let error = unsafe {
@@ -130,7 +130,7 @@ impl<'a> Frame<'a> {
 
     /// The stream in whose order this call is, of a GPU.
     pub fn stream(&self) -> Result<u64, String> {
-        let mut args: XLA_FFI_Stream_Get_Args = crate::call::new_args();
+        let mut args: XLA_FFI_Stream_Get_Args = crate::inner::call::new_args();
         args.ctx = self.0.ctx;
         // SAFETY: as for `run_id`.
         let error = unsafe {
@@ -142,7 +142,7 @@ impl<'a> Frame<'a> {
 
     /// The number of the device that this call is on.
     pub fn device(&self) -> Result<i32, String> {
-        let mut args: XLA_FFI_DeviceOrdinal_Get_Args = crate::call::new_args();
+        let mut args: XLA_FFI_DeviceOrdinal_Get_Args = crate::inner::call::new_args();
         args.ctx = self.0.ctx;
         // SAFETY: as for `run_id`.
         let error = unsafe {
@@ -154,7 +154,7 @@ impl<'a> Frame<'a> {
 
     /// Memory of the device, to be given back by [`Frame::free`].
     pub fn allocate(&self, bytes: usize) -> Result<*mut c_void, String> {
-        let mut args: XLA_FFI_DeviceMemory_Allocate_Args = crate::call::new_args();
+        let mut args: XLA_FFI_DeviceMemory_Allocate_Args = crate::inner::call::new_args();
         (args.ctx, args.size, args.alignment) = (self.0.ctx, bytes, 16);
         // SAFETY: as for `run_id`.
         let error = unsafe {
@@ -166,7 +166,7 @@ impl<'a> Frame<'a> {
 
     /// Gives memory back; XLA uses it again for what comes into the stream later.
     pub fn free(&self, data: *mut c_void, bytes: usize) {
-        let mut args: XLA_FFI_DeviceMemory_Free_Args = crate::call::new_args();
+        let mut args: XLA_FFI_DeviceMemory_Free_Args = crate::inner::call::new_args();
         (args.ctx, args.size, args.data) = (self.0.ctx, bytes, data);
         // SAFETY: as for `run_id`; the memory is from `allocate`.
         unsafe {
@@ -181,7 +181,7 @@ impl<'a> Frame<'a> {
         if error.is_null() {
             return Ok(());
         }
-        let mut destroy: XLA_FFI_Error_Destroy_Args = crate::call::new_args();
+        let mut destroy: XLA_FFI_Error_Destroy_Args = crate::inner::call::new_args();
         destroy.error = error;
         // SAFETY: an error of XLA's, which is ours to destroy.
         unsafe {
@@ -197,7 +197,7 @@ impl<'a> Frame<'a> {
     /// What was attached to this execution under `type_id`; null if nothing was.
     pub fn user_data(&self, type_id: i64) -> *mut c_void {
         let mut id = XLA_FFI_TypeId { type_id };
-        let mut args: XLA_FFI_ExecutionContext_Get_Args = crate::call::new_args();
+        let mut args: XLA_FFI_ExecutionContext_Get_Args = crate::inner::call::new_args();
         args.ctx = self.0.ctx;
         args.type_id = &mut id;
         // SAFETY: as for `run_id`.
@@ -215,7 +215,7 @@ impl<'a> Frame<'a> {
     /// An FFI error with this text.
     pub fn error(&self, text: &str) -> *mut XLA_FFI_Error {
         let text = CString::new(text.replace('\0', " ")).unwrap_or_default();
-        let mut args: XLA_FFI_Error_Create_Args = crate::call::new_args();
+        let mut args: XLA_FFI_Error_Create_Args = crate::inner::call::new_args();
         args.message = text.as_ptr();
         args.errc = XLA_FFI_Error_Code_INTERNAL;
         // SAFETY: every table has the function; XLA copies the text.

@@ -1,15 +1,21 @@
 //! The XLA FFI side: our custom-call targets, JAX's host callbacks, and targets of other packages.
 
+mod huge_pages;
+pub mod memory;
+pub mod replica_groups;
+pub mod status;
+pub mod user_reductions;
+
 use std::ffi::c_void;
 use std::mem::size_of;
 
 use parking_lot::Mutex;
 use pjrt_sys::*;
 
-use crate::call::call;
 use crate::config::Device;
 use crate::error::Error;
-use crate::extension::inner_ffi;
+use crate::inner::call::call;
+use crate::pjrt::extension::inner_ffi;
 use crate::plugin::plugin;
 use crate::search::contains;
 
@@ -73,7 +79,10 @@ pub fn register_all() -> Result<(), Error> {
     for (name, handler) in collectives::HANDLERS {
         register(&format!("{}{name}", hlo_rewrite::TARGET_PREFIX), *handler)?;
     }
-    register(crate::async_barrier::TARGET, operations::async_barrier)?;
+    register(
+        crate::launch::async_barrier::TARGET,
+        operations::async_barrier,
+    )?;
     // On GPUs JAX's own package has registered its own.
     if plugin().inner.device == Device::Cpu {
         for (name, handler) in callbacks::HANDLERS {

@@ -9,8 +9,8 @@ use pjrt_sys::*;
 
 use super::Handler;
 use super::frame::{Frame, handle};
-use crate::execute::ticket_of;
-use crate::memory::Memory;
+use crate::ffi::memory::Memory;
+use crate::launch::ticket_of;
 use crate::plugin::world;
 
 /// `ANY_SOURCE` and `ANY_TAG` as attributes.
@@ -125,12 +125,12 @@ impl Dialect {
     }
 }
 
-/// The async barrier's custom call; see [`crate::async_barrier`].
+/// The async barrier's custom call; see [`crate::launch::async_barrier`].
 pub unsafe extern "C" fn async_barrier(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |frame| {
-            crate::async_barrier::wait_released(frame.run_id());
+            crate::launch::async_barrier::wait_released(frame.run_id());
             fill_tokens(frame, 0, &Memory::of(frame)?)
         })
     }
@@ -163,7 +163,10 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     let op = Operation {
         kind,
         of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
-        comm: dialect.communicator(number("comm", mpi_runtime::communicators::DEFAULT), world)?,
+        comm: dialect.communicator(
+            number("comm", mpi_runtime::mpi::communicators::DEFAULT),
+            world,
+        )?,
         send,
         recv,
         reduction: reduction.map(|(reduction, _)| reduction),
@@ -175,7 +178,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
             ATTRIBUTE_ANY => ANY,
             tag => small(tag, "recvtag")?,
         },
-        status: crate::status::address(number("status", 0)),
+        status: crate::ffi::status::address(number("status", 0)),
     };
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
     let memory = Memory::of(frame)?;
@@ -199,7 +202,7 @@ fn reduction(number: i64) -> Result<(Reduction, u64), String> {
     if let Some(row) = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n)) {
         return Ok((row.0, 0));
     }
-    let handle = crate::user_reductions::handle(number).ok_or_else(|| {
+    let handle = crate::ffi::user_reductions::handle(number).ok_or_else(|| {
         format!(
             "mpi_cuda: op={number} is no reduction in this process; a program with a user-defined one \
              cannot be loaded in another run"

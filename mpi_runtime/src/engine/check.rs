@@ -1,0 +1,345 @@
+//! Checks before MPI sees an operation, and the translation into what the shim executes.
+//!
+//! MPI leaves most of these undefined; here each is an error that says what is wrong.
+
+#![forbid(unsafe_code)]
+
+use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp};
+
+use crate::mpi::communicators::Communicator;
+use crate::operation::{Buffer, Class, ElementType, Operation, reduction_name};
+
+/// The operation as the shim executes it, or what is wrong with it.
+pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String> {
+    if comm.freed {
+        return Err("the communicator has been freed".into());
+    }
+    check_ranks(op, comm)?;
+    let mut shim = ShimOp {
+        kind: op.kind,
+        datatype: Datatype::U8,
+        recv_datatype: Datatype::U8,
+        reduction: Reduction::Sum,
+        user_reduction: op.user_reduction,
+        comm: comm.handle,
+        count: 0,
+        recv_count: 0,
+        dest: op.dest,
+        source: op.source,
+        send_tag: op.send_tag,
+        recv_tag: op.recv_tag,
+        send: op.send.data,
+        recv: op.recv.data,
+        status: op.status as *mut _,
+    };
+    if op.kind == Kind::Barrier {
+        return Ok(shim);
+    }
+    let described = if op.kind == Kind::Recv {
+        &op.recv
+    } else {
+        &op.send
+    };
+    shim.datatype = datatype(described)?;
+    shim.recv_datatype = if op.kind == Kind::Sendrecv {
+        datatype(&op.recv)?
+    } else {
+        shim.datatype
+    };
+    if let Some(reduction) = op.reduction {
+        check_reduction(reduction, described)?;
+        shim.reduction = reduction;
+    }
+    (shim.count, shim.recv_count) = counts(op, comm)?;
+    let is_root = comm.rank == op.dest;
+    match op.kind {
+        // A null receive buffer tells the shim that this rank is the root.
+        Kind::Bcast if is_root => shim.recv = std::ptr::null_mut(),
+        Kind::Gather | Kind::Reduce if !is_root => shim.recv = std::ptr::null_mut(),
+        Kind::Scatter if !is_root => shim.send = std::ptr::null_mut(),
+        _ => {}
+    }
+    Ok(shim)
+}
+
+/// Whether this rank's result is what it passed in: MPI writes nothing there.
+pub fn returns_input(op: &Operation<'_>, comm: &Communicator) -> bool {
+    match op.kind {
+        Kind::Bcast => comm.rank == op.dest,
+        Kind::Gather | Kind::Reduce => comm.rank != op.dest,
+        _ => false,
+    }
+}
+
+/// How many bytes at the end of the result of `op`, a receive, a message of `bytes` leaves unwritten.
+///
+/// # Errors
+/// If it does not fit, or is shorter than it may be.
+pub fn missing(op: &Operation<'_>, source: i32, tag: i32, bytes: usize) -> Result<usize, String> {
+    let expected = op.recv.bytes();
+    let too_short = op.source != PROC_NULL && bytes < expected && op.status == 0;
+    if bytes > expected || too_short {
+        let remedy = if too_short {
+            " (pass status= to accept less)"
+        } else {
+            ""
+        };
+        return Err(format!(
+            "the message from rank {source} with tag {tag} has {bytes} bytes, and the result \
+             {expected}; both sides must have the same shape and dtype{remedy}"
+        ));
+    }
+    Ok(expected - bytes)
+}
+
+fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
+    let inside = |what: &str, rank: i32| {
+        if (0..comm.size).contains(&rank) {
+            Ok(())
+        } else {
+            Err(format!(
+                "{what} {rank} is not a rank of the communicator, which has 0 to {}",
+                comm.size - 1
+            ))
+        }
+    };
+    match op.kind {
+        Kind::Bcast | Kind::Gather | Kind::Reduce | Kind::Scatter => inside("root", op.dest)?,
+        Kind::Send | Kind::Sendrecv | Kind::Isend if op.dest != PROC_NULL => {
+            inside("destination", op.dest)?
+        }
+        _ => {}
+    }
+    match op.kind {
+        Kind::Recv | Kind::Sendrecv | Kind::Irecv if op.source != PROC_NULL && op.source != ANY => {
+            inside("source", op.source)?;
+        }
+        _ => {}
+    }
+    let sends = matches!(op.kind, Kind::Send | Kind::Sendrecv | Kind::Isend);
+    let receives = matches!(op.kind, Kind::Recv | Kind::Sendrecv | Kind::Irecv);
+    if sends && op.send_tag < 0 || receives && op.recv_tag < 0 && op.recv_tag != ANY {
+        return Err("tags must not be negative".into());
+    }
+    Ok(())
+}
+
+fn datatype(buffer: &Buffer<'_>) -> Result<Datatype, String> {
+    buffer.dtype.datatype().ok_or_else(|| {
+        format!(
+            "dtype {} is not supported; cast to a supported one first",
+            buffer.dtype.name()
+        )
+    })
+}
+
+fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), String> {
+    use Reduction::{Max, Min, Prod, Sum, User};
+    let has = match buffer.dtype.class() {
+        // It would see integers (MPI has no type for these).
+        _ if reduction == User => !matches!(
+            buffer.dtype,
+            ElementType::F16 | ElementType::BF16 | ElementType::F8 | ElementType::Other
+        ),
+        Class::Integer | Class::Logical => true,
+        Class::Real => matches!(reduction, Sum | Prod | Min | Max),
+        Class::Complex => matches!(reduction, Sum | Prod),
+        Class::Opaque => false,
+    };
+    if has {
+        return Ok(());
+    }
+    Err(format!(
+        "there is no {} of {}",
+        reduction_name(reduction),
+        buffer.dtype.name()
+    ))
+}
+
+/// Elements sent and received (per rank for gathering and scattering kinds).
+fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String> {
+    let size = i64::from(comm.size);
+    let is_root = comm.rank == op.dest;
+    let (send, recv) = (op.send.elements(), op.recv.elements());
+    let (fits, counts) = match op.kind {
+        Kind::Allreduce | Kind::Reduce | Kind::Scan | Kind::Exscan | Kind::Bcast => {
+            (recv == send, (send, send))
+        }
+        Kind::ReduceScatter => (send == size * recv, (recv, recv)),
+        Kind::Allgather => (recv == size * send, (send, send)),
+        Kind::Gather if is_root => (recv == size * send, (send, send)),
+        Kind::Gather => (recv == send, (send, send)),
+        Kind::Scatter if is_root => (send == size * recv, (recv, recv)),
+        Kind::Scatter => (send == recv, (recv, recv)),
+        Kind::Alltoall => {
+            let leading = op.send.shape.first().copied().unwrap_or(-1);
+            if leading != size {
+                return Err(format!(
+                    "the leading dimension is {leading}, and must be the number of ranks, {size}"
+                ));
+            }
+            (recv == send, (send / size, send / size))
+        }
+        Kind::Send | Kind::Isend => (true, (send, 0)),
+        Kind::Recv => (true, (0, recv)),
+        // The engine knows the lengths of these when the messages have come.
+        Kind::Irecv | Kind::Wait | Kind::WaitSend => (true, (0, 0)),
+        Kind::Sendrecv => (true, (send, recv)),
+        Kind::Barrier => (true, (0, 0)),
+    };
+    if fits {
+        Ok(counts)
+    } else {
+        Err(format!(
+            "the result has {recv} elements, which does not fit the operand's {send} on {size} ranks"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COMM: Communicator = Communicator {
+        name: "test",
+        handle: 5,
+        user_handle: 5,
+        rank: 1,
+        size: 4,
+        freed: false,
+    };
+
+    fn buffer(dtype: ElementType, shape: &[i64]) -> Buffer<'_> {
+        Buffer {
+            data: std::ptr::null_mut(),
+            dtype,
+            shape,
+        }
+    }
+
+    fn operation<'a>(kind: Kind, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
+        Operation {
+            kind,
+            of: None,
+            comm: 0,
+            send,
+            recv,
+            reduction: None,
+            user_reduction: 0,
+            dest: 0,
+            source: 0,
+            send_tag: 0,
+            recv_tag: 0,
+            status: 0,
+        }
+    }
+
+    #[test]
+    fn ranks_outside_the_communicator_are_refused() {
+        let x = buffer(ElementType::F32, &[3]);
+        for kind in [Kind::Bcast, Kind::Reduce, Kind::Send, Kind::Sendrecv] {
+            for dest in [-1, 4, 1000] {
+                let op = Operation {
+                    dest,
+                    ..operation(kind, x, x)
+                };
+                let text = prepare(&op, &COMM).unwrap_err();
+                assert!(
+                    text.contains(&dest.to_string()) && text.contains("0 to 3"),
+                    "{text}"
+                );
+            }
+        }
+        let op = Operation {
+            source: 4,
+            ..operation(Kind::Recv, Buffer::NONE, x)
+        };
+        assert!(prepare(&op, &COMM).unwrap_err().contains("source 4"));
+        for source in [ANY, PROC_NULL] {
+            let op = Operation {
+                source,
+                ..operation(Kind::Recv, Buffer::NONE, x)
+            };
+            assert!(prepare(&op, &COMM).is_ok());
+        }
+    }
+
+    #[test]
+    fn tags_must_not_be_negative() {
+        let x = buffer(ElementType::F32, &[3]);
+        let op = Operation {
+            send_tag: -3,
+            ..operation(Kind::Send, x, Buffer::NONE)
+        };
+        assert!(prepare(&op, &COMM).unwrap_err().contains("negative"));
+    }
+
+    #[test]
+    fn reductions_follow_the_standard() {
+        use ElementType::{BF16, Bool, C64, F8, F32, I16};
+        let allowed = [
+            (Bool, "SUM PROD MIN MAX LAND LOR LXOR BAND BOR BXOR"),
+            (BF16, "SUM PROD MIN MAX"),
+            (F8, ""),
+            (I16, "SUM PROD MIN MAX LAND LOR LXOR BAND BOR BXOR"),
+            (F32, "SUM PROD MIN MAX"),
+            (C64, "SUM PROD"),
+        ];
+        for (dtype, names) in allowed {
+            for (reduction, name) in crate::operation::REDUCTIONS {
+                let x = buffer(dtype, &[3]);
+                let op = Operation {
+                    reduction: Some(reduction),
+                    ..operation(Kind::Allreduce, x, x)
+                };
+                let expected = names.split(' ').any(|allowed| allowed == name);
+                assert_eq!(
+                    prepare(&op, &COMM).is_ok(),
+                    expected,
+                    "{name} of {}",
+                    dtype.name()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn results_must_fit() {
+        let (one, four) = (
+            buffer(ElementType::F32, &[3]),
+            buffer(ElementType::F32, &[4, 3]),
+        );
+        assert!(prepare(&operation(Kind::Allgather, one, four), &COMM).is_ok());
+        assert!(prepare(&operation(Kind::Allgather, one, one), &COMM).is_err());
+        assert!(prepare(&operation(Kind::Alltoall, four, four), &COMM).is_ok());
+        let text = prepare(&operation(Kind::Alltoall, one, one), &COMM).unwrap_err();
+        assert!(text.contains("leading dimension is 3"), "{text}");
+        // Rank 1 is not the root: it passes and gets its own shape.
+        assert!(prepare(&operation(Kind::Gather, one, one), &COMM).is_ok());
+        assert!(prepare(&operation(Kind::Scatter, four, one), &COMM).is_err());
+        let root = Communicator { rank: 0, ..COMM };
+        assert!(prepare(&operation(Kind::Scatter, four, one), &root).is_ok());
+        assert!(prepare(&operation(Kind::Gather, one, one), &root).is_err());
+        assert!(prepare(&operation(Kind::ReduceScatter, four, one), &COMM).is_ok());
+        assert!(prepare(&operation(Kind::ReduceScatter, one, four), &COMM).is_err());
+    }
+
+    #[test]
+    fn unsupported_dtypes_and_freed_communicators_are_refused_by_name() {
+        let x = buffer(ElementType::Other, &[1]);
+        assert!(
+            prepare(&operation(Kind::Bcast, x, x), &COMM)
+                .unwrap_err()
+                .contains("less than 8 bits")
+        );
+        let freed = Communicator {
+            freed: true,
+            ..COMM
+        };
+        let text = prepare(
+            &operation(Kind::Barrier, Buffer::NONE, Buffer::NONE),
+            &freed,
+        );
+        assert!(text.unwrap_err().contains("freed"));
+    }
+}

@@ -1,0 +1,364 @@
+//! Collectives: the groups of ranks they run in, and the start of their programs.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mpi_shim_abi::{ANY, Datatype, Kind, Reduction, ShimOp};
+use parking_lot::Mutex;
+
+use crate::engine::Engine;
+use crate::engine::order::Ticket;
+use crate::error::OperationError;
+use crate::mpi::backoff;
+use crate::mpi::communicators::{COLLECTIVES, Communicator, SELF};
+use crate::mpi::shim::{MpiError, Shim};
+use crate::node::rendezvous::Rendezvous;
+use crate::operation::{Buffer, Operation};
+
+/// Tag of messages between the devices of collectives.
+pub const TAG: i32 = 1;
+/// Tags of the first run of a program: what a rank is about to run, and the verdict.
+const ARRIVAL_TAG: i32 = 2;
+const VERDICT_TAG: i32 = 3;
+
+/// The groups that this process's rank is in, by number.
+#[derive(Default)]
+pub struct ReplicaGroups {
+    members: Mutex<HashMap<i64, Vec<i32>>>,
+    /// Sequences of collectives that this rank has run, in words.
+    summaries: Mutex<HashMap<u64, String>>,
+}
+
+/// A program with collectives.
+#[derive(Debug)]
+pub struct CollectiveSequence {
+    /// Hash of its sequence of collectives.
+    pub sequence: u64,
+    /// The sequence in words.
+    pub summary: String,
+    /// The ranks that run it.
+    pub members: Vec<i32>,
+    /// All ranks of the world do.
+    pub everybody: bool,
+    /// Its first run has begun, everywhere.
+    begun: AtomicBool,
+}
+
+impl CollectiveSequence {
+    /// A program that has not run yet.
+    pub fn new(
+        sequence: u64,
+        summary: String,
+        members: Vec<i32>,
+        world_size: i32,
+    ) -> CollectiveSequence {
+        CollectiveSequence {
+            sequence,
+            summary,
+            everybody: members.len() == world_size as usize,
+            members,
+            begun: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Engine {
+    /// Says which ranks the group `number` has that this rank is in.
+    pub fn know_group(&self, number: i64, members: Vec<i32>) {
+        self.groups.members.lock().insert(number, members);
+    }
+
+    /// Makes the communicator of a group, when `op` is the first to use it; collective over the group.
+    pub(crate) fn make_group(
+        &self,
+        op: &Operation<'_>,
+    ) -> Result<Option<Communicator>, OperationError> {
+        let Some(members) = self.groups.members.lock().get(&op.comm).cloned() else {
+            return Ok(None);
+        };
+        let everybody = self.communicators.get(COLLECTIVES);
+        let Some(world) = everybody else {
+            return Ok(None);
+        };
+        let name: &'static str = String::leak(format!("the ranks {members:?}"));
+        let position = members.iter().position(|&rank| rank == self.rank);
+        let failed = |reason: String| OperationError {
+            operation: op.to_string(),
+            rank: self.rank,
+            comm: name.to_owned(),
+            size: members.len() as i32,
+            reason,
+        };
+        let position = position.ok_or_else(|| failed("this rank is not in its group".into()))?;
+        if let Some(&missing) = members.iter().find(|&&rank| rank >= world.size) {
+            let size = world.size;
+            return Err(failed(format!(
+                "there is no rank {missing}: the world has {size} ranks (MPI_CUDA_PRETEND_SIZE?)"
+            )));
+        }
+        let handle = if members.iter().copied().eq(0..world.size) {
+            world.handle
+        } else if members.len() == 1 {
+            self.communicators.get(SELF).map_or(0, |row| row.handle)
+        } else {
+            let Some(shim) = &self.shim else {
+                return Err(failed("it needs an MPI, and none was found".into()));
+            };
+            let _pending = self.pending.enter(op, name);
+            // Made one after the other by each rank, in the order of their program.
+            shim.comm_create_group(world.handle, &members, TAG)
+                .map_err(|error| failed(error.0))?
+        };
+        let row = Communicator {
+            name,
+            handle,
+            user_handle: u64::MAX,
+            rank: position as i32,
+            size: members.len() as i32,
+            freed: false,
+        };
+        self.communicators.add(op.comm, row);
+        Ok(Some(row))
+    }
+
+    /// Begins the launch `ticket` of `program`: waits for its turn, and, asleep, for the other ranks where
+    /// one may still be compiling. They must be about to run the same sequence of collectives.
+    ///
+    /// Where all ranks of the world run the program, and see each other in shared memory, each shows what
+    /// it begins; at the `first` launch of this very program here this rank waits until it sees what all
+    /// others have begun, and later it looks at what is there. Else the ranks meet, by messages, at the
+    /// first launch of a sequence: that is the same on all of them, since it depends on nothing but the
+    /// sequences that they have run together.
+    pub fn begin_collectives(
+        &self,
+        ticket: Ticket,
+        program: &CollectiveSequence,
+        first: bool,
+    ) -> Result<(), OperationError> {
+        self.order.wait_turn(ticket);
+        let new = !program.begun.load(Ordering::Relaxed);
+        let launch = program.everybody.then(|| self.count_collective_launch());
+        let done = match (launch, &self.rendezvous) {
+            (Some(launch), Some(rendezvous)) => {
+                self.begin_in_sight(program, launch, rendezvous, first || new)
+            }
+            _ if new => self.meet(program),
+            _ => Ok(()),
+        };
+        done.inspect_err(|error| self.unread.lock().push(error.clone()))?;
+        program.begun.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn begin_in_sight(
+        &self,
+        program: &CollectiveSequence,
+        launch: u64,
+        rendezvous: &Rendezvous,
+        new: bool,
+    ) -> Result<(), OperationError> {
+        let own = program.sequence;
+        rendezvous.begin(launch, own, new.then_some(&program.summary));
+        let other = if new {
+            self.groups
+                .summaries
+                .lock()
+                .insert(own, program.summary.clone());
+            let _pending = self.pending.enter(&first_run(NOBODY), "all ranks");
+            rendezvous.wait_begun(launch);
+            rendezvous.other_program(launch, own, rendezvous.ranks())
+        } else {
+            rendezvous.other_program(launch, own, rendezvous.neighbours())
+        };
+        let Some((rank, theirs)) = other else {
+            return Ok(());
+        };
+        let rank = rank as i32;
+        let words = rendezvous.words(rank as usize, launch);
+        let words = words.or_else(|| self.groups.summaries.lock().get(&theirs).cloned());
+        let mut both = [
+            (self.rank, words_or(Some(&program.summary))),
+            (rank, words_or(words.as_deref())),
+        ];
+        both.sort_unstable();
+        Err(self.failed(program, verdict(&both)))
+    }
+
+    fn failed(&self, program: &CollectiveSequence, reason: String) -> OperationError {
+        OperationError {
+            operation: "the start of a program".into(),
+            rank: self.rank,
+            comm: format!("the ranks {:?}", program.members),
+            size: program.members.len() as i32,
+            reason,
+        }
+    }
+
+    /// The first of the members collects what each is about to run, and tells them whether it is the
+    /// same.
+    fn meet(&self, program: &CollectiveSequence) -> Result<(), OperationError> {
+        // The same one in every program with the same members, in whatever order.
+        let mut members = program.members.clone();
+        members.sort_unstable();
+        let (Some(shim), [first, others @ ..]) = (&self.shim, &members[..]) else {
+            return Ok(());
+        };
+        if others.is_empty() {
+            return Ok(());
+        }
+        let failed = |reason: String| self.failed(program, reason);
+        let comm = self
+            .communicators
+            .get(COLLECTIVES)
+            .map_or(0, |row| row.handle);
+        let post = Post {
+            engine: self,
+            shim,
+            comm,
+        };
+        let own = arrival(program);
+        let verdict = if *first == self.rank {
+            let mut verdict = String::new();
+            for &rank in others {
+                let theirs = post.receive(rank, ARRIVAL_TAG).map_err(|e| failed(e.0))?;
+                if theirs != own && verdict.is_empty() {
+                    verdict =
+                        self::verdict(&[(*first, described(&own)), (rank, described(&theirs))]);
+                }
+            }
+            for &rank in others {
+                post.send(rank, VERDICT_TAG, verdict.as_bytes())
+                    .map_err(|e| failed(e.0))?;
+            }
+            verdict
+        } else {
+            post.send(*first, ARRIVAL_TAG, &own)
+                .map_err(|e| failed(e.0))?;
+            let verdict = post.receive(*first, VERDICT_TAG);
+            String::from_utf8_lossy(&verdict.map_err(|e| failed(e.0))?).into_owned()
+        };
+        if verdict.is_empty() {
+            Ok(())
+        } else {
+            Err(failed(verdict))
+        }
+    }
+}
+
+/// What two ranks that differ hear.
+fn verdict(both: &[(i32, String); 2]) -> String {
+    let [(first, one), (second, other)] = both;
+    format!(
+        "the ranks run different programs. Rank {first}: {one}. Rank {second}: {other}. All ranks must \
+         run the same program in the same order; look for what depends on the rank"
+    )
+}
+
+fn words_or(words: Option<&str>) -> String {
+    match words {
+        Some("") => "no collectives".into(),
+        Some(words) => words.into(),
+        None => "a program that this rank has not run".into(),
+    }
+}
+
+/// No one rank in particular.
+const NOBODY: i32 = ANY;
+
+/// What is waited for, for the table of pending operations.
+fn first_run(peer: i32) -> Operation<'static> {
+    Operation {
+        kind: Kind::Recv,
+        of: Some("a program's first run, which all its ranks must begin:"),
+        comm: COLLECTIVES,
+        send: Buffer::NONE,
+        recv: Buffer::NONE,
+        reduction: None,
+        user_reduction: 0,
+        dest: peer,
+        source: peer,
+        send_tag: ARRIVAL_TAG,
+        recv_tag: ARRIVAL_TAG,
+        status: 0,
+    }
+}
+
+/// What a rank says of the program that it is about to run: the hash, then words.
+fn arrival(program: &CollectiveSequence) -> Vec<u8> {
+    let mut bytes = program.sequence.to_le_bytes().to_vec();
+    bytes.extend_from_slice(program.summary.as_bytes());
+    bytes
+}
+
+fn described(arrival: &[u8]) -> String {
+    let text = arrival.get(size_of::<u64>()..).unwrap_or_default();
+    words_or(Some(&String::from_utf8_lossy(text)))
+}
+
+/// Messages between ranks that wait asleep.
+struct Post<'a> {
+    engine: &'a Engine,
+    shim: &'a Shim,
+    comm: u64,
+}
+
+impl Post<'_> {
+    fn operation(&self, kind: Kind, peer: i32, tag: i32, bytes: &[u8]) -> ShimOp {
+        ShimOp {
+            kind,
+            datatype: Datatype::U8,
+            recv_datatype: Datatype::U8,
+            reduction: Reduction::Sum,
+            user_reduction: 0,
+            comm: self.comm,
+            count: bytes.len() as i64,
+            recv_count: 0,
+            dest: peer,
+            source: peer,
+            send_tag: tag,
+            recv_tag: tag,
+            send: bytes.as_ptr().cast(),
+            recv: std::ptr::null_mut(),
+            status: std::ptr::null_mut(),
+        }
+    }
+
+    fn send(&self, peer: i32, tag: i32, bytes: &[u8]) -> Result<(), MpiError> {
+        // Short enough for every MPI's eager protocol, so it does not wait for the receiver.
+        self.shim
+            .execute(&self.operation(Kind::Send, peer, tag, bytes))
+            .map(|_| ())
+    }
+
+    fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
+        let wanted = self.operation(Kind::Recv, peer, tag, &[]);
+        let _pending = self.engine.pending.enter(&first_run(peer), "all ranks");
+        let message = backoff::until(|| self.shim.take(&wanted).transpose())?;
+        self.shim.receive_bytes(message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arrival_names_its_program() {
+        let program = CollectiveSequence::new(7, "all-reduce f32[4] SUM".into(), vec![0, 1], 2);
+        assert!(program.everybody);
+        let bytes = arrival(&program);
+        assert_eq!(described(&bytes), "all-reduce f32[4] SUM");
+        assert_eq!(
+            described(&arrival(&CollectiveSequence::new(
+                0,
+                String::new(),
+                vec![0],
+                2
+            ))),
+            "no collectives"
+        );
+        assert_eq!(described(&[1, 2]), "no collectives");
+    }
+}

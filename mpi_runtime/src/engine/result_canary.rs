@@ -1,0 +1,158 @@
+//! Whether MPI wrote a whole result. A collective whose ranks pass different sizes is an error of the
+//! program, but MPI need not say so where a rank gets less than it has room for (MPI 4.0, section 6.1):
+//! what is left would be whatever the memory held before. A canary at the end tells, if at least as many
+//! bytes are missing as it has; fewer could be told from data only by chance.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::LazyLock;
+
+use mpi_shim_abi::Kind;
+
+use crate::mpi::communicators::Communicator;
+use crate::operation::{Buffer, Operation};
+
+/// What no data will be by chance.
+static CANARY: LazyLock<u128> = LazyLock::new(|| {
+    let word = |seed: u8| u128::from(RandomState::new().hash_one(seed));
+    word(0) << 64 | word(1)
+});
+
+const CANARY_BYTES: usize = size_of::<u128>();
+
+/// The canaries at the ends of what each rank sends to this one.
+pub struct ResultCanary<'a> {
+    result: Buffer<'a>,
+    blocks: usize,
+    block: usize,
+}
+
+/// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short for that are
+/// filled with zeros.
+pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary<'a>> {
+    let is_root = comm.rank == op.dest;
+    let blocks = match op.kind {
+        Kind::Allgather | Kind::Alltoall => comm.size as usize,
+        Kind::Gather if is_root => comm.size as usize,
+        Kind::Scatter => 1,
+        Kind::Bcast if !is_root => 1,
+        _ => return None,
+    };
+    let (data, bytes) = (op.recv.data.cast::<u8>(), op.recv.bytes());
+    if bytes == 0 || data.is_null() || std::ptr::eq(op.recv.data, op.send.data) {
+        return None;
+    }
+    let canary = ResultCanary {
+        result: op.recv,
+        blocks,
+        block: bytes / blocks,
+    };
+    if canary.block < CANARY_BYTES {
+        // SAFETY: the result is valid for its bytes, as whoever made the operation promises.
+        unsafe { data.write_bytes(0, bytes) };
+        return None;
+    }
+    for block in 0..blocks {
+        // SAFETY: inside the result, see `end_of`.
+        unsafe { canary.end_of(block).write_unaligned(*CANARY) };
+    }
+    Some(canary)
+}
+
+impl ResultCanary<'_> {
+    /// Where the canary of a block is: its last bytes.
+    fn end_of(&self, block: usize) -> *mut u128 {
+        let end = (block + 1) * self.block - CANARY_BYTES;
+        self.result.data.cast::<u8>().wrapping_add(end).cast()
+    }
+
+    /// The first block that nobody wrote to its end, if there is one.
+    pub fn unwritten(&self) -> Option<usize> {
+        // SAFETY: inside the result, whose blocks are no shorter than a canary.
+        (0..self.blocks).find(|&block| unsafe { self.end_of(block).read_unaligned() } == *CANARY)
+    }
+
+    /// What is wrong, if something is.
+    pub fn check(&self, op: &Operation<'_>) -> Result<(), String> {
+        let Some(block) = self.unwritten() else {
+            return Ok(());
+        };
+        let sender = match op.kind {
+            Kind::Bcast | Kind::Scatter => op.dest as usize,
+            _ => block,
+        };
+        Err(format!(
+            "rank {sender} sent less than the {} bytes that this rank has room for; all ranks must \
+             pass the same shape and dtype",
+            self.block
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ElementType;
+    use mpi_shim_abi::ANY;
+
+    const COMM: Communicator = Communicator {
+        name: "test",
+        handle: 0,
+        user_handle: 0,
+        rank: 1,
+        size: 3,
+        freed: false,
+    };
+
+    fn operation<'a>(kind: Kind, result: &mut [u8], shape: &'a [i64]) -> Operation<'a> {
+        Operation {
+            kind,
+            of: None,
+            comm: 0,
+            send: Buffer::NONE,
+            recv: Buffer {
+                data: result.as_mut_ptr().cast(),
+                dtype: ElementType::U8,
+                shape,
+            },
+            reduction: None,
+            user_reduction: 0,
+            dest: 0,
+            source: ANY,
+            send_tag: 0,
+            recv_tag: ANY,
+            status: 0,
+        }
+    }
+
+    #[test]
+    fn a_block_that_is_not_written_to_its_end_is_found() {
+        let mut memory = [0; 90];
+        let op = operation(Kind::Allgather, &mut memory, &[3, 30]);
+        let canary = place(&op, &COMM).unwrap();
+        assert_eq!(canary.unwritten(), Some(0));
+        memory.fill(1);
+        assert!(canary.unwritten().is_none() && canary.check(&op).is_ok());
+        let canary = place(&op, &COMM).unwrap();
+        memory[..30].fill(1);
+        memory[30..44].fill(2);
+        memory[60..].fill(3);
+        assert_eq!(canary.unwritten(), Some(1));
+        let text = canary.check(&op).unwrap_err();
+        assert!(
+            text.contains("rank 1 sent less than the 30 bytes"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn short_results_are_zeros_and_the_root_is_left_alone() {
+        let mut memory = [7; 8];
+        assert!(place(&operation(Kind::Scatter, &mut memory, &[8]), &COMM).is_none());
+        assert_eq!(memory, [0; 8]);
+        let root = Communicator { rank: 0, ..COMM };
+        let mut memory = [7; 40];
+        assert!(place(&operation(Kind::Bcast, &mut memory, &[40]), &root).is_none());
+        assert!(place(&operation(Kind::Allreduce, &mut memory, &[40]), &COMM).is_none());
+        assert_eq!(memory, [7; 40]);
+    }
+}

@@ -1,0 +1,7 @@
+//! The MPI library: which one it is, who launched the job, the shim that calls it, and the communicators.
+
+pub mod backoff;
+pub mod communicators;
+pub mod family;
+pub mod launcher;
+pub mod shim;

@@ -1,0 +1,361 @@
+//! Loading a shim and calling it: results instead of codes.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+
+use libloading::Library;
+use mpi_shim_abi::{
+    ABI_VERSION, CommDeleted, Datatype, ENTRY_POINT, Entry, ShimApi, ShimOp, ShimReceived,
+    ShimStatus,
+};
+
+use crate::error::StartError;
+use crate::mpi::family::Family;
+use crate::transfer::choice::Aware;
+
+/// A loaded shim; never unloaded, since MPI libraries do not survive that.
+#[derive(Clone, Copy)]
+pub struct Shim {
+    api: &'static ShimApi,
+    /// The family it was built for.
+    pub family: Family,
+}
+
+/// A message on its way.
+#[derive(Debug)]
+pub struct Request(pub(crate) u64);
+
+/// A message that was taken out of the queue, and must be received.
+#[derive(Debug, Default)]
+pub struct Message {
+    /// Where it is from, and how long it is.
+    pub envelope: ShimReceived,
+    handle: u64,
+}
+
+/// A failed MPI call: MPI's own text.
+#[derive(Debug)]
+pub struct MpiError(pub String);
+
+/// Whether MPI was started in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum MpiState {
+    NotStarted,
+    Running,
+    Finalized,
+}
+
+/// File name of the shim of `family`.
+pub fn file_name(family: Family) -> String {
+    format!("libmpi_cuda_shim_{}.so", family.name())
+}
+
+impl Shim {
+    /// Loads the shim of `family` from the first of `folders` that has it.
+    pub fn load(family: Family, folders: &[PathBuf]) -> Result<Shim, StartError> {
+        let error = |reason: String| StartError::Shim {
+            family: family.name(),
+            reason,
+        };
+        let file = file_name(family);
+        let path = folders
+            .iter()
+            .map(|folder| folder.join(&file))
+            .find(|path| path.is_file());
+        let path = path.ok_or_else(|| {
+            let looked: Vec<_> = folders
+                .iter()
+                .map(|folder| folder.display().to_string())
+                .collect();
+            error(format!("{file} is in none of {}", looked.join(", ")))
+        })?;
+        Self::open(family, &path).map_err(|reason| error(format!("{}: {reason}", path.display())))
+    }
+
+    fn open(family: Family, path: &Path) -> Result<Shim, String> {
+        // SAFETY: loading runs the initialisers of the shim and of the MPI it links, nothing else.
+        let library = unsafe { Library::new(path) }.map_err(|error| error.to_string())?;
+        // SAFETY: the contract gives the symbol this type.
+        let entry = unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }
+            .map_err(|error| error.to_string())?;
+        // SAFETY: the entry point has no requirements; the table is static in the library, which
+        // is leaked below.
+        let api: &'static ShimApi = unsafe { &*entry() };
+        if api.abi_version != ABI_VERSION {
+            return Err(format!(
+                "it has version {} of the contract, and {ABI_VERSION} is needed; run scripts/setup",
+                api.abi_version
+            ));
+        }
+        std::mem::forget(library);
+        Ok(Shim { api, family })
+    }
+
+    /// First line of `MPI_Get_library_version`.
+    pub fn library_version(&self) -> String {
+        // SAFETY: callable at any time; `text` passes a buffer with its capacity.
+        let all = text(|buffer, capacity| unsafe { (self.api.library_version)(buffer, capacity) });
+        let line = all.lines().next().unwrap_or_default();
+        line.split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
+            .replace("MPICH Version:", "MPICH")
+    }
+
+    /// What MPI says of its support for CUDA.
+    pub fn cuda_aware(&self) -> Aware {
+        // SAFETY: callable once MPI runs, as it does where anybody asks.
+        match unsafe { (self.api.cuda_aware)() } {
+            0 => Aware::No,
+            1 => Aware::Yes,
+            _ => Aware::Unsaid,
+        }
+    }
+
+    /// Whether MPI was started.
+    pub fn state(&self) -> MpiState {
+        // SAFETY: callable at any time.
+        match unsafe { (self.api.state)() } {
+            0 => MpiState::NotStarted,
+            1 => MpiState::Running,
+            _ => MpiState::Finalized,
+        }
+    }
+
+    /// `MPI_Init_thread`.
+    pub fn init(&self) -> Result<(), MpiError> {
+        // SAFETY: called once, in state NotStarted.
+        self.check(unsafe { (self.api.init)() })
+    }
+
+    /// Name of the thread level MPI runs with.
+    pub fn thread_level(&self) -> &'static str {
+        // SAFETY: MPI is running.
+        let level = unsafe { (self.api.thread_level)() };
+        ["single", "funneled", "serialized", "multiple"]
+            .get(level as usize)
+            .unwrap_or(&"unknown")
+    }
+
+    /// `MPI_Finalize`.
+    pub fn finalize(&self) -> Result<(), MpiError> {
+        // SAFETY: called once, by whoever initialised, after the last operation.
+        self.check(unsafe { (self.api.finalize)() })
+    }
+
+    /// `MPI_Abort`: ends the whole job.
+    pub fn abort(&self, code: i32) {
+        // SAFETY: MPI is running.
+        unsafe { (self.api.abort)(code) }
+    }
+
+    /// Handle of `MPI_COMM_WORLD`.
+    pub fn comm_world(&self) -> u64 {
+        // SAFETY: a constant.
+        unsafe { (self.api.comm_world)() }
+    }
+
+    /// Handle of `MPI_COMM_SELF`.
+    pub fn comm_self(&self) -> u64 {
+        // SAFETY: a constant.
+        unsafe { (self.api.comm_self)() }
+    }
+
+    /// `MPI_Comm_dup`; collective.
+    pub fn comm_dup(&self, comm: u64) -> Result<u64, MpiError> {
+        let mut new = 0;
+        // SAFETY: `comm` is a live communicator.
+        self.check(unsafe { (self.api.comm_dup)(comm, &mut new) })?;
+        Ok(new)
+    }
+
+    /// `MPI_Comm_free`.
+    pub fn comm_free(&self, comm: u64) -> Result<(), MpiError> {
+        // SAFETY: `comm` was made by `comm_dup`, or is one that MPI was told to keep (`comm_watch`).
+        self.check(unsafe { (self.api.comm_free)(comm) })
+    }
+
+    /// Rank, size, and whether it is an intercommunicator.
+    pub fn comm_info(&self, comm: u64) -> Result<(i32, i32, bool), MpiError> {
+        let (mut rank, mut size, mut inter) = (0, 0, 0);
+        // SAFETY: `comm` is a live communicator.
+        self.check(unsafe { (self.api.comm_info)(comm, &mut rank, &mut size, &mut inter) })?;
+        Ok((rank, size, inter != 0))
+    }
+
+    /// The ranks in `MPI_COMM_WORLD` of the `size` members of `comm`.
+    pub fn comm_members(&self, comm: u64, size: i32) -> Result<Vec<i32>, MpiError> {
+        let mut members = vec![0; size as usize];
+        // SAFETY: `comm` is a live communicator of that size.
+        self.check(unsafe { (self.api.comm_members)(comm, members.as_mut_ptr()) })?;
+        Ok(members)
+    }
+
+    /// The communicator of some ranks of `comm`, in that order; collective over them.
+    pub fn comm_create_group(&self, comm: u64, members: &[i32], tag: i32) -> Result<u64, MpiError> {
+        let (mut new, count) = (0, members.len() as c_int);
+        // SAFETY: `comm` is a live communicator of the engine's; MPI checks the ranks.
+        self.check(unsafe {
+            (self.api.comm_create_group)(comm, members.as_ptr(), count, tag, &mut new)
+        })?;
+        Ok(new)
+    }
+
+    /// Rank among those of `comm` on this node, their number, and the number of cores that they
+    /// may use together; collective.
+    pub fn node(&self, comm: u64) -> Result<(i32, i32, i32), MpiError> {
+        let (mut rank, mut size, mut cores) = (0, 0, 0);
+        // SAFETY: `comm` is a live communicator of the engine's.
+        self.check(unsafe { (self.api.node)(comm, &mut rank, &mut size, &mut cores) })?;
+        Ok((rank, size, cores))
+    }
+
+    /// Whether to give up the core while waiting, and the largest part of a collective in bytes.
+    pub fn configure(&self, yielding: bool, part_bytes: i64) {
+        // SAFETY: stores both.
+        unsafe { (self.api.configure)(c_int::from(yielding), part_bytes) }
+    }
+
+    /// Calls `deleted(number)` when `comm` is freed.
+    pub fn comm_watch(&self, comm: u64, number: i64, deleted: CommDeleted) -> Result<(), MpiError> {
+        // SAFETY: `comm` is a live communicator.
+        self.check(unsafe { (self.api.comm_watch)(comm, number, deleted) })
+    }
+
+    /// Executes an operation; the only call here that waits on a peer after start.
+    pub fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
+        let mut received = ShimReceived::default();
+        // SAFETY: `check::prepare` made `op` from buffers that outlive this call.
+        self.check(unsafe { (self.api.execute)(op, &mut received) })?;
+        Ok(received)
+    }
+
+    /// Starts the send of `op`.
+    ///
+    /// # Safety
+    /// What it sends must stay in place, unchanged, until [`Shim::test`] says that it is complete.
+    pub unsafe fn start_send(&self, op: &ShimOp) -> Result<Request, MpiError> {
+        let mut request = 0;
+        // SAFETY: as the caller promises.
+        self.check(unsafe { (self.api.start_send)(op, &mut request) })?;
+        Ok(Request(request))
+    }
+
+    /// Takes the message that `op` would receive out of the queue, if one is there.
+    pub fn take(&self, op: &ShimOp) -> Result<Option<Message>, MpiError> {
+        let (mut found, mut message) = (0, Message::default());
+        // SAFETY: `check::prepare` made `op`; its communicator is live.
+        self.check(unsafe {
+            (self.api.take)(op, &mut found, &mut message.envelope, &mut message.handle)
+        })?;
+        Ok((found != 0).then_some(message))
+    }
+
+    /// Starts to receive a message as elements of `datatype`.
+    ///
+    /// # Safety
+    /// `buffer` must be valid for the message's bytes until [`Shim::test`] says that it is complete.
+    pub unsafe fn start_receive(
+        &self,
+        message: Message,
+        datatype: Datatype,
+        buffer: *mut c_void,
+    ) -> Result<Request, MpiError> {
+        let mut request = 0;
+        let (start, bytes) = (self.api.start_receive, message.envelope.bytes);
+        // SAFETY: as the caller promises; the message was taken once.
+        self.check(unsafe { start(message.handle, bytes, datatype, buffer, &mut request) })?;
+        Ok(Request(request))
+    }
+
+    /// The bytes of a message, which is there.
+    pub fn receive_bytes(&self, message: Message) -> Result<Vec<u8>, MpiError> {
+        let mut bytes = vec![0u8; usize::try_from(message.envelope.bytes).unwrap_or(0)];
+        // SAFETY: the bytes stay in place until the request is complete, which is waited for.
+        let mut request =
+            unsafe { self.start_receive(message, Datatype::U8, bytes.as_mut_ptr().cast()) }?;
+        while self.test(&mut request)?.is_none() {
+            std::thread::yield_now();
+        }
+        Ok(bytes)
+    }
+
+    /// The status of a request, if it is complete; it must not be tested again then.
+    pub fn test(&self, request: &mut Request) -> Result<Option<ShimStatus>, MpiError> {
+        let (mut done, mut status) = (0, ShimStatus([0; 64]));
+        // SAFETY: a live request of the functions above.
+        self.check(unsafe { (self.api.test)(&mut request.0, &mut done, &mut status) })?;
+        Ok((done != 0).then_some(status))
+    }
+
+    /// Says in the user's `MPI_Status` at that address, which MPI has filled, how many bytes have come.
+    ///
+    /// # Safety
+    /// The address must be that of a status.
+    pub unsafe fn set_received(&self, address: usize, bytes: usize) -> Result<(), MpiError> {
+        // SAFETY: as the caller promises.
+        self.check(unsafe { (self.api.set_received)(address as *mut c_void, bytes as i64) })
+    }
+
+    /// Writes a status to the user's `MPI_Status` at that address; 0 is none.
+    ///
+    /// # Safety
+    /// There must be an `MPI_Status`.
+    pub unsafe fn write_status(&self, status: &ShimStatus, address: usize) {
+        if address != 0 {
+            // SAFETY: as the caller promises; the shim says how long it is.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    status.0.as_ptr(),
+                    address as *mut u8,
+                    self.api.status_size.min(status.0.len()),
+                );
+            }
+        }
+    }
+
+    fn check(&self, code: c_int) -> Result<(), MpiError> {
+        if code == 0 {
+            return Ok(());
+        }
+        // SAFETY: `text` passes a buffer with its capacity.
+        Err(MpiError(text(|buffer, capacity| unsafe {
+            (self.api.error_string)(code, buffer, capacity);
+        })))
+    }
+}
+
+fn text(fill: impl FnOnce(*mut c_char, usize)) -> String {
+    let mut buffer = vec![0 as c_char; 8192];
+    fill(buffer.as_mut_ptr(), buffer.len());
+    // SAFETY: the shim NUL-terminates within the capacity, and the buffer began as zeros.
+    unsafe { CStr::from_ptr(buffer.as_ptr()) }
+        .to_string_lossy()
+        .trim()
+        .to_owned()
+}
+
+/// Paths of the shared libraries now loaded in this process.
+pub fn loaded_libraries() -> Vec<String> {
+    unsafe extern "C" fn collect(
+        info: *mut libc::dl_phdr_info,
+        _size: usize,
+        data: *mut libc::c_void,
+    ) -> c_int {
+        // SAFETY: `data` is the vector below; glibc passes a valid info with a NUL-ended name.
+        unsafe {
+            let paths = &mut *data.cast::<Vec<String>>();
+            paths.push(
+                CStr::from_ptr((*info).dlpi_name)
+                    .to_string_lossy()
+                    .into_owned(),
+            );
+        }
+        0
+    }
+    let mut paths: Vec<String> = Vec::new();
+    // SAFETY: the callback matches, and `paths` outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(collect), std::ptr::from_mut(&mut paths).cast()) };
+    paths
+}

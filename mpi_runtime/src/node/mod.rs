@@ -1,0 +1,4 @@
+//! Memory that the ranks of a node share.
+
+pub mod rendezvous;
+pub mod shm_ring;

@@ -1,0 +1,435 @@
+//! Memory that the ranks of a node share, through which long messages go between their devices: the
+//! sender's device copies into it and the receiver's copies out of it, and no processor touches the
+//! data. Each rank has a shared-memory ring, a ring of slots, and messages use its slots one after the other.
+//!
+//! MPI carries the rendezvous header of a message, which says at which place of the ring it begins. A slot goes back
+//! and forth between the two ranks by its two numbers.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use memmap2::MmapRaw;
+
+use crate::device::{Device, HostMemory};
+use crate::engine::nonblocking::pause;
+use crate::log;
+
+/// Slots of a ring: copies down, copies up and what the ranks do in between overlap.
+const SLOTS: usize = 8;
+/// Largest slot: a copy of this size reaches the device's full speed.
+const LARGEST: usize = 1 << 20;
+/// A message goes in at least so many parts, unless they are smaller than that: it takes as long as its
+/// bytes and those of its largest part, since the receiver copies a part when the sender has.
+const PARTS: usize = 16;
+const SMALLEST: usize = 512 << 10;
+/// Slots begin at pages.
+const PAGE: usize = 4096;
+
+/// Both count places of the ring from 1 on: the last that was filled in this slot, and the last whose
+/// data are not needed any more.
+#[repr(C, align(64))]
+struct RingState {
+    filled: AtomicU64,
+    freed: AtomicU64,
+}
+
+/// One rank's slots, mapped by this process.
+pub(crate) struct ShmRing {
+    memory: MmapRaw,
+    slot: usize,
+    ranks: usize,
+    /// The device copies by itself, or it was tried.
+    pinned: OnceLock<()>,
+}
+
+impl ShmRing {
+    fn header(ranks: usize) -> usize {
+        (SLOTS * size_of::<RingState>() + ranks + 1).next_multiple_of(PAGE)
+    }
+
+    fn over(file: &File, ranks: usize) -> io::Result<ShmRing> {
+        let memory = MmapRaw::map_raw(file)?;
+        let slots = memory.len().saturating_sub(Self::header(ranks));
+        if slots == 0 || !slots.is_multiple_of(SLOTS) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(ShmRing {
+            memory,
+            slot: slots / SLOTS,
+            ranks,
+            pinned: OnceLock::new(),
+        })
+    }
+
+    fn state(&self, place: u64) -> &RingState {
+        let index = place as usize % SLOTS;
+        // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; everybody
+        // accesses it atomically.
+        unsafe { &*self.memory.as_mut_ptr().cast::<RingState>().add(index) }
+    }
+
+    /// Whether the rank with that number has mapped this memory.
+    fn seen_by(&self, rank: usize) -> &AtomicBool {
+        assert!(rank < self.ranks);
+        self.flag(rank)
+    }
+
+    fn broken(&self) -> &AtomicBool {
+        self.flag(self.ranks)
+    }
+
+    fn flag(&self, number: usize) -> &AtomicBool {
+        assert!(number <= self.ranks);
+        let offset = SLOTS * size_of::<RingState>() + number;
+        // SAFETY: inside the header; zero or one, and accessed atomically by everybody.
+        unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicBool>() }
+    }
+
+    /// Bytes of the parts of a message of `bytes`, each of which has a slot; the last may be shorter.
+    pub(crate) fn part(&self, bytes: usize) -> usize {
+        let part = (bytes / PARTS).next_multiple_of(PAGE);
+        part.clamp(SMALLEST.min(self.slot), self.slot)
+    }
+
+    /// How many places that takes.
+    pub(crate) fn places(&self, bytes: usize) -> u64 {
+        bytes.div_ceil(self.part(bytes)) as u64
+    }
+
+    /// The memory of a place.
+    pub(crate) fn data(&self, place: u64) -> *mut u8 {
+        let offset = Self::header(self.ranks) + place as usize % SLOTS * self.slot;
+        self.memory.as_mut_ptr().wrapping_add(offset)
+    }
+
+    /// Whether the sender may fill this place.
+    pub(crate) fn is_free(&self, place: u64) -> bool {
+        let before = (place + 1).saturating_sub(SLOTS as u64);
+        self.state(place).freed.load(Ordering::Acquire) >= before
+    }
+
+    /// The sender has filled it.
+    pub(crate) fn fill(&self, place: u64) {
+        self.state(place).filled.store(place + 1, Ordering::Release);
+    }
+
+    /// Whether the receiver may read it.
+    pub(crate) fn is_filled(&self, place: u64) -> bool {
+        self.state(place).filled.load(Ordering::Acquire) == place + 1
+    }
+
+    /// The receiver has read it.
+    pub(crate) fn free(&self, place: u64) {
+        self.state(place).freed.store(place + 1, Ordering::Release);
+    }
+
+    /// Takes the places from `first` on, before `end`, out of the way, in their order: slots are other
+    /// messages' before they are filled.
+    pub(crate) fn drain(&self, first: u64, end: u64) {
+        for place in first..end {
+            let mut spins = 0;
+            while !self.is_filled(place) {
+                if self.is_broken(place) {
+                    return;
+                }
+                pause(&mut spins);
+            }
+            self.free(place);
+        }
+    }
+
+    /// The sender has sent the header of a message and cannot send the rest of it.
+    fn break_off(&self) {
+        self.broken().store(true, Ordering::SeqCst);
+    }
+
+    /// Whether this place is never filled.
+    pub(crate) fn is_broken(&self, place: u64) -> bool {
+        self.broken().load(Ordering::SeqCst) && !self.is_filled(place)
+    }
+
+    /// Lets the device copy by itself. If it refuses, its copies go through memory of its library's:
+    /// slower, and as right.
+    pub(crate) fn pin(&self, device: &dyn Device) {
+        self.pinned.get_or_init(|| {
+            if let Some(data) = NonNull::new(self.memory.as_mut_ptr()) {
+                let bytes = self.memory.len();
+                // SAFETY: mapped as long as the process lives: shared-memory rings are the world's.
+                let pinned = unsafe { device.pin(&HostMemory { data, bytes }) };
+                if let Err(error) = pinned {
+                    log::line(&format!("mpi_cuda: memory shared by ranks is used unpinned, which is slower: {error}"));
+                }
+            }
+        });
+    }
+}
+
+/// The shared-memory rings of the ranks that this one shares memory with.
+pub struct ShmRings {
+    name: u64,
+    rank: usize,
+    /// By rank in the world; its own among them, if it could be made.
+    all: Vec<Option<ShmRing>>,
+    /// Place of the next message in the own one.
+    next: AtomicU64,
+    /// Why there is no own one, if there should be.
+    failure: Option<io::Error>,
+}
+
+impl ShmRings {
+    fn path(name: u64, rank: usize) -> PathBuf {
+        format!("/dev/shm/mpi_cuda.{name:016x}.{rank}").into()
+    }
+
+    /// Makes the shared-memory ring of `rank`, for messages in parts of at most `chunk` bytes. All ranks of `size`
+    /// call this with the same name, then, when all have, [`ShmRings::open`], and then [`ShmRings::unlink`].
+    /// A rank that wants none or cannot make one sends its messages through MPI; it makes one only if those of
+    /// the `neighbours` ranks of its node take at most half of the memory that is left for such things.
+    pub fn make(
+        name: u64,
+        rank: usize,
+        size: usize,
+        neighbours: usize,
+        chunk: Option<usize>,
+    ) -> ShmRings {
+        let mut all: Vec<Option<ShmRing>> = (0..size).map(|_| None).collect();
+        let mut failure = None;
+        if let Some(chunk) = chunk {
+            let slot = chunk.min(LARGEST);
+            match Self::create(&Self::path(name, rank), size, neighbours, slot) {
+                Ok(own) => all[rank] = Some(own),
+                Err(error) => failure = Some(error),
+            }
+        }
+        ShmRings {
+            name,
+            rank,
+            all,
+            next: AtomicU64::new(0),
+            failure,
+        }
+    }
+
+    fn create(path: &PathBuf, size: usize, neighbours: usize, slot: usize) -> io::Result<ShmRing> {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(path)?;
+        let bytes = ShmRing::header(size) + SLOTS * slot;
+        // Reserved, and not more than there is to spare: MPI and others need this memory too, and
+        // its lack would be a signal later.
+        let there = free_bytes(&file)?;
+        // SAFETY: a file of ours.
+        let reserved = (bytes * neighbours) as u64 <= there / 2
+            && unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as i64) } == 0;
+        let made = match reserved {
+            true => ShmRing::over(&file, size),
+            false => Err(io::ErrorKind::StorageFull.into()),
+        };
+        if made.is_err() {
+            // Nobody has it.
+            let _ = std::fs::remove_file(path);
+        }
+        made
+    }
+
+    /// Maps those of the other ranks of this node, and shows them that it has.
+    pub fn open(&mut self) {
+        let (size, own) = (self.all.len(), self.rank);
+        for rank in 0..size {
+            if rank != own {
+                let path = Self::path(self.name, rank);
+                let file = OpenOptions::new().read(true).write(true).open(path);
+                self.all[rank] = file.and_then(|file| ShmRing::over(&file, size)).ok();
+            }
+            if let Some(shm_ring) = &self.all[rank] {
+                shm_ring.seen_by(own).store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Takes the name of the own one away, once all ranks have mapped it.
+    pub fn unlink(&self) {
+        if self.all[self.rank].is_some() {
+            let _ = std::fs::remove_file(Self::path(self.name, self.rank));
+        }
+    }
+
+    /// Why this rank has none, though it wants one.
+    pub fn failure(&self) -> Option<&io::Error> {
+        self.failure.as_ref()
+    }
+
+    /// The ranks that read this one's shared-memory ring.
+    pub fn readers(&self) -> usize {
+        let reads = |&rank: &usize| rank != self.rank && self.to(rank as i32).is_some();
+        (0..self.all.len()).filter(reads).count()
+    }
+
+    /// The own shared-memory ring, if `rank` reads it.
+    pub(crate) fn to(&self, rank: i32) -> Option<&ShmRing> {
+        let own = self.all[self.rank].as_ref()?;
+        if own.broken().load(Ordering::SeqCst) {
+            return None;
+        }
+        let there = usize::try_from(rank).is_ok_and(|rank| rank < self.all.len());
+        (there && own.seen_by(rank as usize).load(Ordering::SeqCst)).then_some(own)
+    }
+
+    /// The shared-memory ring of `rank`.
+    pub(crate) fn of(&self, rank: usize) -> Option<&ShmRing> {
+        self.all.get(rank)?.as_ref()
+    }
+
+    /// This rank, in the world.
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The first of `count` places for a message; they are nobody else's.
+    pub(crate) fn reserve(&self, count: u64) -> u64 {
+        self.next.fetch_add(count, Ordering::Relaxed)
+    }
+
+    /// The message with the places from `first` on, before `end`, is not sent to its end. If the receiver
+    /// knows of it, this rank's messages go through MPI from now on.
+    pub(crate) fn give_up(&self, first: u64, end: u64, header_sent: bool) {
+        let back = || {
+            let next = &self.next;
+            next.compare_exchange(end, first, Ordering::Relaxed, Ordering::Relaxed)
+        };
+        if (header_sent || back().is_err())
+            && let Some(own) = &self.all[self.rank]
+        {
+            own.break_off();
+        }
+    }
+}
+
+impl Drop for ShmRings {
+    fn drop(&mut self) {
+        self.unlink();
+    }
+}
+
+/// Bytes that are left where the file is.
+fn free_bytes(file: &File) -> io::Result<u64> {
+    // SAFETY: all zero bytes are a valid value of this plain struct.
+    let mut about: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: writes to a valid place.
+    match unsafe { libc::fstatvfs(file.as_raw_fd(), &mut about) } {
+        0 => Ok(about.f_bavail * about.f_frsize),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_go_back_and_forth_between_two_ranks() {
+        let name = crate::node::rendezvous::Rendezvous::new_name();
+        let mut both: Vec<_> = (0..2)
+            .map(|rank| ShmRings::make(name, rank, 2, 2, Some(4096)))
+            .collect();
+        both.iter_mut().for_each(ShmRings::open);
+        both.iter().for_each(ShmRings::unlink);
+        assert!(!ShmRings::path(name, 0).exists() && both[0].readers() == 1);
+        let (sends, receives) = (both[0].to(1).unwrap(), both[1].of(0).unwrap());
+        for place in 0..3 * SLOTS as u64 {
+            assert!(sends.is_free(place) && !receives.is_filled(place));
+            assert!(sends.is_free(place + SLOTS as u64 - 1));
+            assert!(!sends.is_free(place + SLOTS as u64));
+            // SAFETY: a byte of a slot that is free.
+            unsafe { sends.data(place).write(place as u8) };
+            sends.fill(place);
+            assert!(receives.is_filled(place));
+            // SAFETY: a byte of a slot that is filled.
+            assert_eq!(unsafe { receives.data(place).read() }, place as u8);
+            receives.free(place);
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_refused_leaves_the_one_before_it_alone() {
+        let name = crate::node::rendezvous::Rendezvous::new_name();
+        let make = |rank| ShmRings::make(name, rank, 3, 3, Some(4096));
+        let mut all: Vec<_> = (0..3).map(make).collect();
+        all.iter_mut().for_each(ShmRings::open);
+        let (sends, slow, refuses) = (all[0].to(1).unwrap(), &all[1], &all[2]);
+        let ring = SLOTS as u64;
+        // One that fills the ring, and one of two places for another rank, which refuses it first.
+        (0..ring).for_each(|place| sends.fill(place));
+        std::thread::scope(|scope| {
+            let refusing = scope.spawn(|| refuses.of(0).unwrap().drain(ring, ring + 2));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!sends.is_free(ring) && !refusing.is_finished());
+            for place in 0..ring {
+                assert!(slow.of(0).unwrap().is_filled(place));
+                slow.of(0).unwrap().free(place);
+            }
+            for place in ring..ring + 2 {
+                assert!(sends.is_free(place));
+                sends.fill(place);
+            }
+            refusing.join().unwrap();
+        });
+        assert!(sends.is_free(2 * ring + 1) && !sends.is_free(2 * ring + 2));
+    }
+
+    #[test]
+    fn what_is_given_up_is_taken_back_or_known_to_the_reader() {
+        let name = crate::node::rendezvous::Rendezvous::new_name();
+        let mut both: Vec<_> = (0..2)
+            .map(|rank| ShmRings::make(name, rank, 2, 2, Some(4096)))
+            .collect();
+        both.iter_mut().for_each(ShmRings::open);
+        let first = both[0].reserve(5);
+        both[0].give_up(first, first + 5, false);
+        assert_eq!(both[0].reserve(3), first);
+        assert!(both[0].to(1).is_some());
+        both[0].to(1).unwrap().fill(first);
+        both[0].give_up(first, first + 3, true);
+        let read = both[1].of(0).unwrap();
+        assert!(both[0].to(1).is_none() && !read.is_broken(first) && read.is_broken(first + 1));
+        // What is there is taken out of the way, and the rest not waited for.
+        read.drain(first, first + 3);
+    }
+
+    #[test]
+    fn parts_are_whole_elements_and_fit_their_slots() {
+        let name = crate::node::rendezvous::Rendezvous::new_name();
+        for chunk in [64, 4096, 1 << 20, 1 << 30] {
+            let own = ShmRings::make(name, 0, 1, 1, Some(chunk));
+            own.unlink();
+            let own = own.of(0).unwrap();
+            for bytes in [1, 100, chunk + 1, 4 << 20, 5_000_001, 64 << 20] {
+                let part = own.part(bytes);
+                assert!(part <= chunk.min(LARGEST) && part.is_multiple_of(16));
+                assert_eq!(own.places(bytes), bytes.div_ceil(part) as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_did_not_map_it_is_sent_to_by_mpi() {
+        let name = crate::node::rendezvous::Rendezvous::new_name();
+        let mut own = ShmRings::make(name, 1, 3, 3, Some(4096));
+        own.open();
+        own.unlink();
+        assert!(own.to(0).is_none() && own.to(2).is_none() && own.to(7).is_none());
+        assert_eq!(own.readers(), 0);
+        assert!(own.failure().is_none());
+        // Too large for what there is.
+        let many = ShmRings::make(name, 1, 3, 1 << 40, Some(4096));
+        assert!(many.failure().is_some() && many.of(1).is_none());
+        assert!(ShmRings::create(&ShmRings::path(name, 1), 3, 1, 1 << 50).is_err());
+        assert!(!ShmRings::path(name, 1).exists());
+    }
+}

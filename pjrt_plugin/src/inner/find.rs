@@ -1,0 +1,272 @@
+//! Finding and loading the inner XLA plugin. Everything that depends on which wheel it comes from
+//! is in this module.
+
+use std::ffi::CStr;
+use std::path::{Path, PathBuf};
+
+use libloading::Library;
+use mpi_runtime::device::cuda::{self, Found};
+use pjrt_sys::PJRT_Api;
+
+use crate::config::{Config, Device};
+use crate::error::Error;
+
+/// Where wheels put their plugin, below `site-packages`, and under which name beside our file.
+struct Wheel {
+    device: Device,
+    package: &'static str,
+    in_site_packages: &'static str,
+}
+
+const WHEELS: &[Wheel] = &[
+    // The file that JAX's own package uses: what that registers (callbacks, linear algebra) is there then.
+    Wheel {
+        device: Device::Cuda,
+        package: "jax-cuda13-pjrt",
+        in_site_packages: "jax_plugins/xla_cuda13/xla_cuda_plugin.so",
+    },
+    Wheel {
+        device: Device::Cuda,
+        package: "jax-cuda12-pjrt",
+        in_site_packages: "jax_plugins/xla_cuda12/xla_cuda_plugin.so",
+    },
+    Wheel {
+        device: Device::Cuda,
+        package: "xla-cuda13-pjrt",
+        in_site_packages: "xla_plugins/xla_cuda13_pjrt/xla_gpu_pjrt.so",
+    },
+    Wheel {
+        device: Device::Cuda,
+        package: "xla-cuda12-pjrt",
+        in_site_packages: "xla_plugins/xla_cuda12_pjrt/xla_gpu_pjrt.so",
+    },
+    Wheel {
+        device: Device::Cpu,
+        package: "xla-cpu-pjrt",
+        in_site_packages: "xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so",
+    },
+];
+
+/// The loaded inner plugin.
+pub struct Inner {
+    api: *const PJRT_Api,
+    /// The file it was loaded from.
+    pub path: PathBuf,
+    /// What its devices are.
+    pub device: Device,
+    /// Why these.
+    pub reason: String,
+}
+
+// SAFETY: the table is static in a library that is never unloaded, and only read.
+unsafe impl Send for Inner {}
+// SAFETY: as above.
+unsafe impl Sync for Inner {}
+
+impl Inner {
+    /// Loads the plugin that `config` asks for.
+    pub fn load(config: &Config) -> Result<Inner, Error> {
+        let (device, reason) = match config.device {
+            // Of a file that the user names nobody knows what it is for.
+            Device::Auto if config.inner_plugin.is_some() => (
+                Device::Cpu,
+                "MPI_CUDA_INNER_PLUGIN without MPI_CUDA_DEVICE".into(),
+            ),
+            Device::Auto => automatic(&cuda::find(), || find(config, Device::Cuda)),
+            Device::Cpu => (Device::Cpu, "as asked for".into()),
+            Device::Cuda => {
+                refuse_without_gpu()?;
+                (Device::Cuda, "as asked for".into())
+            }
+        };
+        let path = find(config, device)?;
+        silence_inner_logs();
+        // SAFETY: loading runs the initialisers of an XLA plugin.
+        let library = unsafe { Library::new(&path) }.map_err(|error| {
+            Error::precondition(format!(
+                "cannot load the inner XLA plugin {}: {error}",
+                path.display()
+            ))
+        })?;
+        type GetPjrtApi = unsafe extern "C" fn() -> *const PJRT_Api;
+        // SAFETY: the symbol has this type by the PJRT contract (`pjrt_c_api.h`).
+        let entry = unsafe { library.get::<GetPjrtApi>(b"GetPjrtApi") }.map_err(|error| {
+            Error::precondition(format!("{} is no PJRT plugin: {error}", path.display()))
+        })?;
+        // SAFETY: no requirements.
+        let api = unsafe { entry() };
+        if api.is_null() {
+            return Err(Error::precondition(format!(
+                "{} has no PJRT table",
+                path.display()
+            )));
+        }
+        std::mem::forget(library);
+        Ok(Inner {
+            api,
+            path,
+            device,
+            reason,
+        })
+    }
+
+    /// Its function table.
+    pub fn api(&self) -> &'static PJRT_Api {
+        // SAFETY: non-null and static, see `load`. The tail may be longer than we know.
+        unsafe { &*self.api }
+    }
+
+    /// Its PJRT version.
+    pub fn version(&self) -> (i32, i32) {
+        let version = &self.api().pjrt_api_version;
+        (version.major_version, version.minor_version)
+    }
+}
+
+/// Whoever asks for a GPU hears what is missing here, and not in the words of the inner plugin.
+fn refuse_without_gpu() -> Result<(), Error> {
+    match missing(&cuda::find()) {
+        None => Ok(()),
+        Some(missing) => Err(Error::precondition(format!(
+            "mpi_cuda: MPI_CUDA_DEVICE=cuda, but {missing}; use MPI_CUDA_DEVICE=cpu"
+        ))),
+    }
+}
+
+/// What keeps this machine from having a GPU.
+fn missing(found: &Found) -> Option<String> {
+    match found {
+        Found::Devices { count, .. } if *count > 0 => None,
+        Found::Devices { .. } => {
+            Some("the CUDA driver sees no device (CUDA_VISIBLE_DEVICES?)".into())
+        }
+        Found::NoDriver => Some("there is no CUDA driver (libcuda.so.1)".into()),
+        Found::Broken(reason) => Some(reason.clone()),
+    }
+}
+
+/// GPUs where there are a driver, a device and a plugin; which, and why.
+fn automatic(found: &Found, plugin: impl FnOnce() -> Result<PathBuf, Error>) -> (Device, String) {
+    match missing(found) {
+        Some(missing) => (Device::Cpu, missing),
+        None => match plugin() {
+            Ok(_) => (
+                Device::Cuda,
+                "a driver, a device and a plugin are there".into(),
+            ),
+            Err(error) => {
+                error.discard();
+                let wheels = "jax-cuda13-pjrt or jax-cuda12-pjrt";
+                let reason = format!("there are GPUs, but no plugin for them; install {wheels}");
+                (Device::Cpu, reason)
+            }
+        },
+    }
+}
+
+/// The environment first, then beside our own file, then the site-packages we lie in.
+fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
+    if let Some(path) = &config.inner_plugin {
+        if path.is_file() {
+            return Ok(path.clone());
+        }
+        return Err(Error::precondition(format!(
+            "MPI_CUDA_INNER_PLUGIN={} is not a file",
+            path.display()
+        )));
+    }
+    // Where Python finds its packages (`python/mpi_cuda/_library.py`).
+    let variable = match device {
+        Device::Cuda => "MPI_CUDA_PLUGIN_CUDA",
+        _ => "MPI_CUDA_PLUGIN_CPU",
+    };
+    if let Some(path) = std::env::var_os(variable).map(PathBuf::from)
+        && path.is_file()
+    {
+        return Ok(path);
+    }
+    let own = own_folder();
+    let wheels = WHEELS.iter().filter(|wheel| wheel.device == device);
+    let mut looked = Vec::new();
+    for wheel in wheels {
+        for folder in own.ancestors().take(8) {
+            let beside = folder.join(
+                Path::new(wheel.in_site_packages)
+                    .file_name()
+                    .unwrap_or_default(),
+            );
+            let candidates = [beside, folder.join(wheel.in_site_packages)];
+            if let Some(path) = candidates.into_iter().find(|path| path.is_file()) {
+                return Ok(path);
+            }
+            looked.push(folder.display().to_string());
+        }
+    }
+    Err(Error::precondition(format!(
+        "no inner XLA plugin found: install the Python wheel {}, or set MPI_CUDA_INNER_PLUGIN to \
+         the path of an XLA PJRT plugin (looked in and above {})",
+        WHEELS
+            .iter()
+            .find(|wheel| wheel.device == device)
+            .map_or("", |wheel| wheel.package),
+        looked.first().map_or("", String::as_str)
+    )))
+}
+
+/// The folder of this very library.
+pub fn own_folder() -> PathBuf {
+    // SAFETY: zero is valid for this C struct.
+    let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+    let here: fn() -> PathBuf = own_folder;
+    // SAFETY: the address lies in this library, and `info` is writable.
+    let found = unsafe { libc::dladdr(here as *const libc::c_void, &mut info) };
+    if found == 0 || info.dli_fname.is_null() {
+        return PathBuf::from(".");
+    }
+    // SAFETY: dladdr filled in a NUL-terminated path.
+    let path = unsafe { CStr::from_ptr(info.dli_fname) }
+        .to_string_lossy()
+        .into_owned();
+    let path = std::fs::canonicalize(&path).unwrap_or_else(|_| PathBuf::from(path));
+    path.parent()
+        .map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+}
+
+/// The wheel prints lines about fusions at every compile; they concern nobody.
+fn silence_inner_logs() {
+    const VARIABLE: &str = "TF_CPP_MIN_LOG_LEVEL";
+    // JAX itself sets 1 at import; any other value is the user's.
+    if std::env::var(VARIABLE).is_ok_and(|level| level != "1") {
+        return;
+    }
+    {
+        // SAFETY: runs once, while the framework loads plugins, before threads of ours exist.
+        unsafe { std::env::set_var(VARIABLE, "3") };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_taken_where_everything_is_there() {
+        let here = || Ok(PathBuf::from("/plugin.so"));
+        let none = || Err(Error::precondition("no plugin"));
+        let devices = |count| Found::Devices {
+            count,
+            version: 13000,
+        };
+        assert_eq!(automatic(&devices(2), here).0, Device::Cuda);
+        for (found, text) in [
+            (devices(0), "CUDA_VISIBLE_DEVICES"),
+            (Found::NoDriver, "no CUDA driver"),
+            (Found::Broken("error 999".into()), "error 999"),
+        ] {
+            let (device, reason) = automatic(&found, here);
+            assert!(device == Device::Cpu && reason.contains(text), "{reason}");
+        }
+        let (device, reason) = automatic(&devices(1), none);
+        assert!(device == Device::Cpu && reason.contains("install jax-cuda13-pjrt"));
+    }
+}

@@ -1,0 +1,75 @@
+//! Copies of execute options that we may change and keep.
+
+use std::ffi::{CStr, CString};
+
+use pjrt_sys::PJRT_ExecuteOptions;
+
+use crate::inner::call::slice;
+
+/// A copy of the framework's options, as long as it made them and as we know them.
+pub struct Options {
+    words: Vec<u64>,
+    /// The copy points to it.
+    not_donatable: Vec<i64>,
+    /// The copy points to it.
+    call_location: Option<CString>,
+}
+
+impl Options {
+    /// Copies `options` for use while the framework's own are there.
+    ///
+    /// # Safety
+    /// `options` must be valid for its `struct_size`.
+    pub unsafe fn borrow(options: *const PJRT_ExecuteOptions) -> Options {
+        // SAFETY: as the caller promises.
+        let size = unsafe { (*options).struct_size };
+        let words = size
+            .max(size_of::<PJRT_ExecuteOptions>())
+            .div_ceil(size_of::<u64>());
+        let mut copy = vec![0u64; words];
+        // SAFETY: the copy is at least `size` long.
+        unsafe {
+            let target = copy.as_mut_ptr().cast::<u8>();
+            std::ptr::copy_nonoverlapping(options.cast::<u8>(), target, size);
+        }
+        Options {
+            words: copy,
+            not_donatable: Vec::new(),
+            call_location: None,
+        }
+    }
+
+    /// Copies `options` with what they point to, except for the context, and send and receive
+    /// callbacks and tasks, of which there must be none.
+    ///
+    /// # Safety
+    /// `options` must be valid for its `struct_size`.
+    pub unsafe fn copy(options: *const PJRT_ExecuteOptions) -> Options {
+        // SAFETY: as the caller promises; lists and texts are valid while the framework's options
+        // are, that is, now.
+        unsafe {
+            let mut copy = Options::borrow(options);
+            let inner = copy.get();
+            let indices = slice(
+                inner.non_donatable_input_indices,
+                inner.num_non_donatable_input_indices,
+            );
+            let not_donatable = indices.to_vec();
+            inner.non_donatable_input_indices = not_donatable.as_ptr();
+            let location = (!inner.call_location.is_null())
+                .then(|| CStr::from_ptr(inner.call_location).to_owned());
+            inner.call_location = location
+                .as_ref()
+                .map_or(std::ptr::null(), |location| location.as_ptr());
+            copy.not_donatable = not_donatable;
+            copy.call_location = location;
+            copy
+        }
+    }
+
+    /// The options.
+    pub fn get(&mut self) -> &mut PJRT_ExecuteOptions {
+        // SAFETY: the words are at least as long, aligned, and a copy of valid options.
+        unsafe { &mut *self.words.as_mut_ptr().cast::<PJRT_ExecuteOptions>() }
+    }
+}
