@@ -6,11 +6,13 @@ use std::sync::OnceLock;
 
 use pjrt_sys::*;
 
-use crate::compile::spmd;
 use crate::error::Error;
-use crate::pjrt::{buffer, client, event, execute_context, extension, topology};
-use crate::plugin::{self, Plugin};
-use crate::{compile, error, launch};
+use crate::inner::api;
+use crate::pjrt::{
+    buffer, client, error, event, executable, execute_context, extension, loaded_executable,
+    topology,
+};
+use crate::plugin;
 
 /// Replaces entries of a table, if the inner table is long enough to have them.
 macro_rules! replace {
@@ -32,15 +34,15 @@ pub fn table() -> *const PJRT_Api {
     TABLE
         .get_or_init(|| {
             Table(match plugin::load() {
-                Ok(plugin) => wrapped(plugin),
+                Ok(_) => wrapped(),
                 Err(error) => stillborn(error),
             })
         })
         .0
 }
 
-fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
-    let inner = plugin.inner.api();
+fn wrapped() -> *const PJRT_Api {
+    let inner = api();
     // A newer inner table is longer than our header's; its tail is kept as it is.
     let size = inner.struct_size.max(size_of::<PJRT_Api>());
     let mut storage = vec![0u64; size.div_ceil(size_of::<u64>())].into_boxed_slice();
@@ -56,7 +58,7 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         );
         &mut *api
     };
-    api.extension_start = extension::chain(inner.extension_start);
+    api.extension_start = extension::chain();
     replace! { api:
         PJRT_Error_Destroy = error::destroy,
         PJRT_Error_Message = error::message,
@@ -65,7 +67,7 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_Event_Destroy = event::destroy,
         PJRT_Client_Create = client::create,
         PJRT_Client_Destroy = client::destroy,
-        PJRT_Client_PlatformVersion = compile::platform_version,
+        PJRT_Client_PlatformVersion = client::platform_version,
         PJRT_Client_ProcessIndex = topology::process_index,
         PJRT_Client_AddressableDevices = topology::addressable_devices,
         PJRT_Client_AddressableMemories = topology::addressable_memories,
@@ -74,20 +76,20 @@ fn wrapped(plugin: &Plugin) -> *const PJRT_Api {
         PJRT_Device_IsAddressable = topology::is_addressable,
         PJRT_Device_LocalHardwareId = topology::local_hardware_id,
         PJRT_DeviceDescription_ProcessIndex = topology::description_process_index,
-        PJRT_Client_Compile = compile::compile,
-        PJRT_Compile = compile::compile_ahead,
-        PJRT_LoadedExecutable_GetExecutable = spmd::get_executable,
-        PJRT_LoadedExecutable_AddressableDevices = spmd::addressable_devices,
-        PJRT_LoadedExecutable_GetDeviceAssignment = spmd::device_assignment,
-        PJRT_Executable_Destroy = spmd::destroy_executable,
-        PJRT_Executable_NumPartitions = spmd::num_partitions,
-        PJRT_Executable_NumReplicas = spmd::num_replicas,
-        PJRT_Executable_Serialize = spmd::serialize,
-        PJRT_Executable_OptimizedProgram = spmd::optimized,
-        PJRT_Executable_DeserializeAndLoad = compile::deserialize_and_load,
+        PJRT_Client_Compile = executable::compile,
+        PJRT_Compile = executable::compile_ahead,
+        PJRT_LoadedExecutable_GetExecutable = loaded_executable::get_executable,
+        PJRT_LoadedExecutable_AddressableDevices = loaded_executable::addressable_devices,
+        PJRT_LoadedExecutable_GetDeviceAssignment = loaded_executable::device_assignment,
+        PJRT_Executable_Destroy = executable::destroy,
+        PJRT_Executable_NumPartitions = executable::num_partitions,
+        PJRT_Executable_NumReplicas = executable::num_replicas,
+        PJRT_Executable_Serialize = executable::serialize,
+        PJRT_Executable_OptimizedProgram = executable::optimized,
+        PJRT_Executable_DeserializeAndLoad = executable::deserialize_and_load,
         PJRT_ExecuteContext_Destroy = execute_context::destroy,
-        PJRT_LoadedExecutable_Execute = launch::execute,
-        PJRT_LoadedExecutable_Destroy = launch::destroy,
+        PJRT_LoadedExecutable_Execute = loaded_executable::execute,
+        PJRT_LoadedExecutable_Destroy = loaded_executable::destroy,
         PJRT_Client_BufferFromHostBuffer = buffer::from_host_buffer,
         PJRT_Client_CreateUninitializedBuffer = buffer::create_uninitialized,
         PJRT_Client_CreateViewOfDeviceBuffer = buffer::create_view,
@@ -125,7 +127,8 @@ fn stillborn(error: Error) -> *const PJRT_Api {
     REASON.get_or_init(|| error.to_string());
 
     fn reason() -> *mut PJRT_Error {
-        Error::precondition(REASON.get().cloned().unwrap_or_default()).into_raw()
+        let reason = REASON.get().cloned().unwrap_or_default();
+        Error::verbatim(PJRT_Error_Code_FAILED_PRECONDITION, reason).into_raw()
     }
     unsafe extern "C" fn initialize(_: *mut PJRT_Plugin_Initialize_Args) -> *mut PJRT_Error {
         reason()

@@ -377,7 +377,7 @@ fn wrong(variable: &Variable, value: &str) -> Error {
         ..
     } = variable;
     Error::invalid(format!(
-        "mpi_cuda: {name}={value} is not understood; it takes: {values} ({meaning})"
+        "{name}={value} is not understood; it takes: {values} ({meaning})"
     ))
 }
 

@@ -1,89 +1,86 @@
 //! Errors that cross the PJRT boundary: ours, and the inner plugin's.
 //!
-//! `PJRT_Error` is opaque, so an error we make is a box of ours in disguise. The set [`OURS`]
-//! tells the two apart, so that the framework can read and destroy either.
+//! `PJRT_Error` is opaque, so an error of ours is a box in disguise. The set [`OURS`] tells the two
+//! apart, so that the framework can read and destroy either (`pjrt/error.rs`).
 
+use std::any::Any;
 use std::collections::HashSet;
-use std::ffi::{c_char, c_void};
 use std::fmt;
+use std::ptr::NonNull;
 use std::sync::LazyLock;
-use std::sync::atomic::{AtomicPtr, Ordering};
 
+use mpi_runtime::OperationError;
 use parking_lot::Mutex;
 use pjrt_sys::*;
-
-use crate::plugin::plugin;
 
 /// An error on its way to the framework.
 #[derive(Debug)]
 pub enum Error {
     /// Made here.
-    Own {
-        /// What kind of error.
-        code: PJRT_Error_Code,
-        /// What the user reads.
-        message: String,
-    },
-    /// Made by the inner plugin; owned.
-    Inner(*mut PJRT_Error),
+    Own(OwnError),
+    /// Made by the inner plugin.
+    Inner(InnerError),
+}
+
+/// An error that is made here.
+#[derive(Debug)]
+pub struct OwnError {
+    /// What kind of error.
+    pub code: PJRT_Error_Code,
+    /// What the user reads.
+    pub message: String,
 }
 
 impl Error {
     /// The caller passed something wrong.
-    pub fn invalid(message: impl Into<String>) -> Error {
-        Error::Own {
-            code: PJRT_Error_Code_INVALID_ARGUMENT,
-            message: message.into(),
-        }
+    pub fn invalid(message: impl fmt::Display) -> Error {
+        Error::own(PJRT_Error_Code_INVALID_ARGUMENT, message)
     }
 
     /// Something is missing or in the wrong state.
-    pub fn precondition(message: impl Into<String>) -> Error {
-        Error::Own {
-            code: PJRT_Error_Code_FAILED_PRECONDITION,
-            message: message.into(),
-        }
+    pub fn precondition(message: impl fmt::Display) -> Error {
+        Error::own(PJRT_Error_Code_FAILED_PRECONDITION, message)
     }
 
     /// We do not support this (yet).
-    pub fn unimplemented(message: impl Into<String>) -> Error {
-        Error::Own {
-            code: PJRT_Error_Code_UNIMPLEMENTED,
+    pub fn unimplemented(message: impl fmt::Display) -> Error {
+        Error::own(PJRT_Error_Code_UNIMPLEMENTED, message)
+    }
+
+    /// A bug of ours, or a failure that nobody foresees.
+    pub fn internal(message: impl fmt::Display) -> Error {
+        Error::own(PJRT_Error_Code_INTERNAL, message)
+    }
+
+    /// What a panic said.
+    pub fn panicked(panic: &(dyn Any + Send)) -> Error {
+        let text = panic
+            .downcast_ref::<&str>()
+            .copied()
+            .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+            .unwrap_or("unknown");
+        Error::internal(format!("internal error (a bug, please report it): {text}"))
+    }
+
+    /// A message as it is: it says already whose it is.
+    pub fn verbatim(code: PJRT_Error_Code, message: impl Into<String>) -> Error {
+        Error::Own(OwnError {
+            code,
             message: message.into(),
-        }
+        })
     }
 
-    /// A bug of ours.
-    pub fn internal(message: impl Into<String>) -> Error {
-        Error::Own {
-            code: PJRT_Error_Code_INTERNAL,
-            message: message.into(),
-        }
-    }
-
-    /// Forgets the error.
-    pub fn discard(self) {
-        if let Error::Inner(error) = self {
-            let mut args = crate::inner::call::new_args::<PJRT_Error_Destroy_Args>();
-            args.error = error;
-            // SAFETY: owned, and destroyed once.
-            unsafe { destroy(&mut args) };
-        }
-    }
-
-    /// What it says.
-    pub fn into_text(self) -> String {
-        let text = self.to_string();
-        self.discard();
-        text
+    /// A message of ours begins with our name, among the many that a user's program prints.
+    fn own(code: PJRT_Error_Code, message: impl fmt::Display) -> Error {
+        Error::verbatim(code, format!("mpi_cuda: {message}"))
     }
 
     /// The pointer to return to the framework, which destroys it.
     pub fn into_raw(self) -> *mut PJRT_Error {
         match self {
-            Error::Inner(error) => error,
-            Error::Own { code, message } => {
-                let raw = Box::into_raw(Box::new(Own { code, message }));
+            Error::Inner(error) => error.into_raw(),
+            Error::Own(own) => {
+                let raw = Box::into_raw(Box::new(own));
                 OURS.lock().insert(raw as usize);
                 raw.cast()
             }
@@ -94,115 +91,117 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Own { message, .. } => f.write_str(message),
-            Error::Inner(error) => f.write_str(&inner_message(*error)),
+            Error::Own(own) => f.write_str(&own.message),
+            Error::Inner(error) => f.write_str(&error.message()),
         }
     }
 }
 
-struct Own {
-    code: PJRT_Error_Code,
-    message: String,
+/// An operation's error says already whose it is.
+impl From<OperationError> for Error {
+    fn from(error: OperationError) -> Error {
+        Error::verbatim(PJRT_Error_Code_INTERNAL, error.to_string())
+    }
 }
 
+/// Addresses of our errors that the framework has.
 static OURS: LazyLock<Mutex<HashSet<usize>>> = LazyLock::new(Mutex::default);
 
-/// Our box behind `error`, if it is ours.
+/// Our error behind `raw`, if it is ours.
 ///
 /// # Safety
-/// `error` must be live.
-unsafe fn own<'a>(error: *const PJRT_Error) -> Option<&'a Own> {
-    let ours = OURS.lock().contains(&(error as usize));
-    // SAFETY: only `into_raw` puts addresses into the set, and `destroy` takes them out.
-    ours.then(|| unsafe { &*error.cast::<Own>() })
+/// `raw` must not be destroyed while the reference is used.
+pub unsafe fn find_own<'a>(raw: *const PJRT_Error) -> Option<&'a OwnError> {
+    let ours = OURS.lock().contains(&(raw as usize));
+    // SAFETY: `into_raw` puts the addresses of its boxes into the set, and `take_own` takes an
+    // address out before it frees the box.
+    ours.then(|| unsafe { &*raw.cast::<OwnError>() })
 }
 
-/// The message of an inner error.
-pub fn inner_message(error: *const PJRT_Error) -> String {
-    let Some(function) = plugin().inner.api().PJRT_Error_Message else {
-        return String::new();
-    };
-    let mut args = crate::inner::call::new_args::<PJRT_Error_Message_Args>();
-    args.error = error;
-    // SAFETY: a live error of the inner plugin.
-    unsafe { function(&mut args) };
-    // SAFETY: the plugin filled in a string that lives as long as the error.
-    let bytes = unsafe { crate::inner::call::bytes(args.message, args.message_size) };
-    String::from_utf8_lossy(bytes).into_owned()
+/// Takes our error behind `raw` back, if it is ours.
+pub fn take_own(raw: *mut PJRT_Error) -> Option<Box<OwnError>> {
+    let ours = OURS.lock().remove(&(raw as usize));
+    // SAFETY: the address was in the set, so it is a box of `into_raw` that nobody has freed.
+    ours.then(|| unsafe { Box::from_raw(raw.cast::<OwnError>()) })
 }
 
-/// `PJRT_Error_Destroy`
-pub unsafe extern "C" fn destroy(args: *mut PJRT_Error_Destroy_Args) {
-    // SAFETY: the framework passes valid arguments.
-    let error = unsafe { (*args).error };
-    if OURS.lock().remove(&(error as usize)) {
-        // SAFETY: made by `into_raw`, and destroyed once.
-        drop(unsafe { Box::from_raw(error.cast::<Own>()) });
-    } else if let Some(function) = plugin().inner.api().PJRT_Error_Destroy {
-        // SAFETY: not ours, so the inner plugin's.
-        unsafe { function(args) };
+/// An error of the inner plugin; it is destroyed when dropped.
+pub struct InnerError {
+    raw: NonNull<PJRT_Error>,
+    api: &'static PJRT_Api,
+}
+
+impl InnerError {
+    /// The error behind `raw`; none for null, which means success.
+    ///
+    /// # Safety
+    /// `raw` must be null or an error that `api` has returned, and that nobody else destroys.
+    pub unsafe fn new(raw: *mut PJRT_Error, api: &'static PJRT_Api) -> Option<InnerError> {
+        NonNull::new(raw).map(|raw| InnerError { raw, api })
+    }
+
+    fn message(&self) -> String {
+        let Some(function) = self.api.PJRT_Error_Message else {
+            return String::new();
+        };
+        let mut args = PJRT_Error_Message_Args {
+            struct_size: size_of::<PJRT_Error_Message_Args>(),
+            extension_start: std::ptr::null_mut(),
+            error: self.raw.as_ptr(),
+            message: std::ptr::null(),
+            message_size: 0,
+        };
+        // SAFETY: the error is live, and its plugin fills in a text that lives as long as it.
+        let text = unsafe {
+            function(&mut args);
+            if args.message.is_null() {
+                return String::new();
+            }
+            std::slice::from_raw_parts(args.message.cast::<u8>(), args.message_size)
+        };
+        String::from_utf8_lossy(text).into_owned()
+    }
+
+    fn into_raw(self) -> *mut PJRT_Error {
+        let raw = self.raw.as_ptr();
+        std::mem::forget(self);
+        raw
     }
 }
 
-/// `PJRT_Error_Message`
-pub unsafe extern "C" fn message(args: *mut PJRT_Error_Message_Args) {
-    // SAFETY: the framework passes valid arguments with a live error.
-    unsafe {
-        if let Some(own) = own((*args).error) {
-            (*args).message = own.message.as_ptr().cast::<c_char>();
-            (*args).message_size = own.message.len();
-        } else if let Some(function) = plugin().inner.api().PJRT_Error_Message {
-            function(args);
-            crate::pjrt::event::message_was_read(crate::inner::call::bytes(
-                (*args).message,
-                (*args).message_size,
-            ));
-        }
+impl Drop for InnerError {
+    fn drop(&mut self) {
+        let Some(function) = self.api.PJRT_Error_Destroy else {
+            return;
+        };
+        let mut args = PJRT_Error_Destroy_Args {
+            struct_size: size_of::<PJRT_Error_Destroy_Args>(),
+            extension_start: std::ptr::null_mut(),
+            error: self.raw.as_ptr(),
+        };
+        // SAFETY: the error is ours to destroy (`InnerError::new`), and nobody uses it any more.
+        unsafe { function(&mut args) };
     }
 }
 
-/// `PJRT_Error_GetCode`
-pub unsafe extern "C" fn get_code(args: *mut PJRT_Error_GetCode_Args) -> *mut PJRT_Error {
-    // SAFETY: the framework passes valid arguments with a live error.
-    unsafe {
-        if let Some(own) = own((*args).error) {
-            (*args).code = own.code;
-            return std::ptr::null_mut();
-        }
-        match plugin().inner.api().PJRT_Error_GetCode {
-            Some(function) => function(args),
-            None => std::ptr::null_mut(),
-        }
+impl fmt::Debug for InnerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("InnerError").field(&self.message()).finish()
     }
 }
 
-/// The beginning of the arguments of `PJRT_Error_ForEachPayload`, which our header does not have yet.
-#[repr(C)]
-pub struct ForEachPayloadArgs {
-    struct_size: usize,
-    extension_start: *mut PJRT_Extension_Base,
-    error: *const PJRT_Error,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The inner plugin's function.
-static FOR_EACH_PAYLOAD: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
-
-/// Says what the inner plugin has in the table.
-pub fn for_each_payload_by(inner: *const c_void) {
-    FOR_EACH_PAYLOAD.store(inner.cast_mut(), Ordering::Release);
-}
-
-/// `PJRT_Error_ForEachPayload`; our errors have none.
-pub unsafe extern "C" fn for_each_payload(args: *mut ForEachPayloadArgs) -> *mut PJRT_Error {
-    type Function = unsafe extern "C" fn(*mut ForEachPayloadArgs) -> *mut PJRT_Error;
-    // SAFETY: the framework passes valid arguments with a live error.
-    if unsafe { own((*args).error) }.is_some() {
-        return std::ptr::null_mut();
+    #[test]
+    fn our_errors_are_found_and_taken_back() {
+        let raw = Error::invalid("wrong").into_raw();
+        // SAFETY: it is destroyed below.
+        let found = unsafe { find_own(raw) }.expect("ours");
+        assert_eq!(found.message, "mpi_cuda: wrong");
+        assert_eq!(found.code, PJRT_Error_Code_INVALID_ARGUMENT);
+        assert!(take_own(raw).is_some());
+        assert!(take_own(raw).is_none());
     }
-    let inner = FOR_EACH_PAYLOAD.load(Ordering::Acquire);
-    if inner.is_null() {
-        return std::ptr::null_mut();
-    }
-    // SAFETY: the entry of the inner table, which has this type; the error is the inner plugin's.
-    unsafe { std::mem::transmute::<*mut c_void, Function>(inner)(args) }
 }

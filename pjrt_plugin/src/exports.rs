@@ -6,8 +6,11 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use pjrt_sys::PJRT_Api;
 
 use crate::boundary::quiet;
-use crate::config::Device;
-use crate::ffi::{self, Handler, Trampoline};
+use crate::error::Error;
+use crate::ffi::callbacks::{self, Trampoline};
+use crate::ffi::{self, Handler};
+use crate::inner::on_gpu;
+use crate::launch;
 use crate::plugin::{load, start_world, world};
 
 thread_local! {
@@ -43,7 +46,7 @@ pub unsafe extern "C" fn mpi_cuda_start(
     family: *mut *const c_char,
 ) -> c_int {
     quiet(-1, || {
-        let world = match load().and_then(|plugin| start_world(&plugin.config)) {
+        let world = match load().and_then(start_world) {
             Ok(world) => world,
             Err(error) => return fail(error),
         };
@@ -70,7 +73,7 @@ fn world_of_this_process() -> Option<&'static mpi_runtime::World> {
 
 extern "C" fn on_comm_deleted(number: i64) -> c_int {
     quiet(0, || {
-        let may_wait = !crate::launch::is_in_callback();
+        let may_wait = !launch::ticket::is_in_callback();
         world().map_or(0, |world| {
             c_int::from(world.engine.comm_deleted(number, may_wait))
         })
@@ -90,14 +93,16 @@ pub unsafe extern "C" fn mpi_cuda_comm(
 ) -> i64 {
     quiet(-1, || {
         let Some(world) = world() else {
-            return i64::from(fail("mpi_cuda: call mpi_cuda_start first"));
+            return i64::from(fail(Error::precondition("call mpi_cuda_start first")));
         };
         // SAFETY: as the caller promises.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         let number = match world.engine.register(handle, &name, on_comm_deleted) {
             Ok(number) => number,
             Err(error) => {
-                return i64::from(fail(format!("mpi_cuda: communicator {name}: {error}")));
+                return i64::from(fail(Error::invalid(format!(
+                    "communicator {name}: {error}"
+                ))));
             }
         };
         if let Some(comm) = world.engine.communicators.get(number) {
@@ -136,8 +141,10 @@ pub extern "C" fn mpi_cuda_wait() -> c_int {
         let Some(world) = world_of_this_process() else {
             return 0;
         };
-        if crate::launch::is_in_callback() {
-            return fail("mpi_cuda: a host callback cannot wait for the launch that it belongs to");
+        if launch::ticket::is_in_callback() {
+            return fail(Error::precondition(
+                "a host callback cannot wait for the launch that it belongs to",
+            ));
         }
         world.engine.wait_idle();
         world.engine.take_unread_error().map_or(0, fail)
@@ -155,7 +162,7 @@ pub extern "C" fn mpi_cuda_in_flight() -> c_int {
 /// Number of launches so far that ran on the calling thread, since all ranks had arrived.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_launches_on_callers() -> c_int {
-    quiet(0, || crate::launch::launches_on_callers() as c_int)
+    quiet(0, || launch::launches_on_callers() as c_int)
 }
 
 /// Ends the whole job with a non-zero status, once the launcher has read what this rank printed.
@@ -197,15 +204,13 @@ pub unsafe extern "C" fn mpi_cuda_register_ffi_target(
 /// Installs the function that calls Python callbacks; null removes it.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_set_trampoline(trampoline: Option<Trampoline>) {
-    quiet((), || ffi::set_trampoline(trampoline));
+    quiet((), || callbacks::set_trampoline(trampoline));
 }
 
 /// Whether the inner plugin's devices are GPUs; 0 if it cannot be loaded.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_on_gpu() -> c_int {
-    quiet(0, || {
-        load().map_or(0, |plugin| c_int::from(plugin.inner.device == Device::Cuda))
-    })
+    quiet(0, || load().map_or(0, |_| c_int::from(on_gpu())))
 }
 
 /// Turns the probe of direct transfer to the next way: 0 arrays, 1 copies of them, 2 nothing is left; -1

@@ -9,6 +9,7 @@
 
 mod api;
 mod boundary;
+mod clients;
 mod compile;
 mod config;
 mod error;

@@ -1,7 +1,7 @@
-//! The state of the plugin: configuration, inner plugin, world, clients.
+//! The state of the process: the configuration, and the world.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use mpi_runtime::device::cuda::{self, Found};
 use mpi_runtime::log;
@@ -9,54 +9,39 @@ use mpi_runtime::transfer::choice::{Asked, Aware, Through};
 use mpi_runtime::transfer::probe_result::ProbeResults;
 use mpi_runtime::world::DeviceOptions;
 use mpi_runtime::{World, WorldOptions};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 
-use crate::config::{Config, Device, Log, Pretend, create_option};
+use crate::config::{Config, Log, Pretend, create_option};
 use crate::error::Error;
-use crate::ffi::memory;
-use crate::inner::find::{Inner, own_folder};
-use crate::pjrt::client::Client;
+use crate::inner::find::own_folder;
+use crate::inner::{inner, library, on_gpu};
 
-/// What exists from the moment the library is asked for its table.
-pub struct Plugin {
-    /// The wrapped plugin.
-    pub inner: Inner,
-    /// The configuration from the environment.
-    pub config: Config,
-    /// The clients the framework made; one, in practice.
-    pub clients: RwLock<Vec<Arc<Client>>>,
-}
-
-static PLUGIN: OnceLock<Plugin> = OnceLock::new();
+static CONFIG: OnceLock<Config> = OnceLock::new();
 static WORLD: OnceLock<World> = OnceLock::new();
 static STARTING: Mutex<()> = Mutex::new(());
 
-/// The plugin.
+/// The configuration from the environment.
 ///
 /// # Panics
 /// Before [`load`] succeeded; the function table exists only after that.
-pub fn plugin() -> &'static Plugin {
-    PLUGIN
+pub fn config() -> &'static Config {
+    CONFIG
         .get()
         .expect("the plugin is loaded before its functions are called")
 }
 
-/// Loads the inner plugin, once.
-pub fn load() -> Result<&'static Plugin, Error> {
+/// Reads the configuration and loads the inner plugin, once.
+pub fn load() -> Result<&'static Config, Error> {
     let _guard = STARTING.lock();
-    if let Some(plugin) = PLUGIN.get() {
-        return Ok(plugin);
+    if let Some(config) = CONFIG.get() {
+        return Ok(config);
     }
     let config = Config::read(&|name| std::env::var(name).ok())?;
-    let inner = Inner::load(&config)?;
+    library::load(&config)?;
     if config.keep_memory {
         keep_memory();
     }
-    Ok(PLUGIN.get_or_init(|| Plugin {
-        inner,
-        config,
-        clients: RwLock::default(),
-    }))
+    Ok(CONFIG.get_or_init(|| config))
 }
 
 /// The configuration with create options over the environment.
@@ -84,64 +69,73 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     }
     let mut shim_folders: Vec<PathBuf> = config.shim_dir.iter().cloned().collect();
     shim_folders.push(own_folder());
-    let on_gpu = plugin().inner.device == Device::Cuda;
     let options = WorldOptions {
         family: config.mpi,
         shim_folders,
         singleton: config.singleton,
         warn_after: config.warn_after,
         part_bytes: config.part_bytes,
-        device: (config.pretend_device != Pretend::Nothing || on_gpu)
+        device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),
         verbose: config.log >= Log::Debug,
     };
-    let world = World::start(&options)
-        .map_err(|error| Error::precondition(format!("mpi_cuda: {error}")))?;
+    let world = World::start(&options).map_err(Error::precondition)?;
+    log_world(&world, config);
+    log_transfer(&world, config);
+    Ok(WORLD.get_or_init(|| world))
+}
+
+/// Logs what was joined.
+fn log_world(world: &World, config: &Config) {
     for warning in config.warnings.iter().filter(|_| world.rank == 0) {
         log::line(&format!("mpi_cuda: {warning}"));
     }
     if config.log >= Log::Info {
-        let (major, minor) = plugin().inner.version();
+        let inner = inner();
+        let (major, minor) = inner.version();
         log::line(&format!(
             "mpi_cuda: rank {} of {} (node-local {}): device {} ({}), inner plugin {} (PJRT \
              {major}.{minor}), MPI {} (thread level {})",
             world.rank,
             world.size,
             world.node_rank,
-            if on_gpu { "cuda" } else { "cpu" },
-            plugin().inner.reason,
-            plugin().inner.path.display(),
+            if on_gpu() { "cuda" } else { "cpu" },
+            inner.reason,
+            inner.path.display(),
             world.library,
             world.thread_level,
         ));
     }
-    if let Some(transfer) = &world.transfer {
-        if let Some(warning) = config.transfer_warning.as_ref().filter(|_| world.rank == 0) {
-            log::line(&format!("mpi_cuda: {warning}"));
-        }
-        if config.log >= Log::Info {
-            let readers = world.shm_rings.as_ref().map_or(0, |all| all.readers());
-            log::line(&format!(
-                "mpi_cuda: rank {}: transfer {transfer}{}",
-                world.rank,
-                match readers {
-                    0 => String::new(),
-                    _ => format!("; shares memory with {readers} other rank(s) of this node"),
-                }
-            ));
-        }
-        let failure = world.shm_rings.as_ref().and_then(|all| all.failure());
-        if let Some(failure) = failure.filter(|_| world.node_rank == 0 && world.node_size > 1) {
-            log::line(&format!(
-                "mpi_cuda: rank {}: long messages within this node go through MPI, which is slower, since \
-                 memory cannot be shared in /dev/shm ({failure}): make it larger (docker --shm-size), or set \
-                 MPI_CUDA_SHM_RING=0",
-                world.rank
-            ));
-        }
-        memory::start(config, &world)?;
+}
+
+/// Logs how data of a device travels, if there is one.
+fn log_transfer(world: &World, config: &Config) {
+    let Some(transfer) = &world.transfer else {
+        return;
+    };
+    if let Some(warning) = config.transfer_warning.as_ref().filter(|_| world.rank == 0) {
+        log::line(&format!("mpi_cuda: {warning}"));
     }
-    Ok(WORLD.get_or_init(|| world))
+    if config.log >= Log::Info {
+        let readers = world.shm_rings.as_ref().map_or(0, |all| all.readers());
+        log::line(&format!(
+            "mpi_cuda: rank {}: transfer {transfer}{}",
+            world.rank,
+            match readers {
+                0 => String::new(),
+                _ => format!("; shares memory with {readers} other rank(s) of this node"),
+            }
+        ));
+    }
+    let failure = world.shm_rings.as_ref().and_then(|all| all.failure());
+    if let Some(failure) = failure.filter(|_| world.node_rank == 0 && world.node_size > 1) {
+        log::line(&format!(
+            "mpi_cuda: rank {}: long messages within this node go through MPI, which is slower, \
+             since memory cannot be shared in /dev/shm ({failure}): make it larger (docker \
+             --shm-size), or set MPI_CUDA_SHM_RING=0",
+            world.rank
+        ));
+    }
 }
 
 /// How data in device memory may travel.
@@ -172,8 +166,8 @@ pub fn probe_results(config: &Config) -> ProbeResults {
         Found::Devices { version, .. } => format!("CUDA driver {version}"),
         _ => "no CUDA driver".into(),
     };
-    let (major, minor) = plugin().inner.version();
-    let path = &plugin().inner.path;
+    let (major, minor) = inner().version();
+    let path = &inner().path;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // Another version of the plugin may allocate in another way.
     let size = std::fs::metadata(path).map_or(0, |file| file.len());
@@ -187,8 +181,9 @@ pub fn probe_results(config: &Config) -> ProbeResults {
 }
 
 /// Large results come from freshly mapped pages otherwise, whose faults cost more than the message
-/// (docs/measurements.md). One arena: those of other threads are made of heaps of 64 MiB, which glibc maps and
-/// unmaps with every large result. No `M_TOP_PAD`: it made every small program slower.
+/// (docs/measurements.md). One arena: those of other threads are made of heaps of 64 MiB, which
+/// glibc maps and unmaps with every large result. No `M_TOP_PAD`: it made every small program
+/// slower.
 fn keep_memory() {
     const THRESHOLD: libc::c_int = 1 << 30;
     // SAFETY: mallopt only sets parameters of glibc's allocator (mallopt(3)).

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::error::Error;
 use crate::ffi::memory;
-use crate::plugin::{plugin, probe_results, world};
+use crate::plugin::{config, probe_results, world};
 
 /// What to try, in this order.
 const WAYS: [(Through, &str); 2] = [(Through::Arrays, "arrays"), (Through::Copies, "copies")];
@@ -20,18 +20,18 @@ static TRYING: Mutex<Option<usize>> = Mutex::new(None);
 
 /// Turns to the next way; collective. Its place in [`WAYS`], or their number if none is left.
 pub fn next() -> Result<usize, Error> {
-    let world = world().filter(|_| plugin().config.probe).ok_or_else(|| {
-        Error::precondition("mpi_cuda: the probe needs MPI_CUDA_PROBE=1 and a started world")
+    let world = world().filter(|_| config().probe).ok_or_else(|| {
+        Error::precondition("the probe needs MPI_CUDA_PROBE=1 and a started world")
     })?;
     if world.transfer.is_none() || world.size < 2 {
         return Err(Error::precondition(
-            "mpi_cuda: the probe needs 2 ranks or more whose arrays lie in the memory of a GPU \
+            "the probe needs 2 ranks or more whose arrays lie in the memory of a GPU \
              (MPI_CUDA_DEVICE=cuda)",
         ));
     }
     let mut trying = TRYING.lock();
     // An earlier job died in it.
-    let unfinished = probe_results(&plugin().config).unfinished(&world.library);
+    let unfinished = probe_results(config()).unfinished(&world.library);
     let died = WAYS
         .iter()
         .position(|(_, name)| unfinished.as_deref() == Some(*name));
@@ -51,7 +51,7 @@ pub fn next() -> Result<usize, Error> {
 /// Keeps what came of the way that is being tried; collective. Whether it works on all ranks.
 pub fn report(failure: Option<&str>) -> Result<bool, Error> {
     let (Some(world), Some(place)) = (world(), *TRYING.lock()) else {
-        return Err(Error::precondition("mpi_cuda: nothing is being tried"));
+        return Err(Error::precondition("nothing is being tried"));
     };
     let Some((_, name)) = WAYS.get(place) else {
         return Ok(false);
@@ -70,15 +70,15 @@ pub fn report(failure: Option<&str>) -> Result<bool, Error> {
 }
 
 fn failed(error: MpiError) -> Error {
-    Error::internal(format!("mpi_cuda: {}", error.0))
+    Error::internal(error.0)
 }
 
 fn keep(state: &str) -> Result<(), Error> {
     let library = world().map_or("", |world| &world.library);
-    let probe_results = probe_results(&plugin().config);
+    let probe_results = probe_results(config());
     probe_results.write(library, state).map_err(|error| {
         Error::precondition(format!(
-            "mpi_cuda: {} cannot be written ({error}): set MPI_CUDA_PROBE_DIR",
+            "{} cannot be written ({error}): set MPI_CUDA_PROBE_DIR",
             probe_results.folder.display()
         ))
     })

@@ -3,15 +3,15 @@
 //! call them through a trampoline that the Python package installs.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicPtr, Ordering};
 
 use pjrt_sys::*;
 
 use super::Handler;
 use super::frame::{Frame, handle};
+use crate::error::Error;
 use crate::inner::call::slice;
-use crate::launch::in_callback_of;
-use crate::pjrt::extension::user_data_type;
+use crate::launch::ticket::in_callback_of;
 
 /// An array as the trampoline sees it.
 #[repr(C)]
@@ -48,6 +48,14 @@ pub fn set_trampoline(trampoline: Option<Trampoline>) {
     TRAMPOLINE.store(pointer, Ordering::Release);
 }
 
+/// The type id under which the framework last attached user data (JAX: its host callbacks).
+static USER_DATA_TYPE: AtomicI64 = AtomicI64::new(0);
+
+/// The framework has attached user data of this type to a launch.
+pub fn note_user_data(type_id: i64) {
+    USER_DATA_TYPE.store(type_id, Ordering::Release);
+}
+
 /// Targets that JAX's lowering for the CPU uses (`jax/_src/callback.py`, `buffer_callback.py`).
 pub const HANDLERS: &[(&str, Handler)] = &[
     ("xla_ffi_python_cpu_callback", callback::<0>),
@@ -62,12 +70,12 @@ unsafe extern "C" fn callback<const IN_PLACE: c_int>(
     unsafe { handle(frame, |frame| call_python(frame, IN_PLACE)) }
 }
 
-fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), String> {
+fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), Error> {
     let trampoline = TRAMPOLINE.load(Ordering::Acquire);
     if trampoline.is_null() {
-        return Err(
-            "mpi_cuda: host callbacks need the Python package mpi_cuda, which is not loaded".into(),
-        );
+        return Err(Error::internal(
+            "host callbacks need the Python package mpi_cuda, which is not loaded",
+        ));
     }
     // SAFETY: only `set_trampoline` stores there.
     let trampoline = unsafe { std::mem::transmute::<*mut c_void, Trampoline>(trampoline) };
@@ -96,30 +104,33 @@ fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), String> {
         .iter()
         .position(|&byte| byte == 0)
         .unwrap_or(text.len());
-    Err(format!(
-        "CpuCallback error calling callback: {}",
-        String::from_utf8_lossy(&text[..end])
+    // What JAX's own callbacks say.
+    Err(Error::verbatim(
+        PJRT_Error_Code_INTERNAL,
+        format!(
+            "CpuCallback error calling callback: {}",
+            String::from_utf8_lossy(&text[..end])
+        ),
     ))
 }
 
-fn find_callback(frame: &Frame<'_>) -> Result<*mut c_void, String> {
+fn find_callback(frame: &Frame<'_>) -> Result<*mut c_void, Error> {
     let index = frame
         .integer("index")
         .and_then(|index| usize::try_from(index).ok());
-    let index = index.ok_or("mpi_cuda: a host callback lacks its index")?;
-    let data = frame.user_data(user_data_type());
+    let index = index.ok_or_else(|| Error::internal("a host callback lacks its index"))?;
+    let data = frame.user_data(USER_DATA_TYPE.load(Ordering::Acquire));
     if data.is_null() {
-        return Err(
-            "mpi_cuda: the framework attached no host callbacks to this launch; this version \
-                    of JAX is not supported (see docs/compatibility.md)"
-                .into(),
-        );
+        return Err(Error::internal(
+            "the framework attached no host callbacks to this launch; this version \
+                    of JAX is not supported (see docs/compatibility.md)",
+        ));
     }
     // SAFETY: jaxlib's FfiLoadedHostCallbacks begins with the array of PyObject*
     // (`xla/pjrt/host_callback.h`); the index is one that JAX put into the program.
     let callback = unsafe { *(*data.cast::<*const *mut c_void>()).add(index) };
     if callback.is_null() {
-        Err("mpi_cuda: a host callback is null".into())
+        Err(Error::internal("a host callback is null"))
     } else {
         Ok(callback)
     }

@@ -11,9 +11,10 @@ use pjrt_sys::*;
 
 use super::Handler;
 use super::frame::{Frame, handle};
+use crate::error::Error;
 use crate::ffi::memory::Memory;
 use crate::ffi::replica_groups::{self, Part};
-use crate::launch::ticket_of;
+use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
 
 /// Handlers by the name of the target, without the prefix.
@@ -50,12 +51,13 @@ struct Collective<'a> {
 /// `frame` must be what XLA passed.
 unsafe fn collective(
     frame: *mut XLA_FFI_CallFrame,
-    body: impl FnOnce(&Collective<'_>) -> Result<(), String>,
+    body: impl FnOnce(&Collective<'_>) -> Result<(), Error>,
 ) -> *mut XLA_FFI_Error {
     // SAFETY: as the caller promises.
     unsafe {
         handle(frame, |frame| {
-            let world = world().ok_or("mpi_cuda: a collective ran before the world was started")?;
+            let world = world()
+                .ok_or_else(|| Error::internal("a collective ran before the world was started"))?;
             let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
             let collective = Collective {
                 frame,
@@ -77,71 +79,71 @@ unsafe extern "C" fn begin(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error 
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |frame| {
-            let world = world().ok_or("mpi_cuda: a program ran before the world was started")?;
+            let world = world()
+                .ok_or_else(|| Error::internal("a program ran before the world was started"))?;
             let program = replica_groups::program(attribute(frame, "program")?)?;
             let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
             let again = program.ran.swap(true, Ordering::Relaxed);
             world
                 .engine
                 .begin_collectives(ticket, &program.sequence, !again)
-                .map_err(|error| error.to_string())
+                .map_err(Error::from)
         })
     }
 }
 
 /// Elements of less than 8 bits may share bytes, so nothing here may move them by their number.
-fn refuse_narrow(frame: &Frame<'_>) -> Result<(), String> {
+fn refuse_narrow(frame: &Frame<'_>) -> Result<(), Error> {
     let all = frame.raw_args().iter().chain(frame.raw_rets());
     for buffer in all {
         // SAFETY: XLA's buffers are valid during the call.
         let dtype = unsafe { (**buffer).dtype };
         if super::frame::is_narrow(dtype) {
-            return Err(
-                "mpi_cuda: a collective of a type of less than 8 bits is not supported; cast to a \
-                 supported type first"
-                    .into(),
-            );
+            return Err(Error::internal(
+                "a collective of a type of less than 8 bits is not supported; cast to a \
+                 supported type first",
+            ));
         }
     }
     Ok(())
 }
 
-fn attribute(frame: &Frame<'_>, name: &str) -> Result<i64, String> {
+fn attribute(frame: &Frame<'_>, name: &str) -> Result<i64, Error> {
     frame
         .integer(name)
-        .ok_or_else(|| format!("mpi_cuda: a collective lacks its attribute {name}"))
+        .ok_or_else(|| Error::internal(format!("a collective lacks its attribute {name}")))
 }
 
 impl Collective<'_> {
-    fn arg(&self, index: usize) -> Result<Buffer<'_>, String> {
+    fn arg(&self, index: usize) -> Result<Buffer<'_>, Error> {
         let found = self.frame.arg(index).filter(|_| index < self.operands);
-        found.ok_or_else(|| "mpi_cuda: a collective lacks an operand".into())
+        found.ok_or_else(|| Error::internal("a collective lacks an operand"))
     }
 
-    fn ret(&self, index: usize) -> Result<Buffer<'_>, String> {
+    fn ret(&self, index: usize) -> Result<Buffer<'_>, Error> {
         let found = self.frame.ret(index).filter(|_| index < self.results);
-        found.ok_or_else(|| "mpi_cuda: a collective lacks a result".into())
+        found.ok_or_else(|| Error::internal("a collective lacks a result"))
     }
 
     /// The number of this rank's group, and its size; none if it is in none.
-    fn group(&self) -> Result<Option<(i64, i64)>, String> {
+    fn group(&self) -> Result<Option<(i64, i64)>, Error> {
         match self.part {
             Part::Member { group, size, .. } => Ok(Some((group, size))),
             Part::None => Ok(None),
-            _ => Err("mpi_cuda: a collective needs groups".into()),
+            _ => Err(Error::internal("a collective needs groups")),
         }
     }
 
-    fn member(&self) -> Result<(i64, i64), String> {
+    fn member(&self) -> Result<(i64, i64), Error> {
         self.group()?
-            .ok_or_else(|| "mpi_cuda: this rank is in no group of a collective".into())
+            .ok_or_else(|| Error::internal("this rank is in no group of a collective"))
     }
 
-    fn reduction(&self) -> Result<Reduction, String> {
+    fn reduction(&self) -> Result<Reduction, Error> {
         let number = attribute(self.frame, "op")?;
         let row = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n));
         Ok(row
-            .ok_or_else(|| format!("mpi_cuda: op={number} is no reduction"))?
+            .ok_or_else(|| Error::internal(format!("op={number} is no reduction")))?
             .0)
     }
 
@@ -162,7 +164,7 @@ impl Collective<'_> {
         reduction: Reduction,
         send: Buffer<'_>,
         recv: Buffer<'_>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Error> {
         self.execute(&Operation {
             reduction: Some(reduction),
             ..operation(Kind::Allreduce, group, send, recv)
@@ -170,7 +172,7 @@ impl Collective<'_> {
     }
 
     /// Where the arrays end that are reduced together with array `start`: small ones of one dtype.
-    fn end_of_pack(&self, start: usize) -> Result<usize, String> {
+    fn end_of_pack(&self, start: usize) -> Result<usize, Error> {
         let first = self.arg(start)?;
         let mut end = start + 1;
         let mut bytes = first.bytes();
@@ -191,7 +193,7 @@ impl Collective<'_> {
         group: i64,
         reduction: Reduction,
         arrays: Range<usize>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Error> {
         let dtype = self.arg(arrays.start)?.dtype;
         let mut elements = 0;
         for index in arrays.clone() {
@@ -222,9 +224,9 @@ impl Collective<'_> {
         Ok(())
     }
 
-    fn execute(&self, op: &Operation<'_>) -> Result<(), String> {
+    fn execute(&self, op: &Operation<'_>) -> Result<(), Error> {
         let done = self.memory.execute(self.world, self.ticket, op);
-        done.map_err(|error| error.to_string())
+        done.map_err(Error::from)
     }
 }
 
@@ -336,9 +338,9 @@ unsafe extern "C" fn all_to_all(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_E
             let (size, rank) = (size as usize, replica_groups::rank_in(&call.part)?);
             for blocks in [call.operands, call.results] {
                 if blocks != size && blocks != 1 {
-                    return Err(
-                        "mpi_cuda: an all-to-all does not have a block for each rank".into(),
-                    );
+                    return Err(Error::internal(
+                        "an all-to-all does not have a block for each rank",
+                    ));
                 }
             }
             if call.operands == 1 && call.results == 1 {
@@ -411,7 +413,7 @@ unsafe extern "C" fn collective_permute(frame: *mut XLA_FFI_CallFrame) -> *mut X
     unsafe {
         collective(frame, |call| {
             let Part::Pair { to, from } = call.part else {
-                return Err("mpi_cuda: a collective-permute needs pairs".into());
+                return Err(Error::internal("a collective-permute needs pairs"));
             };
             let own = call.world.rank;
             for index in 0..call.operands {
@@ -467,12 +469,13 @@ unsafe extern "C" fn id(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
     unsafe {
         handle(frame, |frame| {
             let Part::Value(value) = replica_groups::part(attribute(frame, "table")?)? else {
-                return Err("mpi_cuda: this rank runs no part of the program".into());
+                return Err(Error::internal("this rank runs no part of the program"));
             };
             let result = frame
                 .ret(0)
                 .filter(|result| result.bytes() == size_of::<u32>());
-            let result = result.ok_or("mpi_cuda: an id must be one number of 32 bits")?;
+            let result =
+                result.ok_or_else(|| Error::internal("an id must be one number of 32 bits"))?;
             Memory::of(frame)?.write(&result, value)
         })
     }

@@ -11,7 +11,6 @@ use pjrt_sys::*;
 use super::frame::{Frame, answer_metadata};
 use super::{Handler, register};
 use crate::error::Error;
-use crate::plugin::plugin;
 
 /// How many targets can be forwarded.
 pub const CAPACITY: usize = 2048;
@@ -40,7 +39,7 @@ pub fn register_foreign(name: &str, handler: Option<Handler>) -> Result<(), Erro
     let slot = known.unwrap_or(next);
     if slot >= CAPACITY {
         return Err(Error::unimplemented(format!(
-            "mpi_cuda: no room for the FFI target {name}: {CAPACITY} are registered"
+            "no room for the FFI target {name}: {CAPACITY} are registered"
         )));
     }
     let handler = handler.map_or(std::ptr::null_mut(), |function| function as *mut _);
@@ -60,7 +59,6 @@ pub fn register_foreign(name: &str, handler: Option<Handler>) -> Result<(), Erro
 pub fn register_waiting() -> Result<(), Error> {
     let mut slots = SLOTS.lock();
     let slots = slots.get_or_insert_with(Slots::default);
-    let _ = plugin();
     slots.ready = true;
     for name in std::mem::take(&mut slots.waiting) {
         register(&name, FORWARDERS[slots.by_name[&name]])?;

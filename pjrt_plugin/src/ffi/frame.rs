@@ -1,12 +1,12 @@
 //! Reading a call frame, and answering what XLA asks of every handler.
 
 use std::ffi::{CString, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use mpi_runtime::{Buffer, ElementType};
 use pjrt_sys::*;
 
-use crate::boundary::panic_text;
+use crate::boundary::guarded;
+use crate::error::Error;
 use crate::inner::call::slice;
 
 /// A call frame whose handler is to be executed.
@@ -18,7 +18,7 @@ pub struct Frame<'a>(pub &'a XLA_FFI_CallFrame);
 /// `frame` must be what XLA passed.
 pub unsafe fn handle(
     frame: *mut XLA_FFI_CallFrame,
-    body: impl FnOnce(&Frame<'_>) -> Result<(), String>,
+    body: impl FnOnce(&Frame<'_>) -> Result<(), Error>,
 ) -> *mut XLA_FFI_Error {
     // SAFETY: XLA passes a valid frame.
     unsafe {
@@ -26,10 +26,9 @@ pub unsafe fn handle(
             return std::ptr::null_mut();
         }
         let frame = Frame(&*frame);
-        let result = catch_unwind(AssertUnwindSafe(|| body(&frame)));
-        match result.unwrap_or_else(|panic| Err(panic_text(&*panic))) {
+        match guarded(|| body(&frame)) {
             Ok(()) => std::ptr::null_mut(),
-            Err(text) => frame.error(&text),
+            Err(error) => frame.error(&error.to_string()),
         }
     }
 }
@@ -129,37 +128,37 @@ impl<'a> Frame<'a> {
     }
 
     /// The stream in whose order this call is, of a GPU.
-    pub fn stream(&self) -> Result<u64, String> {
+    pub fn stream(&self) -> Result<u64, Error> {
         let mut args: XLA_FFI_Stream_Get_Args = crate::inner::call::new_args();
         args.ctx = self.0.ctx;
         // SAFETY: as for `run_id`.
         let error = unsafe {
             let get = (*self.0.api).XLA_FFI_Stream_Get;
-            get.ok_or("mpi_cuda: this XLA does not tell streams")?(&mut args)
+            get.ok_or_else(|| Error::internal("this XLA does not tell streams"))?(&mut args)
         };
         self.ok(error, "the stream").map(|()| args.stream as u64)
     }
 
     /// The number of the device that this call is on.
-    pub fn device(&self) -> Result<i32, String> {
+    pub fn device(&self) -> Result<i32, Error> {
         let mut args: XLA_FFI_DeviceOrdinal_Get_Args = crate::inner::call::new_args();
         args.ctx = self.0.ctx;
         // SAFETY: as for `run_id`.
         let error = unsafe {
             let get = (*self.0.api).XLA_FFI_DeviceOrdinal_Get;
-            get.ok_or("mpi_cuda: this XLA does not tell devices")?(&mut args)
+            get.ok_or_else(|| Error::internal("this XLA does not tell devices"))?(&mut args)
         };
         self.ok(error, "the device").map(|()| args.device_ordinal)
     }
 
     /// Memory of the device, to be given back by [`Frame::free`].
-    pub fn allocate(&self, bytes: usize) -> Result<*mut c_void, String> {
+    pub fn allocate(&self, bytes: usize) -> Result<*mut c_void, Error> {
         let mut args: XLA_FFI_DeviceMemory_Allocate_Args = crate::inner::call::new_args();
         (args.ctx, args.size, args.alignment) = (self.0.ctx, bytes, 16);
         // SAFETY: as for `run_id`.
         let error = unsafe {
             let allocate = (*self.0.api).XLA_FFI_DeviceMemory_Allocate;
-            allocate.ok_or("mpi_cuda: this XLA gives no memory")?(&mut args)
+            allocate.ok_or_else(|| Error::internal("this XLA gives no memory"))?(&mut args)
         };
         self.ok(error, "memory of the device").map(|()| args.data)
     }
@@ -177,7 +176,7 @@ impl<'a> Frame<'a> {
         }
     }
 
-    fn ok(&self, error: *mut XLA_FFI_Error, what: &str) -> Result<(), String> {
+    fn ok(&self, error: *mut XLA_FFI_Error, what: &str) -> Result<(), Error> {
         if error.is_null() {
             return Ok(());
         }
@@ -189,9 +188,9 @@ impl<'a> Frame<'a> {
                 function(&mut destroy);
             }
         }
-        Err(format!(
-            "mpi_cuda: XLA does not give {what} to a custom call"
-        ))
+        Err(Error::internal(format!(
+            "XLA does not give {what} to a custom call"
+        )))
     }
 
     /// What was attached to this execution under `type_id`; null if nothing was.

@@ -12,11 +12,12 @@ use mpi_runtime::transfer::choice::{Mode, Through};
 use mpi_runtime::{Buffer, Direct, Operation, Staging, Ticket, World};
 use parking_lot::Mutex;
 
-use crate::config::{self, Config, Pretend};
+use crate::config::{Config, Pretend};
 use crate::error::Error;
 use crate::ffi::frame::Frame;
 use crate::ffi::huge_pages;
-use crate::plugin::{plugin, world};
+use crate::inner::on_gpu;
+use crate::plugin::{config, world};
 
 /// A device with its staging.
 struct Staged {
@@ -35,11 +36,12 @@ static SWITCHED: Mutex<Option<Through>> = Mutex::new(None);
 /// What copies of the pretended device take at most.
 const DELAY: Duration = Duration::from_micros(50);
 
-/// Prepares transfers, once the ranks agree on the way. Those for CUDA begin with the first call, which
-/// knows its device.
+/// Prepares transfers, once the ranks agree on the way. Those for CUDA begin with the first call,
+/// which knows its device.
 pub fn start(config: &Config, world: &World) -> Result<(), Error> {
-    if config.pretend_device != Pretend::Nothing {
-        let failed = |error: DeviceError| Error::internal(format!("mpi_cuda: {error}"));
+    let needed = world.transfer.is_some() && config.pretend_device != Pretend::Nothing;
+    if needed && STAGED.get().is_none() {
+        let failed = |error: DeviceError| Error::internal(error);
         let device = Arc::new(Simulated::over_host(DELAY));
         let pretended = Some(device.stream().map_err(failed)?);
         let staged = Staged::new(device, config.chunk_bytes, world, pretended).map_err(failed)?;
@@ -80,15 +82,15 @@ impl Staged {
     }
 
     /// Of the GPU that `frame` is on; each rank has one.
-    fn of_gpu(frame: &Frame<'_>) -> Result<&'static Staged, String> {
+    fn of_gpu(frame: &Frame<'_>) -> Result<&'static Staged, Error> {
         if let Some(staged) = STAGED.get() {
             return Ok(staged);
         }
-        let world = world().ok_or("mpi_cuda: an operation before the world")?;
-        let chunk = plugin().config.chunk_bytes;
+        let world = world().ok_or_else(|| Error::internal("an operation before the world"))?;
+        let chunk = config().chunk_bytes;
         let staged = Cuda::new(frame.device()?)
             .and_then(|cuda| Staged::new(Arc::new(cuda), chunk, world, None))
-            .map_err(|error| format!("mpi_cuda: {error}"))?;
+            .map_err(Error::internal)?;
         Ok(STAGED.get_or_init(|| staged))
     }
 }
@@ -102,8 +104,8 @@ pub struct Memory<'a> {
 
 impl<'a> Memory<'a> {
     /// That of `frame`.
-    pub fn of(frame: &'a Frame<'a>) -> Result<Memory<'a>, String> {
-        let device = if plugin().inner.device == config::Device::Cuda {
+    pub fn of(frame: &'a Frame<'a>) -> Result<Memory<'a>, Error> {
+        let device = if on_gpu() {
             let staged = Staged::of_gpu(frame)?;
             Some((staged, Stream(frame.stream()?)))
         } else {
@@ -138,7 +140,7 @@ impl<'a> Memory<'a> {
                 done
             }
             None => {
-                if plugin().config.huge_pages {
+                if config().huge_pages {
                     huge_pages::prepare(op);
                 }
                 world.engine.execute(ticket, op)
@@ -163,14 +165,14 @@ impl<'a> Memory<'a> {
     }
 
     /// Copies an array to one of the same size, which does not overlap it.
-    pub fn copy(&self, from: &Buffer<'_>, to: &Buffer<'_>) -> Result<(), String> {
+    pub fn copy(&self, from: &Buffer<'_>, to: &Buffer<'_>) -> Result<(), Error> {
         assert_eq!(from.bytes(), to.bytes());
         self.copy_bytes(from.data as Address, to.data as Address, from.bytes())?;
         self.catch_up();
         Ok(())
     }
 
-    fn copy_bytes(&self, from: Address, to: Address, bytes: usize) -> Result<(), String> {
+    fn copy_bytes(&self, from: Address, to: Address, bytes: usize) -> Result<(), Error> {
         if bytes == 0 || from == to {
             return Ok(());
         }
@@ -178,7 +180,7 @@ impl<'a> Memory<'a> {
             Some((staged, main)) => {
                 let across = Copy::Across { to, from };
                 // SAFETY: XLA's buffers have their sizes, and are valid for what is in the stream.
-                unsafe { staged.device.copy(main, across, bytes) }.map_err(said)
+                unsafe { staged.device.copy(main, across, bytes) }.map_err(Error::internal)
             }
             None => {
                 // SAFETY: XLA's buffers have their sizes, and results do not overlap other operands.
@@ -195,7 +197,7 @@ impl<'a> Memory<'a> {
         to: &Buffer<'_>,
         rows: usize,
         columns: usize,
-    ) -> Result<(), String> {
+    ) -> Result<(), Error> {
         let block = from.bytes() / (rows * columns).max(1);
         assert!(from.bytes() == to.bytes() && block * rows * columns == from.bytes());
         let (from, to) = (from.data as Address, to.data as Address);
@@ -207,23 +209,24 @@ impl<'a> Memory<'a> {
     }
 
     /// Fills an array with zeros.
-    pub fn clear(&self, array: &Buffer<'_>) -> Result<(), String> {
+    pub fn clear(&self, array: &Buffer<'_>) -> Result<(), Error> {
         self.fill(array, Fill::Zeros(array.bytes()))
     }
 
     /// Writes a number of 32 bits, of which `array` is one.
-    pub fn write(&self, array: &Buffer<'_>, word: u32) -> Result<(), String> {
+    pub fn write(&self, array: &Buffer<'_>, word: u32) -> Result<(), Error> {
         assert_eq!(array.bytes(), size_of::<u32>());
         self.fill(array, Fill::Word(word))
     }
 
-    fn fill(&self, array: &Buffer<'_>, what: Fill) -> Result<(), String> {
+    fn fill(&self, array: &Buffer<'_>, what: Fill) -> Result<(), Error> {
         if array.bytes() == 0 {
             return Ok(());
         }
         if let Some((staged, main)) = self.device {
             // SAFETY: XLA's buffer has its size, and is valid for what is in the stream.
-            unsafe { staged.device.fill(main, array.data as Address, what) }.map_err(said)?;
+            unsafe { staged.device.fill(main, array.data as Address, what) }
+                .map_err(Error::internal)?;
             self.catch_up();
             return Ok(());
         }
@@ -238,7 +241,7 @@ impl<'a> Memory<'a> {
     }
 
     /// Memory of ours beside the buffers, with anything in it.
-    pub fn scratch(&self, bytes: usize) -> Result<Scratch<'a>, String> {
+    pub fn scratch(&self, bytes: usize) -> Result<Scratch<'a>, Error> {
         let of_gpu = self
             .device
             .is_some_and(|(staged, _)| staged.pretended.is_none());
@@ -255,10 +258,6 @@ fn interleaved(rows: usize, columns: usize) -> impl Iterator<Item = (usize, usiz
     let row =
         move |row| (0..columns).map(move |column| (row * columns + column, column * rows + row));
     (0..rows).flat_map(row)
-}
-
-fn said(error: DeviceError) -> String {
-    format!("mpi_cuda: {error}")
 }
 
 /// Memory of [`Memory::scratch`].

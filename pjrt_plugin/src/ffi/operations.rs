@@ -9,8 +9,9 @@ use pjrt_sys::*;
 
 use super::Handler;
 use super::frame::{Frame, handle};
+use crate::error::Error;
 use crate::ffi::memory::Memory;
-use crate::launch::ticket_of;
+use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
 
 /// `ANY_SOURCE` and `ANY_TAG` as attributes.
@@ -20,14 +21,14 @@ const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 macro_rules! handlers {
     (both: $($kind:ident),+; ours: $($own:ident),+) => {
-        /// Every operation by the name of its target, without the prefix.
-        pub const HANDLERS: &[(&str, Handler)] = &[
-            $((name(Kind::$kind), operation::<{ Kind::$kind as usize }>),)+
-            $((name(Kind::$own), operation::<{ Kind::$own as usize }>),)+
+        /// The handler of every operation.
+        pub const HANDLERS: &[(Kind, Handler)] = &[
+            $((Kind::$kind, operation::<{ Kind::$kind as usize }>),)+
+            $((Kind::$own, operation::<{ Kind::$own as usize }>),)+
         ];
-        /// The same of mpi4jax, by the name of the operation.
-        pub const MPI4JAX_HANDLERS: &[(&str, Handler)] =
-            &[$((name(Kind::$kind), mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
+        /// Those of mpi4jax's targets.
+        pub const MPI4JAX_HANDLERS: &[(Kind, Handler)] =
+            &[$((Kind::$kind, mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
     };
 }
 
@@ -63,11 +64,10 @@ pub unsafe extern "C" fn mpi_cuda_mpi4jax_elsewhere(
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |_| {
-            Err(
-                "mpi_cuda: with JAX_PLATFORMS=mpi_cuda mpi4jax's operations run on the backend \
-                 mpi_cuda only; leave it out of JAX_PLATFORMS to run them on JAX's CPU backend"
-                    .into(),
-            )
+            Err(Error::internal(
+                "with JAX_PLATFORMS=mpi_cuda mpi4jax's operations run on the backend \
+                 mpi_cuda only; leave it out of JAX_PLATFORMS to run them on JAX's CPU backend",
+            ))
         })
     }
 }
@@ -109,18 +109,18 @@ impl Dialect {
     /// The communicator's number. Of mpi4jax's calls it is one too, since its handles are
     /// translated when a program is lowered (`python/mpi_cuda/_mpi4jax.py`); a handle that got here
     /// must be known.
-    fn communicator(&self, attribute: i64, world: &World) -> Result<i64, String> {
+    fn communicator(&self, attribute: i64, world: &World) -> Result<i64, Error> {
         let known = &world.engine.communicators;
         if matches!(self, Dialect::Ours) || known.get(attribute).is_some() {
             return Ok(attribute);
         }
         let handle = attribute as u64;
         known.find(handle).ok_or_else(|| {
-            format!(
-                "mpi_cuda: mpi4jax's program names a communicator by the MPI handle {handle:#x}, \
+            Error::internal(format!(
+                "mpi4jax's program names a communicator by the MPI handle {handle:#x}, \
                  which is none in this process; start Python with JAX_PLATFORMS=mpi_cuda set, so \
                  that mpi_cuda translates handles when programs are compiled"
-            )
+            ))
         })
     }
 }
@@ -136,9 +136,9 @@ pub unsafe extern "C" fn async_barrier(frame: *mut XLA_FFI_CallFrame) -> *mut XL
     }
 }
 
-fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), String> {
-    let world =
-        world().ok_or("mpi_cuda: an operation was executed before the world was started")?;
+fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Error> {
+    let world = world()
+        .ok_or_else(|| Error::internal("an operation was executed before the world was started"))?;
     let operands = usize::from(!matches!(kind, Kind::Barrier | Kind::Recv));
     let results = usize::from(!matches!(kind, Kind::Barrier | Kind::Send | Kind::WaitSend));
     let send = data(operands, frame.arg(0), "operand")?;
@@ -192,30 +192,30 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
                 error.rank, error.reason
             );
         }
-        error.to_string()
+        Error::from(error)
     })?;
     fill_tokens(frame, results, &memory)
 }
 
 /// A reduction by its number, and the handle of a user's.
-fn reduction(number: i64) -> Result<(Reduction, u64), String> {
+fn reduction(number: i64) -> Result<(Reduction, u64), Error> {
     if let Some(row) = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n)) {
         return Ok((row.0, 0));
     }
     let handle = crate::ffi::user_reductions::handle(number).ok_or_else(|| {
-        format!(
-            "mpi_cuda: op={number} is no reduction in this process; a program with a user-defined one \
+        Error::internal(format!(
+            "op={number} is no reduction in this process; a program with a user-defined one \
              cannot be loaded in another run"
-        )
+        ))
     })?;
     Ok((Reduction::User, handle))
 }
 
-fn data<'a>(wanted: usize, found: Option<Buffer<'a>>, what: &str) -> Result<Buffer<'a>, String> {
+fn data<'a>(wanted: usize, found: Option<Buffer<'a>>, what: &str) -> Result<Buffer<'a>, Error> {
     match found {
         _ if wanted == 0 => Ok(Buffer::NONE),
         Some(buffer) => Ok(buffer),
-        None => Err(format!("mpi_cuda: the custom call lacks its {what}")),
+        None => Err(Error::internal(format!("the custom call lacks its {what}"))),
     }
 }
 
@@ -226,7 +226,7 @@ fn destination_name(kind: Kind) -> &'static str {
     }
 }
 
-fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32, String> {
+fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32, Error> {
     match attribute {
         rank if rank == any && may_be_any => Ok(ANY),
         rank if rank == null => Ok(PROC_NULL),
@@ -235,19 +235,20 @@ fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32
             let negative = rank < i64::from(i32::MIN);
             let number = rank.saturating_add(if negative { 1 << 32 } else { 0 });
             match small(number, "rank")? {
-                ANY | PROC_NULL => Err(format!("mpi_cuda: rank={number} is none")),
+                ANY | PROC_NULL => Err(Error::internal(format!("rank={number} is none"))),
                 rank => Ok(rank),
             }
         }
     }
 }
 
-fn small(value: i64, what: &str) -> Result<i32, String> {
-    i32::try_from(value).map_err(|_| format!("mpi_cuda: {what}={value} does not fit 32 bits"))
+fn small(value: i64, what: &str) -> Result<i32, Error> {
+    i32::try_from(value)
+        .map_err(|_| Error::internal(format!("{what}={value} does not fit 32 bits")))
 }
 
 /// Results after the data are tokens. XLA's own have no memory; ours are an `s32[]` with value 0.
-fn fill_tokens(frame: &Frame<'_>, first: usize, memory: &Memory<'_>) -> Result<(), String> {
+fn fill_tokens(frame: &Frame<'_>, first: usize, memory: &Memory<'_>) -> Result<(), Error> {
     for (index, ret) in frame.raw_rets().iter().enumerate().skip(first) {
         // SAFETY: XLA passes valid buffers.
         let is_token = unsafe { (**ret).dtype == XLA_FFI_DataType_S32 && (**ret).rank == 0 };

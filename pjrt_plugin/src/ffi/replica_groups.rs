@@ -59,8 +59,7 @@ static KNOWN: LazyLock<RwLock<Known>> = LazyLock::new(RwLock::default);
 /// Registers what a rewritten program refers to.
 pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result<(), Error> {
     let rank = |device: i64| {
-        i32::try_from(device)
-            .map_err(|_| Error::internal(format!("mpi_cuda: device {device} is no rank's")))
+        i32::try_from(device).map_err(|_| Error::internal(format!("device {device} is no rank's")))
     };
     let mut known = KNOWN.write();
     for (&number, table) in &rewritten.tables {
@@ -127,24 +126,28 @@ fn part_of(rank: i32, number: i64, table: &Table) -> Part {
 }
 
 /// What this rank does in the collective that refers to `number`.
-pub fn part(number: i64) -> Result<Part, String> {
+pub fn part(number: i64) -> Result<Part, Error> {
     KNOWN.read().parts.get(&number).copied().ok_or_else(|| {
-        format!("mpi_cuda: a collective refers to {number}, which no program here has")
+        Error::internal(format!(
+            "a collective refers to {number}, which no program here has"
+        ))
     })
 }
 
 /// The program with that number.
-pub fn program(number: i64) -> Result<Arc<CollectiveProgram>, String> {
+pub fn program(number: i64) -> Result<Arc<CollectiveProgram>, Error> {
     KNOWN.read().programs.get(&number).cloned().ok_or_else(|| {
-        format!("mpi_cuda: a collective is of program {number}, which is not loaded here")
+        Error::internal(format!(
+            "a collective is of program {number}, which is not loaded here"
+        ))
     })
 }
 
 /// This rank's place in its group.
-pub fn rank_in(part: &Part) -> Result<usize, String> {
+pub fn rank_in(part: &Part) -> Result<usize, Error> {
     match part {
         Part::Member { rank, .. } => Ok(*rank),
-        _ => Err("mpi_cuda: this rank is in no group of a collective".into()),
+        _ => Err(Error::internal("this rank is in no group of a collective")),
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 
-use crate::ffi::receives;
+use crate::ffi::targets::receives;
 use crate::search::contains;
 
 static ADDRESSES: RwLock<Vec<usize>> = RwLock::new(Vec::new());

@@ -6,7 +6,8 @@ use std::mem::size_of;
 
 use pjrt_sys::PJRT_Error;
 
-use crate::error::Error;
+use super::library::api;
+use crate::error::{Error, InnerError};
 
 /// A function of the PJRT table.
 pub type Function<Args> = Option<unsafe extern "C" fn(*mut Args) -> *mut PJRT_Error>;
@@ -14,15 +15,30 @@ pub type Function<Args> = Option<unsafe extern "C" fn(*mut Args) -> *mut PJRT_Er
 /// Zeroed arguments with their `struct_size`, which is the first member of every PJRT struct
 /// (`pjrt_c_api.h`, "struct_size").
 pub fn new_args<Args>() -> Args {
-    // SAFETY: PJRT argument structs are plain C data for which zero bytes are valid.
-    let mut args: Args = unsafe { std::mem::zeroed() };
-    // SAFETY: the first member is the `size_t struct_size`.
+    // SAFETY: PJRT argument structs are plain C data for which zero bytes are valid, and their
+    // first member is the `size_t struct_size`.
     unsafe {
+        let mut args: Args = std::mem::zeroed();
         std::ptr::from_mut(&mut args)
             .cast::<usize>()
-            .write(size_of::<Args>())
-    };
-    args
+            .write(size_of::<Args>());
+        args
+    }
+}
+
+/// Calls `function` of the inner plugin with arguments of ours, and has what it filled in.
+///
+/// # Safety
+/// `fill` must make the arguments what the function asks for, with live handles of the inner
+/// plugin and with pointers that outlive the call.
+pub unsafe fn ask<Args>(
+    function: Function<Args>,
+    fill: impl FnOnce(&mut Args),
+) -> Result<Args, Error> {
+    let mut args = new_args::<Args>();
+    fill(&mut args);
+    // SAFETY: as the caller promises.
+    unsafe { call(function, &mut args) }.map(|()| args)
 }
 
 /// Calls `function` of the inner plugin.
@@ -36,12 +52,10 @@ pub unsafe fn call<Args>(function: Function<Args>, args: *mut Args) -> Result<()
             std::any::type_name::<Args>()
         )));
     };
-    // SAFETY: as the caller promises.
-    let error = unsafe { function(args) };
-    if error.is_null() {
-        Ok(())
-    } else {
-        Err(Error::Inner(error))
+    // SAFETY: the arguments are right, as the caller promises; the plugin gives its error away.
+    match unsafe { InnerError::new(function(args), api()) } {
+        None => Ok(()),
+        Some(error) => Err(Error::Inner(error)),
     }
 }
 

@@ -1,36 +1,35 @@
-//! What a client of the CUDA plugin is created with: one GPU for each rank, and the devices of all ranks.
+//! What a client of the CUDA plugin is created with: one GPU for each rank, and the devices of all
+//! ranks.
+
+#![forbid(unsafe_code)]
 
 use mpi_runtime::World;
 use mpi_runtime::device::cuda::{self, Found};
 use mpi_runtime::log;
-use pjrt_sys::PJRT_NamedValue;
 
-use crate::config::Log;
+use super::create_options::Value;
 use crate::error::Error;
-use crate::pjrt::client::{Value, option_name};
-use crate::plugin::{plugin, world};
 
 /// Options of JAX's that say how much memory is taken at the start.
 const MEMORY: [&str; 2] = ["preallocate", "memory_fraction"];
 
-/// The options beside those that the framework gives.
+/// The options beside those that the framework gives by these names.
 ///
-/// All devices are shown by XLA's topology for tests of programs for many GPUs (`enable_mock_nccl`): it asks no
-/// other process, and its one other effect is that XLA's own collectives do nothing, of which there are none
-/// in a rewritten program.
+/// All devices are shown by XLA's topology for tests of programs for many GPUs (`enable_mock_nccl`):
+/// it asks no other process, and its one other effect is that XLA's own collectives do nothing, of
+/// which there are none in a rewritten program.
 pub fn options(
     rank: i32,
     size: i32,
-    given: &[PJRT_NamedValue],
+    given: &[String],
+    world: &World,
+    say: bool,
 ) -> Result<Vec<(&'static str, Value)>, Error> {
-    let world = world().ok_or_else(|| Error::internal("a client before the world"))?;
     let Found::Devices { count, .. } = cuda::find() else {
         return Err(Error::internal("the CUDA devices are gone"));
     };
-    // SAFETY: the framework's options are valid while it creates a client.
-    let names: Vec<String> = given.iter().map(|o| unsafe { option_name(o) }).collect();
-    let mut options = choose(rank, size, Node::of(world, count), &names);
-    if plugin().config.log >= Log::Info {
+    let mut options = choose(rank, size, Node::of(world, count), given);
+    if say {
         log::line(&format!(
             "mpi_cuda: rank {rank}: CUDA client with {options:?}"
         ));
@@ -45,7 +44,7 @@ pub fn options(
             ));
         }
     }
-    options.retain(|(name, _)| !names.iter().any(|given| given == name));
+    options.retain(|(name, _)| !given.iter().any(|given| given == name));
     Ok(options)
 }
 
@@ -73,7 +72,8 @@ fn choose(rank: i32, size: i32, node: Node, given: &[String]) -> Vec<(&'static s
     let own = i64::from(node.rank % node.gpus.max(1));
     let mut options = vec![
         ("visible_devices", Value::List(vec![own])),
-        // Launches go through a queue of XLA's, so that an operation may wait without holding Python.
+        // Launches go through a queue of XLA's, so that an operation may wait without holding
+        // Python.
         ("use_tfrt_gpu_client", Value::Bool(true)),
     ];
     if !is_given("platform_name") {

@@ -1,12 +1,9 @@
-//! Finding and loading the inner XLA plugin. Everything that depends on which wheel it comes from
-//! is in this module.
+//! Finding the inner XLA plugin: everything that depends on which wheel it comes from.
 
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 
-use libloading::Library;
 use mpi_runtime::device::cuda::{self, Found};
-use pjrt_sys::PJRT_Api;
 
 use crate::config::{Config, Device};
 use crate::error::Error;
@@ -47,80 +44,21 @@ const WHEELS: &[Wheel] = &[
     },
 ];
 
-/// The loaded inner plugin.
-pub struct Inner {
-    api: *const PJRT_Api,
-    /// The file it was loaded from.
-    pub path: PathBuf,
-    /// What its devices are.
-    pub device: Device,
-    /// Why these.
-    pub reason: String,
-}
-
-// SAFETY: the table is static in a library that is never unloaded, and only read.
-unsafe impl Send for Inner {}
-// SAFETY: as above.
-unsafe impl Sync for Inner {}
-
-impl Inner {
-    /// Loads the plugin that `config` asks for.
-    pub fn load(config: &Config) -> Result<Inner, Error> {
-        let (device, reason) = match config.device {
-            // Of a file that the user names nobody knows what it is for.
-            Device::Auto if config.inner_plugin.is_some() => (
-                Device::Cpu,
-                "MPI_CUDA_INNER_PLUGIN without MPI_CUDA_DEVICE".into(),
-            ),
-            Device::Auto => automatic(&cuda::find(), || find(config, Device::Cuda)),
-            Device::Cpu => (Device::Cpu, "as asked for".into()),
-            Device::Cuda => {
-                refuse_without_gpu()?;
-                (Device::Cuda, "as asked for".into())
-            }
-        };
-        let path = find(config, device)?;
-        silence_inner_logs();
-        // SAFETY: loading runs the initialisers of an XLA plugin.
-        let library = unsafe { Library::new(&path) }.map_err(|error| {
-            Error::precondition(format!(
-                "cannot load the inner XLA plugin {}: {error}",
-                path.display()
-            ))
-        })?;
-        type GetPjrtApi = unsafe extern "C" fn() -> *const PJRT_Api;
-        // SAFETY: the symbol has this type by the PJRT contract (`pjrt_c_api.h`).
-        let entry = unsafe { library.get::<GetPjrtApi>(b"GetPjrtApi") }.map_err(|error| {
-            Error::precondition(format!("{} is no PJRT plugin: {error}", path.display()))
-        })?;
-        // SAFETY: no requirements.
-        let api = unsafe { entry() };
-        if api.is_null() {
-            return Err(Error::precondition(format!(
-                "{} has no PJRT table",
-                path.display()
-            )));
+/// What the inner plugin's devices are to be, and why.
+pub fn choose(config: &Config) -> Result<(Device, String), Error> {
+    Ok(match config.device {
+        // Of a file that the user names nobody knows what it is for.
+        Device::Auto if config.inner_plugin.is_some() => (
+            Device::Cpu,
+            "MPI_CUDA_INNER_PLUGIN without MPI_CUDA_DEVICE".into(),
+        ),
+        Device::Auto => automatic(&cuda::find(), || find(config, Device::Cuda)),
+        Device::Cpu => (Device::Cpu, "as asked for".into()),
+        Device::Cuda => {
+            refuse_without_gpu()?;
+            (Device::Cuda, "as asked for".into())
         }
-        std::mem::forget(library);
-        Ok(Inner {
-            api,
-            path,
-            device,
-            reason,
-        })
-    }
-
-    /// Its function table.
-    pub fn api(&self) -> &'static PJRT_Api {
-        // SAFETY: non-null and static, see `load`. The tail may be longer than we know.
-        unsafe { &*self.api }
-    }
-
-    /// Its PJRT version.
-    pub fn version(&self) -> (i32, i32) {
-        let version = &self.api().pjrt_api_version;
-        (version.major_version, version.minor_version)
-    }
+    })
 }
 
 /// Whoever asks for a GPU hears what is missing here, and not in the words of the inner plugin.
@@ -128,7 +66,7 @@ fn refuse_without_gpu() -> Result<(), Error> {
     match missing(&cuda::find()) {
         None => Ok(()),
         Some(missing) => Err(Error::precondition(format!(
-            "mpi_cuda: MPI_CUDA_DEVICE=cuda, but {missing}; use MPI_CUDA_DEVICE=cpu"
+            "MPI_CUDA_DEVICE=cuda, but {missing}; use MPI_CUDA_DEVICE=cpu"
         ))),
     }
 }
@@ -154,8 +92,7 @@ fn automatic(found: &Found, plugin: impl FnOnce() -> Result<PathBuf, Error>) -> 
                 Device::Cuda,
                 "a driver, a device and a plugin are there".into(),
             ),
-            Err(error) => {
-                error.discard();
+            Err(_) => {
                 let wheels = "jax-cuda13-pjrt or jax-cuda12-pjrt";
                 let reason = format!("there are GPUs, but no plugin for them; install {wheels}");
                 (Device::Cpu, reason)
@@ -165,7 +102,7 @@ fn automatic(found: &Found, plugin: impl FnOnce() -> Result<PathBuf, Error>) -> 
 }
 
 /// The environment first, then beside our own file, then the site-packages we lie in.
-fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
+pub fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
     if let Some(path) = &config.inner_plugin {
         if path.is_file() {
             return Ok(path.clone());
@@ -233,16 +170,14 @@ pub fn own_folder() -> PathBuf {
 }
 
 /// The wheel prints lines about fusions at every compile; they concern nobody.
-fn silence_inner_logs() {
+pub fn silence_logs() {
     const VARIABLE: &str = "TF_CPP_MIN_LOG_LEVEL";
     // JAX itself sets 1 at import; any other value is the user's.
     if std::env::var(VARIABLE).is_ok_and(|level| level != "1") {
         return;
     }
-    {
-        // SAFETY: runs once, while the framework loads plugins, before threads of ours exist.
-        unsafe { std::env::set_var(VARIABLE, "3") };
-    }
+    // SAFETY: it runs once, while the framework loads plugins, before threads of ours exist.
+    unsafe { std::env::set_var(VARIABLE, "3") };
 }
 
 #[cfg(test)]

@@ -1,33 +1,29 @@
-//! The layouts that a program's results have, where a user or XLA chose another order of the dimensions
-//! than row-major.
+//! The layouts that a program's results have, where a user or XLA chose another order of the
+//! dimensions than row-major.
 
-use pjrt_sys::*;
-
+use super::call::{ask, bytes, slice};
+use super::extensions;
+use super::handles::ExecutableHandle;
 use crate::error::Error;
-use crate::inner::call::{bytes, call, new_args, slice};
-use crate::pjrt::extension::inner_layouts;
 
-/// The order of the dimensions of each result, the fastest varying first; none if all are row-major,
-/// as far as the inner plugin can tell.
-///
-/// # Safety
-/// `executable` must be live.
-pub unsafe fn of_outputs(executable: *mut PJRT_Executable) -> Result<Vec<Vec<i64>>, Error> {
-    let Some(extension) = inner_layouts() else {
+/// The order of the dimensions of each result, the fastest varying first; none if all are
+/// row-major, as far as the inner plugin can tell.
+pub fn of_outputs(executable: ExecutableHandle) -> Result<Vec<Vec<i64>>, Error> {
+    let Some(extension) = extensions::layouts() else {
         return Ok(Vec::new());
     };
-    let mut get = new_args::<PJRT_Layouts_PJRT_Executable_GetOutputLayouts_Args>();
-    get.executable = executable;
-    // SAFETY: as the caller promises; the layouts live as long as the executable, and each text until
-    // its deleter is called.
+    // SAFETY: the executable is live, and so are its layouts; each text is until its deleter is
+    // called.
     unsafe {
-        call(extension.executable_get_output_layouts, &mut get)?;
-        let layouts = slice(get.layouts, get.num_outputs);
+        let outputs = ask(extension.executable_get_output_layouts, |args| {
+            args.executable = executable.raw();
+        })?;
+        let layouts = slice(outputs.layouts, outputs.num_outputs);
         let mut orders = Vec::with_capacity(layouts.len());
         for &layout in layouts {
-            let mut text = new_args::<PJRT_Layouts_MemoryLayout_Serialize_Args>();
-            text.layout = layout;
-            call(extension.memory_layout_serialize, &mut text)?;
+            let text = ask(extension.memory_layout_serialize, |args| {
+                args.layout = layout
+            })?;
             orders.push(order(bytes(
                 text.serialized_bytes,
                 text.serialized_bytes_size,

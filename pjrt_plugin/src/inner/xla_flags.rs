@@ -20,7 +20,7 @@ pub fn check(plugin: &Path) -> Result<(), Error> {
     match unknown(plugin, &names) {
         Ok(unknown) if unknown.is_empty() => Ok(()),
         Ok(unknown) => Err(Error::invalid(format!(
-            "mpi_cuda: XLA_FLAGS has {}, which the inner plugin {} does not know (it would end the \
+            "XLA_FLAGS has {}, which the inner plugin {} does not know (it would end the \
              process): remove it from XLA_FLAGS",
             unknown.join(", "),
             plugin.display()

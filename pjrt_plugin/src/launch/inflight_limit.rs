@@ -6,8 +6,6 @@
 //! they wait for a peer that waits for this very thread, none ever ends: then the launch is deferred
 //! (`deferred.rs`).
 
-#![forbid(unsafe_code)]
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 

@@ -5,43 +5,37 @@
 
 use pjrt_sys::*;
 
-use crate::boundary;
+use crate::clients;
 use crate::error::Error;
-use crate::inner::call::{call, slice};
-use crate::inner::handles::{destroy_buffer, discard};
-use crate::pjrt::client;
-use crate::pjrt::keep_alive::KeepAlive;
-use crate::plugin::plugin;
+use crate::inner::api;
+use crate::inner::handles::BufferHandle;
+use crate::launch::keep_alive;
+use crate::pjrt::entry::entry;
 
 /// Refuses a device or memory of another rank.
 fn check_local<T>(function: &str, target: *const T) -> Result<(), Error> {
     if target.is_null() {
         return Ok(());
     }
-    match client::owner(target) {
+    match clients::owner(target as usize) {
         Some((client, owner)) if owner != client.rank => Err(Error::invalid(format!(
-            "mpi_cuda: {function} on rank {}: the target device belongs to rank {owner}, and data \
-             cannot be placed there from here; use jax.local_devices(), or send it with mpi_cuda.send",
+            "{function} on rank {}: the target device belongs to rank {owner}, and data cannot be \
+             placed there from here; use jax.local_devices(), or send it with mpi_cuda.send",
             client.rank
         ))),
         _ => Ok(()),
     }
 }
 
-/// Defines an override that checks some members of the arguments, then passes the call through.
+/// Entries that check some members of the arguments, then pass the call on.
 macro_rules! guarded {
-    ($($name:ident = $function:ident($args:ident: $($member:ident),+);)+) => {$(
+    ($($name:ident = $function:ident($Args:ident: $($member:ident),+);)+) => {entry! {$(
         #[doc = concat!("`", stringify!($function), "`")]
-        pub unsafe extern "C" fn $name(args: *mut $args) -> *mut PJRT_Error {
-            boundary::pjrt(|| {
-                // SAFETY: the framework passes valid arguments.
-                unsafe {
-                    $(check_local(stringify!($function), (*args).$member)?;)+
-                    call(plugin().inner.api().$function, args)
-                }
-            })
+        pub fn $name(args: $Args) {
+            $(check_local(stringify!($function), args.$member)?;)+
+            args.pass_on(api().$function)
         }
-    )+};
+    )+}};
 }
 
 guarded! {
@@ -61,100 +55,29 @@ guarded! {
         PJRT_Buffer_CopyToMemory_Args: dst_memory);
 }
 
-static BUFFERS: KeepAlive = KeepAlive::new();
-
-/// Keeps a buffer and its content until dropped.
-pub struct KeptBuffer(*mut PJRT_Buffer);
-
-// SAFETY: only an address, given back to the thread-safe inner plugin.
-unsafe impl Send for KeptBuffer {}
-
-/// Keeps `buffer` until what is returned is dropped.
-pub fn keep(buffer: *mut PJRT_Buffer) -> KeptBuffer {
-    BUFFERS.keep(buffer as usize);
-    KeptBuffer(buffer)
-}
-
-/// Keeps the inputs of a launch.
-///
-/// # Safety
-/// The arguments must be valid.
-pub unsafe fn keep_inputs(args: &PJRT_LoadedExecutable_Execute_Args) -> Vec<KeptBuffer> {
-    // SAFETY: as the caller promises; there is one device.
-    let inputs = unsafe { slice(*args.argument_lists, args.num_args) };
-    inputs.iter().map(|&buffer| keep(buffer)).collect()
-}
-
-impl KeptBuffer {
-    /// The buffer.
-    pub fn handle(&self) -> *mut PJRT_Buffer {
-        self.0
-    }
-}
-
-impl Drop for KeptBuffer {
-    fn drop(&mut self) {
-        let postponed = BUFFERS.release(self.0 as usize);
-        if postponed.delete && !postponed.destroy {
-            discard(plugin().inner.api().PJRT_Buffer_Delete, {
-                let mut args = crate::inner::call::new_args::<PJRT_Buffer_Delete_Args>();
-                args.buffer = self.0;
-                args
-            });
+entry! {
+    /// `PJRT_Buffer_Destroy`
+    pub fn destroy(args: PJRT_Buffer_Destroy_Args, buffer: BufferHandle) {
+        if keep_alive::postpone_destroy(buffer) {
+            return Ok(());
         }
-        if postponed.destroy {
-            destroy_buffer(self.0);
+        args.pass_on(api().PJRT_Buffer_Destroy)
+    }
+
+    /// `PJRT_Buffer_Delete`
+    pub fn delete(args: PJRT_Buffer_Delete_Args, buffer: BufferHandle) {
+        if keep_alive::postpone_delete(buffer) {
+            return Ok(());
         }
+        args.pass_on(api().PJRT_Buffer_Delete)
     }
-}
 
-/// Destroys a buffer, or has it destroyed when it is not held any more.
-pub fn give_up(buffer: *mut PJRT_Buffer) {
-    if !BUFFERS.postpone(buffer as usize, |postponed| postponed.destroy = true) {
-        destroy_buffer(buffer);
-    }
-}
-
-/// `PJRT_Buffer_Destroy`
-pub unsafe extern "C" fn destroy(args: *mut PJRT_Buffer_Destroy_Args) -> *mut PJRT_Error {
-    // SAFETY: the framework passes valid arguments.
-    let buffer = unsafe { (*args).buffer };
-    if BUFFERS.postpone(buffer as usize, |postponed| postponed.destroy = true) {
-        return std::ptr::null_mut();
-    }
-    match plugin().inner.api().PJRT_Buffer_Destroy {
-        // SAFETY: passed through.
-        Some(function) => unsafe { function(args) },
-        None => std::ptr::null_mut(),
-    }
-}
-
-/// `PJRT_Buffer_Delete`
-pub unsafe extern "C" fn delete(args: *mut PJRT_Buffer_Delete_Args) -> *mut PJRT_Error {
-    // SAFETY: the framework passes valid arguments.
-    let buffer = unsafe { (*args).buffer };
-    if BUFFERS.postpone(buffer as usize, |postponed| postponed.delete = true) {
-        return std::ptr::null_mut();
-    }
-    match plugin().inner.api().PJRT_Buffer_Delete {
-        // SAFETY: passed through.
-        Some(function) => unsafe { function(args) },
-        None => std::ptr::null_mut(),
-    }
-}
-
-/// `PJRT_Buffer_IsDeleted`
-pub unsafe extern "C" fn is_deleted(args: *mut PJRT_Buffer_IsDeleted_Args) -> *mut PJRT_Error {
-    // SAFETY: the framework passes valid arguments.
-    let buffer = unsafe { (*args).buffer };
-    if BUFFERS.postponed(buffer as usize).delete {
-        // SAFETY: as above.
-        unsafe { (*args).is_deleted = true };
-        return std::ptr::null_mut();
-    }
-    match plugin().inner.api().PJRT_Buffer_IsDeleted {
-        // SAFETY: passed through.
-        Some(function) => unsafe { function(args) },
-        None => std::ptr::null_mut(),
+    /// `PJRT_Buffer_IsDeleted`
+    pub fn is_deleted(args: PJRT_Buffer_IsDeleted_Args, buffer: BufferHandle) {
+        if keep_alive::is_deleted(buffer) {
+            args.is_deleted = true;
+            return Ok(());
+        }
+        args.pass_on(api().PJRT_Buffer_IsDeleted)
     }
 }

@@ -4,10 +4,10 @@ use std::ffi::{CStr, CString};
 
 use pjrt_sys::PJRT_ExecuteOptions;
 
-use crate::inner::call::slice;
+use super::call::slice;
 
 /// A copy of the framework's options, as long as it made them and as we know them.
-pub struct Options {
+pub struct ExecuteOptions {
     words: Vec<u64>,
     /// The copy points to it.
     not_donatable: Vec<i64>,
@@ -15,24 +15,28 @@ pub struct Options {
     call_location: Option<CString>,
 }
 
-impl Options {
+// SAFETY: pointers in the words are to what the struct owns, or to what its maker says is valid
+// wherever it is used.
+unsafe impl Send for ExecuteOptions {}
+
+impl ExecuteOptions {
     /// Copies `options` for use while the framework's own are there.
     ///
     /// # Safety
     /// `options` must be valid for its `struct_size`.
-    pub unsafe fn borrow(options: *const PJRT_ExecuteOptions) -> Options {
-        // SAFETY: as the caller promises.
+    pub unsafe fn borrow(options: *const PJRT_ExecuteOptions) -> ExecuteOptions {
+        // SAFETY: the first member is there, as the caller promises.
         let size = unsafe { (*options).struct_size };
         let words = size
             .max(size_of::<PJRT_ExecuteOptions>())
             .div_ceil(size_of::<u64>());
         let mut copy = vec![0u64; words];
-        // SAFETY: the copy is at least `size` long.
+        // SAFETY: the options are `size` bytes long, and the copy at least so.
         unsafe {
             let target = copy.as_mut_ptr().cast::<u8>();
             std::ptr::copy_nonoverlapping(options.cast::<u8>(), target, size);
         }
-        Options {
+        ExecuteOptions {
             words: copy,
             not_donatable: Vec::new(),
             call_location: None,
@@ -44,11 +48,10 @@ impl Options {
     ///
     /// # Safety
     /// `options` must be valid for its `struct_size`.
-    pub unsafe fn copy(options: *const PJRT_ExecuteOptions) -> Options {
-        // SAFETY: as the caller promises; lists and texts are valid while the framework's options
-        // are, that is, now.
+    pub unsafe fn copy(options: *const PJRT_ExecuteOptions) -> ExecuteOptions {
+        // SAFETY: lists and texts are valid while the framework's options are, that is, now.
         unsafe {
-            let mut copy = Options::borrow(options);
+            let mut copy = ExecuteOptions::borrow(options);
             let inner = copy.get();
             let indices = slice(
                 inner.non_donatable_input_indices,

@@ -1,21 +1,120 @@
-//! Handles that we still need after the framework has given them up: destroying them, or deleting
-//! their content, is put off until then.
+//! Handles that launches still need after the framework has given them up: destroying them, or
+//! deleting their content, is put off until then.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::inner::handles::{BufferHandle, ContextHandle, Destroy, Handle, LoadedHandle};
+use crate::inner::side_table;
+
+/// Keeps a handle until dropped.
+pub struct Kept<H: Keepable>(H);
+
+impl<H: Keepable> Kept<H> {
+    /// Keeps `handle`.
+    pub fn new(handle: H) -> Kept<H> {
+        H::table().keep(handle.address());
+        Kept(handle)
+    }
+
+    /// The handle.
+    pub fn get(&self) -> H {
+        self.0
+    }
+}
+
+impl<H: Keepable> Drop for Kept<H> {
+    fn drop(&mut self) {
+        self.0.catch_up(H::table().release(self.0.address()));
+    }
+}
+
+/// Destroys a handle, or has it destroyed when it is not kept any more.
+pub fn give_up<H: Keepable>(handle: H) {
+    if !postpone_destroy(handle) {
+        handle.destroy();
+    }
+}
+
+/// Puts off the destruction of a handle, if it is kept.
+pub fn postpone_destroy<H: Keepable>(handle: H) -> bool {
+    H::table().postpone(handle.address(), |postponed| postponed.destroy = true)
+}
+
+/// Puts off that the content of a buffer is deleted, if it is kept.
+pub fn postpone_delete(buffer: BufferHandle) -> bool {
+    BUFFERS.postpone(buffer.address(), |postponed| postponed.delete = true)
+}
+
+/// Whether the framework has deleted the content of a buffer that is kept.
+pub fn is_deleted(buffer: BufferHandle) -> bool {
+    BUFFERS.postponed(buffer.address()).delete
+}
+
+/// A kind of handles that can be kept.
+pub trait Keepable: Destroy {
+    /// Those that are kept.
+    fn table() -> &'static KeepAlive;
+
+    /// Does what was put off.
+    fn catch_up(self, postponed: Postponed);
+}
+
+static BUFFERS: KeepAlive = KeepAlive::new();
+static CONTEXTS: KeepAlive = KeepAlive::new();
+static EXECUTABLES: KeepAlive = KeepAlive::new();
+
+impl Keepable for BufferHandle {
+    fn table() -> &'static KeepAlive {
+        &BUFFERS
+    }
+
+    fn catch_up(self, postponed: Postponed) {
+        if postponed.destroy {
+            self.destroy();
+        } else if postponed.delete {
+            self.delete();
+        }
+    }
+}
+
+/// The inner plugin's launches refer to their context until they have ended.
+impl Keepable for ContextHandle {
+    fn table() -> &'static KeepAlive {
+        &CONTEXTS
+    }
+
+    fn catch_up(self, postponed: Postponed) {
+        if postponed.destroy {
+            self.destroy();
+        }
+    }
+}
+
+impl Keepable for LoadedHandle {
+    fn table() -> &'static KeepAlive {
+        &EXECUTABLES
+    }
+
+    fn catch_up(self, postponed: Postponed) {
+        if postponed.destroy {
+            side_table::forget(self.address());
+            self.destroy();
+        }
+    }
+}
+
 /// The handles of one kind that are kept, by address.
-#[derive(Default)]
 pub struct KeepAlive {
     /// How many there are; spares the lock where there are none.
     count: AtomicUsize,
-    kept: Mutex<Option<HashMap<usize, Kept>>>,
+    kept: Mutex<Option<HashMap<usize, Entry>>>,
 }
 
 #[derive(Default)]
-struct Kept {
+struct Entry {
     times: usize,
     postponed: Postponed,
 }
@@ -31,15 +130,15 @@ pub struct Postponed {
 
 impl KeepAlive {
     /// No handle is kept.
-    pub const fn new() -> KeepAlive {
+    const fn new() -> KeepAlive {
         KeepAlive {
             count: AtomicUsize::new(0),
             kept: Mutex::new(None),
         }
     }
 
-    /// KeepAlive `handle` once more; whoever does must [`KeepAlive::release`] it.
-    pub fn keep(&self, handle: usize) {
+    /// Keeps `handle` once more; whoever does must [`KeepAlive::release`] it.
+    fn keep(&self, handle: usize) {
         let mut kept = self.kept.lock();
         let kept = kept.get_or_insert_with(HashMap::new);
         kept.entry(handle).or_default().times += 1;
@@ -47,7 +146,7 @@ impl KeepAlive {
     }
 
     /// Gives `handle` up once; has what is to be done if it is not kept any more.
-    pub fn release(&self, handle: usize) -> Postponed {
+    fn release(&self, handle: usize) -> Postponed {
         let mut kept = self.kept.lock();
         let Some(kept) = kept.as_mut() else {
             return Postponed::default();
@@ -66,7 +165,7 @@ impl KeepAlive {
     }
 
     /// Puts off what `note` marks, if `handle` is kept.
-    pub fn postpone(&self, handle: usize, note: impl FnOnce(&mut Postponed)) -> bool {
+    fn postpone(&self, handle: usize, note: impl FnOnce(&mut Postponed)) -> bool {
         if self.count.load(Ordering::Acquire) == 0 {
             return false;
         }
@@ -81,7 +180,7 @@ impl KeepAlive {
     }
 
     /// What has been put off for `handle`.
-    pub fn postponed(&self, handle: usize) -> Postponed {
+    fn postponed(&self, handle: usize) -> Postponed {
         if self.count.load(Ordering::Acquire) == 0 {
             return Postponed::default();
         }
@@ -97,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_held_is_destroyed_after_the_last_release() {
+    fn what_is_kept_is_destroyed_after_the_last_release() {
         let table = KeepAlive::new();
         assert!(!table.postpone(1, |postponed| postponed.destroy = true));
         table.keep(1);

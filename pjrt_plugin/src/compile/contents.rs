@@ -1,0 +1,142 @@
+//! What of ours a program calls.
+
+use std::sync::Once;
+
+use hlo_rewrite::{Devices, Rewritten};
+use mpi_runtime::log;
+use mpi_runtime::mpi::communicators::COLLECTIVES;
+use mpi_runtime::{UniformProgram, World};
+
+use crate::ffi::status;
+use crate::ffi::targets::{CALLBACK_MARK, OLD_UNIFORM_MARK, UNIFORM_MARK, has_operations};
+use crate::search::{contains, find};
+
+/// Above these a launch takes long enough that a caller would rather not wait for it; the same for
+/// operations in `python/mpi_cuda/_uniform.py`.
+const LONGEST: u64 = 10_000;
+const LARGEST: u64 = 16 << 20;
+
+/// What of ours a program calls.
+#[derive(Clone, Copy, Default)]
+pub struct Contents {
+    /// Operations, or collectives of a program for several devices.
+    pub operations: bool,
+    /// Its caller reads a status.
+    pub status: bool,
+    /// It calls back into the host.
+    pub callbacks: bool,
+    /// Its operations are the same collectives and exchanges on every rank.
+    pub uniform: Option<UniformProgram>,
+}
+
+impl Contents {
+    /// What a program calls, in any format.
+    pub fn of(program: &[u8]) -> Contents {
+        Contents {
+            operations: has_operations(program),
+            status: status::is_read(program),
+            callbacks: contains(program, CALLBACK_MARK.as_bytes()),
+            uniform: after_mark(program).and_then(uniform),
+        }
+    }
+
+    /// What a rewritten program for several devices calls.
+    pub fn of_rewritten(
+        rewritten: &Rewritten,
+        devices: &Devices,
+        world: &World,
+        callbacks: bool,
+    ) -> Contents {
+        let everybody = devices.ids().len() == world.size as usize;
+        let short = rewritten.executed <= LONGEST && rewritten.bytes <= LARGEST;
+        let uniform = rewritten.collectives > 0 && rewritten.other_ordered == 0 && everybody;
+        let uniform = uniform && short && !callbacks;
+        Contents {
+            operations: rewritten.collectives > 0,
+            status: false,
+            callbacks,
+            uniform: uniform.then_some(UniformProgram {
+                comm: COLLECTIVES,
+                sequence: rewritten.sequence,
+                balance: None,
+            }),
+        }
+    }
+
+    /// Adds what the rewritten program calls to what stands in the program that the framework gave.
+    pub fn merge(&mut self, rewritten: Contents) {
+        self.operations |= rewritten.operations;
+        self.callbacks |= rewritten.callbacks;
+        self.uniform = rewritten.uniform;
+    }
+}
+
+/// What follows the mark of a uniform program, by its name today or its old one.
+fn after_mark(program: &[u8]) -> Option<&[u8]> {
+    static WARNED: Once = Once::new();
+    let after = |mark: &str| Some(&program[find(program, mark.as_bytes())? + mark.len()..]);
+    after(UNIFORM_MARK).or_else(|| {
+        let found = after(OLD_UNIFORM_MARK)?;
+        WARNED.call_once(|| {
+            log::line(&format!(
+                "mpi_cuda: the attribute {OLD_UNIFORM_MARK}... is now called {UNIFORM_MARK}...: use \
+                 that name"
+            ));
+        });
+        Some(found)
+    })
+}
+
+/// Reads what follows [`UNIFORM_MARK`]: the communicator, `_`, the hash of the sequence and, if there
+/// are exchanges, `_` and their balance; both of 16 hexadecimal digits.
+fn uniform(text: &[u8]) -> Option<UniformProgram> {
+    let number = |range| {
+        let digits = std::str::from_utf8(text.get(range)?).ok()?;
+        u64::from_str_radix(digits, 16).ok()
+    };
+    (text.get(1) == Some(&b'_')).then_some(())?;
+    Some(UniformProgram {
+        comm: number(0..1)? as i64,
+        sequence: number(2..18)?,
+        balance: match text.get(18) {
+            Some(b'_') => Some(number(19..35)?),
+            _ => None,
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_old_mark_is_accepted() {
+        let old = b"...mpi_cuda_alike_1_00000000000000ff...";
+        let new = b"...mpi_cuda_uniform_1_00000000000000ff...";
+        assert!(after_mark(old).and_then(uniform).is_some());
+        assert_eq!(
+            after_mark(old).and_then(uniform),
+            after_mark(new).and_then(uniform)
+        );
+        assert!(after_mark(b"mpi_cuda_allreduce").is_none());
+    }
+
+    #[test]
+    fn reads_what_follows_the_mark() {
+        let collectives = uniform(b"1_00000000000000ff\0rest").unwrap();
+        assert_eq!((collectives.comm, collectives.sequence), (1, 255));
+        assert_eq!(collectives.balance, None);
+        let exchanges = uniform(b"0_00000000000000ff_fffffffffffffffe").unwrap();
+        assert_eq!((exchanges.comm, exchanges.balance), (0, Some(u64::MAX - 1)));
+        for wrong in [
+            "",
+            "1",
+            "1_0",
+            "1_00000000000000f",
+            "1_00000000000000ff_0",
+            "x_00000000000000ff",
+        ] {
+            assert_eq!(uniform(wrong.as_bytes()), None);
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The arguments of a launch as a typed borrow: the framework's, and those of launches of our own.
+//! There is one device in each.
+
+use std::marker::PhantomData;
+
+use pjrt_sys::*;
+
+use super::call::{call, new_args, slice};
+use super::execute_options::ExecuteOptions;
+use super::handles::{
+    BufferHandle, ContextHandle, DeviceHandle, EventHandle, FromRaw, LoadedHandle, Owned,
+};
+use super::library::api;
+use crate::error::Error;
+
+/// The arguments of `PJRT_LoadedExecutable_Execute` for one device.
+pub struct ExecuteArgs<'a> {
+    raw: &'a mut PJRT_LoadedExecutable_Execute_Args,
+    executable: LoadedHandle,
+}
+
+/// The event of a launch's end.
+#[derive(Debug)]
+pub enum EndEvent {
+    /// The framework has it too, and destroys it.
+    Shared(EventHandle),
+    /// Nobody else has it.
+    Own(Owned<EventHandle>),
+}
+
+impl EndEvent {
+    /// The event.
+    pub fn handle(&self) -> EventHandle {
+        match self {
+            EndEvent::Shared(event) => *event,
+            EndEvent::Own(event) => event.get(),
+        }
+    }
+
+    /// The event, if nobody else has it.
+    pub fn own(self) -> Option<Owned<EventHandle>> {
+        match self {
+            EndEvent::Shared(_) => None,
+            EndEvent::Own(event) => Some(event),
+        }
+    }
+}
+
+impl<'a> ExecuteArgs<'a> {
+    /// The typed borrow.
+    ///
+    /// # Safety
+    /// The arguments must be what the function asks for, with one device, and with room for as many
+    /// results as the executable has and, if events are asked for, for one.
+    pub unsafe fn new(
+        raw: &'a mut PJRT_LoadedExecutable_Execute_Args,
+    ) -> Result<ExecuteArgs<'a>, Error> {
+        // SAFETY: the executable lives through the call.
+        let executable = unsafe { LoadedHandle::from_raw(raw.executable) }?;
+        Ok(ExecuteArgs { raw, executable })
+    }
+
+    /// What is launched.
+    pub fn executable(&self) -> LoadedHandle {
+        self.executable
+    }
+
+    /// The operands.
+    pub fn inputs(&self) -> &[BufferHandle] {
+        // SAFETY: the one list has that many buffers, and a handle is a pointer to a live one.
+        unsafe { slice((*self.raw.argument_lists).cast(), self.raw.num_args) }
+    }
+
+    /// The execution context, which carries what the framework attaches to the launch.
+    pub fn context(&self) -> Option<ContextHandle> {
+        // SAFETY: the options are valid, and their context lives through the call.
+        unsafe { FromRaw::from_raw((*self.raw.options).context) }.ok()?
+    }
+
+    /// The device, if the executable leaves it open.
+    pub fn device(&self) -> Option<DeviceHandle> {
+        // SAFETY: the device lives as long as its client.
+        unsafe { FromRaw::from_raw(self.raw.execute_device) }.ok()?
+    }
+
+    /// Whether the framework wants the event of the launch's end.
+    pub fn wants_event(&self) -> bool {
+        !self.raw.device_complete_events.is_null()
+    }
+
+    /// Whether something runs beside the launch, which only its own options can call back.
+    pub fn has_transfers(&self) -> bool {
+        // SAFETY: the options are valid.
+        let options = unsafe { &*self.raw.options };
+        options.num_send_ops != 0 || options.num_recv_ops != 0 || options.num_tasks != 0
+    }
+
+    /// The options with what they point to, except for the context; for launches without
+    /// transfers.
+    pub fn copy_options(&self) -> ExecuteOptions {
+        // SAFETY: the options are valid.
+        unsafe { ExecuteOptions::copy(self.raw.options) }
+    }
+
+    /// Runs `body` with a copy of the options that carries `launch_id`.
+    pub fn with_launch_id<T>(
+        &mut self,
+        launch_id: i32,
+        body: impl FnOnce(&mut ExecuteArgs<'_>) -> T,
+    ) -> T {
+        // SAFETY: the options are valid, and live longer than the copy.
+        let mut options = unsafe { ExecuteOptions::borrow(self.raw.options) };
+        options.get().launch_id = launch_id;
+        let user_options = std::mem::replace(&mut self.raw.options, options.get());
+        let result = body(self);
+        self.raw.options = user_options;
+        result
+    }
+
+    /// Passes the launch on as it is.
+    pub fn pass_on(&mut self) -> Result<(), Error> {
+        // SAFETY: valid arguments, see `new`.
+        unsafe { call(api().PJRT_LoadedExecutable_Execute, self.raw) }
+    }
+
+    /// Gives the launch to the inner plugin; has the event of its end.
+    pub fn execute(&mut self) -> Result<EndEvent, Error> {
+        let mut event: *mut PJRT_Event = std::ptr::null_mut();
+        let shared = self.wants_event();
+        if !shared {
+            self.raw.device_complete_events = &mut event;
+        }
+        let result = self.pass_on();
+        // SAFETY: on success the inner plugin filled in an event.
+        let made = result.map(|()| unsafe { *self.raw.device_complete_events });
+        if !shared {
+            self.raw.device_complete_events = std::ptr::null_mut();
+        }
+        // SAFETY: the framework destroys its event no sooner than it has got it; the other is ours.
+        unsafe {
+            match made? {
+                event if shared => EventHandle::from_raw(event).map(EndEvent::Shared),
+                event => Owned::new(event).map(EndEvent::Own),
+            }
+        }
+    }
+
+    /// Gives the results to whoever launches, in order.
+    pub fn give_results(&mut self, results: impl IntoIterator<Item = BufferHandle>) {
+        for (index, result) in results.into_iter().enumerate() {
+            // SAFETY: the one list has room for every result of the executable.
+            unsafe { (*self.raw.output_lists).add(index).write(result.raw()) };
+        }
+    }
+
+    /// Gives the event of the end to whoever launches, if they want it.
+    pub fn give_event(&mut self, event: Owned<EventHandle>) {
+        if self.wants_event() {
+            // SAFETY: there is room for the event of one device.
+            unsafe { self.raw.device_complete_events.write(event.release().raw()) };
+        }
+    }
+}
+
+/// A launch of our own.
+pub struct OwnLaunch<'a> {
+    executable: LoadedHandle,
+    inputs: &'a [BufferHandle],
+    options: *mut PJRT_ExecuteOptions,
+    device: Option<DeviceHandle>,
+    options_of: PhantomData<&'a ()>,
+}
+
+impl<'a> OwnLaunch<'a> {
+    /// A launch with these options.
+    pub fn new(
+        executable: LoadedHandle,
+        inputs: &'a [BufferHandle],
+        options: &'a mut PJRT_ExecuteOptions,
+    ) -> OwnLaunch<'a> {
+        OwnLaunch {
+            executable,
+            inputs,
+            options,
+            device: None,
+            options_of: PhantomData,
+        }
+    }
+
+    /// A launch of something else with the options of `args`.
+    pub fn like(
+        args: &'a ExecuteArgs<'_>,
+        executable: LoadedHandle,
+        inputs: &'a [BufferHandle],
+    ) -> OwnLaunch<'a> {
+        OwnLaunch {
+            executable,
+            inputs,
+            options: args.raw.options,
+            device: None,
+            options_of: PhantomData,
+        }
+    }
+
+    /// The same on this device.
+    pub fn on(self, device: Option<DeviceHandle>) -> OwnLaunch<'a> {
+        OwnLaunch { device, ..self }
+    }
+
+    /// Calls `launch` with the arguments. `results` gets what it makes: one for each result of the
+    /// executable, all of them none before.
+    pub fn run<T>(
+        self,
+        results: &mut [Option<Owned<BufferHandle>>],
+        launch: impl FnOnce(&mut ExecuteArgs<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let argument_lists = [self.inputs.as_ptr()];
+        // An owned buffer is a pointer, and none is null.
+        let result_lists = [results.as_mut_ptr()];
+        let mut raw = new_args::<PJRT_LoadedExecutable_Execute_Args>();
+        raw.executable = self.executable.raw();
+        raw.options = self.options;
+        raw.argument_lists = argument_lists.as_ptr().cast();
+        raw.num_devices = 1;
+        raw.num_args = self.inputs.len();
+        raw.output_lists = result_lists.as_ptr().cast();
+        raw.execute_device = self.device.map_or(std::ptr::null_mut(), DeviceHandle::raw);
+        // SAFETY: live handles, valid options, and lists of the lengths that the executable asks
+        // for. The results are the inner plugin's, which nobody else has.
+        launch(&mut unsafe { ExecuteArgs::new(&mut raw) }?)
+    }
+}

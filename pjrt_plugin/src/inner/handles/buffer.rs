@@ -1,0 +1,214 @@
+//! Buffers: their content, views of it, and buffers that are filled later.
+
+use std::ffi::c_void;
+use std::ptr::NonNull;
+
+use pjrt_sys::*;
+
+use super::{BufferHandle, ClientHandle, DeviceHandle, EventHandle, MemoryHandle, Owned};
+use crate::boundary;
+use crate::error::Error;
+use crate::inner::call::{ask, new_args};
+use crate::inner::library::api;
+
+impl BufferHandle {
+    /// An event that happens when the buffer has its content.
+    pub fn ready_event(self) -> Result<Owned<EventHandle>, Error> {
+        // SAFETY: the buffer is live; the event is the caller's to destroy.
+        unsafe {
+            let args = ask(api().PJRT_Buffer_ReadyEvent, |args| {
+                args.buffer = self.raw();
+            })?;
+            Owned::new(args.event)
+        }
+    }
+
+    /// Waits until it has its content.
+    pub fn wait_ready(self) -> Result<(), Error> {
+        self.ready_event()?.get().wait()
+    }
+
+    /// Whether it has its content.
+    pub fn has_content(self) -> bool {
+        self.ready_event()
+            .is_ok_and(|event| event.get().has_succeeded())
+    }
+
+    /// Deletes the content, and keeps the handle.
+    pub fn delete(self) {
+        // SAFETY: the buffer is live. A failure would leave nothing to do.
+        let _ = unsafe { ask(api().PJRT_Buffer_Delete, |args| args.buffer = self.raw()) };
+    }
+
+    /// The same memory, which must be ready, on a device of another client. `backing` is dropped
+    /// when the view is gone.
+    pub fn view_on(
+        self,
+        client: ClientHandle,
+        device: DeviceHandle,
+        backing: Option<Owned<BufferHandle>>,
+    ) -> Result<Owned<BufferHandle>, Error> {
+        let kept = backing.map_or(std::ptr::null_mut(), |backing| {
+            Box::into_raw(Box::new(backing))
+        });
+        // SAFETY: the handles are live, and what is read from the buffer lives as long as it. The
+        // memory lives until the view's callback.
+        let made = unsafe { self.create_view(client, device, kept.cast()) };
+        made.inspect_err(|_| {
+            // SAFETY: made above; no view refers to it.
+            unsafe { release(std::ptr::null_mut(), kept.cast()) };
+        })
+    }
+
+    /// # Safety
+    /// `kept` must be null or a box of an `Owned<BufferHandle>`.
+    unsafe fn create_view(
+        self,
+        client: ClientHandle,
+        device: DeviceHandle,
+        kept: *mut c_void,
+    ) -> Result<Owned<BufferHandle>, Error> {
+        let api = api();
+        // SAFETY: the buffer and the client are live, the dimensions and the layout outlive the
+        // call, and the view is the caller's.
+        unsafe {
+            let element = ask(api.PJRT_Buffer_ElementType, |args| args.buffer = self.raw())?;
+            let dims = ask(api.PJRT_Buffer_Dimensions, |args| args.buffer = self.raw())?;
+            let memory = ask(api.PJRT_Buffer_OpaqueDeviceMemoryDataPointer, |args| {
+                args.buffer = self.raw();
+            })?;
+            let mut layout = ask(api.PJRT_Buffer_GetMemoryLayout, |args| {
+                args.buffer = self.raw();
+            })
+            .ok();
+            let view = ask(api.PJRT_Client_CreateViewOfDeviceBuffer, |args| {
+                args.client = client.raw();
+                args.device = device.raw();
+                args.device_buffer_ptr = memory.device_memory_ptr;
+                args.dims = dims.dims;
+                args.num_dims = dims.num_dims;
+                args.element_type = element.type_;
+                if let Some(layout) = &mut layout {
+                    args.layout = &mut layout.layout;
+                }
+                // The inner plugin calls it even if it is null.
+                args.on_delete_callback = Some(release);
+                args.on_delete_callback_arg = kept;
+            })?;
+            Owned::new(view.buffer)
+        }
+    }
+}
+
+unsafe extern "C" fn release(_: *mut c_void, backing: *mut c_void) {
+    boundary::quiet((), || {
+        if !backing.is_null() {
+            // SAFETY: made by `view_on`; called once, when the view is gone.
+            drop(unsafe { Box::from_raw(backing.cast::<Owned<BufferHandle>>()) });
+        }
+    });
+}
+
+/// Keeps the memory of a buffer while somebody may delete its content.
+pub struct ExternalReference(BufferHandle);
+
+impl ExternalReference {
+    /// None if the inner plugin cannot do that. The buffer must outlive it.
+    pub fn new(buffer: BufferHandle) -> Option<ExternalReference> {
+        let increase = api().PJRT_Buffer_IncreaseExternalReferenceCount;
+        // SAFETY: the buffer is live.
+        unsafe { ask(increase, |args| args.buffer = buffer.raw()) }
+            .ok()
+            .map(|_| ExternalReference(buffer))
+    }
+}
+
+impl Drop for ExternalReference {
+    fn drop(&mut self) {
+        let decrease = api().PJRT_Buffer_DecreaseExternalReferenceCount;
+        // SAFETY: the buffer is live, and was increased by `new`.
+        let _ = unsafe { ask(decrease, |args| args.buffer = self.0.raw()) };
+    }
+}
+
+/// What a buffer will be like.
+#[derive(Clone)]
+pub struct BufferShape {
+    /// Where.
+    pub memory: MemoryHandle,
+    /// Of what.
+    pub element_type: PJRT_Buffer_Type,
+    /// How many.
+    pub dims: Vec<i64>,
+    /// The order of its dimensions, the fastest varying first; empty if it is row-major.
+    pub order: Vec<i64>,
+}
+
+/// Fills an alias buffer (`pjrt_c_api.h`, `PJRT_Client_FulfillAliasBuffer`), once.
+pub struct AliasFiller {
+    client: ClientHandle,
+    callback: NonNull<PJRT_FulfillAliasBufferCallback>,
+}
+
+// SAFETY: handles of the inner plugin, which is thread-safe.
+unsafe impl Send for AliasFiller {}
+
+impl ClientHandle {
+    /// A buffer whose content comes later, and what fills it.
+    pub fn create_alias_buffer(
+        self,
+        shape: &BufferShape,
+    ) -> Result<(Owned<BufferHandle>, AliasFiller), Error> {
+        // XLA:GPU knows no layout where none is given.
+        let row_major: Vec<i64> = (0..shape.dims.len() as i64).rev().collect();
+        let order = match shape.order.is_empty() {
+            true => &row_major,
+            false => &shape.order,
+        };
+        let mut tiled = new_args::<PJRT_Buffer_MemoryLayout_Tiled>();
+        tiled.minor_to_major = order.as_ptr();
+        tiled.minor_to_major_size = order.len();
+        let mut layout = new_args::<PJRT_Buffer_MemoryLayout>();
+        layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
+        layout.__bindgen_anon_1.tiled = tiled;
+        // SAFETY: live handles, and dimensions and a layout that outlive the call; the buffer is the
+        // caller's.
+        let (buffer, callback) = unsafe {
+            let args = ask(api().PJRT_Client_CreateAliasBuffer, |args| {
+                args.client = self.raw();
+                args.memory = shape.memory.raw();
+                args.shape_element_type = shape.element_type;
+                args.shape_dims = shape.dims.as_ptr();
+                args.shape_num_dims = shape.dims.len();
+                args.shape_layout = &mut layout;
+            })?;
+            (Owned::new(args.alias_buffer)?, args.fulfill_alias_buffer_cb)
+        };
+        let callback = NonNull::new(callback)
+            .ok_or_else(|| Error::internal("an alias buffer that nobody can fill"))?;
+        let client = self;
+        Ok((buffer, AliasFiller { client, callback }))
+    }
+}
+
+impl AliasFiller {
+    /// The alias buffer becomes the buffer, which need not be ready, or carries the error.
+    pub fn fill(self, content: Result<BufferHandle, &str>) {
+        // SAFETY: live handles and a text that outlives the call; the callback is used once. If that
+        // fails (as it says for every error passed on), the alias buffer carries the error.
+        let _ = unsafe {
+            ask(api().PJRT_Client_FulfillAliasBuffer, |args| {
+                args.client = self.client.raw();
+                args.fulfill_alias_buffer_cb = self.callback.as_ptr();
+                match content {
+                    Ok(buffer) => args.buffer = buffer.raw(),
+                    Err(message) => {
+                        args.status_code = PJRT_Error_Code_INTERNAL;
+                        args.error_message = message.as_ptr().cast();
+                        args.error_message_size = message.len();
+                    }
+                }
+            })
+        };
+    }
+}

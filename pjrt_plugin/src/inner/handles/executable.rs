@@ -1,0 +1,176 @@
+//! Executables, loaded or not: what is in them, and copies of them.
+
+use pjrt_sys::*;
+
+use super::{ClientHandle, DeviceHandle, ExecutableHandle, FromRaw, LoadedHandle, Owned};
+use crate::error::Error;
+use crate::inner::call::{ask, bytes, new_args, slice};
+use crate::inner::layouts;
+use crate::inner::library::api;
+
+impl LoadedHandle {
+    /// The first of the devices that it is loaded on.
+    pub fn device(self) -> Result<Option<DeviceHandle>, Error> {
+        // SAFETY: the executable is live, and its list of devices lives as long.
+        unsafe {
+            let args = ask(api().PJRT_LoadedExecutable_AddressableDevices, |args| {
+                args.executable = self.raw();
+            })?;
+            let devices = slice(args.addressable_devices, args.num_addressable_devices);
+            devices
+                .first()
+                .map(|&device| DeviceHandle::from_raw(device))
+                .transpose()
+        }
+    }
+
+    /// The executable behind it.
+    pub fn executable(self) -> Result<Owned<ExecutableHandle>, Error> {
+        // SAFETY: the loaded executable is live; the one got from it is the caller's.
+        unsafe {
+            let args = ask(api().PJRT_LoadedExecutable_GetExecutable, |args| {
+                args.loaded_executable = self.raw();
+            })?;
+            Owned::new(args.executable)
+        }
+    }
+}
+
+/// A result of an executable.
+pub struct Output {
+    /// Of what.
+    pub element_type: PJRT_Buffer_Type,
+    /// How many.
+    pub dims: Vec<i64>,
+    /// The kind of its memory; none if the inner plugin does not say, as XLA:CPU.
+    pub memory_kind: Option<Vec<u8>>,
+    /// The order of its dimensions, the fastest varying first; empty if it is row-major.
+    pub order: Vec<i64>,
+}
+
+impl ExecutableHandle {
+    /// Number of partitions.
+    pub fn partitions(self) -> Result<usize, Error> {
+        let function = api().PJRT_Executable_NumPartitions;
+        // SAFETY: the executable is live.
+        unsafe { ask(function, |args| args.executable = self.raw()) }
+            .map(|args| args.num_partitions)
+    }
+
+    /// Number of replicas.
+    pub fn replicas(self) -> Result<usize, Error> {
+        let function = api().PJRT_Executable_NumReplicas;
+        // SAFETY: the executable is live.
+        unsafe { ask(function, |args| args.executable = self.raw()) }.map(|args| args.num_replicas)
+    }
+
+    /// Number of results.
+    pub fn num_outputs(self) -> Result<usize, Error> {
+        let function = api().PJRT_Executable_NumOutputs;
+        // SAFETY: the executable is live.
+        unsafe { ask(function, |args| args.executable = self.raw()) }.map(|args| args.num_outputs)
+    }
+
+    /// How many floating-point operations it takes; none if the inner plugin does not know.
+    pub fn flops(self) -> Option<f32> {
+        // SAFETY: the executable is live, and its properties live as long; the value is read by its
+        // type.
+        unsafe {
+            let cost = ask(api().PJRT_Executable_GetCostAnalysis, |args| {
+                args.executable = self.raw();
+            })
+            .ok()?;
+            slice(cost.properties, cost.num_properties)
+                .iter()
+                .find(|property| {
+                    bytes(property.name, property.name_size) == b"flops"
+                        && property.type_ == PJRT_NamedValue_kFloat
+                })
+                .map(|flops| flops.__bindgen_anon_1.float_value)
+        }
+    }
+
+    /// The partitioned, optimized program.
+    pub fn optimized_program(self) -> Result<Vec<u8>, Error> {
+        let optimized = api().PJRT_Executable_OptimizedProgram;
+        let mut program = new_args::<PJRT_Program>();
+        // SAFETY: the executable is live; the first call asks for the size, and the second fills
+        // that many bytes.
+        unsafe {
+            ask(optimized, |args| {
+                args.executable = self.raw();
+                args.program = &mut program;
+            })?;
+            let mut code = vec![0u8; program.code_size];
+            program.code = code.as_mut_ptr().cast();
+            ask(optimized, |args| {
+                args.executable = self.raw();
+                args.program = &mut program;
+            })?;
+            Ok(code)
+        }
+    }
+
+    /// A copy, loaded on another client.
+    pub fn copy_to(self, client: ClientHandle) -> Result<Owned<LoadedHandle>, Error> {
+        // SAFETY: live handles; the serialized bytes live until the deleter is called, which is
+        // once. The copy is the caller's.
+        unsafe {
+            let serialized = ask(api().PJRT_Executable_Serialize, |args| {
+                args.executable = self.raw();
+            })?;
+            let loaded = ask(api().PJRT_Executable_DeserializeAndLoad, |args| {
+                args.client = client.raw();
+                args.serialized_executable = serialized.serialized_bytes;
+                args.serialized_executable_size = serialized.serialized_bytes_size;
+            });
+            if let Some(delete) = serialized.serialized_executable_deleter {
+                delete(serialized.serialized_executable);
+            }
+            Owned::new(loaded?.loaded_executable)
+        }
+    }
+
+    /// Its results.
+    pub fn outputs(self) -> Result<Vec<Output>, Error> {
+        let api = api();
+        // XLA:CPU has no layouts for a program with a token.
+        let mut orders = layouts::of_outputs(self).unwrap_or_default();
+        // SAFETY: the executable is live, and so are its lists, whose lengths are as given.
+        unsafe {
+            let types = ask(api.PJRT_Executable_OutputElementTypes, |args| {
+                args.executable = self.raw();
+            })?;
+            let dims = ask(api.PJRT_Executable_OutputDimensions, |args| {
+                args.executable = self.raw();
+            })?;
+            let kinds = ask(api.PJRT_Executable_OutputMemoryKinds, |args| {
+                args.executable = self.raw();
+            })
+            .map(|args| {
+                let texts = slice(args.memory_kinds, args.num_outputs).iter();
+                let sizes = slice(args.memory_kind_sizes, args.num_outputs);
+                let kinds = texts.zip(sizes).map(|(&text, &size)| bytes(text, size));
+                kinds.collect::<Vec<_>>()
+            });
+            let types = slice(types.output_types, types.num_output_types);
+            let ranks = slice(dims.dim_sizes, dims.num_outputs);
+            let mut dims = slice(dims.dims, ranks.iter().sum());
+            if orders.len() != types.len() {
+                orders = vec![Vec::new(); types.len()];
+            }
+            let mut outputs = Vec::with_capacity(types.len());
+            for (index, order) in orders.into_iter().enumerate() {
+                let (own, rest) = dims.split_at(ranks[index]);
+                dims = rest;
+                outputs.push(Output {
+                    element_type: types[index],
+                    dims: own.to_vec(),
+                    memory_kind: kinds.as_ref().ok().map(|kinds| kinds[index].to_vec()),
+                    order,
+                });
+            }
+            Ok(outputs)
+        }
+    }
+}

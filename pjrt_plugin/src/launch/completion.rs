@@ -1,0 +1,102 @@
+//! The end of a launch: what is held until then, and who reads its error.
+//!
+//! The framework looks at the completion of every launch as a matter of course, and a user only if
+//! they wait for a result. Errors seen by the first alone stay unread, and are raised later
+//! (`mpi_runtime::Engine::take_unread_error`).
+
+use std::cell::Cell;
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::inner::handles::{BufferHandle, ContextHandle, EventHandle, Handle};
+use crate::launch::alias_buffer::End;
+use crate::launch::inflight_limit::InFlightSlot;
+use crate::launch::keep_alive::Kept;
+use crate::launch::on_caller::WithCallbacks;
+use crate::launch::ticket::TicketGuard;
+use crate::plugin::world;
+
+/// What a launch holds until it has ended.
+pub struct Completion {
+    #[expect(dead_code, reason = "held for its drop")]
+    pub inputs: Vec<Kept<BufferHandle>>,
+    #[expect(dead_code, reason = "held for its drop")]
+    pub context: Option<Kept<ContextHandle>>,
+    #[expect(dead_code, reason = "held for its drop")]
+    pub callbacks: Option<WithCallbacks>,
+    /// Of a launch with operations that is no other's callback's.
+    pub ticket: Option<TicketGuard>,
+    #[expect(dead_code, reason = "held for its drop")]
+    pub slot: Option<InFlightSlot>,
+    /// What the framework waits for, if the launch was deferred.
+    pub ends: Vec<End>,
+}
+
+impl Completion {
+    /// The launch has ended, or failed.
+    pub fn reach(mut self, error: Option<&str>) {
+        let ends = std::mem::take(&mut self.ends);
+        drop(self);
+        for end in ends {
+            end.reach(error);
+        }
+    }
+}
+
+/// Completion events of launches with operations, while the framework holds them.
+static WATCHED: Mutex<Option<HashSet<usize>>> = Mutex::new(None);
+/// How many there are; spares the lock where there are none.
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// This thread runs the framework's callback for the completion of a launch.
+    static IN_COMPLETION: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Notes the completion event of a launch with operations.
+pub fn watch(event: EventHandle) {
+    if WATCHED
+        .lock()
+        .get_or_insert_with(HashSet::new)
+        .insert(event.address())
+    {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether an event is the completion of a launch with operations.
+pub fn is_watched(event: EventHandle) -> bool {
+    COUNT.load(Ordering::Relaxed) > 0
+        && WATCHED
+            .lock()
+            .as_ref()
+            .is_some_and(|events| events.contains(&event.address()))
+}
+
+/// The framework destroys an event.
+pub fn forget(event: EventHandle) {
+    if COUNT.load(Ordering::Relaxed) > 0
+        && let Some(events) = WATCHED.lock().as_mut()
+        && events.remove(&event.address())
+    {
+        COUNT.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Runs the framework's callback for the completion of a launch.
+pub fn as_completion(callback: impl FnOnce()) {
+    let outer = IN_COMPLETION.replace(true);
+    callback();
+    IN_COMPLETION.set(outer);
+}
+
+/// The framework has read the message of an error of the inner plugin.
+pub fn message_was_read(message: &[u8]) {
+    if !IN_COMPLETION.get()
+        && let Some(world) = world()
+    {
+        world.engine.mark_read(&String::from_utf8_lossy(message));
+    }
+}

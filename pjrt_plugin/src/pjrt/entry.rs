@@ -1,0 +1,104 @@
+//! How C enters: one macro makes an entry of the function table from a body without raw pointers.
+
+use std::ffi::c_char;
+use std::ops::{Deref, DerefMut};
+
+use crate::error::Error;
+use crate::inner::call::{Function, bytes, call};
+use crate::inner::handles::FromRaw;
+
+/// Arguments of a PJRT function that the framework has passed.
+///
+/// They are what the function asks for, and so they stay: whoever changes a member gives it a value
+/// that the function takes too.
+pub struct Passed<'a, Args>(&'a mut Args);
+
+impl<Args> Passed<'_, Args> {
+    /// The arguments behind `args`.
+    ///
+    /// # Safety
+    /// They must be valid for the function that they are named after, and for nobody else meanwhile.
+    pub unsafe fn new(args: *mut Args) -> Result<Self, Error> {
+        // SAFETY: null or valid, as the caller promises.
+        let args = unsafe { args.as_mut() };
+        args.map(Passed)
+            .ok_or_else(|| Error::invalid("a null pointer in place of arguments"))
+    }
+
+    /// Passes the call on to the inner plugin, whose `function` these arguments are for.
+    pub fn pass_on(&mut self, function: Function<Args>) -> Result<(), Error> {
+        // SAFETY: valid arguments, see `new`; each type of arguments is of one function.
+        unsafe { call(function, self.0) }
+    }
+
+    /// The arguments as the framework passed them, for a typed borrow.
+    pub fn get(&mut self) -> &mut Args {
+        self.0
+    }
+}
+
+impl<Args> Deref for Passed<'_, Args> {
+    type Target = Args;
+
+    fn deref(&self) -> &Args {
+        self.0
+    }
+}
+
+impl<Args> DerefMut for Passed<'_, Args> {
+    fn deref_mut(&mut self) -> &mut Args {
+        self.0
+    }
+}
+
+impl FromRaw<(*const c_char, usize)> for &[u8] {
+    unsafe fn from_raw(raw: (*const c_char, usize)) -> Result<Self, Error> {
+        // SAFETY: the bytes are valid while they are used, as the caller promises.
+        Ok(unsafe { bytes(raw.0, raw.1) })
+    }
+}
+
+/// Makes entries of the function table:
+///
+/// ```text
+/// entry! {
+///     /// `PJRT_X`
+///     pub fn x(args: PJRT_X_Args, buffer: BufferHandle; name: &[u8] = name, name_size) { … Ok(()) }
+/// }
+/// ```
+///
+/// The body has the arguments as [`Passed`], the handles in the members named, and the lists made of
+/// a pointer and a length. No panic leaves it, and its error is the framework's.
+macro_rules! entry {
+    ($(
+        $(#[$doc:meta])*
+        pub fn $name:ident(
+            $args:ident: $Args:ty $(, $handle:ident: $Handle:ty)*
+            $(; $list:ident: $List:ty = $pointer:ident, $size:ident)* $(;)?
+        ) $body:block
+    )+) => {$(
+        $(#[$doc])*
+        pub unsafe extern "C" fn $name(args: *mut $Args) -> *mut pjrt_sys::PJRT_Error {
+            $crate::boundary::pjrt(|| {
+                // SAFETY: the framework passes arguments that are valid for this function, with live
+                // handles and lists that are as long as it says, until it returns
+                // (`pjrt_c_api.h`).
+                #[allow(unused_mut, unused_variables)]
+                let (mut $args, $($handle,)* $($list,)*) = unsafe {
+                    let passed = $crate::pjrt::entry::Passed::<$Args>::new(args)?;
+                    $(let $handle = <$Handle as $crate::inner::handles::FromRaw<*mut _>>::from_raw(
+                        passed.$handle as *mut _,
+                    )?;)*
+                    $(let $list = <$List as $crate::inner::handles::FromRaw<_>>::from_raw((
+                        passed.$pointer,
+                        passed.$size,
+                    ))?;)*
+                    (passed, $($handle,)* $($list,)*)
+                };
+                $body
+            })
+        }
+    )+};
+}
+
+pub(crate) use entry;

@@ -1,0 +1,173 @@
+//! Executables: compiling and loading them, and what they say of themselves. Towards the framework a
+//! program for several devices is the program for all of them (`compile/spmd.rs`).
+
+use std::ffi::{c_char, c_void};
+
+use pjrt_sys::*;
+
+use crate::compile::{self, spmd};
+use crate::error::Error;
+use crate::inner::api;
+use crate::inner::call::bytes;
+use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned};
+use crate::inner::side_table;
+use crate::pjrt::entry::{Passed, entry};
+
+/// Format of what `PJRT_Executable_OptimizedProgram` gives.
+const OPTIMIZED: &str = "hlo_with_config";
+
+entry! {
+    /// `PJRT_Client_Compile`
+    pub fn compile(
+        args: PJRT_Client_Compile_Args, client: ClientHandle;
+        options: &[u8] = compile_options, compile_options_size
+    ) {
+        // SAFETY: the framework passes a valid program.
+        let program = unsafe { bytes((*args.program).code, (*args.program).code_size) };
+        let loaded = compile::compile(client, program, options, |first_options| {
+            compile_inner(&mut args, first_options)
+        })?;
+        args.executable = loaded.release().raw();
+        Ok(())
+    }
+
+    /// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
+    pub fn compile_ahead(args: PJRT_Compile_Args) {
+        args.pass_on(api().PJRT_Compile)?;
+        // SAFETY: the inner plugin has just made it, and nobody else has it.
+        let compiled: Owned<ExecutableHandle> = unsafe { Owned::new(args.executable) }?;
+        args.executable = std::ptr::null_mut();
+        compile::refuse_several_devices(compiled.get())?;
+        args.executable = compiled.release().raw();
+        Ok(())
+    }
+
+    /// `PJRT_Executable_DeserializeAndLoad`
+    pub fn deserialize_and_load(
+        args: PJRT_Executable_DeserializeAndLoad_Args, client: ClientHandle;
+        serialized: &[u8] = serialized_executable, serialized_executable_size
+    ) {
+        let options = overridden_options(&args);
+        let loaded = compile::load(client, serialized, options, || {
+            args.pass_on(api().PJRT_Executable_DeserializeAndLoad)?;
+            take(&mut args.loaded_executable)
+        })?;
+        args.loaded_executable = loaded.release().raw();
+        Ok(())
+    }
+
+    /// `PJRT_Executable_Destroy`
+    pub fn destroy(args: PJRT_Executable_Destroy_Args, executable: ExecutableHandle) {
+        side_table::forget(executable.address());
+        args.pass_on(api().PJRT_Executable_Destroy)
+    }
+
+    /// `PJRT_Executable_NumPartitions`
+    pub fn num_partitions(args: PJRT_Executable_NumPartitions_Args, executable: ExecutableHandle) {
+        match spmd::find(executable.address()) {
+            Some(spmd) => args.num_partitions = spmd.devices.partitions(),
+            None => args.pass_on(api().PJRT_Executable_NumPartitions)?,
+        }
+        Ok(())
+    }
+
+    /// `PJRT_Executable_NumReplicas`
+    pub fn num_replicas(args: PJRT_Executable_NumReplicas_Args, executable: ExecutableHandle) {
+        match spmd::find(executable.address()) {
+            Some(spmd) => args.num_replicas = spmd.devices.replicas(),
+            None => args.pass_on(api().PJRT_Executable_NumReplicas)?,
+        }
+        Ok(())
+    }
+
+    /// `PJRT_Executable_Serialize`: a program for several devices as any rank can load it.
+    pub fn serialize(args: PJRT_Executable_Serialize_Args, executable: ExecutableHandle) {
+        let Some(spmd) = spmd::find(executable.address()) else {
+            return args.pass_on(api().PJRT_Executable_Serialize);
+        };
+        let serialized = Box::new(spmd.serialize()?);
+        args.serialized_bytes = serialized.as_ptr().cast();
+        args.serialized_bytes_size = serialized.len();
+        args.serialized_executable = Box::into_raw(serialized).cast::<c_void>().cast();
+        args.serialized_executable_deleter = Some(free_serialized);
+        Ok(())
+    }
+
+    /// `PJRT_Executable_OptimizedProgram`: the partitioned program with its collectives.
+    pub fn optimized(args: PJRT_Executable_OptimizedProgram_Args, executable: ExecutableHandle) {
+        let Some(spmd) = spmd::find(executable.address()) else {
+            return args.pass_on(api().PJRT_Executable_OptimizedProgram);
+        };
+        // SAFETY: the framework passes a program to fill in and, if it has a buffer, says how long
+        // that is.
+        unsafe { write_program(&mut *args.program, &spmd.optimized) }
+    }
+}
+
+/// Compiles with the inner plugin; other options than the framework's if there are any.
+fn compile_inner(
+    args: &mut Passed<'_, PJRT_Client_Compile_Args>,
+    options: &[u8],
+) -> Result<Owned<LoadedHandle>, Error> {
+    let given = (args.compile_options, args.compile_options_size);
+    if !options.is_empty() {
+        args.compile_options = options.as_ptr().cast();
+        args.compile_options_size = options.len();
+    }
+    let compiled = args.pass_on(api().PJRT_Client_Compile);
+    (args.compile_options, args.compile_options_size) = given;
+    compiled?;
+    take(&mut args.executable)
+}
+
+/// Takes what the inner plugin has just made out of the arguments.
+fn take(place: &mut *mut PJRT_LoadedExecutable) -> Result<Owned<LoadedHandle>, Error> {
+    let made = std::mem::replace(place, std::ptr::null_mut());
+    // SAFETY: the inner plugin has just made it, and the framework has not got it.
+    unsafe { Owned::new(made) }
+}
+
+/// The options that replace those in a serialized program; empty if there are none.
+fn overridden_options<'a>(args: &PJRT_Executable_DeserializeAndLoad_Args) -> &'a [u8] {
+    type Args = PJRT_Executable_DeserializeAndLoad_Args;
+    const END: usize =
+        std::mem::offset_of!(Args, overridden_serialized_compile_options_size) + size_of::<usize>();
+    let args = std::ptr::from_ref(args);
+    // SAFETY: the arguments are valid for their size; older frameworks have no such options.
+    unsafe {
+        if (*args).struct_size < END {
+            return &[];
+        }
+        bytes(
+            (*args).overridden_serialized_compile_options,
+            (*args).overridden_serialized_compile_options_size,
+        )
+    }
+}
+
+/// # Safety
+/// `program.code` must be null or valid for its size.
+unsafe fn write_program(program: &mut PJRT_Program, code: &[u8]) -> Result<(), Error> {
+    program.format = OPTIMIZED.as_ptr().cast();
+    program.format_size = OPTIMIZED.len();
+    if program.code.is_null() {
+        program.code_size = code.len();
+    } else if program.code_size < code.len() {
+        return Err(Error::invalid(format!(
+            "the optimized program has {} bytes, and the buffer {}",
+            code.len(),
+            program.code_size
+        )));
+    } else {
+        // SAFETY: the buffer is long enough.
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr().cast::<c_char>(), program.code, code.len());
+        }
+    }
+    Ok(())
+}
+
+unsafe extern "C" fn free_serialized(serialized: *mut PJRT_SerializedExecutable) {
+    // SAFETY: `serialize` made the box, and the framework frees it once.
+    drop(unsafe { Box::from_raw(serialized.cast::<Vec<u8>>()) });
+}

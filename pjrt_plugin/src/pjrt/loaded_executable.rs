@@ -1,0 +1,74 @@
+//! Loaded executables: launching them, and what they say of their devices.
+
+use std::ffi::c_void;
+
+use pjrt_sys::*;
+
+use crate::compile::spmd;
+use crate::inner::api;
+use crate::inner::execute_args::ExecuteArgs;
+use crate::inner::handles::{Handle, LoadedHandle};
+use crate::inner::side_table;
+use crate::launch::{self, keep_alive};
+use crate::pjrt::entry::entry;
+
+entry! {
+    /// `PJRT_LoadedExecutable_Execute`
+    pub fn execute(args: PJRT_LoadedExecutable_Execute_Args) {
+        if args.num_devices == 0 {
+            // It runs on devices of other ranks alone.
+            return Ok(());
+        }
+        // SAFETY: the framework passes valid arguments, and each executable here has one device.
+        launch::execute(&mut unsafe { ExecuteArgs::new(args.get()) }?)
+    }
+
+    /// `PJRT_LoadedExecutable_Destroy`
+    pub fn destroy(args: PJRT_LoadedExecutable_Destroy_Args, executable: LoadedHandle) {
+        if keep_alive::postpone_destroy(executable) {
+            return Ok(());
+        }
+        side_table::forget(executable.address());
+        args.pass_on(api().PJRT_LoadedExecutable_Destroy)
+    }
+
+    /// `PJRT_LoadedExecutable_GetExecutable`: it is known what is known of the loaded one.
+    pub fn get_executable(
+        args: PJRT_LoadedExecutable_GetExecutable_Args, loaded_executable: LoadedHandle
+    ) {
+        args.pass_on(api().PJRT_LoadedExecutable_GetExecutable)?;
+        spmd::share(loaded_executable.address(), args.executable as usize);
+        Ok(())
+    }
+
+    /// `PJRT_LoadedExecutable_AddressableDevices`
+    pub fn addressable_devices(
+        args: PJRT_LoadedExecutable_AddressableDevices_Args, executable: LoadedHandle
+    ) {
+        args.pass_on(api().PJRT_LoadedExecutable_AddressableDevices)?;
+        if spmd::is_elsewhere(executable) {
+            args.num_addressable_devices = 0;
+        }
+        Ok(())
+    }
+
+    /// `PJRT_LoadedExecutable_GetDeviceAssignment`
+    pub fn device_assignment(
+        args: PJRT_LoadedExecutable_GetDeviceAssignment_Args, executable: LoadedHandle
+    ) {
+        let Some(spmd) = spmd::find(executable.address()) else {
+            return args.pass_on(api().PJRT_LoadedExecutable_GetDeviceAssignment);
+        };
+        let serialized = Box::new(spmd.devices.to_assignment()?);
+        args.serialized_bytes = serialized.as_ptr().cast();
+        args.serialized_bytes_size = serialized.len();
+        args.serialized_device_assignment = Box::into_raw(serialized).cast::<c_void>().cast();
+        args.serialized_device_assignment_deleter = Some(free_assignment);
+        Ok(())
+    }
+}
+
+unsafe extern "C" fn free_assignment(assignment: *mut PJRT_DeviceAssignmentSerialized) {
+    // SAFETY: `device_assignment` made the box, and the framework frees it once.
+    drop(unsafe { Box::from_raw(assignment.cast::<Vec<u8>>()) });
+}
