@@ -213,8 +213,8 @@ pub extern "C" fn mpi_cuda_on_gpu() -> c_int {
     quiet(0, || load().map_or(0, |_| c_int::from(on_gpu())))
 }
 
-/// Turns the probe of direct transfer to the next way: 0 arrays, 1 copies of them, 2 nothing is left; -1
-/// on error.
+/// Turns the probe of direct transfer to the next way: 0 arrays, 1 copies of them, 2 nothing is
+/// left; -1 on error.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_probe_next() -> c_int {
     quiet(-1, || match crate::probe::next() {
@@ -223,8 +223,8 @@ pub extern "C" fn mpi_cuda_probe_next() -> c_int {
     })
 }
 
-/// What came of it on this rank: null if the data were right. 1 if it works on all ranks, 0 if not; -1 on
-/// error.
+/// What came of it on this rank: null if the data were right. 1 if it works on all ranks, 0 if not;
+/// -1 on error.
 ///
 /// # Safety
 /// `failure` must be null or a C string.

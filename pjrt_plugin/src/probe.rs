@@ -1,6 +1,6 @@
-//! Whether MPI can be given the device's memory: what `python -m mpi_cuda probe` asks for, one way after
-//! the other, and what is kept of the answer. An attempt may end the process, so each is written down
-//! before it is made.
+//! Whether MPI can be given the device's memory: what `python -m mpi_cuda probe` asks for, one way
+//! after the other, and what is kept of the answer. An attempt may end the process, so each is
+//! written down before it is made.
 
 #![forbid(unsafe_code)]
 

@@ -87,8 +87,8 @@ fn after_mark(program: &[u8]) -> Option<&[u8]> {
     })
 }
 
-/// Reads what follows [`UNIFORM_MARK`]: the communicator, `_`, the hash of the sequence and, if there
-/// are exchanges, `_` and their balance; both of 16 hexadecimal digits.
+/// Reads what follows [`UNIFORM_MARK`]: the communicator, `_`, the hash of the sequence and, if
+/// there are exchanges, `_` and their balance; both of 16 hexadecimal digits.
 fn uniform(text: &[u8]) -> Option<UniformProgram> {
     let number = |range| {
         let digits = std::str::from_utf8(text.get(range)?).ok()?;

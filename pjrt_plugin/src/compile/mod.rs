@@ -23,8 +23,8 @@ use crate::plugin::config;
 /// (`xla/pjrt/cpu/cpu_client.cc`, `cheap_computation_`).
 const CHEAP_FLOPS: f32 = 1000.0;
 
-/// Compiles a program for the framework: `inner` has the inner plugin compile it, with other options
-/// than the framework's if they are not empty.
+/// Compiles a program for the framework: `inner` has the inner plugin compile it, with other
+/// options than the framework's if they are not empty.
 pub fn compile(
     client: ClientHandle,
     program: &[u8],
@@ -96,8 +96,8 @@ fn elsewhere() -> Error {
     )
 }
 
-/// Loads a serialized program for the framework, with the options given or, if they are empty, those
-/// that it was compiled with: `inner` has the inner plugin load it.
+/// Loads a serialized program for the framework, with the options given or, if they are empty,
+/// those that it was compiled with: `inner` has the inner plugin load it.
 pub fn load(
     client: ClientHandle,
     serialized: &[u8],

@@ -1,9 +1,10 @@
 //! Messages in huge pages.
 //!
-//! Ranks of one node read each other's memory through the kernel (`process_vm_readv(2)`), which looks up
-//! every page of it: with pages of 2 MiB in place of 4 KiB that is most of the time of a message spared
-//! (docs/measurements.md). Arrays lie in the heap (`plugin::keep_memory`), whose pages are small unless
-//! asked for. So the first time that a message lies in a block of 2 MiB, its pages are made one.
+//! Ranks of one node read each other's memory through the kernel (`process_vm_readv(2)`), which
+//! looks up every page of it: with pages of 2 MiB in place of 4 KiB that is most of the time of a
+//! message spared (docs/measurements.md). Arrays lie in the heap (`plugin::keep_memory`), whose
+//! pages are small unless asked for. So the first time that a message lies in a block of 2 MiB, its
+//! pages are made one.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -33,7 +34,8 @@ struct Pages {
     heap: Option<usize>,
     /// How often, by the number of the block; `ATTEMPTS` if it is a huge page.
     asked: HashMap<usize, u8>,
-    /// How many of the heap's other blocks are left to ask for, and where it ended when it had none.
+    /// How many of the heap's other blocks are left to ask for, and where it ended when it had
+    /// none.
     others: usize,
     searched: usize,
 }
@@ -128,8 +130,8 @@ fn advise(range: &Range<usize>, advice: libc::c_int) -> bool {
     if range.is_empty() {
         return true;
     }
-    // SAFETY: neither advice changes what the memory holds, and memory that is not mapped is an error
-    // without effect (madvise(2)). It is only advice: refused, everything works as before.
+    // SAFETY: neither advice changes what the memory holds, and memory that is not mapped is an
+    // error without effect (madvise(2)). It is only advice: refused, everything works as before.
     unsafe { libc::madvise(range.start as *mut libc::c_void, range.len(), advice) == 0 }
 }
 

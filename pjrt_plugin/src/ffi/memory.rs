@@ -1,5 +1,5 @@
-//! Where the buffers of a custom call are, and what is done there: by the host itself, or in the order
-//! of the device's stream.
+//! Where the buffers of a custom call are, and what is done there: by the host itself, or in the
+//! order of the device's stream.
 
 use std::mem::MaybeUninit;
 use std::sync::{Arc, OnceLock};
@@ -183,7 +183,8 @@ impl<'a> Memory<'a> {
                 unsafe { staged.device.copy(main, across, bytes) }.map_err(Error::internal)
             }
             None => {
-                // SAFETY: XLA's buffers have their sizes, and results do not overlap other operands.
+                // SAFETY: XLA's buffers have their sizes, and results do not overlap other
+                // operands.
                 unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
                 Ok(())
             }

@@ -20,7 +20,8 @@ pub fn register(address: usize) -> i64 {
     addresses.len() as i64
 }
 
-/// The next program that is compiled, of those that receive with mpi4jax's operations, has a status.
+/// The next program that is compiled, of those that receive with mpi4jax's operations, has a
+/// status.
 static NEXT_READS: AtomicBool = AtomicBool::new(false);
 
 /// Says so.
@@ -28,8 +29,8 @@ pub fn next_reads() {
     NEXT_READS.store(true, Ordering::Relaxed);
 }
 
-/// Whether the caller of a program, in any format, reads a status when its launch returns. Ours say so by
-/// the name of an attribute (`include/mpi_cuda.h`); of mpi4jax's, whoever lowers them has.
+/// Whether the caller of a program, in any format, reads a status when its launch returns. Ours say
+/// so by the name of an attribute (`include/mpi_cuda.h`); of mpi4jax's, whoever lowers them has.
 pub fn is_read(program: &[u8]) -> bool {
     contains(program, b"mpi_cuda_reads_status")
         || receives(program) && NEXT_READS.swap(false, Ordering::Relaxed)

@@ -1,5 +1,5 @@
-//! Reductions that the user defined (`MPI_Op_create`): programs carry a number that only this process
-//! knows, never a handle, so that a program of another run cannot meet another function.
+//! Reductions that the user defined (`MPI_Op_create`): programs carry a number that only this
+//! process knows, never a handle, so that a program of another run cannot meet another function.
 
 #![forbid(unsafe_code)]
 

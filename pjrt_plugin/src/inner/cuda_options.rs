@@ -15,9 +15,9 @@ const MEMORY: [&str; 2] = ["preallocate", "memory_fraction"];
 
 /// The options beside those that the framework gives by these names.
 ///
-/// All devices are shown by XLA's topology for tests of programs for many GPUs (`enable_mock_nccl`):
-/// it asks no other process, and its one other effect is that XLA's own collectives do nothing, of
-/// which there are none in a rewritten program.
+/// All devices are shown by XLA's topology for tests of programs for many GPUs
+/// (`enable_mock_nccl`): it asks no other process, and its one other effect is that XLA's own
+/// collectives do nothing, of which there are none in a rewritten program.
 pub fn options(
     rank: i32,
     size: i32,

@@ -13,8 +13,8 @@ pub fn ffi() -> Option<&'static PJRT_FFI_Extension> {
 /// The layouts extension, if it has all that we use of it.
 pub fn layouts() -> Option<&'static PJRT_Layouts_Extension> {
     let found = find(PJRT_Extension_Type_Layouts)?;
-    // SAFETY: the type says which struct it is, and the chain is static; the struct is used if it is
-    // long enough.
+    // SAFETY: the type says which struct it is, and the chain is static; the struct is used if it
+    // is long enough.
     unsafe { ((*found).struct_size >= size_of::<PJRT_Layouts_Extension>()).then(|| &*found.cast()) }
 }
 

@@ -16,7 +16,8 @@ struct Wheel {
 }
 
 const WHEELS: &[Wheel] = &[
-    // The file that JAX's own package uses: what that registers (callbacks, linear algebra) is there then.
+    // The file that JAX's own package uses: what that registers (callbacks, linear algebra) is
+    // there then.
     Wheel {
         device: Device::Cuda,
         package: "jax-cuda13-pjrt",

@@ -1,6 +1,6 @@
 //! Launches for which the inner plugin has no slot (`inflight_limit.rs`): the framework gets alias
-//! buffers as results at once, and a thread of ours launches them in order. That thread may wait for
-//! peers.
+//! buffers as results at once, and a thread of ours launches them in order. That thread may wait
+//! for peers.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -65,9 +65,9 @@ struct Launch {
 static QUEUE: Mutex<VecDeque<Launch>> = Mutex::new(VecDeque::new());
 static PUSHED: Condvar = Condvar::new();
 
-/// Puts a launch at the end of the queue, if [`is_needed`] says so: `run` gets arguments like `args`
-/// when its time has come, and must hold the inputs until then. Has the framework's event of the
-/// launch's end, if it wants one.
+/// Puts a launch at the end of the queue, if [`is_needed`] says so: `run` gets arguments like
+/// `args` when its time has come, and must hold the inputs until then. Has the framework's event of
+/// the launch's end, if it wants one.
 pub fn defer(
     args: &mut ExecuteArgs<'_>,
     run: impl FnOnce(&mut ExecuteArgs<'_>, Vec<End>) -> Result<(), Error> + Send + 'static,

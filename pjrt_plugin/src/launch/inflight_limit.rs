@@ -2,8 +2,8 @@
 //!
 //! XLA:CPU holds 32 launches of a device in flight (`xla/pjrt/cpu/cpu_client.cc`,
 //! `max_inflight_computations`); the next dispatch waits until one has ended. That keeps a program
-//! from running far ahead of its device, and is what we want while launches do end. But if
-//! they wait for a peer that waits for this very thread, none ever ends: then the launch is deferred
+//! from running far ahead of its device, and is what we want while launches do end. But if they
+//! wait for a peer that waits for this very thread, none ever ends: then the launch is deferred
 //! (`deferred.rs`).
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -114,8 +114,8 @@ fn change(how: impl FnOnce(&mut InFlight)) {
     }
 }
 
-/// Whether there are slots for `launches` more, after those already deferred. Waits for it as long as
-/// launches end.
+/// Whether there are slots for `launches` more, after those already deferred. Waits for it as long
+/// as launches end.
 pub fn wait_for(launches: usize) -> bool {
     let mut state = STATE.lock();
     loop {

@@ -149,7 +149,8 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
     if deferred {
         return defer(args, 0, completion);
     }
-    // Only the order of deferring matters here, and a callback may wait for another thread's launch.
+    // Only the order of deferring matters here, and a callback may wait for another thread's
+    // launch.
     drop(order);
     // Without a ticket: JAX's own launch ids must not look like one.
     args.with_launch_id(0, |args| launch(args, completion))

@@ -1,5 +1,5 @@
-//! Launches that may wait for their peers on the calling thread: all of them have dispatched it, and
-//! nothing that it waits for here needs more than this rank's own arithmetic.
+//! Launches that may wait for their peers on the calling thread: all of them have dispatched it,
+//! and nothing that it waits for here needs more than this rank's own arithmetic.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -1,5 +1,5 @@
-//! Tickets: each launch with operations has one, which its operations find again through the run id.
-//! And which launch the calling thread is inside of.
+//! Tickets: each launch with operations has one, which its operations find again through the run
+//! id. And which launch the calling thread is inside of.
 
 use std::cell::Cell;
 
@@ -8,8 +8,8 @@ use parking_lot::{ReentrantMutex, ReentrantMutexGuard};
 
 use crate::plugin::world;
 
-/// Held from taking a ticket until the inner plugin has queued the launch, so that tickets and XLA's
-/// own queue have the same order. Reentrant, since a host callback may launch programs.
+/// Held from taking a ticket until the inner plugin has queued the launch, so that tickets and
+/// XLA's own queue have the same order. Reentrant, since a host callback may launch programs.
 static LAUNCHING: ReentrantMutex<()> = ReentrantMutex::new(());
 
 thread_local! {
@@ -62,8 +62,8 @@ pub fn is_in_background() -> bool {
     IN_BACKGROUND.get()
 }
 
-/// Whether this thread runs a host callback that must not wait for launches: its own has operations,
-/// or is in the background with others queued behind it.
+/// Whether this thread runs a host callback that must not wait for launches: its own has
+/// operations, or is in the background with others queued behind it.
 pub fn is_in_callback() -> bool {
     callback_of().is_some() || is_in_background()
 }

@@ -16,8 +16,8 @@ pub struct Passed<'a, Args>(&'a mut Args);
 impl<Args> Passed<'_, Args> {
     /// The arguments behind `args`.
     ///
-    /// # Safety
-    /// They must be valid for the function that they are named after, and for nobody else meanwhile.
+    /// # Safety They must be valid for the function that they are named after, and for nobody else
+    /// meanwhile.
     pub unsafe fn new(args: *mut Args) -> Result<Self, Error> {
         // SAFETY: null or valid, as the caller promises.
         let args = unsafe { args.as_mut() };
@@ -67,8 +67,8 @@ impl FromRaw<(*const c_char, usize)> for &[u8] {
 /// }
 /// ```
 ///
-/// The body has the arguments as [`Passed`], the handles in the members named, and the lists made of
-/// a pointer and a length. No panic leaves it, and its error is the framework's.
+/// The body has the arguments as [`Passed`], the handles in the members named, and the lists made
+/// of a pointer and a length. No panic leaves it, and its error is the framework's.
 macro_rules! entry {
     ($(
         $(#[$doc:meta])*
@@ -80,8 +80,8 @@ macro_rules! entry {
         $(#[$doc])*
         pub unsafe extern "C" fn $name(args: *mut $Args) -> *mut pjrt_sys::PJRT_Error {
             $crate::boundary::pjrt(|| {
-                // SAFETY: the framework passes arguments that are valid for this function, with live
-                // handles and lists that are as long as it says, until it returns
+                // SAFETY: the framework passes arguments that are valid for this function, with
+                // live handles and lists that are as long as it says, until it returns
                 // (`pjrt_c_api.h`).
                 #[allow(unused_mut, unused_variables)]
                 let (mut $args, $($handle,)* $($list,)*) = unsafe {

@@ -1,5 +1,5 @@
-//! Executables: compiling and loading them, and what they say of themselves. Towards the framework a
-//! program for several devices is the program for all of them (`compile/spmd.rs`).
+//! Executables: compiling and loading them, and what they say of themselves. Towards the framework
+//! a program for several devices is the program for all of them (`compile/spmd.rs`).
 
 use std::ffi::{c_char, c_void};
 

@@ -171,8 +171,8 @@ impl ClientHandle {
         let mut layout = new_args::<PJRT_Buffer_MemoryLayout>();
         layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
         layout.__bindgen_anon_1.tiled = tiled;
-        // SAFETY: live handles, and dimensions and a layout that outlive the call; the buffer is the
-        // caller's.
+        // SAFETY: live handles, and dimensions and a layout that outlive the call; the buffer is
+        // the caller's.
         let (buffer, callback) = unsafe {
             let args = ask(api().PJRT_Client_CreateAliasBuffer, |args| {
                 args.client = self.raw();
@@ -194,8 +194,8 @@ impl ClientHandle {
 impl AliasFiller {
     /// The alias buffer becomes the buffer, which need not be ready, or carries the error.
     pub fn fill(self, content: Result<BufferHandle, &str>) {
-        // SAFETY: live handles and a text that outlives the call; the callback is used once. If that
-        // fails (as it says for every error passed on), the alias buffer carries the error.
+        // SAFETY: live handles and a text that outlives the call; the callback is used once. If
+        // that fails (as it says for every error passed on), the alias buffer carries the error.
         let _ = unsafe {
             ask(api().PJRT_Client_FulfillAliasBuffer, |args| {
                 args.client = self.client.raw();

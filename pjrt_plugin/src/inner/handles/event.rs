@@ -50,8 +50,8 @@ unsafe extern "C" fn is_ready<F: FnOnce(Result<(), Error>)>(
     then: *mut c_void,
 ) {
     boundary::quiet((), || {
-        // SAFETY: `on_ready` made the box, and an event calls back once. The callback owns the error
-        // (`pjrt_c_api.h`, PJRT_Event_OnReadyCallback).
+        // SAFETY: `on_ready` made the box, and an event calls back once. The callback owns the
+        // error (`pjrt_c_api.h`, PJRT_Event_OnReadyCallback).
         let (then, error) = unsafe {
             let then = Box::from_raw(then.cast::<F>());
             (then, InnerError::new(error, api()))

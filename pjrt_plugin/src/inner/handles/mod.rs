@@ -1,9 +1,10 @@
 //! Handles of the inner plugin as typed values: what is asked of each, one file for each object.
 //!
-//! A handle is a pointer that the inner plugin gave out. It is live from then until it is destroyed,
-//! and the inner plugin is thread-safe, so every thread may use it meanwhile. Whoever has one knows
-//! why it is live: the framework passed it to the call that is running, or it is [`Owned`], or it is
-//! kept (`launch/keep_alive.rs`). The methods rely on that; a handle is not used after `destroy`.
+//! A handle is a pointer that the inner plugin gave out. It is live from then until it is
+//! destroyed, and the inner plugin is thread-safe, so every thread may use it meanwhile. Whoever
+//! has one knows why it is live: the framework passed it to the call that is running, or it is
+//! [`Owned`], or it is kept (`launch/keep_alive.rs`). The methods rely on that; a handle is not
+//! used after `destroy`.
 
 mod buffer;
 mod client;
