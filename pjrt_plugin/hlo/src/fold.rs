@@ -512,7 +512,7 @@ mod tests {
         let rewritten = rewrite(&both.write_to_bytes().unwrap(), &devices).unwrap();
         let module = HloModuleProto::parse_from_bytes(&rewritten.module).unwrap();
         let all = module.computations.iter().flat_map(|c| &c.instructions);
-        let calls = all.filter(|i| i.custom_call_target == "mpi_cuda_native_all_to_all");
+        let calls = all.filter(|i| i.custom_call_target == "mpi_cuda_collective_all_to_all");
         let mut found: Vec<_> = calls
             .map(|call| {
                 (

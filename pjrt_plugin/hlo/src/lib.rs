@@ -34,7 +34,7 @@ use module::Module;
 use proto::hlo::{HloModuleProto, HloModuleProtoWithConfig, ShapeProto};
 
 /// What the names of the targets of native collectives begin with.
-pub const TARGET_PREFIX: &str = "mpi_cuda_native_";
+pub const TARGET_PREFIX: &str = "mpi_cuda_collective_";
 
 /// Why a module cannot be rewritten.
 #[derive(Debug, thiserror::Error)]
