@@ -11,12 +11,14 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use protobuf::MessageField;
 
-use crate::collective::{self, Call, refused};
+use crate::collective::{self, Call, Calls, recognise_all};
+use crate::devices::{DeviceTable, Devices};
+use crate::error::Refused;
 use crate::fold::{self, Folds};
-use crate::groups::Devices;
-use crate::module::{Module, TOKEN, TUPLE, shape_of, token, tuple};
+use crate::instructions::{BEGIN, TARGET_PREFIX};
+use crate::module::Module;
 use crate::proto::hlo::{HloInstructionProto, ShapeProto};
-use crate::{Refused, TARGET_PREFIX, Table};
+use crate::shape::{self, TOKEN, TUPLE, results, shape_of, token, tuple};
 
 /// `CustomCallApiVersion::API_VERSION_TYPED_FFI` (xla/service/hlo.proto).
 const TYPED_FFI: i32 = 4;
@@ -28,7 +30,7 @@ const OPERATIONS: &str = "mpi_cuda_";
 /// What was found in a module.
 #[derive(Default)]
 pub(crate) struct Found {
-    pub(crate) tables: BTreeMap<i64, Table>,
+    pub(crate) tables: BTreeMap<i64, DeviceTable>,
     pub(crate) identity: i64,
     pub(crate) sequence: u64,
     pub(crate) summary: String,
@@ -38,9 +40,6 @@ pub(crate) struct Found {
     pub(crate) executed: u64,
     pub(crate) bytes: u64,
 }
-
-/// Calls by the computation and the instruction that they replace.
-pub(crate) type Calls = HashMap<(i64, i64), Call>;
 
 /// Rewrites `module`.
 pub(crate) fn thread(module: &mut Module, devices: &Devices) -> Result<Found, Refused> {
@@ -101,7 +100,7 @@ fn identity(module: &Module, sequence: u64) -> i64 {
         for instruction in &computation.instructions {
             instruction.opcode.hash(&mut hasher);
             instruction.custom_call_target.hash(&mut hasher);
-            for shape in collective::results(instruction) {
+            for shape in results(instruction) {
                 (shape.element_type, &shape.dimensions).hash(&mut hasher);
             }
         }
@@ -109,27 +108,10 @@ fn identity(module: &Module, sequence: u64) -> i64 {
     hasher.finish() as i64
 }
 
-fn recognise_all(module: &Module, devices: &Devices) -> Result<Calls, Refused> {
-    let mut calls = Calls::new();
-    for computation in module.computations() {
-        let shapes: HashMap<i64, ShapeProto> = computation
-            .instructions
-            .iter()
-            .map(|instruction| (instruction.id, shape_of(instruction)))
-            .collect();
-        for instruction in &computation.instructions {
-            if let Some(call) = collective::recognise(instruction, &shapes, module, devices)? {
-                calls.insert((computation.id, instruction.id), call);
-            }
-        }
-    }
-    Ok(calls)
-}
-
 /// Whether a custom call has its place in the order already.
 fn has_token(instruction: &HloInstructionProto) -> bool {
     instruction.opcode == "custom-call"
-        && collective::results(instruction)
+        && results(instruction)
             .iter()
             .any(|shape| shape.element_type == TOKEN)
 }
@@ -151,7 +133,7 @@ enum Shape {
 fn ordered_computations(module: &Module, calls: &Calls) -> Result<HashMap<i64, Shape>, Refused> {
     let mut with_calls: HashSet<i64> = calls
         .iter()
-        .filter(|(_, call)| call.ordered)
+        .filter(|(_, call)| call.is_ordered())
         .map(|(&(computation, _), _)| computation)
         .collect();
     for computation in module.computations() {
@@ -160,7 +142,7 @@ fn ordered_computations(module: &Module, calls: &Calls) -> Result<HashMap<i64, S
         }
     }
     // A token is only needed where there is a collective to be ordered.
-    if !calls.values().any(|call| call.ordered) {
+    if !calls.values().any(|call| call.is_ordered()) {
         return Ok(HashMap::new());
     }
     let mut shapes: HashMap<i64, Shape> = HashMap::new();
@@ -179,9 +161,9 @@ fn ordered_computations(module: &Module, calls: &Calls) -> Result<HashMap<i64, S
                     "while" => Ok(Shape::Condition),
                     "conditional" => Ok(Shape::Paired),
                     "call" => Ok(Shape::Added),
-                    _ => Err(refused(
+                    _ => Err(Refused::instruction(
                         instruction,
-                        "what it calls has collectives, or other ordered calls".into(),
+                        "what it calls has collectives, or other ordered calls",
                     )),
                 };
                 grown |= with_calls.insert(computation.id);
@@ -190,9 +172,9 @@ fn ordered_computations(module: &Module, calls: &Calls) -> Result<HashMap<i64, S
                     let shape = shape_of_called(position)?;
                     match shapes.insert(id, shape) {
                         Some(before) if before != shape => {
-                            return Err(refused(
+                            return Err(Refused::instruction(
                                 instruction,
-                                "what it calls is also called in another way".into(),
+                                "what it calls is also called in another way",
                             ));
                         }
                         Some(_) => {}
@@ -267,14 +249,14 @@ fn describe(
     times: Times,
 ) -> Result<(), Refused> {
     if times.depth > module.computations().len() {
-        return Err(Refused::Inconsistent("a computation calls itself".into()));
+        return Err(Refused::inconsistent("a computation calls itself"));
     }
     for instruction in module.ordered(computation)? {
         if let Some(call) = calls.get(&(computation, instruction.id)) {
-            if call.ordered {
+            if call.is_ordered() {
                 description.add(&collective::describe(&instruction, call));
                 found.collectives += 1;
-                let bytes = collective::bytes(&instruction).saturating_mul(times.runs);
+                let bytes = shape::bytes(&instruction).saturating_mul(times.runs);
                 found.executed = found.executed.saturating_add(times.runs);
                 found.bytes = found.bytes.saturating_add(bytes);
             }
@@ -284,9 +266,9 @@ fn describe(
             description.add(&instruction.custom_call_target);
             found.other_ordered += 1;
         } else if instruction.custom_call_target.starts_with(OPERATIONS) && !calls.is_empty() {
-            return Err(refused(
+            return Err(Refused::instruction(
                 &instruction,
-                "it has no XLA token, so it has no order beside collectives".into(),
+                "it has no XLA token, so it has no order beside collectives",
             ));
         }
         if !matches!(
@@ -347,7 +329,7 @@ impl Output<'_> {
 
     fn shape(&self, id: i64) -> Result<ShapeProto, Refused> {
         self.shapes.get(&id).cloned().ok_or_else(|| {
-            Refused::Inconsistent(format!("instruction {id} is used before it is there"))
+            Refused::inconsistent(format!("instruction {id} is used before it is there"))
         })
     }
 
@@ -382,7 +364,7 @@ impl Output<'_> {
     ) -> Result<i64, Refused> {
         let shape = self.shape(of)?.tuple_shapes.get(index).cloned();
         let shape =
-            shape.ok_or_else(|| Refused::Inconsistent(format!("{of} has no element {index}")))?;
+            shape.ok_or_else(|| Refused::inconsistent(format!("{of} has no element {index}")))?;
         Ok(self.make(id, "get-tuple-element", shape, &[of], |made| {
             made.tuple_index = index as i64;
             if let Some(name) = name {
@@ -427,7 +409,7 @@ impl Rewriting<'_> {
                 let first = out.make(None, "after-all", token(), &[], |_| {});
                 // The launch begins here on every rank, whatever it executes later.
                 Some(out.make(None, "custom-call", token(), &[first], |made| {
-                    made.custom_call_target = format!("{TARGET_PREFIX}begin");
+                    made.custom_call_target = format!("{TARGET_PREFIX}{BEGIN}");
                     made.custom_call_api_version = TYPED_FFI;
                     made.custom_call_has_side_effect = true;
                     made.backend_config =
@@ -443,7 +425,7 @@ impl Rewriting<'_> {
             Some(Shape::Paired | Shape::Condition) => {
                 let parameter = before.iter().find(|i| i.opcode == "parameter");
                 let parameter = parameter.ok_or_else(|| {
-                    Refused::Inconsistent(format!("computation {id} has no parameter"))
+                    Refused::inconsistent(format!("computation {id} has no parameter"))
                 })?;
                 Some(out.push_paired(parameter.clone())?)
             }
@@ -491,7 +473,7 @@ impl Rewriting<'_> {
         let fold = fold.cloned().unwrap_or_default();
         // What the others know the result by.
         let known = fold.joined.as_ref().unwrap_or(&instruction);
-        let results: Vec<ShapeProto> = collective::results(known).into_iter().cloned().collect();
+        let arrays: Vec<ShapeProto> = results(known).into_iter().cloned().collect();
         let is_tuple = known.shape.element_type == TUPLE;
         let (old, name) = (known.id, known.name.clone());
         let mut made = instruction;
@@ -499,9 +481,9 @@ impl Rewriting<'_> {
             made.operand_ids = vec![whole];
         }
         made.opcode = "custom-call".into();
-        made.custom_call_target = format!("{TARGET_PREFIX}{}", call.target);
+        made.custom_call_target = format!("{TARGET_PREFIX}{}", call.form.target);
         made.custom_call_api_version = TYPED_FFI;
-        made.custom_call_has_side_effect = call.ordered;
+        made.custom_call_has_side_effect = call.is_ordered();
         made.backend_config = format!("{{{}}}", attributes.join(", ")).into_bytes();
         made.channel_id = 0;
         made.use_global_device_ids = false;
@@ -513,15 +495,15 @@ impl Rewriting<'_> {
         made.collective_device_list = MessageField::none();
         made.iota_collective_device_list = MessageField::none();
         made.mesh_axes_replica_group_list = MessageField::none();
-        let Some(current) = current.as_mut().filter(|_| call.ordered) else {
+        let Some(current) = current.as_mut().filter(|_| call.is_ordered()) else {
             out.push(made);
             return Ok(());
         };
         made.id = out.fresh();
         made.name = format!("{name}.mpi_cuda");
         made.operand_ids.push(*current);
-        let count = results.len();
-        let mut shapes = results.clone();
+        let count = arrays.len();
+        let mut shapes = arrays.clone();
         shapes.push(token());
         made.shape = MessageField::some(tuple(shapes));
         let called = out.push(made);
@@ -529,7 +511,7 @@ impl Rewriting<'_> {
             let elements: Vec<i64> = (0..count)
                 .map(|index| out.element(None, None, called, index))
                 .collect::<Result<_, _>>()?;
-            out.make(Some(old), "tuple", tuple(results), &elements, |made| {
+            out.make(Some(old), "tuple", tuple(arrays), &elements, |made| {
                 made.name = name;
             });
         } else {

@@ -12,11 +12,12 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use crate::Refused;
-use crate::chain::Calls;
-use crate::collective::{self, Physical};
-use crate::module::{Module, shape_of};
+use crate::collective::{Call, Calls};
+use crate::error::Refused;
+use crate::module::Module;
 use crate::proto::hlo::{HloComputationProto, HloInstructionProto, ShapeProto};
+use crate::shape::{Physical, may_share, results, shape_of};
+use crate::shape_rule::ShapeRule;
 
 /// What an all-to-all is called with instead.
 #[derive(Clone, Debug, Default)]
@@ -94,12 +95,17 @@ pub(crate) fn find(module: &Module, calls: &Calls) -> Result<Folds, Refused> {
     for computation in module.computations() {
         let concerned = calls
             .iter()
-            .any(|(place, call)| place.0 == computation.id && call.target == "all_to_all");
+            .any(|(place, call)| place.0 == computation.id && has_blocks(call));
         if concerned {
             View::new(module, computation)?.find(calls, &mut found);
         }
     }
     Ok(found)
+}
+
+/// Whether a call takes a block for each rank.
+fn has_blocks(call: &Call) -> bool {
+    call.form.shapes == ShapeRule::Blocks
 }
 
 /// A computation with what the conditions ask of it.
@@ -158,7 +164,7 @@ impl<'a> View<'a> {
         for instruction in &self.ordered {
             let place = (self.computation.id, instruction.id);
             let several = instruction.operand_ids.len() > 1;
-            if !several || calls.get(&place).is_none_or(|c| c.target != "all_to_all") {
+            if !several || !calls.get(&place).is_some_and(has_blocks) {
                 continue;
             }
             let whole = self.whole(instruction);
@@ -208,9 +214,8 @@ impl<'a> View<'a> {
         let between = self.ordered.get(*first..*self.places.get(&call.id)?)?;
         let own_memory = self.has_own_memory(of);
         let keeps = |i: &HloInstructionProto| {
-            let results = collective::results(i);
-            let mut overwrites = results.iter().map(|r| collective::may_share(r, &shape));
-            let untouched = NO_MEMORY.contains(&i.opcode.as_str()) || !overwrites.any(|o| o);
+            let overwrites = results(i).iter().any(|r| may_share(r, &shape));
+            let untouched = NO_MEMORY.contains(&i.opcode.as_str()) || !overwrites;
             self.is_harmless(i) && (own_memory || untouched)
         };
         between.iter().all(keeps).then_some(of)
@@ -280,12 +285,7 @@ impl<'a> View<'a> {
         let shape = shape_of(instruction);
         let keeps = |i: &HloInstructionProto| {
             let mut operands = i.operand_ids.iter().filter_map(|&id| self.get(id));
-            let reads = operands.any(|operand| {
-                let results = collective::results(operand);
-                results
-                    .iter()
-                    .any(|result| collective::may_share(result, &shape))
-            });
+            let reads = operands.any(|o| results(o).iter().any(|r| may_share(r, &shape)));
             NO_MEMORY.contains(&i.opcode.as_str()) || self.is_harmless(i) && !reads
         };
         Some(between.iter().all(keeps))

@@ -8,11 +8,18 @@
 
 mod chain;
 mod collective;
+mod device_list;
+mod devices;
 mod envelope;
+mod error;
 mod fold;
-mod groups;
+mod instructions;
 mod module;
 mod options;
+mod reduction;
+mod replica_groups;
+mod shape;
+mod shape_rule;
 mod synchronous;
 #[cfg(test)]
 mod tests;
@@ -25,48 +32,16 @@ use std::collections::BTreeMap;
 
 use protobuf::Message;
 
-pub use collective::REDUCTIONS;
+pub use devices::{DeviceTable, Devices};
 pub use envelope::Envelope;
-pub use groups::Devices;
+pub use error::Refused;
+pub use instructions::{TARGET_PREFIX, targets};
+pub use module::Layouts;
 pub use options::Options;
+pub use reduction::REDUCTIONS;
 
 use module::Module;
-use proto::hlo::{HloModuleProto, HloModuleProtoWithConfig, ShapeProto};
-
-/// What the names of the targets of native collectives begin with.
-pub const TARGET_PREFIX: &str = "mpi_cuda_collective_";
-
-/// Why a module cannot be rewritten.
-#[derive(Debug, thiserror::Error)]
-pub enum Refused {
-    /// The bytes are no module.
-    #[error("the inner plugin's optimized program cannot be read: {0}")]
-    Unreadable(#[from] protobuf::Error),
-    /// The module is inconsistent.
-    #[error("the inner plugin's optimized program is inconsistent: {0}")]
-    Inconsistent(String),
-    /// An instruction that we do not know how to execute.
-    #[error("{instruction} ({opcode}) cannot run over MPI: {reason}")]
-    Instruction {
-        /// Its name.
-        instruction: String,
-        /// Its opcode.
-        opcode: String,
-        /// Why.
-        reason: String,
-    },
-}
-
-/// What a custom call refers to by number; the number is a hash of the content.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Table {
-    /// Groups of devices, in order; each device is in at most one.
-    Groups(Vec<Vec<i64>>),
-    /// From which device to which.
-    Pairs(Vec<(i64, i64)>),
-    /// A value for every device.
-    Values(Vec<(i64, u32)>),
-}
+use proto::hlo::{HloModuleProto, HloModuleProtoWithConfig};
 
 /// A rewritten module.
 #[derive(Debug)]
@@ -74,7 +49,7 @@ pub struct Rewritten {
     /// The `HloModuleProto`, for one device.
     pub module: Vec<u8>,
     /// What its custom calls refer to.
-    pub tables: BTreeMap<i64, Table>,
+    pub tables: BTreeMap<i64, DeviceTable>,
     /// Hash of everything but names, places in the source and values of constants: the program, even if
     /// it was compiled again.
     pub identity: i64,
@@ -92,13 +67,6 @@ pub struct Rewritten {
     pub other_ordered: usize,
     /// Layouts of the parameters and the result, which the second compilation must keep.
     pub layouts: Layouts,
-}
-
-/// Shapes with layouts of a module's parameters and its result.
-#[derive(Clone, Debug, Default)]
-pub struct Layouts {
-    parameters: Vec<ShapeProto>,
-    result: Option<ShapeProto>,
 }
 
 /// The serialized `HloModuleProto` in a serialized `HloModuleProtoWithConfig`.
@@ -133,7 +101,7 @@ fn read(program: &[u8]) -> Result<HloModuleProto, Refused> {
     HloModuleProtoWithConfig::parse_from_bytes(program)?
         .hlo_module
         .into_option()
-        .ok_or_else(|| Refused::Inconsistent("it has no module".into()))
+        .ok_or_else(|| Refused::inconsistent("it has no module"))
 }
 
 /// Rewrites a serialized `HloModuleProtoWithConfig`.

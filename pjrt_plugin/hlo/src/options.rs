@@ -2,6 +2,9 @@
 
 use protobuf::{Message, MessageField};
 
+use crate::devices::Devices;
+use crate::error::Refused;
+use crate::module::Layouts;
 use crate::proto::compile_options::compile_options_proto::Override;
 use crate::proto::compile_options::option_override_proto::Value;
 use crate::proto::compile_options::{
@@ -9,7 +12,6 @@ use crate::proto::compile_options::{
 };
 use crate::proto::hlo::DeviceAssignmentProto;
 use crate::proto::hlo::device_assignment_proto::ComputationDevice;
-use crate::{Devices, Layouts, Refused};
 
 /// Options that the framework compiles with.
 #[derive(Clone, Debug)]
@@ -125,7 +127,7 @@ impl Options {
             .iter()
             .all(|column| column.replica_device_ids.len() == replicas);
         if columns.len() != partitions || !complete {
-            return Err(Refused::Inconsistent(format!(
+            return Err(Refused::inconsistent(format!(
                 "the device assignment does not have {replicas} replicas of {partitions} partitions"
             )));
         }

@@ -9,10 +9,11 @@ use std::collections::{HashMap, HashSet};
 
 use protobuf::MessageField;
 
-use crate::Refused;
-use crate::collective::{self, refused};
-use crate::module::{Module, shape_of};
+use crate::error::Refused;
+use crate::instructions::{self, Treatment, is_collective};
+use crate::module::Module;
 use crate::proto::hlo::HloInstructionProto;
+use crate::shape::shape_of;
 
 /// Makes every pair of `module` one instruction.
 pub(crate) fn join(module: &mut Module) -> Result<(), Refused> {
@@ -40,19 +41,19 @@ fn joined(
     module: &Module,
     start: &HloInstructionProto,
 ) -> Result<Option<HloInstructionProto>, Refused> {
-    // Where the result is in the start's own: behind the operands, if they are in it.
-    let (opcode, with_operands) = match start.opcode.as_str() {
-        "all-reduce-start" => ("all-reduce", false),
-        "all-gather-start" => ("all-gather", true),
-        "collective-permute-start" => ("collective-permute", true),
-        "async-start" => return wrapped(module, start),
+    let (opcode, with_operands) = match instructions::treatment(start) {
+        Some(&Treatment::Start {
+            whole,
+            with_operands,
+        }) => (whole, with_operands),
+        Some(Treatment::Wrapper) => return wrapped(module, start),
         _ => return Ok(None),
     };
     let mut whole = start.clone();
     whole.opcode = opcode.into();
     if with_operands {
         let result = shape_of(start).tuple_shapes.get(1).cloned();
-        let result = result.ok_or_else(|| refused(start, "its result is no pair".into()))?;
+        let result = result.ok_or_else(|| Refused::instruction(start, "its result is no pair"))?;
         whole.shape = MessageField::some(result);
     }
     Ok(Some(whole))
@@ -64,10 +65,10 @@ fn wrapped(
     start: &HloInstructionProto,
 ) -> Result<Option<HloInstructionProto>, Refused> {
     let &[called] = &start.called_computation_ids[..] else {
-        return Err(refused(start, "it calls not one computation".into()));
+        return Err(Refused::instruction(start, "it calls not one computation"));
     };
     let called = module.computation(called)?;
-    if !called.instructions.iter().any(collective::is_collective) {
+    if !called.instructions.iter().any(is_collective) {
         return Ok(None);
     }
     let root = called.instructions.iter().find(|i| i.id == called.root_id);
@@ -77,12 +78,10 @@ fn wrapped(
         .filter(|i| i.id != called.root_id);
     let alone = others.into_iter().all(|i| i.opcode == "parameter");
     let root = root
-        .filter(|root| alone && collective::is_collective(root))
+        .filter(|root| alone && is_collective(root))
         .ok_or_else(|| {
-            refused(
-                start,
-                "it starts several collectives at once, or more than that".into(),
-            )
+            let reason = "it starts several collectives at once, or more than that";
+            Refused::instruction(start, reason)
         })?;
     let operand = |id: &i64| {
         let parameter = called.instructions.iter().find(|i| i.id == *id)?;
@@ -90,7 +89,7 @@ fn wrapped(
         start.operand_ids.get(number).copied()
     };
     let operands: Option<Vec<i64>> = root.operand_ids.iter().map(operand).collect();
-    let operands = operands.ok_or_else(|| refused(start, "an operand is missing".into()))?;
+    let operands = operands.ok_or_else(|| Refused::instruction(start, "an operand is missing"))?;
     let mut whole = root.clone();
     (whole.id, whole.name) = (start.id, start.name.clone());
     whole.operand_ids = operands;
@@ -125,7 +124,7 @@ fn rewrite(
             .any(|id| stands_for.get(id) == Some(id))
         {
             let reason = "it reads the start of a collective, which only what waits for it may";
-            return Err(refused(&instruction, reason.into()));
+            return Err(Refused::instruction(&instruction, reason));
         }
         if let Some(joined) = whole.remove(&instruction.id) {
             stands_for.insert(instruction.id, instruction.id);

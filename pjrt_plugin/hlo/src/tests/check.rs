@@ -5,8 +5,8 @@ use std::collections::{HashMap, HashSet};
 use protobuf::Message;
 
 use crate::Rewritten;
-use crate::module::{TOKEN, shape_of, tuple};
 use crate::proto::hlo::{HloComputationProto, HloInstructionProto, HloModuleProto, ShapeProto};
+use crate::shape::{TOKEN, shape_of, tuple};
 
 type Computations<'a> = HashMap<i64, &'a HloComputationProto>;
 type Instructions<'a> = HashMap<i64, &'a HloInstructionProto>;
@@ -17,6 +17,7 @@ type Instructions<'a> = HashMap<i64, &'a HloInstructionProto>;
 pub(super) fn check(rewritten: &Rewritten) -> HloModuleProto {
     let module = HloModuleProto::parse_from_bytes(&rewritten.module).unwrap();
     let by_id: Computations<'_> = module.computations.iter().map(|c| (c.id, c)).collect();
+    assert_eq!(by_id.len(), module.computations.len());
     for computation in &module.computations {
         check_computation(computation, &by_id, rewritten.collectives > 0);
         if let Some(shape) = computation.program_shape.as_ref()

@@ -4,8 +4,8 @@ use protobuf::MessageField;
 
 use super::generator::Generator;
 use super::{four, recording, with_config};
-use crate::module::tuple;
 use crate::rewrite;
+use crate::shape::tuple;
 
 /// Whatever the bytes are, there is an answer or an error.
 #[test]

@@ -3,8 +3,8 @@
 use protobuf::Message;
 
 use super::{four, recording, with_config};
-use crate::module::shape_of;
 use crate::proto::hlo::{HloInstructionProto, HloModuleProto};
+use crate::shape::shape_of;
 use crate::{TARGET_PREFIX, rewrite};
 
 /// Operands and results, without the token, of each all-to-all, in the order of the program.

@@ -3,12 +3,12 @@
 use protobuf::MessageField;
 
 use super::group;
-use crate::module::{token, tuple};
 use crate::proto::hlo::hlo_schedule_proto::{Entry, InstructionSequence};
 use crate::proto::hlo::{
     HloComputationProto, HloInstructionProto, HloModuleProto, HloScheduleProto, ShapeProto,
     SourceTarget,
 };
+use crate::shape::{token, tuple};
 
 const F32: i32 = 11;
 const PRED: i32 = 1;

@@ -11,8 +11,8 @@ mod refused;
 use protobuf::{Message, MessageField};
 
 use crate::Devices;
-use crate::module::{TUPLE, tuple};
 use crate::proto::hlo::{HloModuleProto, HloModuleProtoWithConfig, ReplicaGroup};
+use crate::shape::{TUPLE, tuple};
 
 /// A recorded module by the path of its file, without the ending.
 macro_rules! recording {
