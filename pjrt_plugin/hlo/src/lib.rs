@@ -16,13 +16,16 @@ mod fold;
 mod instructions;
 mod module;
 mod options;
+mod output;
 mod reduction;
 mod replica_groups;
+mod sequence;
 mod shape;
 mod shape_rule;
 mod synchronous;
 #[cfg(test)]
 mod tests;
+mod tokens;
 mod proto {
     #![allow(missing_docs, clippy::all, unused)]
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
@@ -40,8 +43,43 @@ pub use module::Layouts;
 pub use options::Options;
 pub use reduction::REDUCTIONS;
 
+use chain::Rewriting;
 use module::Module;
 use proto::hlo::{HloModuleProto, HloModuleProtoWithConfig};
+use sequence::Sequence;
+
+/// Rewrites a serialized `HloModuleProtoWithConfig`.
+///
+/// # Errors
+/// If it is no module, or holds an instruction that cannot be executed.
+pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
+    let mut module = Module::new(read(program)?)?;
+    synchronous::join(&mut module)?;
+    let calls = collective::recognise_all(&module, devices)?;
+    let paths = tokens::find(&module, &calls)?;
+    let folds = fold::find(&module, &calls)?;
+    let sequence = Sequence::of(&module, &calls, devices)?;
+    let rewriting = Rewriting {
+        calls: &calls,
+        paths: &paths,
+        folds: &folds,
+        program: sequence.identity,
+    };
+    rewriting.module(&mut module)?;
+    let tables = calls.into_values().map(|call| call.table);
+    Ok(Rewritten {
+        tables: tables.map(|table| (table.number(), table)).collect(),
+        identity: sequence.identity,
+        sequence: sequence.hash,
+        summary: sequence.summary(),
+        collectives: sequence.collectives,
+        executed: sequence.executed,
+        bytes: sequence.bytes,
+        other_ordered: sequence.other_ordered,
+        layouts: module.layouts(),
+        module: module.into_proto().write_to_bytes()?,
+    })
+}
 
 /// A rewritten module.
 #[derive(Debug)]
@@ -102,27 +140,4 @@ fn read(program: &[u8]) -> Result<HloModuleProto, Refused> {
         .hlo_module
         .into_option()
         .ok_or_else(|| Refused::inconsistent("it has no module"))
-}
-
-/// Rewrites a serialized `HloModuleProtoWithConfig`.
-///
-/// # Errors
-/// If it is no module, or holds an instruction that cannot be executed.
-pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
-    let mut module = Module::new(read(program)?)?;
-    synchronous::join(&mut module)?;
-    let found = chain::thread(&mut module, devices)?;
-    let layouts = module.layouts();
-    Ok(Rewritten {
-        module: module.into_proto().write_to_bytes()?,
-        tables: found.tables,
-        identity: found.identity,
-        sequence: found.sequence,
-        summary: found.summary,
-        collectives: found.collectives,
-        executed: found.executed,
-        bytes: found.bytes,
-        other_ordered: found.other_ordered,
-        layouts,
-    })
 }
