@@ -10,13 +10,16 @@
 //! where nothing in between reads what was there; each condition below is for that.
 
 use std::collections::{HashMap, HashSet};
-use std::ops::Range;
 
 use crate::collective::{Call, Calls};
+use crate::effects::{has_no_memory, is_fresh, is_harmless};
 use crate::error::Refused;
 use crate::module::Module;
-use crate::proto::hlo::{HloComputationProto, HloInstructionProto, ShapeProto};
-use crate::shape::{Physical, may_share, results, shape_of};
+use crate::parts::{
+    Part, elements, follow_each_other, joined_parameters, part_of_parameter, sliced,
+};
+use crate::proto::hlo::{HloComputationProto, HloInstructionProto};
+use crate::shape::{may_share, results, shape_of};
 use crate::shape_rule::ShapeRule;
 
 /// What an all-to-all is called with instead.
@@ -36,58 +39,6 @@ pub(crate) struct Folds {
     /// Instructions that are not needed any more, by computation and id.
     pub(crate) dropped: HashSet<(i64, i64)>,
 }
-
-/// Instructions that neither write into the memory of an operand nor have a part of it as their result.
-const FRESH: [&str; 13] = [
-    "add",
-    "broadcast",
-    "concatenate",
-    "convert",
-    "copy",
-    "dot",
-    "fusion",
-    "multiply",
-    "reduce",
-    "reverse",
-    "slice",
-    "subtract",
-    "transpose",
-];
-
-/// Instructions that do not write into memory that there was before.
-const HARMLESS: [&str; 13] = [
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "bitcast",
-    "collective-permute",
-    "constant",
-    "get-tuple-element",
-    "iota",
-    "parameter",
-    "partition-id",
-    "reduce-scatter",
-    "replica-id",
-    "tuple",
-];
-
-/// Instructions that neither read nor write memory.
-const NO_MEMORY: [&str; 5] = [
-    "bitcast",
-    "constant",
-    "get-tuple-element",
-    "parameter",
-    "tuple",
-];
-
-/// What in a fusion may write in place.
-const IN_PLACE: [&str; 5] = [
-    "call",
-    "custom-call",
-    "dynamic-update-slice",
-    "scatter",
-    "while",
-];
 
 /// Looks for all-to-alls of whole arrays among `calls`.
 pub(crate) fn find(module: &Module, calls: &Calls) -> Result<Folds, Refused> {
@@ -215,8 +166,8 @@ impl<'a> View<'a> {
         let own_memory = self.has_own_memory(of);
         let keeps = |i: &HloInstructionProto| {
             let overwrites = results(i).iter().any(|r| may_share(r, &shape));
-            let untouched = NO_MEMORY.contains(&i.opcode.as_str()) || !overwrites;
-            self.is_harmless(i) && (own_memory || untouched)
+            let untouched = has_no_memory(i) || !overwrites;
+            is_harmless(self.module, i) && (own_memory || untouched)
         };
         between.iter().all(keeps).then_some(of)
     }
@@ -286,7 +237,7 @@ impl<'a> View<'a> {
         let keeps = |i: &HloInstructionProto| {
             let mut operands = i.operand_ids.iter().filter_map(|&id| self.get(id));
             let reads = operands.any(|o| results(o).iter().any(|r| may_share(r, &shape)));
-            NO_MEMORY.contains(&i.opcode.as_str()) || self.is_harmless(i) && !reads
+            has_no_memory(i) || is_harmless(self.module, i) && !reads
         };
         Some(between.iter().all(keeps))
     }
@@ -324,7 +275,7 @@ impl<'a> View<'a> {
                     .operand_ids
                     .iter()
                     .all(|&i| self.has_own_memory(i)),
-                _ => self.is_fresh(instruction),
+                _ => is_fresh(self.module, instruction),
             }
         })
     }
@@ -332,159 +283,13 @@ impl<'a> View<'a> {
     /// An instruction's memory is not that of something after it.
     fn is_only_read(&self, instruction: &HloInstructionProto) -> bool {
         instruction.id != self.computation.root_id
-            && self.users(instruction.id).all(|user| self.is_fresh(user))
+            && self
+                .users(instruction.id)
+                .all(|user| is_fresh(self.module, user))
     }
-
-    fn is_fresh(&self, instruction: &HloInstructionProto) -> bool {
-        let opcode = instruction.opcode.as_str();
-        FRESH.contains(&opcode) && (opcode != "fusion" || !self.writes_in_place(instruction))
-    }
-
-    fn is_harmless(&self, instruction: &HloInstructionProto) -> bool {
-        HARMLESS.contains(&instruction.opcode.as_str()) || self.is_fresh(instruction)
-    }
-
-    fn writes_in_place(&self, fusion: &HloInstructionProto) -> bool {
-        let called = fusion.called_computation_ids.iter();
-        called.into_iter().any(|&id| {
-            let Ok(computation) = self.module.computation(id) else {
-                return true;
-            };
-            let mut inside = computation.instructions.iter();
-            // A fusion in a fusion may do anything.
-            inside.any(|i| i.opcode == "fusion" || IN_PLACE.contains(&i.opcode.as_str()))
-        })
-    }
-}
-
-/// A part of an array, by its elements in the order of memory.
-struct Part {
-    of: i64,
-    elements: Range<i64>,
-}
-
-fn elements(shape: &ShapeProto) -> i64 {
-    let dimensions = shape.dimensions.iter();
-    dimensions.fold(1, |product, &size| product.saturating_mul(size))
 }
 
 fn results_type(call: &HloInstructionProto) -> i32 {
     let first = call.shape.get_or_default().tuple_shapes.first();
     first.map_or(0, |shape| shape.element_type)
-}
-
-/// Which elements of a computation's one parameter its instruction `id` is.
-fn part_of_parameter(
-    computation: &HloComputationProto,
-    id: i64,
-    left: usize,
-) -> Option<Range<i64>> {
-    let find = |id: i64| computation.instructions.iter().find(|i| i.id == id);
-    let instruction = find(id)?;
-    let shape = shape_of(instruction);
-    if instruction.opcode == "parameter" {
-        return Some(0..elements(&shape));
-    }
-    let &[operand] = &instruction.operand_ids[..] else {
-        return None;
-    };
-    let before = part_of_parameter(computation, operand, left.checked_sub(1)?)?;
-    let from = shape_of(find(operand)?);
-    match instruction.opcode.as_str() {
-        "bitcast" if from.element_type == shape.element_type => Some(before),
-        "slice" => {
-            let within = sliced(instruction, &from)?;
-            let after = |elements| before.start.checked_add(elements);
-            Some(after(within.start)?..after(within.end)?)
-        }
-        _ => None,
-    }
-}
-
-/// The numbers of the parameters that a computation joins, one after the other in memory.
-fn joined_parameters(computation: &HloComputationProto) -> Option<Vec<i64>> {
-    let join = without_bitcasts(computation, computation.root_id)?;
-    let find = |id: i64| computation.instructions.iter().find(|i| i.id == id);
-    let parts: Option<Vec<_>> = join.operand_ids.iter().map(|&id| find(id)).collect();
-    if join.opcode != "concatenate" || !follow_each_other(join, &parts?) {
-        return None;
-    }
-    let number = |&id: &i64| {
-        let parameter = without_bitcasts(computation, id)?;
-        (parameter.opcode == "parameter").then_some(parameter.parameter_number)
-    };
-    join.operand_ids.iter().map(number).collect()
-}
-
-fn without_bitcasts(
-    computation: &HloComputationProto,
-    mut id: i64,
-) -> Option<&HloInstructionProto> {
-    let find = |id: i64| computation.instructions.iter().find(|i| i.id == id);
-    for _ in &computation.instructions {
-        let instruction = find(id)?;
-        let &[operand] = &instruction.operand_ids[..] else {
-            return Some(instruction);
-        };
-        if instruction.opcode != "bitcast" {
-            return Some(instruction);
-        }
-        let types = [instruction, find(operand)?].map(|i| shape_of(i).element_type);
-        if types[0] != types[1] {
-            return None;
-        }
-        id = operand;
-    }
-    None
-}
-
-/// Whether the parts that a concatenation joins follow each other in its memory.
-fn follow_each_other(concatenate: &HloInstructionProto, parts: &[&HloInstructionProto]) -> bool {
-    let &[dimension] = &concatenate.dimensions[..] else {
-        return false;
-    };
-    let whole = shape_of(concatenate);
-    let fits = |part: &&HloInstructionProto| {
-        let part = shape_of(part);
-        usize::try_from(dimension)
-            .is_ok_and(|d| is_outermost(&Physical::of(&whole), &Physical::of(&part), d))
-    };
-    parts.iter().all(fits)
-}
-
-/// Whether `part` is a contiguous part of `whole`, which is longer in `dimension` alone.
-fn is_outermost(whole: &Physical<'_>, part: &Physical<'_>, dimension: usize) -> bool {
-    let others = |order: &[usize]| {
-        let other = order.iter().copied().filter(|&d| d != dimension);
-        other.collect::<Vec<_>>()
-    };
-    let place = part.order.iter().position(|&d| d == dimension);
-    whole.order.first() == Some(&dimension)
-        && others(&whole.order) == others(&part.order)
-        && place.is_none_or(|place| place == 0)
-        && whole.element_type == part.element_type
-}
-
-/// Which elements of an array like `from` a slice takes, if they lie one after the other.
-fn sliced(slice: &HloInstructionProto, from: &ShapeProto) -> Option<Range<i64>> {
-    let shape = shape_of(slice);
-    let (whole, part) = (Physical::of(from), Physical::of(&shape));
-    let bounds = &slice.slice_dimensions;
-    if bounds.len() != whole.dimensions.len() || bounds.iter().any(|bound| bound.stride != 1) {
-        return None;
-    }
-    let cut =
-        |&d: &usize| Some(bounds[d].limit - bounds[d].start) != whole.dimensions.get(d).copied();
-    let mut cuts = (0..bounds.len()).filter(cut);
-    let dimension = match (cuts.next(), cuts.next()) {
-        (None, _) => return Some(0..elements(from)),
-        (Some(only), None) => only,
-        _ => return None,
-    };
-    let row = elements(from) / whole.dimensions[dimension].max(1);
-    if !is_outermost(&whole, &part, dimension) {
-        return None;
-    }
-    let bounds = &bounds[dimension];
-    Some(bounds.start.checked_mul(row)?..bounds.limit.checked_mul(row)?)
 }
