@@ -1,10 +1,10 @@
-//! Threading one token through everything that has an order: collectives, in the order of the
-//! schedule, and custom calls that have a token already (our operations, ordered host callbacks).
+//! One token through everything that has an order: collectives, in the order of the schedule, and
+//! custom calls that have a token already (our operations, ordered host callbacks).
 //!
-//! The runtime keeps apart only what depends on each other through values, so each ordered call takes
+//! The runtime orders only what depends on each other through values, so each ordered call takes
 //! the token of the one before. Where a called computation has ordered calls, the token goes in and
-//! comes out: the operand of `while` and `conditional`, and their results, are paired with it, and
-//! `call` has one more operand.
+//! comes out: the operands and results of `while` and `conditional` are paired with it, and `call`
+//! has one more operand (`tokens.rs`).
 
 use std::collections::HashSet;
 

@@ -63,7 +63,7 @@ fn recognise(
     let bad = |reason: &str| Refused::instruction(instruction, reason);
     let form = match instructions::treatment(instruction) {
         Some(Treatment::Call(form)) => form,
-        Some(Treatment::Refused | Treatment::Start { .. }) => {
+        Some(Treatment::Unsupported | Treatment::Start { .. }) => {
             return Err(bad("this form is not supported yet"));
         }
         None if names_devices(instruction) => {

@@ -1,13 +1,14 @@
 //! All-to-alls of whole arrays.
 //!
-//! XLA cuts the array that an all-to-all sends into an operand for each rank, and joins the results.
-//! Where the pieces lie one after the other in memory, that is two passes over memory for nothing: the
-//! custom call takes the array itself, and gives the joined one.
+//! XLA cuts the array that an all-to-all sends into an operand for each rank, and joins the
+//! results. Where the pieces lie one after the other in memory, those two passes over memory are
+//! not needed: the custom call takes the array itself, and gives the joined one.
 //!
-//! The passes that insert copies have run, and do not run again. Arrays that a loop carries, or that a
-//! donated parameter becomes, share their memory whatever the program does with them. So an array may
-//! only be used later than before where nothing in between writes into its memory, and be there earlier
-//! where nothing in between reads what was there; each condition below is for that.
+//! The passes that insert copies have run, and do not run again. Arrays that a loop carries, or
+//! that a donated parameter becomes, share their memory whatever the program does with them. So an
+//! array may be used later than before only where nothing in between writes into its memory. It may
+//! be there earlier only where nothing in between reads what was there. Each condition below is for
+//! one of these.
 
 use std::collections::{HashMap, HashSet};
 
@@ -36,7 +37,7 @@ pub(crate) struct Fold {
 pub(crate) struct Folds {
     /// By the computation and the all-to-all.
     pub(crate) folds: HashMap<(i64, i64), Fold>,
-    /// Instructions that are not needed any more, by computation and id.
+    /// Instructions that are not needed, by computation and id.
     pub(crate) dropped: HashSet<(i64, i64)>,
 }
 
@@ -140,8 +141,8 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The array of which the operands of `call` are the parts, in order, if it is as it was when they
-    /// were cut.
+    /// The array of which the operands of `call` are the parts, in order, if it is still as it was
+    /// when they were cut.
     fn whole(&self, call: &HloInstructionProto) -> Option<i64> {
         let parts: Option<Vec<Part>> = call.operand_ids.iter().map(|&id| self.part(id)).collect();
         let parts = parts?;
@@ -225,7 +226,8 @@ impl<'a> View<'a> {
         apart.then(|| join.clone())
     }
 
-    /// Whether nothing between `call` and `instruction` reads what the latter's result may overwrite.
+    /// Whether nothing between `call` and `instruction` reads what the result of `instruction` may
+    /// overwrite.
     fn may_be_earlier(
         &self,
         instruction: &HloInstructionProto,

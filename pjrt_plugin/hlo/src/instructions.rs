@@ -5,7 +5,7 @@ use crate::shape::TUPLE;
 use crate::shape_rule::ShapeRule::{self, Blocks, Divided, Gathered, Number, Same, Scattered};
 
 use Participants::{Groups, GroupsByFlag, Pairs, Partition, Replica};
-use Treatment::{Call, Kept, Refused, Start, Wrapper};
+use Treatment::{Call, Kept, Start, Unsupported, Wrapper};
 
 /// What the names of the targets of collectives begin with.
 pub const TARGET_PREFIX: &str = "mpi_cuda_collective_";
@@ -14,51 +14,34 @@ pub const TARGET_PREFIX: &str = "mpi_cuda_collective_";
 pub(crate) const BEGIN: &str = "begin";
 
 /// All instructions that are known here. Of two rows with an opcode the first one that fits counts.
+#[rustfmt::skip]
 static INSTRUCTIONS: &[Row] = &[
-    // Opcode, target, participants, shapes, and whether it reduces.
-    call("all-reduce", "all_reduce", GroupsByFlag, Same, true),
-    call("all-gather", "all_gather", GroupsByFlag, Gathered, false),
-    call(
-        "reduce-scatter",
-        "reduce_scatter",
-        GroupsByFlag,
-        Scattered,
-        true,
-    ),
-    call("all-to-all", "all_to_all", Groups, Blocks, false),
-    call("all-to-all", "all_to_all_array", Groups, Divided, false),
-    call(
-        "collective-permute",
-        "collective_permute",
-        Pairs,
-        Same,
-        false,
-    ),
-    call(
-        "collective-broadcast",
-        "collective_broadcast",
-        Groups,
-        Same,
-        false,
-    ),
-    call("partition-id", "id", Partition, Number, false),
-    call("replica-id", "id", Replica, Number, false),
-    // The first halves of collectives in two.
+    //   opcode                  target                  participants  shapes     it reduces
+    call("all-reduce",           "all_reduce",           GroupsByFlag, Same,      true),
+    call("all-gather",           "all_gather",           GroupsByFlag, Gathered,  false),
+    call("reduce-scatter",       "reduce_scatter",       GroupsByFlag, Scattered, true),
+    call("all-to-all",           "all_to_all",           Groups,       Blocks,    false),
+    call("all-to-all",           "all_to_all_array",     Groups,       Divided,   false),
+    call("collective-permute",   "collective_permute",   Pairs,        Same,      false),
+    call("collective-broadcast", "collective_broadcast", Groups,       Same,      false),
+    call("partition-id",         "id",                   Partition,    Number,    false),
+    call("replica-id",           "id",                   Replica,      Number,    false),
+    // First halves of collectives in two: what they start, and whether operands are in the result.
     start("all-reduce-start", "all-reduce", false),
     start("all-gather-start", "all-gather", true),
     start("collective-permute-start", "collective-permute", true),
     row("async-start", Wrapper),
     // Second halves without a first.
-    row("all-reduce-done", Refused),
-    row("all-gather-done", Refused),
-    row("collective-permute-done", Refused),
+    row("all-reduce-done", Unsupported),
+    row("all-gather-done", Unsupported),
+    row("collective-permute-done", Unsupported),
     // What no plugin at hand leaves in an optimized program, or what we cannot execute.
-    row("all-to-all-start", Refused),
-    row("ragged-all-to-all", Refused),
-    row("recv", Refused),
-    row("recv-done", Refused),
-    row("send", Refused),
-    row("send-done", Refused),
+    row("all-to-all-start", Unsupported),
+    row("ragged-all-to-all", Unsupported),
+    row("recv", Unsupported),
+    row("recv-done", Unsupported),
+    row("send", Unsupported),
+    row("send-done", Unsupported),
     // What is left of asynchronous calls has no collectives (`synchronous.rs`).
     row("async-update", Kept),
     row("async-done", Kept),
@@ -76,7 +59,7 @@ pub(crate) fn treatment(instruction: &HloInstructionProto) -> Option<&'static Tr
 pub(crate) fn is_collective(instruction: &HloInstructionProto) -> bool {
     match treatment(instruction) {
         Some(Call(form)) => form.communicates(),
-        Some(Refused) => true,
+        Some(Unsupported) => true,
         _ => false,
     }
 }
@@ -120,7 +103,7 @@ pub(crate) enum Treatment {
     /// It starts what its computation does. If that is a collective, it takes its place.
     Wrapper,
     /// It is refused by name.
-    Refused,
+    Unsupported,
     /// It stays as it is.
     Kept,
 }

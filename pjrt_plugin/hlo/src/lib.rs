@@ -2,7 +2,8 @@
 //! custom call, and one token passes through all of them and all other ordered calls.
 //!
 //! Pure: bytes in, bytes out, the same on every rank. Nothing here knows PJRT or MPI.
-//! `docs/architecture.md`, "Native collectives", says why it is done like that.
+//! `docs/architecture.md` says why collectives are executed like that. The steps are those of
+//! [`rewrite`], and what becomes of which instruction stands in one table (`instructions.rs`).
 
 #![forbid(unsafe_code)]
 
@@ -90,8 +91,8 @@ pub struct Rewritten {
     pub module: Vec<u8>,
     /// What its custom calls refer to.
     pub tables: BTreeMap<i64, DeviceTable>,
-    /// Hash of everything but names, places in the source and values of constants: the program, even if
-    /// it was compiled again.
+    /// Hash of everything but names, places in the source and values of constants. It names the
+    /// program, even if it was compiled again.
     pub identity: i64,
     /// Hash of the sequence of collectives; equal programs have equal ones in every process.
     pub sequence: u64,
@@ -125,7 +126,8 @@ pub fn layouts_of(program: &[u8]) -> Result<Layouts, Refused> {
     Ok(Module::new(read(program)?)?.layouts())
 }
 
-/// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty configuration.
+/// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty
+/// configuration.
 ///
 /// # Errors
 /// If it is no module.

@@ -117,7 +117,7 @@ impl Module {
         }
     }
 
-    /// Removes those of some computations that nothing calls any more.
+    /// Removes those of some computations that nothing calls.
     pub(crate) fn remove_uncalled(&mut self, mut ids: HashSet<i64>) {
         ids.remove(&self.entry());
         let computations = self.proto.computations.iter();

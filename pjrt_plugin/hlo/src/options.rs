@@ -1,4 +1,4 @@
-//! `CompileOptionsProto`: for how many devices a program is, and options to compile a rewritten one.
+//! `CompileOptionsProto`: for which devices a program is, and options to compile a rewritten one.
 
 use protobuf::{Message, MessageField};
 
@@ -47,8 +47,8 @@ impl Options {
         Ok(self.0.write_to_bytes()?)
     }
 
-    /// Serialized options for a first compilation, of which only the optimized module is used: all passes
-    /// over the module, and as little as possible for machine code.
+    /// Serialized options for a first compilation, of which only the optimized module is used: all
+    /// passes over the module, and as little as possible for machine code.
     ///
     /// # Errors
     /// If they cannot be written.
@@ -56,8 +56,8 @@ impl Options {
         self.with("xla_backend_optimization_level", Value::IntField(0))
     }
 
-    /// Serialized options for a first compilation for GPUs: each rank tunes its kernels by itself, since XLA
-    /// would wait for what other processes have tuned.
+    /// Serialized options for a first compilation for GPUs: each rank tunes its kernels by itself,
+    /// since XLA would wait for what other processes have tuned.
     ///
     /// # Errors
     /// If they cannot be written.

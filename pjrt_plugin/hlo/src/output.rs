@@ -103,8 +103,8 @@ impl<'a> Output<'a> {
         Ok(self.make(None, "tuple", shape, &[first, second], |_| {}))
     }
 
-    /// Pushes `instruction`, whose result is now paired with the token, under a new id; what stood for
-    /// it stands for the first element. Returns the token.
+    /// Pushes `instruction` under a new id, with the token paired to its result. Its old id is that
+    /// of the first element. Returns the token.
     pub(crate) fn push_paired(
         &mut self,
         mut instruction: HloInstructionProto,

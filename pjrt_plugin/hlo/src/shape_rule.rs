@@ -154,8 +154,8 @@ fn blocks(shape: &ShapeProto, dimension: usize) -> i64 {
     }
 }
 
-/// Checks that each of `whole` is `size` of the `parts` along `dimension`. Returns how many blocks of
-/// each part lie apart in it.
+/// Checks that each of `whole` is `size` of the `parts` along `dimension`. Returns how many blocks
+/// of each part lie apart in it.
 fn joined(
     instruction: &HloInstructionProto,
     parts: &[&ShapeProto],

@@ -1,9 +1,10 @@
 //! Collectives in two halves become whole ones.
 //!
-//! XLA:GPU starts a collective in one instruction and waits for it in another: `all-reduce-start` and
-//! `all-reduce-done`, likewise all-gather and collective-permute, and `async-start` and `async-done`
-//! around a computation with any other (xla/hlo/ir/hlo_instructions.h, `HloAsyncInstruction`). Here the
-//! whole happens where it started: what it reads is there, and its result has memory from then on.
+//! XLA:GPU starts a collective in one instruction and waits for it in another: `all-reduce-start`
+//! and `all-reduce-done`, likewise all-gather and collective-permute, and `async-start` and
+//! `async-done` around a computation with any other (xla/hlo/ir/hlo_instructions.h,
+//! `HloAsyncInstruction`). The whole happens where it started: what it reads is there, and its
+//! result has memory from then on.
 
 use std::collections::{HashMap, HashSet};
 
@@ -59,7 +60,7 @@ fn joined(
     Ok(Some(whole))
 }
 
-/// The one collective of the computation that an `async-start` calls; none if it calls anything else.
+/// The one collective of the computation that an `async-start` calls; none if there is none in it.
 fn wrapped(
     module: &Module,
     start: &HloInstructionProto,
@@ -76,9 +77,9 @@ fn wrapped(
         .instructions
         .iter()
         .filter(|i| i.id != called.root_id);
-    let alone = others.into_iter().all(|i| i.opcode == "parameter");
+    let is_only = others.into_iter().all(|i| i.opcode == "parameter");
     let root = root
-        .filter(|root| alone && is_collective(root))
+        .filter(|root| is_only && is_collective(root))
         .ok_or_else(|| {
             let reason = "it starts several collectives at once, or more than that";
             Refused::instruction(start, reason)
@@ -99,8 +100,8 @@ fn wrapped(
     Ok(Some(whole))
 }
 
-/// Puts the whole collectives of a computation in place of what starts them, and takes away what waits
-/// for them.
+/// Puts the whole collectives of a computation in place of what starts them, and takes away what
+/// waits for them.
 fn rewrite(
     module: &mut Module,
     id: i64,

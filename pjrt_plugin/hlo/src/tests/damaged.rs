@@ -1,4 +1,4 @@
-//! Modules that are none any more.
+//! Modules with bytes or numbers changed at random.
 
 use protobuf::MessageField;
 
