@@ -101,7 +101,7 @@ RAISING = """if True:
 
 @pytest.mark.parametrize("mpi", MPIS)
 def test_the_job_ends_soon_after_an_exception(mpi: str) -> None:
-    """The promise is 2 s; a busy test machine gets twice that."""
+    """The limit is 2 s; a busy test machine gets twice that."""
     result = job(mpi, RAISING)
     raised = re.search(r"raised at ([\d.]+)", result.stderr)
     assert raised and result.returncode != 0, result.stderr

@@ -294,7 +294,7 @@ def test_random_numbers_do_not_depend_on_the_sharding() -> None:
 
 
 def test_random_bits_of_the_device() -> None:
-    """`rbg` keys: XLA's RngBitGenerator, which all ranks must run alike."""
+    """`rbg` keys: XLA's RngBitGenerator, which all ranks must run the same way."""
 
     @partial(jax.jit, out_shardings=NamedSharding(MESH, P()))
     def f():
