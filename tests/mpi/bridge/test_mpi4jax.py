@@ -17,7 +17,7 @@ from mpi_cuda import notoken as nt
 from mpi_cuda._arguments import resolve_comm
 
 # scripts/test unpacks it there.
-sys.path.insert(0, str(Path(__file__).parents[2] / "out" / "mpi4jax"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "out" / "mpi4jax"))
 import mpi4jax
 
 COMM = MPI.COMM_WORLD

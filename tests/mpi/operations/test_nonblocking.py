@@ -227,7 +227,7 @@ def test_a_message_in_chunks_is_not_for_irecv() -> None:
             with pytest.raises(Exception, match="8000 bytes and comes in chunks, which irecv"):
                 nt.wait(coming, status=status).block_until_ready()
             if os.environ.get("MPI_CUDA_OUTBOX") == "0":
-                # What follows the announcement, out of the way.
+                # What follows the rendezvous header, out of the way.
                 for _ in range(2):
                     nt.recv(jnp.zeros(1024), 0, comm=comm, status=m.Status())
     if RANK == 0:
@@ -246,7 +246,7 @@ def test_a_message_in_chunks_is_not_for_irecv() -> None:
     reason="it is about three ranks that share memory",
 )
 def test_a_refused_message_leaves_that_of_another_rank_alone() -> None:
-    """The first fills its sender's outbox and is read last."""
+    """The first fills its sender's ring and is read last."""
     chunk = int(os.environ["MPI_CUDA_CHUNK_BYTES"]) // 4
     first, second = jnp.arange(8.0 * chunk), -jnp.arange(2.0 * chunk)
     if RANK == 0:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "gpu" / "recompile.py"
+SCRIPT = Path(__file__).parents[2] / "gpu" / "recompile.py"
 
 
 def test_optimized_modules_compile_again_as_they_are(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def resident() -> int:
 
 def test_a_compiled_program_answers_for_all_devices() -> None:
     compiled = program(lambda x: lax.psum(x, "x")).lower(sharded()).compile()
-    assert "all-reduce" in compiled.as_text() and "mpi_cuda_collective" not in compiled.as_text()
+    assert "all-reduce" in compiled.as_text() and "mpi_cuda_" not in compiled.as_text()
     assert compiled.cost_analysis() and compiled.memory_analysis() is not None
     assert compiled.output_shardings.is_fully_replicated
     assert compiled.input_shardings[0][0].is_equivalent_to(NamedSharding(MESH, P("x")), 1)
