@@ -41,6 +41,16 @@ def test_the_transfer_that_is_used_is_said() -> None:
     assert "transfer" not in job("openmpi", TRANSFER, MPI_CUDA_LOG="info").stderr
 
 
+def test_an_old_name_of_a_variable_is_read_with_a_warning() -> None:
+    device = {"MPI_CUDA_PRETEND_DEVICE": "1", "MPI_CUDA_LOG": "info"}
+    result = job("openmpi", TRANSFER, **device, MPI_CUDA_OUTBOX="0")
+    assert result.returncode == 0, result.stderr
+    warning = "MPI_CUDA_OUTBOX is now called MPI_CUDA_SHM_RING"
+    assert result.stderr.count(warning) == 1, result.stderr
+    assert "shares memory" not in result.stderr
+    assert "shares memory" in job("openmpi", TRANSFER, **device).stderr
+
+
 PROBE = """if True:
     import os, runpy, sys
     # As who calls it without: JAX is imported with the package, before the probe can say.
@@ -54,7 +64,7 @@ PROBE = """if True:
 def test_a_probe_lets_auto_transfer_directly(mpi: str, tmp_path: Path) -> None:
     device = {
         "MPI_CUDA_PRETEND_DEVICE": "aware",
-        "MPI_CUDA_PROOF_DIR": str(tmp_path),
+        "MPI_CUDA_PROBE_DIR": str(tmp_path),
         "MPI_CUDA_LOG": "info",
     }
 
@@ -80,7 +90,7 @@ def test_a_probe_lets_auto_transfer_directly(mpi: str, tmp_path: Path) -> None:
 
 
 def test_a_probe_needs_a_device(tmp_path: Path) -> None:
-    result = job("openmpi", PROBE, MPI_CUDA_PROOF_DIR=str(tmp_path))
+    result = job("openmpi", PROBE, MPI_CUDA_PROBE_DIR=str(tmp_path))
     assert result.returncode != 0 and "MPI_CUDA_DEVICE=cuda" in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -102,7 +112,7 @@ def test_ranks_whose_transfers_differ_are_refused(tmp_path: Path) -> None:
         "    os.environ['MPI_CUDA_TRANSFER'] = 'staged'\n"
         "import jax; jax.devices()"
     )
-    device = {"MPI_CUDA_PRETEND_DEVICE": "aware", "MPI_CUDA_PROOF_DIR": str(tmp_path)}
+    device = {"MPI_CUDA_PRETEND_DEVICE": "aware", "MPI_CUDA_PROBE_DIR": str(tmp_path)}
     result = job("openmpi", code, MPI_CUDA_TRANSFER="direct", **device)
     assert result.returncode != 0
     assert re.search(r"MPI_CUDA_TRANSFER.* is 1 on rank 1", result.stderr), result.stderr

@@ -226,7 +226,7 @@ def test_a_message_in_chunks_is_not_for_irecv() -> None:
             coming = nt.irecv(x, 0, comm=comm)
             with pytest.raises(Exception, match="8000 bytes and comes in chunks, which irecv"):
                 nt.wait(coming, status=status).block_until_ready()
-            if os.environ.get("MPI_CUDA_OUTBOX") == "0":
+            if os.environ.get("MPI_CUDA_SHM_RING") == "0":
                 # What follows the rendezvous header, out of the way.
                 for _ in range(2):
                     nt.recv(jnp.zeros(1024), 0, comm=comm, status=m.Status())
@@ -241,7 +241,7 @@ def test_a_message_in_chunks_is_not_for_irecv() -> None:
 
 @pytest.mark.skipif(
     os.environ.get("MPI_CUDA_PRETEND_DEVICE") != "1"
-    or os.environ.get("MPI_CUDA_OUTBOX") == "0"
+    or os.environ.get("MPI_CUDA_SHM_RING") == "0"
     or SIZE < 3,
     reason="it is about three ranks that share memory",
 )
