@@ -14,7 +14,9 @@ def initialize() -> None:
     """Registers the plugin with JAX; the user asked for it."""
     import jax._src.xla_bridge as xla_bridge
 
-    from mpi_cuda import _callbacks, _ffi_targets, _library, _lifecycle, _older_plugin
+    from mpi_cuda import _library, _lifecycle
+    from mpi_cuda._bridge import callbacks, ffi_targets
+    from mpi_cuda._jax_patches import older_plugin
 
     if _library.load().mpi_cuda_on_gpu():
         _keep_cpu()
@@ -23,10 +25,10 @@ def initialize() -> None:
     xla_bridge.register_plugin(
         NAME, priority=500, library_path=str(_library.LIBRARY), options=_options
     )
-    _callbacks.install()
-    _ffi_targets.install()
+    callbacks.install()
+    ffi_targets.install()
     _lifecycle.install()
-    _older_plugin.install()
+    older_plugin.install()
 
 
 def _keep_cpu() -> None:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import core
 
-from mpi_cuda import _arguments, _linear, _order
+from mpi_cuda import _arguments
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, Comm
+from mpi_cuda._jax_patches import fast_dispatch, linear
 from mpi_cuda._primitives import TEMPLATES, Result, primitives
 
 Array = jax.Array
@@ -80,7 +81,7 @@ def bind(
     rank's part differs from the operation's (a rank that is not the root). `paired`: the peer of
     the message takes its derivatives too.
     """
-    _order.install()
+    fast_dispatch.install()
     for dtype in ([] if data is None else [data.dtype]) + ([] if result is None else [result[1]]):
         if jnp.issubdtype(dtype, jax.dtypes.extended):
             raise TypeError(
@@ -108,7 +109,7 @@ def bind(
         token=with_token,
         template=has_template,
         batch_as=batch_as or name,
-        derived=_linear.is_derived(),
+        derived=linear.is_derived(),
         paired=paired,
         attributes=tuple(sorted({"comm": comm.number, **attributes}.items())),
     )

@@ -20,8 +20,9 @@ from jax._src.interpreters import batching
 from jax._src.interpreters import mlir as jax_mlir
 from jax.interpreters import mlir
 
-from mpi_cuda import _alike, _library, _linear, _order
+from mpi_cuda import _library
 from mpi_cuda._arguments import ATTRIBUTE_ANY, OPS
+from mpi_cuda._jax_patches import fast_dispatch, linear, uniform
 
 TOKEN = core.ShapedArray((), np.dtype(np.int32))
 
@@ -85,7 +86,7 @@ primitives: dict[str, core.Primitive] = {}
 
 def _abstract_eval(*avals: Any, result: Result | None, token: bool, **_: Any) -> Any:
     data = [] if result is None else [core.ShapedArray(result.shape, result.dtype)]
-    return data + [TOKEN] * token, {_order.effect}
+    return data + [TOKEN] * token, {fast_dispatch.effect}
 
 
 def _refuse_automatic_partitioning(name: str, context: Any) -> None:
@@ -138,11 +139,11 @@ def _lowering(
     if template:
         position = len(values) - 1 - token
         del avals[position], values[position]
-    order = ctx.tokens_in.get(_order.effect)
+    order = ctx.tokens_in.get(fast_dispatch.effect)
     call_context = ctx.replace(
         avals_in=[*avals, core.abstract_token], avals_out=[*ctx.avals_out, core.abstract_token]
     )
-    numbers = {key: np.int64(value) for key, value in attributes} | _alike.take_pending()
+    numbers = {key: np.int64(value) for key, value in attributes} | uniform.take_pending()
     if numbers.get("status"):
         # The name alone says that the launch is waited for, since its caller reads the status then.
         numbers["mpi_cuda_reads_status"] = np.int64(1)
@@ -150,7 +151,7 @@ def _lowering(
         call_context, *values, order, **numbers
     )
     *results, order = call.results
-    tokens = jax_mlir.TokenSet({_order.effect: order})
+    tokens = jax_mlir.TokenSet({fast_dispatch.effect: order})
     ctx.set_tokens_out(ctx.tokens_in.update_tokens(tokens))
     return results
 
@@ -200,7 +201,7 @@ def _batch(
     return outs, out_dims + [None] * token
 
 
-class Operation(_linear.Linear):
+class Operation(linear.Linear):
     """One of the operations."""
 
     def is_linear(self, params: dict[str, Any]) -> bool:

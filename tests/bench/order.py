@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 import mpi_cuda as m
-from mpi_cuda import _order
+from mpi_cuda._jax_patches import fast_dispatch
 
 if sys.argv[1] == "visible":
-    _order.fast_dispatch = True  # `install` then changes nothing
+    fast_dispatch.fast_dispatch = True  # `install` then changes nothing
 
 program = jax.jit(lambda x: m.notoken.allreduce(x, m.SUM))
 x = jnp.ones(2)

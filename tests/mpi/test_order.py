@@ -371,11 +371,11 @@ def test_a_program_is_kept_no_longer_than_its_function() -> None:
 
 
 def test_fast_dispatch_is_taken_with_this_jax() -> None:
-    from mpi_cuda import _order
+    from mpi_cuda._jax_patches import fast_dispatch
 
     program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
     program(X)
-    assert _order.fast_dispatch
+    assert fast_dispatch.fast_dispatch
     compiled = program.lower(X).compile()
     assert not compiled._executable.unsafe_call.ordered_effects
     assert not compiled._executable.unsafe_call.has_unordered_effects
@@ -451,7 +451,7 @@ def test_dispatch_does_not_wait_for_a_peer_that_waits_in_a_callback() -> None:
 
 
 def test_which_programs_are_the_same_on_every_rank() -> None:
-    """Only those may wait for their peers on the calling thread (`mpi_cuda._alike`)."""
+    """Only those may wait for their peers on the calling thread (`_jax_patches/uniform.py`)."""
     if SIZE == 1:
         return
 

@@ -19,7 +19,7 @@ from jax._src import core
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.control_flow import conditionals, loops
 
-from mpi_cuda import _order
+from mpi_cuda._jax_patches import fast_dispatch
 
 _state = local()
 
@@ -29,7 +29,7 @@ def _keep_known(original: Any) -> Any:
 
     @functools.wraps(original)
     def hoisting(jaxpr: Any, consts: Sequence[Any], num_residuals: int, *others: Any) -> Any:
-        if _order.effect in jaxpr.effects:
+        if fast_dispatch.effect in jaxpr.effects:
             return jaxpr, consts, [False] * num_residuals, []
         return original(jaxpr, consts, num_residuals, *others)
 
@@ -42,7 +42,7 @@ def _keep_rematerialized(original: Any) -> Any:
     @functools.wraps(original)
     def rule(saveable: Any, unknown: Any, instantiated: Any, eqn: Any) -> Any:
         outer = getattr(_state, "inside", False)
-        _state.inside = _order.effect in eqn.effects
+        _state.inside = fast_dispatch.effect in eqn.effects
         try:
             return original(saveable, unknown, instantiated, eqn)
         finally:
@@ -56,13 +56,13 @@ def _split_nothing(original: Any) -> Any:
 
     @functools.wraps(original)
     def split(jaxpr: Any, unknowns: Sequence[bool], instantiate: Any) -> Any:
-        if not getattr(_state, "inside", False) or _order.effect not in jaxpr.effects:
+        if not getattr(_state, "inside", False) or fast_dispatch.effect not in jaxpr.effects:
             return original(jaxpr, unknowns, instantiate)
         known = [not is_unknown for is_unknown in unknowns]
         avals = [aval for aval, is_known in zip(jaxpr.in_avals, known, strict=True) if is_known]
         consts = [core.Var(aval) for aval in avals]
         names = jaxpr.jaxpr.debug_info.with_unknown_names()
-        passed_on = _order.program(consts, consts, [], set(), names)
+        passed_on = fast_dispatch.program(consts, consts, [], set(), names)
         loop = pe.move_binders_to_front(jaxpr, known)
         return passed_on, loop, [True] * len(jaxpr.out_avals), avals
 
@@ -76,7 +76,7 @@ def _keep_program(original: Any) -> Any:
     @functools.wraps(original)
     def rule(trace: Any, *tracers: Any, jaxpr: Any, **params: Any) -> Any:
         unknown = [not tracer.is_known() for tracer in tracers]
-        if _order.effect not in jaxpr.effects or not any(unknown):
+        if fast_dispatch.effect not in jaxpr.effects or not any(unknown):
             return original(trace, *tracers, jaxpr=jaxpr, **params)
         # With one more result that does, which leads to what computes all.
         tangent = jaxpr.invars[unknown.index(True)]
@@ -96,7 +96,7 @@ def _keep_branches(original: Any) -> Any:
     @functools.wraps(original)
     def rule(trace: Any, index: Any, *tracers: Any, branches: Any, **params: Any) -> Any:
         unknown = [not tracer.is_known() for tracer in tracers]
-        communicates = any(_order.effect in branch.effects for branch in branches)
+        communicates = any(fast_dispatch.effect in branch.effects for branch in branches)
         if not communicates or not any(unknown) or not index.is_known():
             return original(trace, index, *tracers, branches=branches, **params)
         branches = tuple(_with_result(branch, unknown.index(True)) for branch in branches)
@@ -112,7 +112,7 @@ def _keep_rematerialized_branches(original: Any) -> Any:
 
     @functools.wraps(original)
     def rule(saveable: Any, unknown: Any, instantiated: Any, eqn: Any) -> Any:
-        if _order.effect not in eqn.effects or unknown[0] or not any(unknown):
+        if fast_dispatch.effect not in eqn.effects or unknown[0] or not any(unknown):
             return original(saveable, unknown, instantiated, eqn)
         place = list(unknown).index(True)
         branches = tuple(_with_result(branch, place - 1) for branch in eqn.params["branches"])

@@ -22,7 +22,7 @@ from jax._src import core, dispatch, effects
 from jax._src.interpreters import mlir, pxla
 from jax.interpreters import mlir as public_mlir
 
-from mpi_cuda import _alike
+from mpi_cuda._jax_patches import uniform
 
 
 class CommunicationEffect(jax_callback.OrderedIOEffect):
@@ -65,7 +65,7 @@ def _scope_lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: core.Clo
     inner = mlir.TokenSet.create([effect])
     tokens = mlir.TokenSet({**dict(ctx.tokens_in.items()), **dict(inner.items())})
     consts = [mlir.ir_constant(c, aval=core.typeof(c)) for c in program.consts]
-    _alike.set_pending(_alike.mark(program.jaxpr, effect))
+    uniform.set_pending(uniform.mark(program.jaxpr, effect))
     try:
         results, tokens_out = mlir.jaxpr_subcomp(
             ctx.module_context,
@@ -79,7 +79,7 @@ def _scope_lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: core.Clo
             outer_traceback=ctx.traceback,
         )
     finally:
-        _alike.set_pending(None)
+        uniform.set_pending(None)
     others = {e: t for e, t in tokens_out.items() if e in ctx.tokens_in.effects()}
     if others:
         ctx.set_tokens_out(mlir.TokenSet(others))

@@ -15,14 +15,14 @@ from jax._src import core
 from jax._src.interpreters import batching
 from jax._src.lax.control_flow import conditionals, loops
 
-from mpi_cuda import _order
+from mpi_cuda._jax_patches import fast_dispatch
 
 
 def _names(jaxpr: Any) -> Iterator[str]:
     """The operations in a program, in order."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if _order.effect in eqn.effects and "attributes" in eqn.params:
+        if fast_dispatch.effect in eqn.effects and "attributes" in eqn.params:
             yield name.removeprefix("mpi_cuda_")
         for sub in core.jaxprs_in_params(eqn.params):
             yield from _names(getattr(sub, "jaxpr", sub))
@@ -30,7 +30,7 @@ def _names(jaxpr: Any) -> Iterator[str]:
 
 def _without_effect(closed: Any) -> Any:
     """The program as JAX's rule takes it; what it makes of it has the effect again."""
-    effects = {e for e in closed.effects if e != _order.effect}
+    effects = {e for e in closed.effects if e != fast_dispatch.effect}
     inner = closed.jaxpr.replace(effects=effects)
     # JAX 0.12 has one class for both.
     return closed.replace(jaxpr=inner) if closed.jaxpr is not closed else inner
@@ -47,11 +47,11 @@ def _refuse(what: str, *programs: Any) -> None:
 
 def _cond(original: Callable[..., Any]) -> Callable[..., Any]:
     def rule(axis_data: Any, args: Any, dims: Any, *, branches: Any, **params: Any) -> Any:
-        if any(map(_order.only_operations, branches)):
+        if any(map(fast_dispatch.only_operations, branches)):
             if dims[0] is not None and "branches_platforms" not in params:
                 _refuse("cond", *branches)
             branches = tuple(
-                _without_effect(b) if _order.only_operations(b) else b for b in branches
+                _without_effect(b) if fast_dispatch.only_operations(b) else b for b in branches
             )
         return original(axis_data, args, dims, branches=branches, **params)
 
@@ -69,9 +69,9 @@ def _while_loop(original: Callable[..., Any]) -> Callable[..., Any]:
         body_jaxpr: Any,
     ) -> Any:
         programs = (cond_jaxpr, body_jaxpr)
-        if any(map(_order.only_operations, programs)):
+        if any(map(fast_dispatch.only_operations, programs)):
             cond_jaxpr, body_jaxpr = (
-                _without_effect(p) if _order.only_operations(p) else p for p in programs
+                _without_effect(p) if fast_dispatch.only_operations(p) else p for p in programs
             )
             batched = [dim is not None for dim in dims]
             consts = cond_nconsts + body_nconsts

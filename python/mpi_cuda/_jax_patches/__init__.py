@@ -1,0 +1,1 @@
+"""What this package changes in JAX, and every use that it makes of JAX's private modules."""
