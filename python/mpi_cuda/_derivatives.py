@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import core
 from jax.interpreters import ad, batching, mlir
 
 from mpi_cuda import _operations
-from mpi_cuda._arguments import ATTRIBUTE_ANY, OPS, Comm, known_comm
-from mpi_cuda._jax_patches import fast_dispatch, linear
+from mpi_cuda._arguments import OPS, Comm, known_comm
+from mpi_cuda._jax_patches import linear
+from mpi_cuda._jax_patches.effect import effect
+from mpi_cuda._library import ATTRIBUTE_ANY
 from mpi_cuda._primitives import Result, primitives
 
 SUM = OPS["SUM"]
@@ -140,13 +141,10 @@ ADJOINTS: dict[str, Adjoint] = {
 }
 
 
-linear.install(fast_dispatch.only_operations)
-
-
 def _tied(ct: Any, rest: Any, params: dict[str, Any]) -> Any:
     """A cotangent, never zero by itself, that depends on the operand (`_jvp`)."""
     ct = ad.instantiate_zeros(ct)
-    if params["template"] and isinstance(rest[0], core.Tracer):
+    if params["template"] and isinstance(rest[0], jax.core.Tracer):
         ct = ct + linear.nothing(rest[0], ct.shape, ct.dtype)
     return ct
 
@@ -167,7 +165,7 @@ for _name, _adjoint in ADJOINTS.items():
 # The transpose of allreduce SUM is the identity, whose transpose is the sum again.
 
 _identity_p = linear.Linear("mpi_cuda_allreduce_transpose")
-_identity_p.def_effectful_abstract_eval(lambda x, **_: (x, {fast_dispatch.effect}))
+_identity_p.def_effectful_abstract_eval(lambda x, **_: (x, {effect}))
 _identity_p.def_impl(lambda x, **_: x)
 
 
@@ -229,7 +227,7 @@ def _send_transpose(_: Any, x: Any, *rest: Any, **params: Any) -> Any:
         _refuse("send")
     attributes, aval = dict(params["attributes"]), x.aval
     comm, template = known_comm(attributes["comm"]), jnp.zeros(aval.shape, aval.dtype)
-    if params["template"] and isinstance(rest[0], core.Tracer):
+    if params["template"] and isinstance(rest[0], jax.core.Tracer):
         template = linear.nothing(rest[0], aval.shape, aval.dtype)
     back = {"source": attributes["dest"], "recvtag": attributes["tag"], "status": 0}
     with linear.derived():

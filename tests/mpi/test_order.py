@@ -375,7 +375,7 @@ def test_fast_dispatch_is_taken_with_this_jax() -> None:
 
     program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
     program(X)
-    assert fast_dispatch.fast_dispatch
+    assert fast_dispatch.is_taken
     compiled = program.lower(X).compile()
     assert not compiled._executable.unsafe_call.ordered_effects
     assert not compiled._executable.unsafe_call.has_unordered_effects
