@@ -15,12 +15,7 @@ import jax
 
 from mpi_cuda import _library
 from mpi_cuda._jax_patches import jax_core
-from mpi_cuda._library import (
-    ATTRIBUTE_ANY,
-    ATTRIBUTE_PROC_NULL,
-    DEFAULT_NUMBER,
-    SELF_NUMBER,
-)
+from mpi_cuda._library import ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL, DEFAULT_NUMBER, SELF_NUMBER
 
 # What a negative number that is none of the two is reduced by.
 _NEGATIVE = 2**32

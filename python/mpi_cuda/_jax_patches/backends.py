@@ -30,7 +30,7 @@ PATCHES = (
         what="the options of JAX's own GPU plugin are ours on GPUs",
         used=("jaxlib.xla_client.generate_pjrt_gpu_plugin_options",),
         without="an error at start on GPUs",
-        test="test_the_world_is_mpis",
+        test="test_auto_takes_the_gpu_and_says_why",
     ),
 )
 

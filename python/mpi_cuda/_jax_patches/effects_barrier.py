@@ -14,7 +14,7 @@ PATCHES = (
         what="`jax.effects_barrier` waits for operations too",
         used=("dispatch.runtime_tokens", "dispatch.RuntimeTokenSet.block_until_ready"),
         without="an error at the first operation",
-        test="test_unused_operations_are_not_deleted",
+        test="test_an_error_nobody_reads_is_raised_at_the_barrier",
     ),
 )
 

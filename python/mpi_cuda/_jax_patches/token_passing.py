@@ -25,7 +25,7 @@ PATCHES = (
             "sharding.Sharding._addressable_device_assignment",
         ),
         without="an error at the first operation",
-        test="test_dispatch_does_not_wait_for_a_peer_that_waits_in_a_callback",
+        test="test_deferred_launches_have_callbacks_errors_and_tokens",
     ),
 )
 

@@ -24,7 +24,6 @@ PATCHES = (
         what="what runs a program inside it exactly once is known by its name",
         used=(
             "ad_checkpoint.remat_p",
-            "core.closed_call_p",
             "custom_derivatives.custom_jvp_call_p",
             "custom_derivatives.custom_vjp_call_p",
             "lax.control_flow.loops.scan_p",
