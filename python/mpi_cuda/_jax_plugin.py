@@ -1,4 +1,4 @@
-"""Makes the plugin JAX's; called by `mpi_cuda_plugin`, which JAX finds."""
+"""Registers the plugin with JAX; called by `mpi_cuda_plugin`, which JAX finds."""
 
 from __future__ import annotations
 
