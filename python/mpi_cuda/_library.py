@@ -134,5 +134,5 @@ def _c_environment(name: str) -> str | None:
 
 
 def is_ours(backend: Any) -> bool:
-    """Whether a JAX backend is this library's (`pjrt_plugin/src/compile/mod.rs`, platform_version)."""
+    """Whether a JAX backend is ours (`pjrt_plugin/src/compile/mod.rs`, platform_version)."""
     return "MPI ranks " in str(getattr(backend, "platform_version", ""))
