@@ -122,7 +122,7 @@ def mark(jaxpr: Any, effect: Any) -> str | None:
         return None
     if found.operations > _LONGEST or found.bytes > _LARGEST:
         return None
-    name = f"mpi_cuda_alike_{found.comms.pop()}_{_hash(sequence):016x}"
+    name = f"mpi_cuda_uniform_{found.comms.pop()}_{_hash(sequence):016x}"
     return f"{name}_{found.balance % 2**64:016x}" if found.exchanges else name
 
 
