@@ -22,7 +22,7 @@ def test_which_programs_are_the_same_on_every_rank() -> None:
         return
 
     def marked(function, *args) -> bool:
-        return "mpi_cuda_alike_" in jax.jit(function).lower(*args).as_text()
+        return "mpi_cuda_uniform_" in jax.jit(function).lower(*args).as_text()
 
     def total(x):
         return nt.allreduce(x, m.SUM)

@@ -154,11 +154,11 @@ def test_a_program_is_kept_no_longer_than_its_function() -> None:
 
 
 def test_fast_dispatch_is_taken_with_this_jax() -> None:
-    from mpi_cuda import _order
+    from mpi_cuda._jax_patches import fast_dispatch
 
     program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
     program(X)
-    assert _order.fast_dispatch
+    assert fast_dispatch.is_taken
     compiled = program.lower(X).compile()
     assert not compiled._executable.unsafe_call.ordered_effects
     assert not compiled._executable.unsafe_call.has_unordered_effects

@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 from mpi_cuda import _library
+from mpi_cuda._jax_patches import custom_calls
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
@@ -40,7 +41,7 @@ def _pointer(capsule: Any) -> int | None:
     return _capsule_pointer(capsule, _capsule_name(capsule))
 
 
-def _register(name: str, target: Any, platform: str, api_version: int = 0) -> None:
+def _register(name: str, target: Any, api_version: int) -> None:
     if name in OWN or name in MPI4JAX or name.startswith("mpi_cuda_"):
         return
     handler: int | None
@@ -58,24 +59,8 @@ def _register(name: str, target: Any, platform: str, api_version: int = 0) -> No
 
 
 def install() -> None:
-    """Forwards all targets for the CPU, past and future; jaxlib's own CPU client gets them too.
+    """Forwards all targets for the CPU, past and future.
 
     Those for GPUs are registered by JAX's own package with the plugin that is wrapped."""
-    from jaxlib import _jax, xla_client
-
-    if _library.load().mpi_cuda_on_gpu():
-        return
-
-    registered = dict(xla_client.custom_call_targets("Host"))
-    for name, target in registered.items():
-        _register(name, target, "Host", 1)
-
-    def handler(
-        name: str, target: Any, platform: str, api_version: int = 0, traits: Any = 0
-    ) -> None:
-        _register(name, target, platform, api_version)
-        _jax.register_custom_call_target(name, target, platform, api_version, traits)
-
-    # A second handler would be ignored; ours serves both clients.
-    xla_client._custom_callback_handler.pop("Host", None)
-    xla_client.register_custom_call_handler("Host", handler)
+    if not _library.load().mpi_cuda_on_gpu():
+        custom_calls.forward(_register)

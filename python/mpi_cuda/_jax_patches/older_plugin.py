@@ -14,9 +14,25 @@ from typing import Any
 
 import jax
 from jax._src import compiler
-from jax._src.interpreters import mlir
 from jax._src.lib import _jax
-from jax._src.lib.mlir import ir
+from jax.interpreters import mlir
+from jax.interpreters.mlir import ir
+
+from mpi_cuda._jax_patches.patch import Patch
+
+PATCHES = (
+    Patch(
+        what="what compiles is wrapped, and programs go through HLO where they must",
+        used=(
+            "compiler.backend_compile_and_load",
+            "lib._jax.mlir.mlir_module_to_xla_computation",
+            "lib._jax.mlir.xla_computation_to_mlir_module",
+        ),
+        without="a warning; programs for several devices with floats of 8 bits and less need "
+        "`jax_use_shardy_partitioner=False`",
+        test="test_8_bit_floats_are_moved",
+    ),
+)
 
 #: How the inner plugin's MLIR says that it does not know what it reads.
 _UNREADABLE = "unknown attribute code"

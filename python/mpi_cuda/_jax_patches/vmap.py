@@ -11,29 +11,42 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax._src import core
 from jax._src.interpreters import batching
 from jax._src.lax.control_flow import conditionals, loops
 
-from mpi_cuda import _order
+from mpi_cuda._jax_patches import jaxprs
+from mpi_cuda._jax_patches.effect import effect, only_operations
+from mpi_cuda._jax_patches.patch import Patch
+
+PATCHES = (
+    Patch(
+        what="the rules of `cond` and `while_loop` let operations pass where no predicate is "
+        "batched",
+        used=(
+            "interpreters.batching.batch_jaxpr",
+            "interpreters.batching.fancy_primitive_batchers",
+            "lax.control_flow.conditionals.cond_p",
+            "lax.control_flow.loops.while_p",
+        ),
+        without="`vmap` of loops and branches that communicate is refused",
+        test="test_loops_and_branches_whose_predicate_is_not_batched",
+    ),
+)
 
 
 def _names(jaxpr: Any) -> Iterator[str]:
     """The operations in a program, in order."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if _order.effect in eqn.effects and "attributes" in eqn.params:
+        if effect in eqn.effects and "attributes" in eqn.params:
             yield name.removeprefix("mpi_cuda_")
-        for sub in core.jaxprs_in_params(eqn.params):
-            yield from _names(getattr(sub, "jaxpr", sub))
+        for program in jaxprs.in_params(eqn.params):
+            yield from _names(jaxprs.bare(program))
 
 
 def _without_effect(closed: Any) -> Any:
     """The program as JAX's rule takes it; what it makes of it has the effect again."""
-    effects = {e for e in closed.effects if e != _order.effect}
-    inner = closed.jaxpr.replace(effects=effects)
-    # JAX 0.12 has one class for both.
-    return closed.replace(jaxpr=inner) if closed.jaxpr is not closed else inner
+    return jaxprs.replace(closed, effects={e for e in closed.effects if e != effect})
 
 
 def _refuse(what: str, *programs: Any) -> None:
@@ -47,12 +60,10 @@ def _refuse(what: str, *programs: Any) -> None:
 
 def _cond(original: Callable[..., Any]) -> Callable[..., Any]:
     def rule(axis_data: Any, args: Any, dims: Any, *, branches: Any, **params: Any) -> Any:
-        if any(map(_order.only_operations, branches)):
+        if any(map(only_operations, branches)):
             if dims[0] is not None and "branches_platforms" not in params:
                 _refuse("cond", *branches)
-            branches = tuple(
-                _without_effect(b) if _order.only_operations(b) else b for b in branches
-            )
+            branches = tuple(_without_effect(b) if only_operations(b) else b for b in branches)
         return original(axis_data, args, dims, branches=branches, **params)
 
     return rule
@@ -69,9 +80,9 @@ def _while_loop(original: Callable[..., Any]) -> Callable[..., Any]:
         body_jaxpr: Any,
     ) -> Any:
         programs = (cond_jaxpr, body_jaxpr)
-        if any(map(_order.only_operations, programs)):
+        if any(map(only_operations, programs)):
             cond_jaxpr, body_jaxpr = (
-                _without_effect(p) if _order.only_operations(p) else p for p in programs
+                _without_effect(p) if only_operations(p) else p for p in programs
             )
             batched = [dim is not None for dim in dims]
             consts = cond_nconsts + body_nconsts
@@ -103,6 +114,3 @@ def install() -> None:
     for primitive, wrap in ((conditionals.cond_p, _cond), (loops.while_p, _while_loop)):
         if primitive in rules:
             rules[primitive] = wrap(rules[primitive])
-
-
-install()

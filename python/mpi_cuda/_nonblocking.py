@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpi_cuda import _arguments, _linear
+from mpi_cuda import _arguments
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, Comm
+from mpi_cuda._jax_patches import linear
 from mpi_cuda._operations import Array, Token, bind, is_template_array, template_of
 
 _NUMBER = ((), np.uint32)
@@ -89,7 +90,7 @@ def irecv(
     empty = jnp.zeros((0,), template.dtype)
     number, token = bind("irecv", where, empty, _NUMBER, token, template=template, **attributes)
     # What vmap needs of it: whether it is batched.
-    kept = _linear.nothing(template) if is_template_array(template) else None
+    kept = linear.nothing(template) if is_template_array(template) else None
     return Request(number, kept, tuple(template.shape), np.dtype(template.dtype), where), token
 
 

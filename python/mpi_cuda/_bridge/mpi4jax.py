@@ -8,7 +8,7 @@ effect of ours:
 
 - communicators, reductions and status are numbers in programs, as in ours (`_arguments`);
 - its ordered effect is ours, so that one order holds for the operations of both, and calls take
-  JAX's fast dispatch path (`_order`);
+  JAX's fast dispatch path (`_jax_patches`);
 - equal communicators and reductions are one hashable object, so that an eager call compiles once.
 """
 
@@ -22,7 +22,9 @@ from typing import Any
 
 from mpi4py import MPI
 
-from mpi_cuda import _arguments, _ffi_targets, _library, _order
+from mpi_cuda import _arguments, _jax_patches, _library
+from mpi_cuda._bridge.ffi_targets import MPI4JAX
+from mpi_cuda._jax_patches.effect import effect
 
 MPI_STATUS_IGNORE_ADDR = 0
 
@@ -58,7 +60,7 @@ def _elsewhere() -> Any:
     return new(ctypes.cast(handler, ctypes.c_void_p), None, None)
 
 
-ffi_targets = {name.removesuffix("_ffi"): _elsewhere() for name in _ffi_targets.MPI4JAX}
+ffi_targets = {name.removesuffix("_ffi"): _elsewhere() for name in MPI4JAX}
 
 
 def _for_cuda() -> types.ModuleType:
@@ -88,13 +90,13 @@ def _install() -> None:
 
     def shared_effect(effect_type: Any, ordered: bool = False) -> Any:
         if effect_type.__name__ == "OrderedMPIEffect":
-            return _order.effect
+            return effect
         return register_effect(effect_type, ordered)
 
     compat.register_effect = shared_effect
     utils: Any = importlib.import_module("mpi4jax._src.utils")
     missing = [name for name in ("to_mpi_handle", "to_mpi_ptr") if not hasattr(utils, name)]
-    if missing or utils.ordered_effect is not _order.effect:
+    if missing or utils.ordered_effect is not effect:
         raise ImportError(
             "mpi_cuda executes the calls of mpi4jax 0.9, and this version differs (no "
             f"{', '.join(missing) or 'ordered effect'}): install mpi4jax 0.9.1, or use mpi_cuda's "
@@ -131,7 +133,7 @@ def _install() -> None:
     utils.to_mpi_handle = _handle
     utils.to_mpi_ptr = to_mpi_ptr
     utils.wrap_as_hashable = wrap_as_hashable
-    _order.install()
+    _jax_patches.install("operation")
 
 
 _install()

@@ -15,11 +15,32 @@ from threading import local
 from typing import Any
 
 from jax._src import ad_checkpoint as remat
-from jax._src import core
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.control_flow import conditionals, loops
 
-from mpi_cuda import _order
+from mpi_cuda._jax_patches import jaxprs
+from mpi_cuda._jax_patches.effect import effect
+from mpi_cuda._jax_patches.patch import Patch
+
+PATCHES = (
+    Patch(
+        what="operations stay in a `scan`, and in `jax.checkpoint`, that is differentiated",
+        used=(
+            "ad_checkpoint.remat_p",
+            "interpreters.partial_eval.EffectHandle",
+            "interpreters.partial_eval.custom_partial_eval_rules",
+            "interpreters.partial_eval.move_binders_to_front",
+            "interpreters.partial_eval.partial_eval_jaxpr_custom_rules",
+            "interpreters.partial_eval.partial_eval_jaxpr_nounits",
+            "lax.control_flow.conditionals.cond_p",
+            "lax.control_flow.loops._scan_known_hoisting",
+            "lax.control_flow.loops.scan_p",
+        ),
+        without="a warning; operations may be moved out of a `scan` or forgotten by "
+        "`jax.checkpoint` that is differentiated",
+        test="test_loops_that_are_differentiated_keep_their_messages",
+    ),
+)
 
 _state = local()
 
@@ -29,7 +50,7 @@ def _keep_known(original: Any) -> Any:
 
     @functools.wraps(original)
     def hoisting(jaxpr: Any, consts: Sequence[Any], num_residuals: int, *others: Any) -> Any:
-        if _order.effect in jaxpr.effects:
+        if effect in jaxpr.effects:
             return jaxpr, consts, [False] * num_residuals, []
         return original(jaxpr, consts, num_residuals, *others)
 
@@ -42,7 +63,7 @@ def _keep_rematerialized(original: Any) -> Any:
     @functools.wraps(original)
     def rule(saveable: Any, unknown: Any, instantiated: Any, eqn: Any) -> Any:
         outer = getattr(_state, "inside", False)
-        _state.inside = _order.effect in eqn.effects
+        _state.inside = effect in eqn.effects
         try:
             return original(saveable, unknown, instantiated, eqn)
         finally:
@@ -56,13 +77,13 @@ def _split_nothing(original: Any) -> Any:
 
     @functools.wraps(original)
     def split(jaxpr: Any, unknowns: Sequence[bool], instantiate: Any) -> Any:
-        if not getattr(_state, "inside", False) or _order.effect not in jaxpr.effects:
+        if not getattr(_state, "inside", False) or effect not in jaxpr.effects:
             return original(jaxpr, unknowns, instantiate)
         known = [not is_unknown for is_unknown in unknowns]
         avals = [aval for aval, is_known in zip(jaxpr.in_avals, known, strict=True) if is_known]
-        consts = [core.Var(aval) for aval in avals]
+        consts = [jaxprs.Var(aval) for aval in avals]
         names = jaxpr.jaxpr.debug_info.with_unknown_names()
-        passed_on = _order.program(consts, consts, [], set(), names)
+        passed_on = jaxprs.program(consts, consts, [], set(), names)
         loop = pe.move_binders_to_front(jaxpr, known)
         return passed_on, loop, [True] * len(jaxpr.out_avals), avals
 
@@ -76,7 +97,7 @@ def _keep_program(original: Any) -> Any:
     @functools.wraps(original)
     def rule(trace: Any, *tracers: Any, jaxpr: Any, **params: Any) -> Any:
         unknown = [not tracer.is_known() for tracer in tracers]
-        if _order.effect not in jaxpr.effects or not any(unknown):
+        if effect not in jaxpr.effects or not any(unknown):
             return original(trace, *tracers, jaxpr=jaxpr, **params)
         # With one more result that does, which leads to what computes all.
         tangent = jaxpr.invars[unknown.index(True)]
@@ -96,7 +117,7 @@ def _keep_branches(original: Any) -> Any:
     @functools.wraps(original)
     def rule(trace: Any, index: Any, *tracers: Any, branches: Any, **params: Any) -> Any:
         unknown = [not tracer.is_known() for tracer in tracers]
-        communicates = any(_order.effect in branch.effects for branch in branches)
+        communicates = any(effect in branch.effects for branch in branches)
         if not communicates or not any(unknown) or not index.is_known():
             return original(trace, index, *tracers, branches=branches, **params)
         branches = tuple(_with_result(branch, unknown.index(True)) for branch in branches)
@@ -112,11 +133,11 @@ def _keep_rematerialized_branches(original: Any) -> Any:
 
     @functools.wraps(original)
     def rule(saveable: Any, unknown: Any, instantiated: Any, eqn: Any) -> Any:
-        if _order.effect not in eqn.effects or unknown[0] or not any(unknown):
+        if effect not in eqn.effects or unknown[0] or not any(unknown):
             return original(saveable, unknown, instantiated, eqn)
         place = list(unknown).index(True)
         branches = tuple(_with_result(branch, place - 1) for branch in eqn.params["branches"])
-        extra = core.Var(eqn.invars[place].aval)
+        extra = jaxprs.Var(eqn.invars[place].aval)
         eqn = eqn.replace(
             outvars=[*eqn.outvars, extra], params={**eqn.params, "branches": branches}
         )
@@ -131,12 +152,11 @@ def _keep_rematerialized_branches(original: Any) -> Any:
 def _with_result(closed: Any, place: int) -> Any:
     """A program that returns one of its arguments, too."""
     jaxpr = closed.jaxpr
-    more = jaxpr.replace(
+    return jaxprs.replace(
+        closed,
         outvars=[*jaxpr.outvars, jaxpr.invars[place]],
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
-    # JAX 0.12 has one class for both.
-    return closed.replace(jaxpr=more) if jaxpr is not closed else more
 
 
 def install() -> None:
@@ -162,6 +182,3 @@ def install() -> None:
     if conditionals.cond_p in rules:
         rules[conditionals.cond_p] = _keep_rematerialized_branches(rules[conditionals.cond_p])
     setattr(pe, "partial_eval_jaxpr_nounits", _split_nothing(pe.partial_eval_jaxpr_nounits))  # noqa: B010
-
-
-install()

@@ -10,7 +10,7 @@ derivatives make are always batched: zeros, but tied to what is differentiated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import local
 from typing import Any
@@ -20,10 +20,48 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import ad_checkpoint as remat
 from jax._src import core, pjit, source_info_util
-from jax._src.interpreters import ad, batching
+from jax._src.interpreters import ad as private_ad
+from jax._src.interpreters import batching as private_batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.control_flow import conditionals, loops
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
+
+from mpi_cuda._jax_patches import jax_core, jaxprs
+from mpi_cuda._jax_patches.effect import only_operations
+from mpi_cuda._jax_patches.patch import Patch
+
+PATCHES = (
+    Patch(
+        what="an operation has a tangent, and in derivatives a batch, whatever it gets",
+        used=(
+            "core.Primitive.bind_with_trace",
+            "core.set_current_trace",
+            "interpreters.ad.JVPTrace.to_primal_tangent_pair",
+            "interpreters.ad.LinearizeTrace.to_primal_tangent_pair",
+            "interpreters.ad.LinearizeTracer",
+            "interpreters.batching.BatchTrace.to_batch_info",
+            "interpreters.batching.BatchTracer",
+            "interpreters.partial_eval.DynamicJaxprTrace.var_to_tracer",
+            "source_info_util.current",
+        ),
+        without="ranks must not differ in what is constant where derivatives are taken",
+        test="test_a_placeholder_where_the_operand_does_not_matter",
+    ),
+    Patch(
+        what="so do programs with operations",
+        used=(
+            "ad_checkpoint.remat_p",
+            "interpreters.ad.JVPTrace.process_primitive",
+            "interpreters.ad.LinearizeTrace.process_primitive",
+            "lax.control_flow.conditionals.cond_p",
+            "lax.control_flow.loops.scan_p",
+            "lax.control_flow.loops.while_p",
+            "pjit.jit_p",
+        ),
+        without="ranks must not differ in what is constant in `jit`, loops and branches",
+        test="test_a_paired_receive_that_jax_takes_for_a_constant_is_refused",
+    ),
+)
 
 _state = local()
 
@@ -46,9 +84,9 @@ def is_derived() -> bool:
 # Zeros that JAX takes for a linear function of an array: what depends on it is differentiated and
 # batched like the array, and costs nothing when it runs.
 
-_nothing_p = core.Primitive("mpi_cuda_nothing")
+_nothing_p = jax_core.Primitive("mpi_cuda_nothing")
 _nothing_p.def_impl(lambda x, shape, dtype: jnp.zeros(shape, dtype))
-_nothing_p.def_abstract_eval(lambda x, shape, dtype: core.ShapedArray(shape, dtype))
+_nothing_p.def_abstract_eval(lambda x, shape, dtype: jax.core.ShapedArray(shape, dtype))
 mlir.register_lowering(
     _nothing_p, mlir.lower_fun(lambda x, shape, dtype: jnp.zeros(shape, dtype), False)
 )
@@ -78,7 +116,7 @@ def is_differentiable(aval: Any) -> bool:
     return hasattr(aval, "dtype") and bool(jnp.issubdtype(aval.dtype, jnp.inexact))
 
 
-class Linear(core.Primitive):
+class Linear(jax_core.Primitive):
     """An operation that is linear, unless its attributes say otherwise."""
 
     def is_linear(self, params: dict[str, Any]) -> bool:
@@ -95,21 +133,21 @@ class Linear(core.Primitive):
 
 def _prepared(trace: Any, x: Any, params: dict[str, Any]) -> Any:
     """The operand, with a tangent while derivatives are taken; batched, if of a derivative."""
-    if isinstance(trace, ad.JVPTrace | ad.LinearizeTrace):
+    if isinstance(trace, ad.JVPTrace | private_ad.LinearizeTrace):
         return _with_tangent(trace, x)
-    if isinstance(trace, batching.BatchTrace) and params.get("derived"):
+    if isinstance(trace, private_batching.BatchTrace) and params.get("derived"):
         value, dim = trace.to_batch_info(x)
         if dim is None:
             size = trace.axis_data.size
             with core.set_current_trace(trace.parent_trace):
                 value = jax.lax.broadcast(value, (size,))
-            return batching.BatchTracer(trace, value, 0, source_info_util.current())
+            return private_batching.BatchTracer(trace, value, 0, source_info_util.current())
     return x
 
 
 def _with_tangent(trace: Any, x: Any) -> Any:
     primal, tangent = trace.to_primal_tangent_pair(x)
-    aval = core.typeof(primal)
+    aval = jax.typeof(primal)
     if type(tangent) is not ad.Zero or not is_differentiable(aval):
         return x
     forward = isinstance(trace, ad.JVPTrace)
@@ -119,7 +157,7 @@ def _with_tangent(trace: Any, x: Any) -> Any:
         zeros = (
             ad.instantiate_zeros(tangent) if source is None else nothing(source, *_shaped(tangent))
         )
-    return (ad.JVPTracer if forward else ad.LinearizeTracer)(trace, primal, zeros)
+    return (ad.JVPTracer if forward else private_ad.LinearizeTracer)(trace, primal, zeros)
 
 
 def _shaped(tangent: Any) -> tuple[Any, Any]:
@@ -144,8 +182,8 @@ def _calls() -> frozenset[Any]:
 def _is_harmless(program: Any) -> bool:
     """Whether a tangent can go through a program, wherever it gets: not through a reduction like
     MAX, nor back through a `while_loop`, where what is constant on all ranks must be let in."""
-    for eqn in getattr(program, "jaxpr", program).eqns:
-        primitive, inside = eqn.primitive, list(core.jaxprs_in_params(eqn.params))
+    for eqn in jaxprs.bare(program).eqns:
+        primitive, inside = eqn.primitive, list(jaxprs.in_params(eqn.params))
         if isinstance(primitive, Linear):
             if not primitive.is_linear(eqn.params):
                 return False
@@ -156,26 +194,24 @@ def _is_harmless(program: Any) -> bool:
     return True
 
 
-def install(has_operations: Callable[[Any], bool]) -> None:
+def install() -> None:
     """Lets programs with operations have tangents in the same way; for this JAX, if it can."""
     try:
         calls = _calls()
     except AttributeError:
         return
-    for trace in (ad.JVPTrace, ad.LinearizeTrace):
-        _install_calls(trace, calls, has_operations)
+    for trace in (private_ad.JVPTrace, private_ad.LinearizeTrace):
+        _install_calls(trace, calls)
 
 
-def _install_calls(
-    trace: Any, calls: frozenset[Any], has_operations: Callable[[Any], bool]
-) -> None:
+def _install_calls(trace: Any, calls: frozenset[Any]) -> None:
     original = trace.process_primitive
 
     @functools.wraps(original)
     def process_primitive(self: Any, primitive: Any, tracers: Any, params: Any, /) -> Any:
         if primitive in calls:
-            programs = list(core.jaxprs_in_params(params))
-            if any(map(has_operations, programs)) and all(map(_is_harmless, programs)):
+            programs = list(jaxprs.in_params(params))
+            if any(map(only_operations, programs)) and all(map(_is_harmless, programs)):
                 tracers, found = _some_tangent(self, tracers)
                 if not found and any(map(_receives, programs)):
                     raise NotImplementedError(
@@ -190,10 +226,10 @@ def _install_calls(
 
 def _receives(program: Any) -> bool:
     """Whether a program has a receive with derivatives."""
-    for eqn in getattr(program, "jaxpr", program).eqns:
+    for eqn in jaxprs.bare(program).eqns:
         if eqn.primitive.name == "mpi_cuda_recv" and eqn.params["paired"]:
             return True
-        if any(map(_receives, core.jaxprs_in_params(eqn.params))):
+        if any(map(_receives, jaxprs.in_params(eqn.params))):
             return True
     return False
 
@@ -204,7 +240,7 @@ def _some_tangent(trace: Any, tracers: Sequence[Any]) -> tuple[Sequence[Any], bo
     if any(type(tangent) is not ad.Zero for _, tangent in pairs):
         return tracers, True
     for index, (primal, _) in enumerate(pairs):
-        if is_differentiable(core.typeof(primal)):
+        if is_differentiable(jax.typeof(primal)):
             new = list(tracers)
             new[index] = _with_tangent(trace, tracers[index])
             return new, True

@@ -13,14 +13,25 @@ import threading
 from typing import Any
 
 import numpy as np
-from jax._src import core
 
-from mpi_cuda._arguments import (
-    ATTRIBUTE_ANY,
-    ATTRIBUTE_PROC_NULL,
-    DEFAULT_NUMBER,
-    WORLD_NUMBER,
-    world_comm,
+from mpi_cuda import _library
+from mpi_cuda._jax_patches import jaxprs
+from mpi_cuda._jax_patches.patch import Patch
+from mpi_cuda._library import ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL, DEFAULT_NUMBER, WORLD_NUMBER
+
+PATCHES = (
+    Patch(
+        what="what runs a program inside it exactly once is known by its name",
+        used=(
+            "ad_checkpoint.remat_p",
+            "custom_derivatives.custom_jvp_call_p",
+            "custom_derivatives.custom_vjp_call_p",
+            "lax.control_flow.loops.scan_p",
+            "pjit.jit_p",
+        ),
+        without="small programs stay on XLA's threads: slower",
+        test="test_which_programs_are_the_same_on_every_rank",
+    ),
 )
 
 # What runs the program inside it exactly once.
@@ -40,7 +51,7 @@ class _Different(Exception):
 class _Found:
     """What a program has, so far."""
 
-    effect: core.Effect
+    effect: Any
     rank: int
     comms: set[int] = dataclasses.field(default_factory=set)
     operations: int = 0
@@ -48,15 +59,14 @@ class _Found:
     exchanges: int = 0
     balance: int = 0
 
-    def add(self, eqn: core.JaxprEqn, times: int) -> Any:
+    def add(self, eqn: Any, times: int) -> Any:
         """Notes an operation that runs `times` times; returns its place in the sequence."""
         name = eqn.primitive.name.removeprefix("mpi_cuda_")
         attributes = dict(eqn.params["attributes"])
         self.comms.add(attributes["comm"])
         self.operations += times
         for var in (*eqn.invars, *eqn.outvars):
-            aval: Any = var.aval
-            self.bytes += times * aval.size * aval.dtype.itemsize
+            self.bytes += times * var.aval.size * var.aval.dtype.itemsize
         if name in ("send", "recv", "isend", "irecv", "wait", "wait_send"):
             raise _Different
         if name == "sendrecv":
@@ -79,7 +89,7 @@ def _hash(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
 
 
-def _sequence(jaxpr: core.Jaxpr, found: _Found, times: int) -> list[Any]:
+def _sequence(jaxpr: Any, found: _Found, times: int) -> list[Any]:
     """The operations in `jaxpr`, which runs `times` times."""
     sequence: list[Any] = []
     for eqn in jaxpr.eqns:
@@ -90,9 +100,9 @@ def _sequence(jaxpr: core.Jaxpr, found: _Found, times: int) -> list[Any]:
             continue
         name = eqn.primitive.name
         inside = [
-            getattr(sub, "jaxpr", sub)
-            for sub in core.jaxprs_in_params(eqn.params)
-            if found.effect in sub.effects
+            jaxprs.bare(program)
+            for program in jaxprs.in_params(eqn.params)
+            if found.effect in program.effects
         ]
         if len(inside) != 1 or not (name == "scan" or name in _CALLS):
             raise _Different
@@ -101,9 +111,9 @@ def _sequence(jaxpr: core.Jaxpr, found: _Found, times: int) -> list[Any]:
     return sequence
 
 
-def mark(jaxpr: core.Jaxpr, effect: core.Effect) -> str | None:
+def mark(jaxpr: Any, effect: Any) -> str | None:
     """The attribute's name, or None if the ranks may differ. `effect` is that of operations."""
-    found = _Found(effect, world_comm(WORLD_NUMBER).rank)
+    found = _Found(effect, _library.start().rank)
     try:
         sequence = _sequence(jaxpr, found, 1)
     except _Different:
@@ -112,7 +122,7 @@ def mark(jaxpr: core.Jaxpr, effect: core.Effect) -> str | None:
         return None
     if found.operations > _LONGEST or found.bytes > _LARGEST:
         return None
-    name = f"mpi_cuda_alike_{found.comms.pop()}_{_hash(sequence):016x}"
+    name = f"mpi_cuda_uniform_{found.comms.pop()}_{_hash(sequence):016x}"
     return f"{name}_{found.balance % 2**64:016x}" if found.exchanges else name
 
 
