@@ -24,7 +24,8 @@ extern "C" {
  * A token is an s32[] or an XLA token. Operations run in the order in which tokens chain them; XLA
  * may reorder operations that are not chained. Between programs the order is that of their launch.
  *
- * Targets that begin with mpi_cuda_native_ are the library's own, in programs for several devices.
+ * Targets that begin with mpi_cuda_collective_ are the library's own: they stand in programs for
+ * several devices.
  *
  * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits.
  *

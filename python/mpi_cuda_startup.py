@@ -5,9 +5,9 @@ is installed, takes the first it finds; the wrong one sees a world of size 1. No
 without an MPI launcher or where the user chose (`MPI4PY_LIBMPI`, `MPI4PY_MPIABI`).
 
 And where the backend mpi_cuda is selected, an `import mpi4jax` gets our bridge instead of its own
-(`mpi_cuda/_mpi4jax.py`), and whoever imports `mpi4py.MPI` under a launcher joins the world then:
-that is collective, and all ranks import it, while the first use of JAX may come before an mpi4py
-collective on one rank and after it on another.
+(`mpi_cuda/_bridge/mpi4jax.py`), and whoever imports `mpi4py.MPI` under a launcher joins the world
+then: that is collective, and all ranks import it, while the first use of JAX may come before an
+mpi4py collective on one rank and after it on another.
 """
 
 import os
@@ -50,7 +50,9 @@ class _Bridge:
         if name != f"{cls.PACKAGE}mpi_xla_bridge_cpu":
             raise ImportError(f"{name} is not used with the backend mpi_cuda")
         folder = os.path.dirname(os.path.abspath(__file__))
-        return spec_from_file_location(name, os.path.join(folder, "mpi_cuda", "_mpi4jax.py"))
+        return spec_from_file_location(
+            name, os.path.join(folder, "mpi_cuda", "_bridge", "mpi4jax.py")
+        )
 
 
 class _Mpi4py:

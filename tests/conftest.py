@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# What tests share says as much as they do when it fails.
+pytest.register_assert_rewrite("collectives_support", "jobs")
+
 LIMIT = float(os.environ.get("TEST_TIMEOUT", "90"))
 
 

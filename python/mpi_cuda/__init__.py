@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpi_cuda import _batching, _derivatives, _hoisting, experimental, notoken  # noqa: F401
+from mpi_cuda import _derivatives, _jax_patches, experimental, notoken  # noqa: F401
 from mpi_cuda import _library as _library
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
+from mpi_cuda._nonblocking import Request, irecv, isend, wait
 from mpi_cuda._operations import (
     allgather,
     allreduce,
@@ -29,7 +30,6 @@ from mpi_cuda._operations import (
     send,
     sendrecv,
 )
-from mpi_cuda._split import Request, irecv, isend, wait
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,9 @@ BAND = OPS["BAND"]
 BOR = OPS["BOR"]
 BXOR = OPS["BXOR"]
 
-_COMMUNICATORS = {"COMM_WORLD": 0, "COMM_SELF": 2}
+_COMMUNICATORS = {"COMM_WORLD": _library.WORLD_NUMBER, "COMM_SELF": _library.SELF_NUMBER}
+
+_jax_patches.install("import")
 
 
 def __getattr__(name: str) -> Any:

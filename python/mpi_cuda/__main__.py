@@ -2,7 +2,7 @@
 
 Tries it with arrays that XLA itself allocated, first as they are and then through copies on the
 device, and keeps what came of it for later jobs with this MPI, driver and plugin
-(`MPI_CUDA_PROOF_DIR`, by default `~/.cache/mpi_cuda`). MPI may end the job by a segmentation
+(`MPI_CUDA_PROBE_DIR`, by default `~/.cache/mpi_cuda`). MPI may end the job by a segmentation
 fault: then the next probe goes on with the next way. It is a job of its own, so that nothing else
 is lost.
 """
@@ -76,7 +76,7 @@ def probe() -> int:
         raise RuntimeError("mpi_cuda probe: JAX does not use mpi_cuda; set JAX_PLATFORMS=mpi_cuda")
     library, rank = _library.load(), m.COMM_WORLD.rank
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if rank == 0:
             print(f"mpi_cuda probe: {text}", flush=True)
 
@@ -86,7 +86,7 @@ def probe() -> int:
         return result
 
     while (way := checked(library.mpi_cuda_probe_next())) < len(WAYS):
-        say(f"trying {WAYS[way]}")
+        log(f"trying {WAYS[way]}")
         failure = None
         try:
             exchange()
@@ -94,9 +94,9 @@ def probe() -> int:
             failure = f"{type(error).__name__}: {error}"
             print(f"mpi_cuda probe: rank {rank}: {failure}", flush=True)
         if checked(library.mpi_cuda_probe_report(failure.encode() if failure else None)):
-            say(f"MPI can be given {WAYS[way]}; from now on MPI_CUDA_TRANSFER=auto is direct")
+            log(f"MPI can be given {WAYS[way]}; from now on MPI_CUDA_TRANSFER=auto is direct")
             return 0
-    say("MPI cannot be given device memory: MPI_CUDA_TRANSFER=auto is staged")
+    log("MPI cannot be given device memory: MPI_CUDA_TRANSFER=auto is staged")
     return 1
 
 

@@ -12,13 +12,11 @@ import sys
 from typing import Any
 
 import jax
-from jax._src import core
 
 from mpi_cuda import _library
+from mpi_cuda._jax_patches import jax_core
+from mpi_cuda._library import ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL, DEFAULT_NUMBER, SELF_NUMBER
 
-# Attribute values of the custom calls (mpi_cuda.h).
-ATTRIBUTE_ANY = -1
-ATTRIBUTE_PROC_NULL = -2
 # What a negative number that is none of the two is reduced by.
 _NEGATIVE = 2**32
 
@@ -102,10 +100,6 @@ class Status:
 def _mpi() -> Any:
     """mpi4py's MPI module if the user imported it, else None."""
     return sys.modules.get("mpi4py.MPI")
-
-
-# Communicators that always exist (`include/mpi_cuda.h`).
-WORLD_NUMBER, DEFAULT_NUMBER, SELF_NUMBER = 0, 1, 2
 
 
 def world_comm(number: int) -> Comm:
@@ -226,7 +220,7 @@ def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
         return ATTRIBUTE_PROC_NULL
     rank = _integer(operation, what, value)
     if not 0 <= rank < comm.size:
-        if what != "root" and -(2**31) <= rank < 2**31 and not core.trace_state_clean():
+        if what != "root" and -(2**31) <= rank < 2**31 and not jax_core.is_outside_programs():
             return rank if rank >= 0 else rank - _NEGATIVE
         raise ValueError(
             f"{operation} on rank {comm.rank}: {what} {rank} is not a rank of the communicator, "

@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import core
 from jax.interpreters import ad, batching, mlir
 
-from mpi_cuda import _linear, _operations, _order
-from mpi_cuda._arguments import ATTRIBUTE_ANY, OPS, Comm, known_comm
+from mpi_cuda import _operations
+from mpi_cuda._arguments import OPS, Comm, known_comm
+from mpi_cuda._jax_patches import linear
+from mpi_cuda._jax_patches.effect import effect
+from mpi_cuda._library import ATTRIBUTE_ANY
 from mpi_cuda._primitives import Result, primitives
 
 SUM = OPS["SUM"]
@@ -40,13 +42,13 @@ def _jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
     # Of an outer derivative, an operation that an inner one made is one like any other.
     outs = primitives[name].bind(*primals, **{**params, "derived": False})
     zeros = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
-    if not _linear.is_differentiable(jax.typeof(primals[0])):
+    if not linear.is_differentiable(jax.typeof(primals[0])):
         return outs, zeros
     # In place of a template, something that ties what the transpose makes of it to the operand.
     tangent_params = {**params, "token": False, "template": True, "derived": True}
     operands = [ad.instantiate_zeros(tangents[0])]
     if name != "recv":
-        operands.append(_linear.nothing(primals[0]))
+        operands.append(linear.nothing(primals[0]))
     out_tangents = primitives[name].bind(*operands, **tangent_params)
     return outs, out_tangents + zeros[len(out_tangents) :]
 
@@ -57,7 +59,7 @@ def _transpose(
     attributes = dict(params["attributes"])
     _require_sum(name, attributes)
     ct = _tied(cotangents[0], rest, params)
-    with _linear.derived():
+    with linear.derived():
         back = adjoint(ct, x.aval, known_comm(attributes["comm"]), attributes)
     return [back] + [None] * len(rest)
 
@@ -77,7 +79,7 @@ def _alltoall(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
 def _bcast(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
     root = attributes["root"]
     total = _operations.reduce(ct, SUM, root, comm=comm, token=False)[0]
-    return total if comm.rank == root else _linear.nothing(total, ct.shape, ct.dtype)
+    return total if comm.rank == root else linear.nothing(total, ct.shape, ct.dtype)
 
 
 def _reduce(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
@@ -96,7 +98,7 @@ def _gather(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
 def _scatter(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
     root = attributes["root"]
     back = _operations.gather(ct, root, comm=comm, token=False)[0]
-    return back if comm.rank == root else _linear.nothing(back, x.shape, x.dtype)
+    return back if comm.rank == root else linear.nothing(back, x.shape, x.dtype)
 
 
 def _scan(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
@@ -139,14 +141,11 @@ ADJOINTS: dict[str, Adjoint] = {
 }
 
 
-_linear.install(_order.only_operations)
-
-
 def _tied(ct: Any, rest: Any, params: dict[str, Any]) -> Any:
     """A cotangent, never zero by itself, that depends on the operand (`_jvp`)."""
     ct = ad.instantiate_zeros(ct)
-    if params["template"] and isinstance(rest[0], core.Tracer):
-        ct = ct + _linear.nothing(rest[0], ct.shape, ct.dtype)
+    if params["template"] and isinstance(rest[0], jax.core.Tracer):
+        ct = ct + linear.nothing(rest[0], ct.shape, ct.dtype)
     return ct
 
 
@@ -165,8 +164,8 @@ for _name, _adjoint in ADJOINTS.items():
 
 # The transpose of allreduce SUM is the identity, whose transpose is the sum again.
 
-_identity_p = _linear.Linear("mpi_cuda_allreduce_transpose")
-_identity_p.def_effectful_abstract_eval(lambda x, **_: (x, {_order.effect}))
+_identity_p = linear.Linear("mpi_cuda_allreduce_transpose")
+_identity_p.def_effectful_abstract_eval(lambda x, **_: (x, {effect}))
 _identity_p.def_impl(lambda x, **_: x)
 
 
@@ -228,10 +227,10 @@ def _send_transpose(_: Any, x: Any, *rest: Any, **params: Any) -> Any:
         _refuse("send")
     attributes, aval = dict(params["attributes"]), x.aval
     comm, template = known_comm(attributes["comm"]), jnp.zeros(aval.shape, aval.dtype)
-    if params["template"] and isinstance(rest[0], core.Tracer):
-        template = _linear.nothing(rest[0], aval.shape, aval.dtype)
+    if params["template"] and isinstance(rest[0], jax.core.Tracer):
+        template = linear.nothing(rest[0], aval.shape, aval.dtype)
     back = {"source": attributes["dest"], "recvtag": attributes["tag"], "status": 0}
-    with _linear.derived():
+    with linear.derived():
         ct = _operations.bind(
             *("recv", comm, None, (aval.shape, aval.dtype), False),
             **{"template": template, "paired": True, **back},
@@ -244,7 +243,7 @@ def _recv_transpose(cotangents: Any, x: Any, *rest: Any, **params: Any) -> Any:
         _refuse("recv")
     attributes = dict(params["attributes"])
     back = {"dest": attributes["source"], "tag": attributes["recvtag"]}
-    with _linear.derived():
+    with linear.derived():
         _operations.bind(
             *("send", known_comm(attributes["comm"]), ad.instantiate_zeros(cotangents[0])),
             *(None, False),

@@ -1,4 +1,4 @@
-"""The native library: its file, and typed access to its exported functions (`mpi_cuda.h`)."""
+"""The native library: its file, and its numbers and exported functions (`mpi_cuda.h`)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ WHEELS = {
         ("jax_plugins.xla_cuda12", "xla_cuda_plugin.so"),
     ],
 }
+
+
+# Attribute values of the custom calls.
+ATTRIBUTE_ANY = -1
+ATTRIBUTE_PROC_NULL = -2
+# Communicators that always exist.
+WORLD_NUMBER, DEFAULT_NUMBER, SELF_NUMBER = 0, 1, 2
 
 
 class World(NamedTuple):
@@ -127,5 +134,5 @@ def _c_environment(name: str) -> str | None:
 
 
 def is_ours(backend: Any) -> bool:
-    """Whether a JAX backend is this library's (`pjrt_plugin/src/compile/mod.rs`, platform_version)."""
+    """Whether a JAX backend is ours (`pjrt_plugin/src/compile/mod.rs`, platform_version)."""
     return "MPI ranks " in str(getattr(backend, "platform_version", ""))

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from jax._src import dispatch
+import jax
 
 from mpi_cuda import _library
 
@@ -73,6 +73,6 @@ def _at_exit() -> None:
         library.mpi_cuda_abort(1)
     # Programs with callbacks need Python to end. Their errors are JAX's to report, at its own exit.
     with contextlib.suppress(Exception):
-        dispatch.runtime_tokens.block_until_ready()
+        jax.effects_barrier()
     library.mpi_cuda_set_trampoline(None)
     library.mpi_cuda_shutdown()

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import core
 
-from mpi_cuda import _arguments, _linear, _order
+from mpi_cuda import _arguments, _jax_patches, _library
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, Comm
+from mpi_cuda._jax_patches import jax_core, linear
 from mpi_cuda._primitives import TEMPLATES, Result, primitives
 
 Array = jax.Array
@@ -33,7 +33,7 @@ def create_token() -> Token:
 
 
 def _as_token(token: Any) -> Any:
-    if token is None or isinstance(token, core.Token):
+    if token is None or jax_core.is_token(token):
         return np.zeros((), np.int32)
     aval = jax.typeof(token)
     if not hasattr(aval, "shape"):
@@ -80,7 +80,7 @@ def bind(
     rank's part differs from the operation's (a rank that is not the root). `paired`: the peer of
     the message takes its derivatives too.
     """
-    _order.install()
+    _jax_patches.install("operation")
     for dtype in ([] if data is None else [data.dtype]) + ([] if result is None else [result[1]]):
         if jnp.issubdtype(dtype, jax.dtypes.extended):
             raise TypeError(
@@ -108,7 +108,7 @@ def bind(
         token=with_token,
         template=has_template,
         batch_as=batch_as or name,
-        derived=_linear.is_derived(),
+        derived=linear.is_derived(),
         paired=paired,
         attributes=tuple(sorted({"comm": comm.number, **attributes}.items())),
     )
@@ -284,7 +284,7 @@ def recv(
         "status": _arguments.resolve_status(status),
     }
     if paired:
-        if _arguments.ATTRIBUTE_ANY in (attributes["source"], attributes["recvtag"]):
+        if _library.ATTRIBUTE_ANY in (attributes["source"], attributes["recvtag"]):
             raise ValueError(
                 f"recv on rank {where.rank}: a paired receive must name its source and tag, since "
                 "its derivatives go the other way"

@@ -14,16 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import core, dispatch
-from jax._src import ffi as jax_ffi
-from jax._src.interpreters import batching
-from jax._src.interpreters import mlir as jax_mlir
-from jax.interpreters import mlir
+from jax import ffi
+from jax.interpreters import batching, mlir
 
-from mpi_cuda import _alike, _library, _linear, _order
-from mpi_cuda._arguments import ATTRIBUTE_ANY, OPS
+from mpi_cuda import _library
+from mpi_cuda._arguments import OPS
+from mpi_cuda._jax_patches import jax_core, linear, uniform
+from mpi_cuda._jax_patches.effect import effect
 
-TOKEN = core.ShapedArray((), np.dtype(np.int32))
+TOKEN = jax.core.ShapedArray((), np.dtype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +79,12 @@ SUM_NUMBER = OPS["SUM"].number
 # Their first argument gives only shape and dtype; it is an operand so that vmap sees it.
 TEMPLATES = ("irecv", "recv", "sendrecv", "wait")
 
-primitives: dict[str, core.Primitive] = {}
+primitives: dict[str, Operation] = {}
 
 
 def _abstract_eval(*avals: Any, result: Result | None, token: bool, **_: Any) -> Any:
-    data = [] if result is None else [core.ShapedArray(result.shape, result.dtype)]
-    return data + [TOKEN] * token, {_order.effect}
+    data = [] if result is None else [jax.core.ShapedArray(result.shape, result.dtype)]
+    return data + [TOKEN] * token, {effect}
 
 
 def _refuse_automatic_partitioning(name: str, context: Any) -> None:
@@ -105,10 +104,9 @@ def _refuse_automatic_partitioning(name: str, context: Any) -> None:
 
 
 def _remedy() -> str:
-    import jax._src.xla_bridge as xla_bridge
+    from mpi_cuda._jax_patches import backends
 
-    ours = any(_library.is_ours(backend) for backend in xla_bridge._backends.values())
-    if ours and _library.load().mpi_cuda_on_gpu():
+    if backends.is_one_ours() and _library.load().mpi_cuda_on_gpu():
         return (
             "pass arrays that are on the GPU, and call no operation inside of a host callback, "
             "whose arrays are on the CPU"
@@ -118,7 +116,7 @@ def _remedy() -> str:
 
 def _lowering(
     name: str,
-    ctx: jax_mlir.LoweringRuleContext,
+    ctx: mlir.LoweringRuleContext,
     *operands: Any,
     result: Result | None,
     token: bool,
@@ -138,19 +136,20 @@ def _lowering(
     if template:
         position = len(values) - 1 - token
         del avals[position], values[position]
-    order = ctx.tokens_in.get(_order.effect)
+    order = ctx.tokens_in.get(effect)
     call_context = ctx.replace(
-        avals_in=[*avals, core.abstract_token], avals_out=[*ctx.avals_out, core.abstract_token]
+        avals_in=[*avals, jax_core.abstract_token],
+        avals_out=[*ctx.avals_out, jax_core.abstract_token],
     )
-    numbers = {key: np.int64(value) for key, value in attributes} | _alike.take_pending()
+    numbers = {key: np.int64(value) for key, value in attributes} | uniform.take_pending()
     if numbers.get("status"):
         # The name alone says that the launch is waited for, since its caller reads the status then.
         numbers["mpi_cuda_reads_status"] = np.int64(1)
-    call = jax_ffi.build_ffi_lowering_function(f"mpi_cuda_{name}", has_side_effect=True)(
+    call = ffi.build_ffi_lowering_function(f"mpi_cuda_{name}", has_side_effect=True)(
         call_context, *values, order, **numbers
     )
     *results, order = call.results
-    tokens = jax_mlir.TokenSet({_order.effect: order})
+    tokens = mlir.TokenSet({effect: order})
     ctx.set_tokens_out(ctx.tokens_in.update_tokens(tokens))
     return results
 
@@ -200,7 +199,7 @@ def _batch(
     return outs, out_dims + [None] * token
 
 
-class Operation(_linear.Linear):
+class Operation(linear.Linear):
     """One of the operations."""
 
     def is_linear(self, params: dict[str, Any]) -> bool:
@@ -209,16 +208,16 @@ class Operation(_linear.Linear):
         name, attributes = self.name.removeprefix("mpi_cuda_"), dict(params["attributes"])
         if name in ("recv", "send"):
             return bool(params["paired"])
-        if name not in LINEAR or attributes.get("source") == ATTRIBUTE_ANY:
+        if name not in LINEAR or attributes.get("source") == _library.ATTRIBUTE_ANY:
             return False
         return attributes.get("op", SUM_NUMBER) == SUM_NUMBER
 
 
-def _define(name: str) -> core.Primitive:
+def _define(name: str) -> Operation:
     primitive = Operation(f"mpi_cuda_{name}")
     primitive.multiple_results = True
     primitive.def_effectful_abstract_eval(_abstract_eval)
-    primitive.def_impl(lambda *args, **params: dispatch.apply_primitive(primitive, *args, **params))
+    primitive.def_impl(lambda *args, **params: jax_core.apply_primitive(primitive, *args, **params))
     mlir.register_lowering(
         primitive, lambda ctx, *args, **params: _lowering(name, ctx, *args, **params)
     )

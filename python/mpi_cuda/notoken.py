@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _operations, _split
+from mpi_cuda import _nonblocking, _operations
 
 __all__ = [
     "allgather",
@@ -58,8 +58,8 @@ barrier = _without_token(_operations.barrier)
 bcast = _without_token(_operations.bcast)
 exscan = _without_token(_operations.exscan)
 gather = _without_token(_operations.gather)
-irecv = _without_token(_split.irecv)
-isend = _without_token(_split.isend)
+irecv = _without_token(_nonblocking.irecv)
+isend = _without_token(_nonblocking.isend)
 recv = _without_token(_operations.recv)
 reduce = _without_token(_operations.reduce)
 reduce_scatter = _without_token(_operations.reduce_scatter)
@@ -67,4 +67,4 @@ scan = _without_token(_operations.scan)
 scatter = _without_token(_operations.scatter)
 send = _without_token(_operations.send)
 sendrecv = _without_token(_operations.sendrecv)
-wait = _without_token(_split.wait)
+wait = _without_token(_nonblocking.wait)

@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max", type=int, default=1 << 27, help="largest message in bytes")
     parser.add_argument("--operations", nargs="*", default=OPERATIONS, choices=OPERATIONS)
-    parser.add_argument("--native", action="store_true", help="JAX's own collectives, and gloo")
+    parser.add_argument("--collectives", action="store_true", help="JAX's own, and gloo")
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     sizes = [s for s in (8, 1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 27) if s <= arguments.max]
@@ -36,17 +36,18 @@ def main() -> int:
     launch = [f"mpirun.{arguments.mpi}", "-n", "2"]
     python = [sys.executable, str(HERE / "loop.py")]
     variants = {"C": [str(program)], "ours": [*python, "ours"]}
-    if arguments.native:
-        variants = {name: [*python, name] for name in ("native", "gloo")} | {"C": [str(program)]}
+    if arguments.collectives:
+        variants = {name: [*python, name] for name in ("collectives", "gloo")}
+        variants["C"] = [str(program)]
     elif importlib.util.find_spec("mpi4jax"):
         variants["mpi4jax"] = [*python, "mpi4jax"]
-    raw = arguments.out / f"bench{'_native' * arguments.native}_{arguments.mpi}.txt"
+    raw = arguments.out / f"bench{'_collectives' * arguments.collectives}_{arguments.mpi}.txt"
     with raw.open("w") as log:
         for operation in arguments.operations:
             times: dict[tuple[str, str, int], list[float]] = defaultdict(list)
             for round_number in range(arguments.rounds):
                 for name, command in variants.items():
-                    platform = "mpi_cuda" if name in ("ours", "native") else "cpu"
+                    platform = "mpi_cuda" if name in ("ours", "collectives") else "cpu"
                     result = subprocess.run(
                         [*launch, *command, operation, *map(str, within(name, sizes))],
                         env={**os.environ, "JAX_PLATFORMS": platform},
@@ -74,7 +75,7 @@ def within(name: str, sizes: list[int]) -> list[int]:
 
 def show(operation: str, sizes: list[int], times: dict[tuple[str, str, int], list[float]]) -> None:
     """Prints the medians of one operation, in microseconds."""
-    names = ("ours", "mpi4jax", "native", "gloo")
+    names = ("ours", "mpi4jax", "collectives", "gloo")
     columns = [("C", "loop")]
     columns += [(name, kind) for kind in ("steady", "loop", "once") for name in names]
     columns = [c for c in columns if any((*c, size) in times for size in sizes)]
@@ -84,7 +85,8 @@ def show(operation: str, sizes: list[int], times: dict[tuple[str, str, int], lis
     for size in sizes:
         medians = {c: statistics.median(times[(*c, size)]) for c in columns if times[(*c, size)]}
         cells = [f"{medians[c]:.2f}" if c in medians else "" for c in columns]
-        ours = "native" if any(("native", "loop", size) in times for size in sizes) else "ours"
+        collectives = any(("collectives", "loop", size) in times for size in sizes)
+        ours = "collectives" if collectives else "ours"
         best = medians.get((ours, "steady"), medians.get((ours, "loop"), float("nan")))
         ratio = best / medians[("C", "loop")]
         print(f"| {size} | {' | '.join(cells)} | {ratio:.2f} |", flush=True)

@@ -2,9 +2,9 @@
 of 100 ("loop", a launch included; of 10 above 16 MiB), and for small messages inside one of 10000
 ("steady").
 
-Usage: mpirun -n 2 python loop.py ours|mpi4jax|native|gloo OPERATION BYTES...
+Usage: mpirun -n 2 python loop.py ours|mpi4jax|collectives|gloo OPERATION BYTES...
 
-native: JAX's own collectives in shard_map, through us; gloo: the same on JAX's CPU backend.
+collectives: JAX's own collectives in shard_map, through us; gloo: the same on JAX's CPU backend.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 LIBRARY, OPERATION = sys.argv[1:3]
-NATIVE = LIBRARY in ("native", "gloo")
+COLLECTIVES = LIBRARY in ("collectives", "gloo")
 if LIBRARY == "gloo":
     own = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"])
     jax.distributed.initialize("localhost:12321", 2, own)
@@ -40,12 +40,12 @@ elif LIBRARY == "mpi4jax":
     RANK, SIZE = COMM_WORLD.Get_rank(), COMM_WORLD.Get_size()
 else:
     RANK, SIZE = jax.process_index(), jax.process_count()
-MESH = Mesh(np.array(jax.devices() if NATIVE else jax.local_devices()), ("i",))
+MESH = Mesh(np.array(jax.devices() if COLLECTIVES else jax.local_devices()), ("i",))
 
 
 def operation(x: jax.Array) -> jax.Array:
     """One operation."""
-    if NATIVE:
+    if COLLECTIVES:
         return collective(x)
     if OPERATION == "allreduce":
         return mpi.allreduce(x, op=SUM)
@@ -69,7 +69,7 @@ def collective(x: jax.Array) -> jax.Array:
 
 def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of this rank's array, jitted."""
-    if not NATIVE:
+    if not COLLECTIVES:
         return jax.jit(function)
     mapped = jax.shard_map(function, mesh=MESH, in_specs=P("i"), out_specs=P("i"), check_vma=False)
     return jax.jit(mapped)
@@ -77,7 +77,7 @@ def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def array(bytes_: int) -> jax.Array:
     """Ones of that size on each rank."""
-    if not NATIVE:
+    if not COLLECTIVES:
         return jnp.ones(bytes_ // 4, jnp.float32)
     ones = np.ones(bytes_ // 4, np.float32)
     sharding = NamedSharding(MESH, P("i"))
@@ -96,7 +96,7 @@ def repeat(x: jax.Array, times: int) -> jax.Array:
         z = operation(x)
         return y + z.reshape(-1)[:1]
 
-    if NATIVE:
+    if COLLECTIVES:
         # XLA would take a collective of the same operand out of the loop; this costs nothing.
         def body(i, y):
             z = operation(lax.optimization_barrier((x, y))[0])

@@ -187,7 +187,7 @@ def part(array: jax.Array) -> np.ndarray:
 
 
 @check
-def native_collectives() -> None:
+def collectives() -> None:
     for length in (12, 120_000):
         rows = np.stack([values(rank, length, "float32")[0] for rank in range(SIZE)])
         x = spread(rows)

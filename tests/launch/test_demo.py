@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_jobs import MPIS, environment
+from jobs import MPIS, environment
 
 MODEL = Path(__file__).parents[2] / "examples" / "shallow_water.py"
 

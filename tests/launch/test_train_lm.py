@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_jobs import environment
+from jobs import environment
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_lm.py"
 SIZES = ["--steps=30", "--batch=8", "--context=16", "--width=32", "--heads=4"]

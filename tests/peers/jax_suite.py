@@ -102,14 +102,14 @@ def compare(source: Path, out: Path, file: str) -> tuple[int, int, int]:
     if missing:
         inner = run(source, out, file, "inner", [f"tests/{file}::{test}" for test in missing])
     counts = len(passing), len(passing) - len(wrong), few
-    print(tell(file, counts), flush=True)
+    print(summary(file, counts), flush=True)
     for test in missing:
         outcome, without_us = ours.get(test, "lost"), inner.get(test, "lost")
         print(f"  {test}: {outcome}, inner plugin: {without_us}", flush=True)
     return counts
 
 
-def tell(what: str, counts: Sequence[int]) -> str:
+def summary(what: str, counts: Sequence[int]) -> str:
     theirs, ours, few = counts
     return f"{what}: {theirs} pass on cpu, {ours} of them on mpi_cuda, {few} need more devices"
 
@@ -127,7 +127,7 @@ def main() -> None:
     )
     counts = [compare(arguments.source, out, file) for file in files]
     totals = [sum(column) for column in zip(*counts, strict=True)]
-    print(tell("all", totals))
+    print(summary("all", totals))
 
 
 if __name__ == "__main__":

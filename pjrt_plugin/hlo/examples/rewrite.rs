@@ -4,7 +4,8 @@
 //! cargo run -p hlo_rewrite --example rewrite -- MODULE.hlo.pb REWRITTEN.hlo.pb DEVICES
 //! ```
 //!
-//! Both files are serialized `HloModuleProto`s; the module is partitioned for devices 0 to DEVICES - 1.
+//! Both files are serialized `HloModuleProto`s. The module must be partitioned for the devices 0 to
+//! DEVICES - 1.
 
 use std::process::ExitCode;
 

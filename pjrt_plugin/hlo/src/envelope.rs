@@ -2,7 +2,7 @@
 
 use protobuf::Message;
 
-use crate::Refused;
+use crate::error::Refused;
 use crate::proto::envelope::Envelope as Proto;
 
 /// "mpi_cud" and the version of the message.

@@ -1,22 +1,27 @@
 //! All-to-alls of whole arrays.
 //!
-//! XLA cuts the array that an all-to-all sends into an operand for each rank, and joins the results.
-//! Where the pieces lie one after the other in memory, that is two passes over memory for nothing: the
-//! custom call takes the array itself, and gives the joined one.
+//! XLA cuts the array that an all-to-all sends into an operand for each rank, and joins the
+//! results. Where the pieces lie one after the other in memory, those two passes over memory are
+//! not needed: the custom call takes the array itself, and gives the joined one.
 //!
-//! The passes that insert copies have run, and do not run again. Arrays that a loop carries, or that a
-//! donated parameter becomes, share their memory whatever the program does with them. So an array may
-//! only be used later than before where nothing in between writes into its memory, and be there earlier
-//! where nothing in between reads what was there; each condition below is for that.
+//! The passes that insert copies have run, and do not run again. Arrays that a loop carries, or
+//! that a donated parameter becomes, share their memory whatever the program does with them. So an
+//! array may be used later than before only where nothing in between writes into its memory. It may
+//! be there earlier only where nothing in between reads what was there. Each condition below is for
+//! one of these.
 
 use std::collections::{HashMap, HashSet};
-use std::ops::Range;
 
-use crate::Refused;
-use crate::chain::Calls;
-use crate::collective::{self, Physical};
-use crate::module::{Module, shape_of};
-use crate::proto::hlo::{HloComputationProto, HloInstructionProto, ShapeProto};
+use crate::collective::{Call, Calls};
+use crate::effects::{has_no_memory, is_fresh, is_harmless};
+use crate::error::Refused;
+use crate::module::Module;
+use crate::parts::{
+    Part, elements, follow_each_other, joined_parameters, part_of_parameter, sliced,
+};
+use crate::proto::hlo::{HloComputationProto, HloInstructionProto};
+use crate::shape::{may_share, results, shape_of};
+use crate::shape_rule::ShapeRule;
 
 /// What an all-to-all is called with instead.
 #[derive(Clone, Debug, Default)]
@@ -32,61 +37,9 @@ pub(crate) struct Fold {
 pub(crate) struct Folds {
     /// By the computation and the all-to-all.
     pub(crate) folds: HashMap<(i64, i64), Fold>,
-    /// Instructions that are not needed any more, by computation and id.
+    /// Instructions that are not needed, by computation and id.
     pub(crate) dropped: HashSet<(i64, i64)>,
 }
-
-/// Instructions that neither write into the memory of an operand nor have a part of it as their result.
-const FRESH: [&str; 13] = [
-    "add",
-    "broadcast",
-    "concatenate",
-    "convert",
-    "copy",
-    "dot",
-    "fusion",
-    "multiply",
-    "reduce",
-    "reverse",
-    "slice",
-    "subtract",
-    "transpose",
-];
-
-/// Instructions that do not write into memory that there was before.
-const HARMLESS: [&str; 13] = [
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "bitcast",
-    "collective-permute",
-    "constant",
-    "get-tuple-element",
-    "iota",
-    "parameter",
-    "partition-id",
-    "reduce-scatter",
-    "replica-id",
-    "tuple",
-];
-
-/// Instructions that neither read nor write memory.
-const NO_MEMORY: [&str; 5] = [
-    "bitcast",
-    "constant",
-    "get-tuple-element",
-    "parameter",
-    "tuple",
-];
-
-/// What in a fusion may write in place.
-const IN_PLACE: [&str; 5] = [
-    "call",
-    "custom-call",
-    "dynamic-update-slice",
-    "scatter",
-    "while",
-];
 
 /// Looks for all-to-alls of whole arrays among `calls`.
 pub(crate) fn find(module: &Module, calls: &Calls) -> Result<Folds, Refused> {
@@ -94,12 +47,17 @@ pub(crate) fn find(module: &Module, calls: &Calls) -> Result<Folds, Refused> {
     for computation in module.computations() {
         let concerned = calls
             .iter()
-            .any(|(place, call)| place.0 == computation.id && call.target == "all_to_all");
+            .any(|(place, call)| place.0 == computation.id && has_blocks(call));
         if concerned {
             View::new(module, computation)?.find(calls, &mut found);
         }
     }
     Ok(found)
+}
+
+/// Whether a call takes a block for each rank.
+fn has_blocks(call: &Call) -> bool {
+    call.form.shapes == ShapeRule::Blocks
 }
 
 /// A computation with what the conditions ask of it.
@@ -158,7 +116,7 @@ impl<'a> View<'a> {
         for instruction in &self.ordered {
             let place = (self.computation.id, instruction.id);
             let several = instruction.operand_ids.len() > 1;
-            if !several || calls.get(&place).is_none_or(|c| c.target != "all_to_all") {
+            if !several || !calls.get(&place).is_some_and(has_blocks) {
                 continue;
             }
             let whole = self.whole(instruction);
@@ -183,8 +141,8 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The array of which the operands of `call` are the parts, in order, if it is as it was when they
-    /// were cut.
+    /// The array of which the operands of `call` are the parts, in order, if it is still as it was
+    /// when they were cut.
     fn whole(&self, call: &HloInstructionProto) -> Option<i64> {
         let parts: Option<Vec<Part>> = call.operand_ids.iter().map(|&id| self.part(id)).collect();
         let parts = parts?;
@@ -208,10 +166,9 @@ impl<'a> View<'a> {
         let between = self.ordered.get(*first..*self.places.get(&call.id)?)?;
         let own_memory = self.has_own_memory(of);
         let keeps = |i: &HloInstructionProto| {
-            let results = collective::results(i);
-            let mut overwrites = results.iter().map(|r| collective::may_share(r, &shape));
-            let untouched = NO_MEMORY.contains(&i.opcode.as_str()) || !overwrites.any(|o| o);
-            self.is_harmless(i) && (own_memory || untouched)
+            let overwrites = results(i).iter().any(|r| may_share(r, &shape));
+            let untouched = has_no_memory(i) || !overwrites;
+            is_harmless(self.module, i) && (own_memory || untouched)
         };
         between.iter().all(keeps).then_some(of)
     }
@@ -269,7 +226,8 @@ impl<'a> View<'a> {
         apart.then(|| join.clone())
     }
 
-    /// Whether nothing between `call` and `instruction` reads what the latter's result may overwrite.
+    /// Whether nothing between `call` and `instruction` reads what the result of `instruction` may
+    /// overwrite.
     fn may_be_earlier(
         &self,
         instruction: &HloInstructionProto,
@@ -280,13 +238,8 @@ impl<'a> View<'a> {
         let shape = shape_of(instruction);
         let keeps = |i: &HloInstructionProto| {
             let mut operands = i.operand_ids.iter().filter_map(|&id| self.get(id));
-            let reads = operands.any(|operand| {
-                let results = collective::results(operand);
-                results
-                    .iter()
-                    .any(|result| collective::may_share(result, &shape))
-            });
-            NO_MEMORY.contains(&i.opcode.as_str()) || self.is_harmless(i) && !reads
+            let reads = operands.any(|o| results(o).iter().any(|r| may_share(r, &shape)));
+            has_no_memory(i) || is_harmless(self.module, i) && !reads
         };
         Some(between.iter().all(keeps))
     }
@@ -324,7 +277,7 @@ impl<'a> View<'a> {
                     .operand_ids
                     .iter()
                     .all(|&i| self.has_own_memory(i)),
-                _ => self.is_fresh(instruction),
+                _ => is_fresh(self.module, instruction),
             }
         })
     }
@@ -332,252 +285,13 @@ impl<'a> View<'a> {
     /// An instruction's memory is not that of something after it.
     fn is_only_read(&self, instruction: &HloInstructionProto) -> bool {
         instruction.id != self.computation.root_id
-            && self.users(instruction.id).all(|user| self.is_fresh(user))
+            && self
+                .users(instruction.id)
+                .all(|user| is_fresh(self.module, user))
     }
-
-    fn is_fresh(&self, instruction: &HloInstructionProto) -> bool {
-        let opcode = instruction.opcode.as_str();
-        FRESH.contains(&opcode) && (opcode != "fusion" || !self.writes_in_place(instruction))
-    }
-
-    fn is_harmless(&self, instruction: &HloInstructionProto) -> bool {
-        HARMLESS.contains(&instruction.opcode.as_str()) || self.is_fresh(instruction)
-    }
-
-    fn writes_in_place(&self, fusion: &HloInstructionProto) -> bool {
-        let called = fusion.called_computation_ids.iter();
-        called.into_iter().any(|&id| {
-            let Ok(computation) = self.module.computation(id) else {
-                return true;
-            };
-            let mut inside = computation.instructions.iter();
-            // A fusion in a fusion may do anything.
-            inside.any(|i| i.opcode == "fusion" || IN_PLACE.contains(&i.opcode.as_str()))
-        })
-    }
-}
-
-/// A part of an array, by its elements in the order of memory.
-struct Part {
-    of: i64,
-    elements: Range<i64>,
-}
-
-fn elements(shape: &ShapeProto) -> i64 {
-    let dimensions = shape.dimensions.iter();
-    dimensions.fold(1, |product, &size| product.saturating_mul(size))
 }
 
 fn results_type(call: &HloInstructionProto) -> i32 {
     let first = call.shape.get_or_default().tuple_shapes.first();
     first.map_or(0, |shape| shape.element_type)
-}
-
-/// Which elements of a computation's one parameter its instruction `id` is.
-fn part_of_parameter(
-    computation: &HloComputationProto,
-    id: i64,
-    left: usize,
-) -> Option<Range<i64>> {
-    let find = |id: i64| computation.instructions.iter().find(|i| i.id == id);
-    let instruction = find(id)?;
-    let shape = shape_of(instruction);
-    if instruction.opcode == "parameter" {
-        return Some(0..elements(&shape));
-    }
-    let &[operand] = &instruction.operand_ids[..] else {
-        return None;
-    };
-    let before = part_of_parameter(computation, operand, left.checked_sub(1)?)?;
-    let from = shape_of(find(operand)?);
-    match instruction.opcode.as_str() {
-        "bitcast" if from.element_type == shape.element_type => Some(before),
-        "slice" => {
-            let within = sliced(instruction, &from)?;
-            let after = |elements| before.start.checked_add(elements);
-            Some(after(within.start)?..after(within.end)?)
-        }
-        _ => None,
-    }
-}
-
-/// The numbers of the parameters that a computation joins, one after the other in memory.
-fn joined_parameters(computation: &HloComputationProto) -> Option<Vec<i64>> {
-    let join = without_bitcasts(computation, computation.root_id)?;
-    let find = |id: i64| computation.instructions.iter().find(|i| i.id == id);
-    let parts: Option<Vec<_>> = join.operand_ids.iter().map(|&id| find(id)).collect();
-    if join.opcode != "concatenate" || !follow_each_other(join, &parts?) {
-        return None;
-    }
-    let number = |&id: &i64| {
-        let parameter = without_bitcasts(computation, id)?;
-        (parameter.opcode == "parameter").then_some(parameter.parameter_number)
-    };
-    join.operand_ids.iter().map(number).collect()
-}
-
-fn without_bitcasts(
-    computation: &HloComputationProto,
-    mut id: i64,
-) -> Option<&HloInstructionProto> {
-    let find = |id: i64| computation.instructions.iter().find(|i| i.id == id);
-    for _ in &computation.instructions {
-        let instruction = find(id)?;
-        let &[operand] = &instruction.operand_ids[..] else {
-            return Some(instruction);
-        };
-        if instruction.opcode != "bitcast" {
-            return Some(instruction);
-        }
-        let types = [instruction, find(operand)?].map(|i| shape_of(i).element_type);
-        if types[0] != types[1] {
-            return None;
-        }
-        id = operand;
-    }
-    None
-}
-
-/// Whether the parts that a concatenation joins follow each other in its memory.
-fn follow_each_other(concatenate: &HloInstructionProto, parts: &[&HloInstructionProto]) -> bool {
-    let &[dimension] = &concatenate.dimensions[..] else {
-        return false;
-    };
-    let whole = shape_of(concatenate);
-    let fits = |part: &&HloInstructionProto| {
-        let part = shape_of(part);
-        usize::try_from(dimension)
-            .is_ok_and(|d| is_outermost(&Physical::of(&whole), &Physical::of(&part), d))
-    };
-    parts.iter().all(fits)
-}
-
-/// Whether `part` is a contiguous part of `whole`, which is longer in `dimension` alone.
-fn is_outermost(whole: &Physical<'_>, part: &Physical<'_>, dimension: usize) -> bool {
-    let others = |order: &[usize]| {
-        let other = order.iter().copied().filter(|&d| d != dimension);
-        other.collect::<Vec<_>>()
-    };
-    let place = part.order.iter().position(|&d| d == dimension);
-    whole.order.first() == Some(&dimension)
-        && others(&whole.order) == others(&part.order)
-        && place.is_none_or(|place| place == 0)
-        && whole.element_type == part.element_type
-}
-
-/// Which elements of an array like `from` a slice takes, if they lie one after the other.
-fn sliced(slice: &HloInstructionProto, from: &ShapeProto) -> Option<Range<i64>> {
-    let shape = shape_of(slice);
-    let (whole, part) = (Physical::of(from), Physical::of(&shape));
-    let bounds = &slice.slice_dimensions;
-    if bounds.len() != whole.dimensions.len() || bounds.iter().any(|bound| bound.stride != 1) {
-        return None;
-    }
-    let cut =
-        |&d: &usize| Some(bounds[d].limit - bounds[d].start) != whole.dimensions.get(d).copied();
-    let mut cuts = (0..bounds.len()).filter(cut);
-    let dimension = match (cuts.next(), cuts.next()) {
-        (None, _) => return Some(0..elements(from)),
-        (Some(only), None) => only,
-        _ => return None,
-    };
-    let row = elements(from) / whole.dimensions[dimension].max(1);
-    if !is_outermost(&whole, &part, dimension) {
-        return None;
-    }
-    let bounds = &bounds[dimension];
-    Some(bounds.start.checked_mul(row)?..bounds.limit.checked_mul(row)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use protobuf::Message;
-
-    use crate::module::shape_of;
-    use crate::proto::hlo::{HloInstructionProto, HloModuleProto, HloModuleProtoWithConfig};
-    use crate::{Devices, rewrite};
-
-    fn recording() -> HloModuleProto {
-        let bytes = include_bytes!("../tests/recorded/exchanges.hlo.pb");
-        HloModuleProto::parse_from_bytes(bytes).unwrap()
-    }
-
-    /// Operands and results, without the token, of each all-to-all, in the order of the program.
-    fn blocks(module: HloModuleProto) -> Vec<(usize, usize)> {
-        let both = HloModuleProtoWithConfig {
-            hlo_module: Some(module).into(),
-            ..Default::default()
-        };
-        let devices = Devices::new(1, 4, vec![0, 1, 2, 3]).unwrap();
-        let rewritten = rewrite(&both.write_to_bytes().unwrap(), &devices).unwrap();
-        let module = HloModuleProto::parse_from_bytes(&rewritten.module).unwrap();
-        let all = module.computations.iter().flat_map(|c| &c.instructions);
-        let calls = all.filter(|i| i.custom_call_target == "mpi_cuda_native_all_to_all");
-        let mut found: Vec<_> = calls
-            .map(|call| {
-                (
-                    call.operand_ids.len() - 1,
-                    shape_of(call).tuple_shapes.len() - 1,
-                )
-            })
-            .collect();
-        found.sort_unstable();
-        found
-    }
-
-    fn instructions(module: &mut HloModuleProto) -> impl Iterator<Item = &mut HloInstructionProto> {
-        let computations = module.computations.iter_mut();
-        computations.flat_map(|computation| &mut computation.instructions)
-    }
-
-    #[test]
-    fn whole_arrays_are_exchanged_where_nothing_forbids_it() {
-        // Fresh; cut in another dimension; carried by a loop, whose memory the result must take; the
-        // operand is the parameter whose memory the result takes.
-        assert_eq!(blocks(recording()), [(1, 1), (1, 2), (1, 2), (2, 2)]);
-    }
-
-    #[test]
-    fn an_order_that_no_operand_tells_is_left_alone() {
-        let mut module = recording();
-        for instruction in instructions(&mut module) {
-            if instruction.opcode == "all-to-all" {
-                let first = instruction.operand_ids[0];
-                instruction.control_predecessor_ids.push(first);
-            }
-        }
-        assert_eq!(blocks(module), [(2, 2); 4]);
-    }
-
-    #[test]
-    fn memory_that_a_loop_gives_to_another_array_is_cut_before() {
-        let mut module = recording();
-        // What is computed between the cuts and the exchange in the loop could be its next operand.
-        let result = instructions(&mut module).find(|i| i.name == "concatenate");
-        let whole = result.map(|result| shape_of(result));
-        let counter = instructions(&mut module).find(|i| i.name == "wrapped_add");
-        counter.unwrap().shape = whole.into();
-        // Its results may be joined, since what it sends is not there any more.
-        assert_eq!(blocks(module), [(1, 1), (1, 2), (2, 1), (2, 2)]);
-    }
-
-    #[test]
-    fn what_is_written_in_between_is_cut_before() {
-        let mut module = recording();
-        let cuts = instructions(&mut module).filter(|i| i.opcode == "fusion");
-        let called: Vec<i64> = cuts
-            .flat_map(|i| i.called_computation_ids.clone())
-            .collect();
-        for computation in &mut module.computations {
-            let root = computation.root_id;
-            let mut root = computation.instructions.iter_mut().filter(|i| i.id == root);
-            if let Some(root) = root.next()
-                && called.contains(&computation.id)
-                && root.opcode == "slice"
-            {
-                root.opcode = "dynamic-update-slice".into();
-            }
-        }
-        assert!(blocks(module).iter().all(|&(operands, _)| operands == 2));
-    }
 }

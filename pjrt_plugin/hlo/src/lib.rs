@@ -2,20 +2,33 @@
 //! custom call, and one token passes through all of them and all other ordered calls.
 //!
 //! Pure: bytes in, bytes out, the same on every rank. Nothing here knows PJRT or MPI.
-//! `docs/architecture.md`, "Native collectives", says why it is done like that.
+//! `docs/architecture.md` says why collectives are executed like that. The steps are those of
+//! [`rewrite`], and what becomes of which instruction stands in one table (`instructions.rs`).
 
 #![forbid(unsafe_code)]
 
 mod chain;
 mod collective;
+mod device_list;
+mod devices;
+mod effects;
 mod envelope;
+mod error;
 mod fold;
-mod groups;
+mod instructions;
 mod module;
 mod options;
+mod output;
+mod parts;
+mod reduction;
+mod replica_groups;
+mod sequence;
+mod shape;
+mod shape_rule;
 mod synchronous;
 #[cfg(test)]
 mod tests;
+mod tokens;
 mod proto {
     #![allow(missing_docs, clippy::all, unused)]
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
@@ -25,47 +38,50 @@ use std::collections::BTreeMap;
 
 use protobuf::Message;
 
-pub use collective::REDUCTIONS;
+pub use devices::{DeviceTable, Devices};
 pub use envelope::Envelope;
-pub use groups::Devices;
+pub use error::Refused;
+pub use instructions::{TARGET_PREFIX, targets};
+pub use module::Layouts;
 pub use options::Options;
+pub use reduction::REDUCTIONS;
 
+use chain::Rewriting;
 use module::Module;
-use proto::hlo::{HloModuleProto, HloModuleProtoWithConfig, ShapeProto};
+use proto::hlo::{HloModuleProto, HloModuleProtoWithConfig};
+use sequence::Sequence;
 
-/// What the names of the targets of native collectives begin with.
-pub const TARGET_PREFIX: &str = "mpi_cuda_native_";
-
-/// Why a module cannot be rewritten.
-#[derive(Debug, thiserror::Error)]
-pub enum Refused {
-    /// The bytes are no module.
-    #[error("the inner plugin's optimized program cannot be read: {0}")]
-    Unreadable(#[from] protobuf::Error),
-    /// The module is inconsistent.
-    #[error("the inner plugin's optimized program is inconsistent: {0}")]
-    Inconsistent(String),
-    /// An instruction that we do not know how to execute.
-    #[error("{instruction} ({opcode}) cannot run over MPI: {reason}")]
-    Instruction {
-        /// Its name.
-        instruction: String,
-        /// Its opcode.
-        opcode: String,
-        /// Why.
-        reason: String,
-    },
-}
-
-/// What a custom call refers to by number; the number is a hash of the content.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Table {
-    /// Groups of devices, in order; each device is in at most one.
-    Groups(Vec<Vec<i64>>),
-    /// From which device to which.
-    Pairs(Vec<(i64, i64)>),
-    /// A value for every device.
-    Values(Vec<(i64, u32)>),
+/// Rewrites a serialized `HloModuleProtoWithConfig`.
+///
+/// # Errors
+/// If it is no module, or holds an instruction that cannot be executed.
+pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
+    let mut module = Module::new(read(program)?)?;
+    synchronous::join(&mut module)?;
+    let calls = collective::recognise_all(&module, devices)?;
+    let paths = tokens::find(&module, &calls)?;
+    let folds = fold::find(&module, &calls)?;
+    let sequence = Sequence::of(&module, &calls, devices)?;
+    let rewriting = Rewriting {
+        calls: &calls,
+        paths: &paths,
+        folds: &folds,
+        program: sequence.identity,
+    };
+    rewriting.module(&mut module)?;
+    let tables = calls.into_values().map(|call| call.table);
+    Ok(Rewritten {
+        tables: tables.map(|table| (table.number(), table)).collect(),
+        identity: sequence.identity,
+        sequence: sequence.hash,
+        summary: sequence.summary(),
+        collectives: sequence.collectives,
+        executed: sequence.executed,
+        bytes: sequence.bytes,
+        other_ordered: sequence.other_ordered,
+        layouts: module.layouts(),
+        module: module.into_proto().write_to_bytes()?,
+    })
 }
 
 /// A rewritten module.
@@ -74,9 +90,9 @@ pub struct Rewritten {
     /// The `HloModuleProto`, for one device.
     pub module: Vec<u8>,
     /// What its custom calls refer to.
-    pub tables: BTreeMap<i64, Table>,
-    /// Hash of everything but names, places in the source and values of constants: the program, even if
-    /// it was compiled again.
+    pub tables: BTreeMap<i64, DeviceTable>,
+    /// Hash of everything but names, places in the source and values of constants. It names the
+    /// program, even if it was compiled again.
     pub identity: i64,
     /// Hash of the sequence of collectives; equal programs have equal ones in every process.
     pub sequence: u64,
@@ -92,13 +108,6 @@ pub struct Rewritten {
     pub other_ordered: usize,
     /// Layouts of the parameters and the result, which the second compilation must keep.
     pub layouts: Layouts,
-}
-
-/// Shapes with layouts of a module's parameters and its result.
-#[derive(Clone, Debug, Default)]
-pub struct Layouts {
-    parameters: Vec<ShapeProto>,
-    result: Option<ShapeProto>,
 }
 
 /// The serialized `HloModuleProto` in a serialized `HloModuleProtoWithConfig`.
@@ -117,7 +126,8 @@ pub fn layouts_of(program: &[u8]) -> Result<Layouts, Refused> {
     Ok(Module::new(read(program)?)?.layouts())
 }
 
-/// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty configuration.
+/// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty
+/// configuration.
 ///
 /// # Errors
 /// If it is no module.
@@ -133,28 +143,5 @@ fn read(program: &[u8]) -> Result<HloModuleProto, Refused> {
     HloModuleProtoWithConfig::parse_from_bytes(program)?
         .hlo_module
         .into_option()
-        .ok_or_else(|| Refused::Inconsistent("it has no module".into()))
-}
-
-/// Rewrites a serialized `HloModuleProtoWithConfig`.
-///
-/// # Errors
-/// If it is no module, or holds an instruction that cannot be executed.
-pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
-    let mut module = Module::new(read(program)?)?;
-    synchronous::join(&mut module)?;
-    let found = chain::thread(&mut module, devices)?;
-    let layouts = module.layouts();
-    Ok(Rewritten {
-        module: module.into_proto().write_to_bytes()?,
-        tables: found.tables,
-        identity: found.identity,
-        sequence: found.sequence,
-        summary: found.summary,
-        collectives: found.collectives,
-        executed: found.executed,
-        bytes: found.bytes,
-        other_ordered: found.other_ordered,
-        layouts,
-    })
+        .ok_or_else(|| Refused::inconsistent("it has no module"))
 }

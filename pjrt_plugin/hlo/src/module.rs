@@ -4,16 +4,12 @@ use std::collections::{HashMap, HashSet};
 
 use protobuf::MessageField;
 
+use crate::error::Refused;
 use crate::proto::hlo::hlo_schedule_proto::InstructionSequence;
 use crate::proto::hlo::{
     HloComputationProto, HloInstructionProto, HloModuleProto, ProgramShapeProto, ShapeProto,
 };
-use crate::{Layouts, Refused};
-
-/// XLA's element types that rewriting makes or asks for (`PrimitiveType`, xla/xla_data.proto).
-pub(crate) const PRED: i32 = 1;
-pub(crate) const TUPLE: i32 = 13;
-pub(crate) const TOKEN: i32 = 17;
+use crate::shape::shape_of;
 
 /// A module and its indices.
 pub(crate) struct Module {
@@ -29,7 +25,7 @@ impl Module {
         let positions = positions(&proto.computations);
         if positions.len() != proto.computations.len() {
             let reason = "two of its computations have the same id";
-            return Err(Refused::Inconsistent(reason.into()));
+            return Err(Refused::inconsistent(reason));
         }
         let mut last_id = 0;
         let mut compound = false;
@@ -40,7 +36,7 @@ impl Module {
             }
         }
         if !positions.contains_key(&proto.entry_computation_id) {
-            return Err(Refused::Inconsistent("it has no entry computation".into()));
+            return Err(Refused::inconsistent("it has no entry computation"));
         }
         Ok(Module {
             proto,
@@ -61,7 +57,7 @@ impl Module {
         self.positions
             .get(&id)
             .map(|&position| &self.proto.computations[position])
-            .ok_or_else(|| Refused::Inconsistent(format!("there is no computation {id}")))
+            .ok_or_else(|| Refused::inconsistent(format!("there is no computation {id}")))
     }
 
     /// The instructions of a computation in the order of its schedule, or as they stand.
@@ -89,7 +85,7 @@ impl Module {
         ordered
             .filter(|ordered| ordered.len() == computation.instructions.len())
             .ok_or_else(|| {
-                Refused::Inconsistent(format!(
+                Refused::inconsistent(format!(
                     "the schedule of {} is incomplete",
                     computation.name
                 ))
@@ -121,7 +117,7 @@ impl Module {
         }
     }
 
-    /// Removes those of some computations that nothing calls any more.
+    /// Removes those of some computations that nothing calls.
     pub(crate) fn remove_uncalled(&mut self, mut ids: HashSet<i64>) {
         ids.remove(&self.entry());
         let computations = self.proto.computations.iter();
@@ -171,6 +167,13 @@ impl Module {
     }
 }
 
+/// Shapes with layouts of a module's parameters and its result.
+#[derive(Clone, Debug, Default)]
+pub struct Layouts {
+    pub(crate) parameters: Vec<ShapeProto>,
+    pub(crate) result: Option<ShapeProto>,
+}
+
 fn positions(computations: &[HloComputationProto]) -> HashMap<i64, usize> {
     let ids = computations.iter().map(|computation| computation.id);
     ids.zip(0..).collect()
@@ -191,28 +194,6 @@ fn program_shape(computation: &HloComputationProto) -> ProgramShapeProto {
         parameters: parameters.iter().map(|p| shape_of(p)).collect(),
         parameter_names: parameters.iter().map(|p| p.name.clone()).collect(),
         result: root.map(shape_of).into(),
-        ..Default::default()
-    }
-}
-
-/// The shape of an instruction's result.
-pub(crate) fn shape_of(instruction: &HloInstructionProto) -> ShapeProto {
-    instruction.shape.get_or_default().clone()
-}
-
-/// The shape of a token.
-pub(crate) fn token() -> ShapeProto {
-    ShapeProto {
-        element_type: TOKEN,
-        ..Default::default()
-    }
-}
-
-/// The shape of a tuple.
-pub(crate) fn tuple(elements: Vec<ShapeProto>) -> ShapeProto {
-    ShapeProto {
-        element_type: TUPLE,
-        tuple_shapes: elements,
         ..Default::default()
     }
 }

@@ -1,7 +1,10 @@
-//! `CompileOptionsProto`: for how many devices a program is, and options to compile a rewritten one.
+//! `CompileOptionsProto`: for which devices a program is, and options to compile a rewritten one.
 
 use protobuf::{Message, MessageField};
 
+use crate::devices::Devices;
+use crate::error::Refused;
+use crate::module::Layouts;
 use crate::proto::compile_options::compile_options_proto::Override;
 use crate::proto::compile_options::option_override_proto::Value;
 use crate::proto::compile_options::{
@@ -9,7 +12,6 @@ use crate::proto::compile_options::{
 };
 use crate::proto::hlo::DeviceAssignmentProto;
 use crate::proto::hlo::device_assignment_proto::ComputationDevice;
-use crate::{Devices, Layouts, Refused};
 
 /// Options that the framework compiles with.
 #[derive(Clone, Debug)]
@@ -45,8 +47,8 @@ impl Options {
         Ok(self.0.write_to_bytes()?)
     }
 
-    /// Serialized options for a first compilation, of which only the optimized module is used: all passes
-    /// over the module, and as little as possible for machine code.
+    /// Serialized options for a first compilation, of which only the optimized module is used: all
+    /// passes over the module, and as little as possible for machine code.
     ///
     /// # Errors
     /// If they cannot be written.
@@ -54,8 +56,8 @@ impl Options {
         self.with("xla_backend_optimization_level", Value::IntField(0))
     }
 
-    /// Serialized options for a first compilation for GPUs: each rank tunes its kernels by itself, since XLA
-    /// would wait for what other processes have tuned.
+    /// Serialized options for a first compilation for GPUs: each rank tunes its kernels by itself,
+    /// since XLA would wait for what other processes have tuned.
     ///
     /// # Errors
     /// If they cannot be written.
@@ -125,7 +127,7 @@ impl Options {
             .iter()
             .all(|column| column.replica_device_ids.len() == replicas);
         if columns.len() != partitions || !complete {
-            return Err(Refused::Inconsistent(format!(
+            return Err(Refused::inconsistent(format!(
                 "the device assignment does not have {replicas} replicas of {partitions} partitions"
             )));
         }

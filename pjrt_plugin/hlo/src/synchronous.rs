@@ -1,18 +1,20 @@
 //! Collectives in two halves become whole ones.
 //!
-//! XLA:GPU starts a collective in one instruction and waits for it in another: `all-reduce-start` and
-//! `all-reduce-done`, likewise all-gather and collective-permute, and `async-start` and `async-done`
-//! around a computation with any other (xla/hlo/ir/hlo_instructions.h, `HloAsyncInstruction`). Here the
-//! whole happens where it started: what it reads is there, and its result has memory from then on.
+//! XLA:GPU starts a collective in one instruction and waits for it in another: `all-reduce-start`
+//! and `all-reduce-done`, likewise all-gather and collective-permute, and `async-start` and
+//! `async-done` around a computation with any other (xla/hlo/ir/hlo_instructions.h,
+//! `HloAsyncInstruction`). The whole happens where it started: what it reads is there, and its
+//! result has memory from then on.
 
 use std::collections::{HashMap, HashSet};
 
 use protobuf::MessageField;
 
-use crate::Refused;
-use crate::collective::{self, refused};
-use crate::module::{Module, shape_of};
+use crate::error::Refused;
+use crate::instructions::{self, Treatment, is_collective};
+use crate::module::Module;
 use crate::proto::hlo::HloInstructionProto;
+use crate::shape::shape_of;
 
 /// Makes every pair of `module` one instruction.
 pub(crate) fn join(module: &mut Module) -> Result<(), Refused> {
@@ -40,34 +42,34 @@ fn joined(
     module: &Module,
     start: &HloInstructionProto,
 ) -> Result<Option<HloInstructionProto>, Refused> {
-    // Where the result is in the start's own: behind the operands, if they are in it.
-    let (opcode, with_operands) = match start.opcode.as_str() {
-        "all-reduce-start" => ("all-reduce", false),
-        "all-gather-start" => ("all-gather", true),
-        "collective-permute-start" => ("collective-permute", true),
-        "async-start" => return wrapped(module, start),
+    let (opcode, with_operands) = match instructions::treatment(start) {
+        Some(&Treatment::Start {
+            whole,
+            with_operands,
+        }) => (whole, with_operands),
+        Some(Treatment::Wrapper) => return wrapped(module, start),
         _ => return Ok(None),
     };
     let mut whole = start.clone();
     whole.opcode = opcode.into();
     if with_operands {
         let result = shape_of(start).tuple_shapes.get(1).cloned();
-        let result = result.ok_or_else(|| refused(start, "its result is no pair".into()))?;
+        let result = result.ok_or_else(|| Refused::instruction(start, "its result is no pair"))?;
         whole.shape = MessageField::some(result);
     }
     Ok(Some(whole))
 }
 
-/// The one collective of the computation that an `async-start` calls; none if it calls anything else.
+/// The one collective of the computation that an `async-start` calls; none if there is none in it.
 fn wrapped(
     module: &Module,
     start: &HloInstructionProto,
 ) -> Result<Option<HloInstructionProto>, Refused> {
     let &[called] = &start.called_computation_ids[..] else {
-        return Err(refused(start, "it calls not one computation".into()));
+        return Err(Refused::instruction(start, "it calls not one computation"));
     };
     let called = module.computation(called)?;
-    if !called.instructions.iter().any(collective::is_collective) {
+    if !called.instructions.iter().any(is_collective) {
         return Ok(None);
     }
     let root = called.instructions.iter().find(|i| i.id == called.root_id);
@@ -75,14 +77,12 @@ fn wrapped(
         .instructions
         .iter()
         .filter(|i| i.id != called.root_id);
-    let alone = others.into_iter().all(|i| i.opcode == "parameter");
+    let is_only = others.into_iter().all(|i| i.opcode == "parameter");
     let root = root
-        .filter(|root| alone && collective::is_collective(root))
+        .filter(|root| is_only && is_collective(root))
         .ok_or_else(|| {
-            refused(
-                start,
-                "it starts several collectives at once, or more than that".into(),
-            )
+            let reason = "it starts several collectives at once, or more than that";
+            Refused::instruction(start, reason)
         })?;
     let operand = |id: &i64| {
         let parameter = called.instructions.iter().find(|i| i.id == *id)?;
@@ -90,7 +90,7 @@ fn wrapped(
         start.operand_ids.get(number).copied()
     };
     let operands: Option<Vec<i64>> = root.operand_ids.iter().map(operand).collect();
-    let operands = operands.ok_or_else(|| refused(start, "an operand is missing".into()))?;
+    let operands = operands.ok_or_else(|| Refused::instruction(start, "an operand is missing"))?;
     let mut whole = root.clone();
     (whole.id, whole.name) = (start.id, start.name.clone());
     whole.operand_ids = operands;
@@ -100,8 +100,8 @@ fn wrapped(
     Ok(Some(whole))
 }
 
-/// Puts the whole collectives of a computation in place of what starts them, and takes away what waits
-/// for them.
+/// Puts the whole collectives of a computation in place of what starts them, and takes away what
+/// waits for them.
 fn rewrite(
     module: &mut Module,
     id: i64,
@@ -125,7 +125,7 @@ fn rewrite(
             .any(|id| stands_for.get(id) == Some(id))
         {
             let reason = "it reads the start of a collective, which only what waits for it may";
-            return Err(refused(&instruction, reason.into()));
+            return Err(Refused::instruction(&instruction, reason));
         }
         if let Some(joined) = whole.remove(&instruction.id) {
             stands_for.insert(instruction.id, instruction.id);

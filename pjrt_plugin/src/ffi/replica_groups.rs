@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
 
-use hlo_rewrite::{Rewritten, Table};
+use hlo_rewrite::{DeviceTable, Rewritten};
 use mpi_runtime::{CollectiveSequence, World};
 use parking_lot::RwLock;
 
@@ -67,7 +67,7 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
             continue;
         }
         let part = part_of(world.rank, number, table);
-        if let (Part::Member { .. }, Table::Groups(groups)) = (part, table) {
+        if let (Part::Member { .. }, DeviceTable::Groups(groups)) = (part, table) {
             let own = i64::from(world.rank);
             let group = groups.iter().find(|group| group.contains(&own));
             let members: Result<Vec<i32>, Error> =
@@ -96,10 +96,10 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
     Ok(())
 }
 
-fn part_of(rank: i32, number: i64, table: &Table) -> Part {
+fn part_of(rank: i32, number: i64, table: &DeviceTable) -> Part {
     let own = i64::from(rank);
     match table {
-        Table::Groups(groups) => groups
+        DeviceTable::Groups(groups) => groups
             .iter()
             .find_map(|group| {
                 let rank = group.iter().position(|&id| id == own)?;
@@ -110,7 +110,7 @@ fn part_of(rank: i32, number: i64, table: &Table) -> Part {
                 })
             })
             .unwrap_or(Part::None),
-        Table::Pairs(pairs) => {
+        DeviceTable::Pairs(pairs) => {
             let to = pairs.iter().find(|pair| pair.0 == own).map(|pair| pair.1);
             let from = pairs.iter().find(|pair| pair.1 == own).map(|pair| pair.0);
             Part::Pair {
@@ -118,7 +118,7 @@ fn part_of(rank: i32, number: i64, table: &Table) -> Part {
                 from: from.map(|id| id as i32),
             }
         }
-        Table::Values(values) => values
+        DeviceTable::Values(values) => values
             .iter()
             .find(|value| value.0 == own)
             .map_or(Part::None, |value| Part::Value(value.1)),
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn each_rank_has_its_part() {
-        let groups = Table::Groups(vec![vec![2, 0], vec![3, 1]]);
+        let groups = DeviceTable::Groups(vec![vec![2, 0], vec![3, 1]]);
         let member = |rank| Part::Member {
             group: 9,
             size: 2,
@@ -166,12 +166,12 @@ mod tests {
         assert_eq!(part_of(0, 9, &groups), member(1));
         assert_eq!(part_of(3, 9, &groups), member(0));
         assert_eq!(part_of(4, 9, &groups), Part::None);
-        let pairs = Table::Pairs(vec![(0, 1), (1, 2)]);
+        let pairs = DeviceTable::Pairs(vec![(0, 1), (1, 2)]);
         let pair = |to, from| Part::Pair { to, from };
         assert_eq!(part_of(0, 9, &pairs), pair(Some(1), None));
         assert_eq!(part_of(1, 9, &pairs), pair(Some(2), Some(0)));
         assert_eq!(part_of(3, 9, &pairs), pair(None, None));
-        let values = Table::Values(vec![(0, 5), (1, 4)]);
+        let values = DeviceTable::Values(vec![(0, 5), (1, 4)]);
         assert_eq!(part_of(1, 9, &values), Part::Value(4));
         assert_eq!(part_of(2, 9, &values), Part::None);
     }

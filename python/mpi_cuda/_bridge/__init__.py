@@ -1,0 +1,1 @@
+"""What comes from other packages: their FFI targets, host callbacks, and mpi4jax."""

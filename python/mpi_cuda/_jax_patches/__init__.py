@@ -1,0 +1,31 @@
+"""All that this package changes in JAX, and every use that it makes of JAX's private modules.
+
+One file for each thing. Its `PATCHES` declare what it needs of JAX, what a user notices where that
+is gone, and the test that fails then (`patch.Patch`); the table in `docs/compatibility.md` says the
+same. No other module of the package may touch what is private to JAX.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Literal
+
+Moment = Literal["import", "operation", "start"]
+
+#: Every file with something to install: at the import of `mpi_cuda`, at the first operation, and
+#: when JAX starts with this plugin selected.
+INSTALLED: dict[Moment, tuple[str, ...]] = {
+    "import": ("vmap", "linear", "hoisting"),
+    "operation": ("effects_barrier", "token_passing", "fast_dispatch"),
+    "start": ("backends", "older_plugin"),
+}
+#: The others, whose functions are called.
+CALLED = ("custom_calls", "effect", "jax_core", "jaxprs", "uniform")
+
+
+@functools.cache
+def install(moment: Moment) -> None:
+    """Changes in JAX what is to be changed at this moment, once."""
+    for file in INSTALLED[moment]:
+        importlib.import_module(f"{__name__}.{file}").install()

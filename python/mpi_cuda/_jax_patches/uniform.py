@@ -1,0 +1,137 @@
+"""Which programs are the same fixed sequence of operations on every rank.
+
+Their calls need no change of threads: the library runs such a program on the calling thread once
+it sees that all ranks have arrived at it (`docs/architecture.md`, "Waiting"). It learns of them
+from the name of an attribute on their first operation (`mark`); others are only slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from typing import Any
+
+import numpy as np
+
+from mpi_cuda import _library
+from mpi_cuda._jax_patches import jaxprs
+from mpi_cuda._jax_patches.patch import Patch
+from mpi_cuda._library import ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL, DEFAULT_NUMBER, WORLD_NUMBER
+
+PATCHES = (
+    Patch(
+        what="what runs a program inside it exactly once is known by its name",
+        used=(
+            "ad_checkpoint.remat_p",
+            "custom_derivatives.custom_jvp_call_p",
+            "custom_derivatives.custom_vjp_call_p",
+            "lax.control_flow.loops.scan_p",
+            "pjit.jit_p",
+        ),
+        without="small programs stay on XLA's threads: slower",
+        test="test_which_programs_are_the_same_on_every_rank",
+    ),
+)
+
+# What runs the program inside it exactly once.
+_CALLS = ("jit", "closed_call", "core_call", "remat2", "custom_jvp_call", "custom_vjp_call")
+# Above these a launch takes long enough that a caller would rather not wait for it.
+_LONGEST = 10_000
+_LARGEST = 16 << 20
+
+_pending = threading.local()
+
+
+class _Different(Exception):
+    """The sequence may depend on the rank or on data."""
+
+
+@dataclasses.dataclass
+class _Found:
+    """What a program has, so far."""
+
+    effect: Any
+    rank: int
+    comms: set[int] = dataclasses.field(default_factory=set)
+    operations: int = 0
+    bytes: int = 0
+    exchanges: int = 0
+    balance: int = 0
+
+    def add(self, eqn: Any, times: int) -> Any:
+        """Notes an operation that runs `times` times; returns its place in the sequence."""
+        name = eqn.primitive.name.removeprefix("mpi_cuda_")
+        attributes = dict(eqn.params["attributes"])
+        self.comms.add(attributes["comm"])
+        self.operations += times
+        for var in (*eqn.invars, *eqn.outvars):
+            self.bytes += times * var.aval.size * var.aval.dtype.itemsize
+        if name in ("send", "recv", "isend", "irecv", "wait", "wait_send"):
+            raise _Different
+        if name == "sendrecv":
+            tag, recvtag = attributes["tag"], attributes["recvtag"]
+            if attributes["source"] == ATTRIBUTE_ANY or recvtag not in (tag, ATTRIBUTE_ANY):
+                raise _Different
+            # Every message sent must be one received: that adds nothing to the sum over all ranks.
+            for sign, source, dest in (
+                (1, self.rank, attributes["dest"]),
+                (-1, attributes["source"], self.rank),
+            ):
+                if ATTRIBUTE_PROC_NULL not in (source, dest):
+                    self.balance += sign * _hash((self.exchanges, source, dest))
+            self.exchanges += 1
+            attributes = {"tag": tag, "recvtag": recvtag}
+        return name, sorted(attributes.items())
+
+
+def _hash(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
+
+
+def _sequence(jaxpr: Any, found: _Found, times: int) -> list[Any]:
+    """The operations in `jaxpr`, which runs `times` times."""
+    sequence: list[Any] = []
+    for eqn in jaxpr.eqns:
+        if found.effect not in eqn.effects:
+            continue
+        if "attributes" in eqn.params:
+            sequence.append(found.add(eqn, times))
+            continue
+        name = eqn.primitive.name
+        inside = [
+            jaxprs.bare(program)
+            for program in jaxprs.in_params(eqn.params)
+            if found.effect in program.effects
+        ]
+        if len(inside) != 1 or not (name == "scan" or name in _CALLS):
+            raise _Different
+        length = eqn.params["length"] if name == "scan" else 1
+        sequence.append((length, _sequence(inside[0], found, times * length)))
+    return sequence
+
+
+def mark(jaxpr: Any, effect: Any) -> str | None:
+    """The attribute's name, or None if the ranks may differ. `effect` is that of operations."""
+    found = _Found(effect, _library.start().rank)
+    try:
+        sequence = _sequence(jaxpr, found, 1)
+    except _Different:
+        return None
+    if len(found.comms) != 1 or not found.comms <= {WORLD_NUMBER, DEFAULT_NUMBER}:
+        return None
+    if found.operations > _LONGEST or found.bytes > _LARGEST:
+        return None
+    name = f"mpi_cuda_uniform_{found.comms.pop()}_{_hash(sequence):016x}"
+    return f"{name}_{found.balance % 2**64:016x}" if found.exchanges else name
+
+
+def set_pending(name: str | None) -> None:
+    """The next operation lowered by this thread carries the mark."""
+    _pending.name = name
+
+
+def take_pending() -> dict[str, Any]:
+    """Attributes of the operation now lowered."""
+    name, _pending.name = getattr(_pending, "name", None), None
+    return {} if name is None else {name: np.int64(1)}

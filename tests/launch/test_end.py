@@ -1,0 +1,148 @@
+"""How jobs end: by an exception, by an exit, and with work that nobody waits for."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from jobs import MPIS, job, twice
+
+ENDINGS = """if True:
+    import sys, time, jax, jax.numpy as jnp, mpi_cuda as m
+    jax.devices()
+    x, ending = jnp.arange(1 << 18, dtype=jnp.float32), sys.argv[1]
+    try:
+        sys.exit(4)
+    except SystemExit:
+        pass
+    if m.COMM_WORLD.rank == 0:
+        if ending == "raise":
+            raise ValueError("boom")
+        if ending == "hook":
+            sys.excepthook = lambda *_: print("my own hook", file=sys.stderr)
+            raise ValueError("boom")
+        if ending == "sys.exit":
+            sys.exit(3)
+        if ending == "SystemExit":
+            raise SystemExit("boom")
+        if ending == "interrupt":
+            import os, signal
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        if ending == "send":
+            m.send(x, 1)
+    elif ending == "send":
+        time.sleep(1)
+        assert float(m.recv(x, 0)[0][-1]) == (1 << 18) - 1
+        print("received")
+    else:
+        m.recv(x, 0)[0].block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("raise", "ValueError: boom"),
+        ("hook", "my own hook"),
+        ("sys.exit", ""),
+        ("SystemExit", "boom"),
+        ("interrupt", "KeyboardInterrupt"),
+    ],
+)
+def test_a_failing_rank_ends_the_job(mpi: str, ending: str, said: str) -> None:
+    start = time.monotonic()
+    result = job(mpi, ENDINGS, ending)
+    assert result.returncode != 0 and said in result.stderr
+    # The start takes about a second on two cores; a hang would take the limit.
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_script_that_ends_after_dispatching_a_send_loses_nothing(mpi: str) -> None:
+    result = job(mpi, ENDINGS, "send")
+    assert result.returncode == 0 and "received" in result.stdout, result.stderr
+
+
+def test_an_error_nobody_reads_is_raised_at_exit() -> None:
+    code = """if True:
+        import jax, jax.numpy as jnp, mpi_cuda as m
+        jax.jit(lambda x: m.notoken.allreduce(x, m.BOR) and None)(jnp.ones(3))
+    """.replace(" and None", "[:0]")
+    result = job("openmpi", code)
+    assert result.returncode != 0 and "there is no BOR of float32" in result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_callbacks_that_are_still_running_at_the_end_finish(mpi: str) -> None:
+    code = """if True:
+        import time, jax, jax.numpy as jnp
+        def slow(x):
+            time.sleep(0.5)
+            print("finished")
+        x = jnp.ones((200, 200))
+        jax.jit(lambda x: jax.debug.callback(slow, (x @ x).sum()))(x)
+    """
+    result = job(mpi, code)
+    assert result.returncode == 0 and twice("finished", result), result.stderr
+
+
+RAISING = """if True:
+    import sys, time, jax.numpy as jnp, mpi_cuda as m
+    m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+    if m.COMM_WORLD.rank == 0:
+        sys.stderr.write(f"raised at {time.time()}\\n")
+        raise ValueError
+    m.recv(jnp.ones(3), 0)[0].block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_the_job_ends_soon_after_an_exception(mpi: str) -> None:
+    """The limit is 2 s; a busy test machine gets twice that."""
+    result = job(mpi, RAISING)
+    raised = re.search(r"raised at ([\d.]+)", result.stderr)
+    assert raised and result.returncode != 0, result.stderr
+    assert time.time() - float(raised[1]) < 4
+
+
+NOT_WAITED = """if True:
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    x = jnp.arange(1 << 20, dtype=jnp.float32)
+    if m.COMM_WORLD.rank == 0:
+        m.isend(x, 1, tag=1)
+        m.irecv(x, 1, tag=2)
+    else:
+        print(float(m.recv(x, 0, tag=1)[0][-1]))
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_messages_that_nobody_waits_for(mpi: str) -> None:
+    """What was sent arrives; a receive is named."""
+    result = job(mpi, NOT_WAITED)
+    assert result.returncode == 0 and result.stdout == "1048575.0\n", result.stderr
+    said = "rank 0: irecv of float32 from rank 1 with tag 2 was never waited for"
+    assert said in result.stderr, result.stderr
+
+
+FINALIZED = """if True:
+    from mpi4py import MPI
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    rank = MPI.COMM_WORLD.rank
+    request, _ = m.irecv(jnp.ones(3), 1 - rank, tag=9)
+    jax.block_until_ready(request.number)
+    MPI.Finalize()
+    try:
+        m.wait(request)[0].block_until_ready()
+    except Exception as error:
+        print("MPI was finalized before" in str(error) or error)
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_mpi_is_finalized_while_a_message_is_awaited(mpi: str) -> None:
+    result = job(mpi, FINALIZED)
+    assert twice("True", result), result.stdout + result.stderr

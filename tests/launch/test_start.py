@@ -1,0 +1,246 @@
+"""How ranks start: which MPI, whose process, what they must agree on."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from jobs import MPIS, job, twice
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("first", ["from mpi4py import MPI", "pass"])
+def test_the_world_with_and_without_mpi4py_first(mpi: str, first: str) -> None:
+    result = job(
+        mpi,
+        f"{first}\nimport jax, jax.numpy as jnp, mpi_cuda as m\n"
+        "assert jax.process_count() == 2\n"
+        "y, _ = m.allreduce(jnp.arange(2.0), m.SUM)\n"
+        "from mpi4py import MPI\n"
+        "assert MPI.COMM_WORLD.Get_size() == 2 and y[1] == 2\n"
+        "assert MPI.COMM_WORLD.allreduce(1) == 2",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_wrong_launcher_is_refused() -> None:
+    code = "import jax; print(jax.process_count())"
+    result = job("mpich", code, MPI4PY_LIBMPI="libmpi.so.40")
+    assert result.returncode == 0 and twice("2", result), result.stderr
+    first = "from mpi4py import MPI; import jax; print(jax.process_count())"
+    result = job("mpich", first, MPI4PY_LIBMPI="libmpi.so.40")
+    assert result.returncode != 0
+    assert "one of 2 by its launcher" in result.stderr and "MPI_CUDA_SINGLETON=1" in result.stderr
+    result = job("mpich", first, MPI4PY_LIBMPI="libmpi.so.40", MPI_CUDA_SINGLETON="1")
+    assert result.returncode == 0 and twice("1", result), result.stderr
+
+
+def test_two_mpis_in_one_process_are_refused_with_both_names() -> None:
+    result = job(
+        None,
+        "import ctypes\n"
+        "for name in ('libmpi.so.40', 'libmpich.so.12'):\n"
+        "    ctypes.CDLL(name, ctypes.RTLD_GLOBAL)\n"
+        "import jax\njax.devices()",
+    )
+    assert result.returncode != 0
+    assert "libmpi.so.40 and" in result.stderr and "libmpich.so.12:" in result.stderr
+
+
+def test_a_missing_shim_is_refused_under_a_launcher(tmp_path) -> None:
+    code = f"""if True:
+        import shutil, mpi_cuda._library as library
+        from pathlib import Path
+        folder = Path({str(tmp_path)!r})
+        library.LIBRARY = Path(shutil.copy(library.LIBRARY, folder))
+        import jax
+        jax.devices()
+    """
+    result = job("openmpi", code, ranks=1)
+    assert result.returncode == 0, result.stderr
+    result = job("openmpi", code, ranks=2)
+    assert result.returncode != 0 and "libmpi_cuda_shim_openmpi.so" in result.stderr
+
+
+CHILD = """if True:
+    import multiprocessing, subprocess, sys, jax
+    jax.devices()
+    code = "import jax; print(len(jax.devices()))"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert refused.returncode != 0, refused
+    assert "is a child of rank process" in refused.stderr, refused.stderr
+    import os
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    allowed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert allowed.stdout == "1\\n", allowed.stderr
+    print("fine")
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_child_process_is_refused_with_the_remedy(mpi: str) -> None:
+    result = job(mpi, CHILD)
+    assert twice("fine", result), result.stderr
+
+
+def test_a_thread_level_too_low_is_refused() -> None:
+    code = """if True:
+        import mpi4py
+        mpi4py.rc.thread_level = "serialized"
+        from mpi4py import MPI
+        import jax
+        jax.devices()
+    """
+    result = job("openmpi", code)
+    assert result.returncode != 0
+    assert "thread level serialized" in result.stderr and "rc.thread_level" in result.stderr
+
+
+def test_local_topology() -> None:
+    code = """if True:
+        import jax, jax.numpy as jnp, mpi_cuda as m
+        assert len(jax.devices()) == 1 and jax.process_count() == 1
+        print(float(m.allreduce(1.0, m.SUM)[0]), m.COMM_WORLD.size)
+    """
+    result = job("openmpi", code, MPI_CUDA_TOPOLOGY="local")
+    assert twice("2.0 2", result), result.stderr
+
+
+DISTRIBUTED = """if True:
+    import sys, jax
+    from mpi4py import MPI
+    rank, wrong = MPI.COMM_WORLD.Get_rank(), sys.argv[1] == "wrong"
+    process = 1 - rank if wrong else rank
+    jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, process)
+    try:
+        assert jax.process_index() == rank and jax.process_count() == 2
+        print("agreed")
+    except RuntimeError as error:
+        assert "jax.distributed says" in str(error), error
+        print("refused")
+"""
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("right", "agreed"), ("wrong", "refused")])
+def test_jax_distributed_agrees_or_is_refused(kind: str, answer: str) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    result = job("openmpi", DISTRIBUTED, kind, str(port))
+    assert twice(answer, result), result.stderr
+
+
+def test_log_info_has_one_line_per_rank() -> None:
+    result = job("openmpi", "import jax; jax.devices()", MPI_CUDA_LOG="info")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mpi_cuda: rank")]
+    assert len(lines) == 2 and all("of 2" in line and "Open MPI v4" in line for line in lines)
+
+
+def test_a_missing_header_is_named_with_the_remedy(tmp_path) -> None:
+    """The build script itself, as cargo built it."""
+    scripts = Path(__file__).parents[2].glob("target/release/build/pjrt_sys-*/build-script-build")
+    script = max(scripts, key=lambda path: path.stat().st_mtime)
+    names = ("OUT_DIR", "VIRTUAL_ENV", "PATH", "CARGO_MANIFEST_DIR")
+    env = dict.fromkeys(names, str(tmp_path / "package"))
+    result = subprocess.run([script], env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    for said in ("pjrt_c_api.h", "MPI_CUDA_PJRT_HEADER", "xla-cpu-pjrt"):
+        assert said in result.stderr, result.stderr
+    env["MPI_CUDA_PJRT_HEADER"] = "/nowhere/pjrt_c_api.h"
+    result = subprocess.run([script], env=env, capture_output=True, text=True, timeout=60)
+    assert "MPI_CUDA_PJRT_HEADER=/nowhere/pjrt_c_api.h is not a file" in result.stderr
+
+
+FORKED = """if True:
+    import os, jax.numpy as jnp, mpi_cuda as m
+    m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+    child = os.fork()
+    if child == 0:
+        try:
+            m.allreduce(jnp.ones(3), m.SUM)
+        except Exception as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    print(float(m.allreduce(jnp.float32(1), m.SUM)[0]))
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_forked_child_is_refused_and_the_parent_goes_on(mpi: str) -> None:
+    result = job(mpi, FORKED)
+    assert result.returncode == 0 and twice("2.0", result), result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_settings_that_ranks_must_share_are_compared(mpi: str) -> None:
+    code = """if True:
+        import os
+        rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"])
+        os.environ["MPI_CUDA_PART_BYTES"] = str(64 + rank)
+        import jax
+        jax.devices()
+    """
+    result = job(mpi, code)
+    assert result.returncode != 0
+    assert "differs between ranks (64 to 65)" in result.stderr, result.stderr
+
+
+EIGHT = """if True:
+    import tempfile
+    import jax, jax.numpy as jnp, numpy as np, mpi_cuda as m
+    from jax import lax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    n, rank = jax.process_count(), jax.process_index()
+    mesh = Mesh(np.array(jax.devices()).reshape(2, n // 2), ("a", "b"))
+    rows = np.arange(n * 16, dtype=np.float32).reshape(n, 16)
+    spec = P(("a", "b"))
+    sharding = NamedSharding(mesh, spec)
+    x = jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    def program(x):
+        gathered = lax.all_gather(x, "b").sum(0)
+        return lax.psum(x, "a") + gathered + lax.ppermute(x, ("a", "b"), ring)
+    program = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec))
+    with jax.profiler.trace(tempfile.mkdtemp()):
+        for _ in range(20):
+            y = program(x)
+        assert m.allreduce(jnp.float32(1), m.SUM)[0] == n
+    grid = rows.reshape(2, n // 2, 16)
+    want = (grid.sum(0)[None] + grid.sum(1)[:, None]).reshape(n, 16) + np.roll(rows, 1, 0)
+    np.testing.assert_allclose(np.asarray(y.addressable_shards[0].data)[0], want[rank])
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_eight_ranks_and_a_profile(mpi: str) -> None:
+    result = job(mpi, EIGHT, ranks=8, limit=120)
+    assert result.returncode == 0, result.stderr
+
+
+ONE_BEFORE = """if True:
+    import numpy as np
+    from mpi4py import MPI
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    world = MPI.COMM_WORLD
+    data = np.asarray(jnp.arange(4.0)) if world.rank == 0 else None
+    data = world.bcast(data)
+    assert m.allreduce(jnp.asarray(data), m.SUM)[0][-1] == 6
+"""
+ONE_ALONE = """if True:
+    from mpi4py import MPI
+    import jax.numpy as jnp
+    if MPI.COMM_WORLD.rank == 1:
+        assert jnp.arange(3.0).sum() == 3
+    MPI.COMM_WORLD.Barrier()
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("code", [ONE_BEFORE, ONE_ALONE], ids=["before", "alone"])
+def test_a_rank_may_use_jax_while_others_wait_in_mpi4py(mpi: str, code: str) -> None:
+    result = job(mpi, code, limit=30)
+    assert result.returncode == 0, result.stderr

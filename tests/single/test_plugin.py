@@ -1,0 +1,143 @@
+"""The plugin in a process of its own: when it is selected, its settings, its worlds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MPI_CUDA", "JAX"))}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_installed_but_not_selected_changes_nothing() -> None:
+    result = run(
+        "import jax; print(jax.devices(), jax.default_backend()); "
+        "print('mpi' in open('/proc/self/maps').read()); import sys; "
+        "print([name for name in sys.modules if name.startswith('mpi_cuda.')])",
+        JAX_PLATFORMS="cpu",
+    )
+    assert result.stdout == "[CpuDevice(id=0)] cpu\nFalse\n[]\n" and result.stderr == ""
+    result = run("import jax; print(jax.devices()[0].client.platform_version)")
+    assert "MPI ranks" not in result.stdout and result.returncode == 0
+
+
+def test_selected_prints_nothing() -> None:
+    code = "import jax; f = jax.jit(lambda x: x @ x.T + 1); f(jax.numpy.ones((9, 9)))"
+    result = run(code, JAX_PLATFORMS="mpi_cuda")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_both_platforms() -> None:
+    code = """if True:
+        import jax, jax.numpy as jnp, numpy as np
+        ours, cpu = jax.devices()[0], jax.devices("cpu")[0]
+        assert "MPI ranks" in ours.client.platform_version
+        assert "MPI ranks" not in cpu.client.platform_version
+        for device in (ours, cpu):
+            x = jax.device_put(np.eye(3, dtype=np.float32), device)
+            print(float(jnp.linalg.eigh(x)[0].sum()))
+            print(jax.pure_callback(lambda x: x + 1, jax.ShapeDtypeStruct((), x.dtype), x[0, 0]))
+    """
+    result = run(code, JAX_PLATFORMS="mpi_cuda,cpu")
+    assert result.stdout == "3.0\n2.0\n3.0\n2.0\n", result.stderr
+
+
+def test_backends_of_others_need_not_be_like_ours() -> None:
+    code = """if True:
+        import jax, jax._src.xla_bridge as bridge
+        class Other:
+            platform = "other"
+            def device_count(self): return 1
+            def process_index(self): return 0
+            def devices(self): return ["one"]
+            local_devices = devices
+        bridge.register_backend_factory("other", Other, priority=1)
+        jax.config.update("jax_platforms", "other,mpi_cuda")
+        print(type(bridge.get_backend("other")).__name__, len(jax.devices("cpu")))
+    """
+    result = run(code, JAX_PLATFORMS="mpi_cuda")
+    assert result.stdout == "Other 1\n", result.stderr
+
+
+def test_log_info_says_what_was_found() -> None:
+    result = run("import jax; jax.devices()", JAX_PLATFORMS="mpi_cuda", MPI_CUDA_LOG="info")
+    for text in ("rank 0 of 1", "device cpu", "PJRT 0.", "Open MPI", "multiple"):
+        assert text in result.stderr, result.stderr
+
+
+def test_without_any_mpi(tmp_path) -> None:
+    """No shim that loads: a world of size 1, in which collectives work."""
+    code = """if True:
+        import shutil, sys, mpi_cuda._library as library
+        from pathlib import Path
+        folder = Path(FOLDER)
+        shutil.copy(library.LIBRARY, folder)
+        library.LIBRARY = folder / library.LIBRARY.name
+        import jax, jax.numpy as jnp, mpi_cuda as m
+        print(m.allreduce(jnp.ones(2), m.SUM)[0], jax.process_count())
+        print(m.sendrecv(jnp.ones(2), jnp.ones(2), m.PROC_NULL, m.PROC_NULL)[0])
+        coming, _ = m.irecv(jnp.ones(2), m.PROC_NULL)
+        print(m.wait(m.isend(jnp.ones(2), m.PROC_NULL)[0])[0], m.wait(coming)[0])
+        try:
+            m.send(jnp.ones(2), 0).block_until_ready()
+        except Exception as error:
+            print("needs an MPI" in str(error))
+    """.replace("FOLDER", repr(str(tmp_path)))
+    result = run(code, JAX_PLATFORMS="mpi_cuda", MPI_CUDA_LOG="info")
+    assert result.stdout == "[1. 1.] 1\n[0. 0.]\nNone [0. 0.]\nTrue\n", result.stderr
+    assert "MPI no MPI" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MPI_CUDA_TOPOLOGY", "flat", "it takes: global, local"),
+        ("MPI_CUDA_WARN_AFTER", "soon", "it takes: 60, seconds"),
+        ("MPI_CUDA_INNER_PLUGIN", "/nowhere.so", "is not a file"),
+        ("MPI_CUDA_DEVICE", "cuda", "MPI_CUDA_DEVICE=cuda, but"),
+        ("XLA_FLAGS", "--xla_no_such_flag=1", "xla_no_such_flag"),
+        ("MPI_CUDA_PART_BYTES", "63", "it takes: 1073741824, bytes from 64"),
+        ("MPI_CUDA_PRETEND_SIZE", "1025", "above the limit of 1024"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_remedy(variable, value, expected) -> None:
+    result = run("import jax; jax.devices()", JAX_PLATFORMS="mpi_cuda", **{variable: value})
+    assert result.returncode == 1
+    assert expected in result.stderr, result.stderr
+    assert variable == "MPI_CUDA_PRETEND_SIZE" or variable in result.stderr
+
+
+def test_known_xla_flags_pass() -> None:
+    result = run(
+        "import jax; print(jax.numpy.ones(2) + 1)",
+        JAX_PLATFORMS="mpi_cuda",
+        XLA_FLAGS="--xla_cpu_enable_fast_math=false",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_world_of_256_is_affordable() -> None:
+    code = """if True:
+        import time, jax
+        start = time.perf_counter()
+        count = len(jax.devices())
+        seconds = time.perf_counter() - start
+        threads = [l for l in open('/proc/self/status') if l.startswith('Threads')][0].split()[1]
+        assert float(jax.jit(lambda x: x + 1)(1.0)) == 2
+        print(count, threads, seconds)
+    """
+    result = run(code, JAX_PLATFORMS="mpi_cuda", MPI_CUDA_PRETEND_SIZE="256")
+    assert result.returncode == 0, result.stderr
+    count, threads, _seconds = result.stdout.split()
+    assert int(count) == 256 and int(threads) < 600
