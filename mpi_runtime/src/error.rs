@@ -83,7 +83,7 @@ pub enum StartError {
         own: u64,
     },
     #[error(transparent)]
-    NotDirect(#[from] crate::transfer::choice::NotDirect),
+    NotDirect(#[from] NotDirect),
     #[error("MPI has already been finalized in this process: create the JAX backend before that")]
     Finalized,
     #[error(
@@ -94,4 +94,17 @@ pub enum StartError {
     Child { pid: u32, parent: u32 },
     #[error("{call} failed at start: {text}")]
     Mpi { call: &'static str, text: String },
+}
+
+/// `direct` was asked for, and would end in a segmentation fault or wrong data.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "direct transfer was asked for (MPI_CUDA_TRANSFER or MPI4JAX_USE_CUDA_MPI), but {why}: use \
+     MPI_CUDA_TRANSFER=staged, or {remedy}"
+)]
+pub struct NotDirect {
+    /// What is against it.
+    pub why: String,
+    /// How to get it all the same.
+    pub remedy: &'static str,
 }

@@ -35,6 +35,69 @@ pub struct Operation<'a> {
     pub status: usize,
 }
 
+impl Operation<'_> {
+    /// How many bytes at the end of the result of this receive a message of `bytes` leaves unwritten.
+    ///
+    /// # Errors
+    /// If it does not fit, or is shorter than it may be.
+    pub fn missing(&self, source: i32, tag: i32, bytes: usize) -> Result<usize, String> {
+        let expected = self.recv.bytes();
+        let may_be_shorter = self.source == PROC_NULL || self.status != 0;
+        if bytes > expected || bytes < expected && !may_be_shorter {
+            return Err(wrong_length(source, tag, bytes, expected));
+        }
+        Ok(expected - bytes)
+    }
+
+    /// What it is, without its arrays.
+    pub fn without_arrays(&self) -> Operation<'static> {
+        let Operation {
+            kind,
+            of,
+            comm,
+            reduction,
+            user_reduction,
+            dest,
+            source,
+            send_tag,
+            recv_tag,
+            status,
+            ..
+        } = *self;
+        let none = |like: &Buffer<'_>| Buffer {
+            dtype: like.dtype,
+            ..Buffer::NONE
+        };
+        Operation {
+            kind,
+            of,
+            comm,
+            send: none(&self.send),
+            recv: none(&self.recv),
+            reduction,
+            user_reduction,
+            dest,
+            source,
+            send_tag,
+            recv_tag,
+            status,
+        }
+    }
+}
+
+/// What is wrong with a message of `bytes` for a result of `expected` bytes.
+pub(crate) fn wrong_length(source: i32, tag: i32, bytes: usize, expected: usize) -> String {
+    let remedy = if bytes < expected {
+        " (pass status= to accept less)"
+    } else {
+        ""
+    };
+    format!(
+        "the message from rank {source} with tag {tag} has {bytes} bytes, and the result {expected}; \
+         both sides must have the same shape and dtype{remedy}"
+    )
+}
+
 /// A dense row-major array in memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffer<'a> {

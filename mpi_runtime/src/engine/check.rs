@@ -71,27 +71,6 @@ pub fn returns_input(op: &Operation<'_>, comm: &Communicator) -> bool {
     }
 }
 
-/// How many bytes at the end of the result of `op`, a receive, a message of `bytes` leaves unwritten.
-///
-/// # Errors
-/// If it does not fit, or is shorter than it may be.
-pub fn missing(op: &Operation<'_>, source: i32, tag: i32, bytes: usize) -> Result<usize, String> {
-    let expected = op.recv.bytes();
-    let too_short = op.source != PROC_NULL && bytes < expected && op.status == 0;
-    if bytes > expected || too_short {
-        let remedy = if too_short {
-            " (pass status= to accept less)"
-        } else {
-            ""
-        };
-        return Err(format!(
-            "the message from rank {source} with tag {tag} has {bytes} bytes, and the result \
-             {expected}; both sides must have the same shape and dtype{remedy}"
-        ));
-    }
-    Ok(expected - bytes)
-}
-
 fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
     let inside = |what: &str, rank: i32| {
         if (0..comm.size).contains(&rank) {

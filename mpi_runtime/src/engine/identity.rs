@@ -3,8 +3,7 @@
 
 use mpi_shim_abi::Reduction;
 
-use crate::ElementType;
-use crate::operation::Buffer;
+use crate::operation::{Buffer, ElementType};
 
 /// The element `e` with `e op x = x`, as the bytes of `dtype`, in the first bytes of the array.
 fn identity(reduction: Reduction, dtype: ElementType) -> [u8; 16] {

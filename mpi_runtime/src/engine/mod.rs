@@ -11,7 +11,6 @@ pub mod pending;
 mod result_canary;
 pub mod single_rank;
 
-use std::cell::Cell;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -28,24 +27,19 @@ use crate::engine::pending::PendingTable;
 use crate::error::OperationError;
 use crate::log;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
-use crate::mpi::shim::{Request, Shim};
+use crate::mpi::shim::{self, Request, Shim};
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::{Buffer, Operation};
 use crate::transfer::direct::Direct;
 use crate::transfer::staging::{Done, Mpi, Staging};
-use crate::world::WorldOptions;
 
-thread_local! {
-    /// This thread is inside an operation.
-    static EXECUTING: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `body`, in which MPI may wait for a peer or call us back, on this thread.
-pub(crate) fn executing<T>(body: impl FnOnce() -> T) -> T {
-    let outer = EXECUTING.replace(true);
-    let result = body();
-    EXECUTING.set(outer);
-    result
+/// How the engine reports.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Operations that take longer are printed.
+    pub warn_after: Duration,
+    /// Say for each operation what served it.
+    pub verbose: bool,
 }
 
 /// A program that is the same fixed sequence of collectives and exchanges of all ranks, wherever it
@@ -151,7 +145,7 @@ pub struct Engine {
 
 impl Engine {
     /// An engine over `shim`, or alone in the world.
-    pub fn new(shim: Option<Shim>, rank: i32, options: &WorldOptions) -> Engine {
+    pub fn new(shim: Option<Shim>, rank: i32, options: EngineOptions) -> Engine {
         let pending = Arc::new(PendingTable::default());
         pending::watch(&pending, rank, options.warn_after);
         Engine {
@@ -395,7 +389,7 @@ impl Engine {
             Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
                 nonblocking.receive_after(shim_op)
             },
-            _ => executing(|| shim.execute(shim_op)),
+            _ => shim.execute(shim_op),
         };
         let received = received.map_err(|error| error.0)?;
         if let Some(history) = self.history(op.comm) {
@@ -630,7 +624,7 @@ impl Engine {
     /// thread, which must not wait for itself: it is freed when the launches that may use it have
     /// ended.
     pub fn comm_deleted(&self, number: i64, may_wait: bool) -> bool {
-        let executing = EXECUTING.get();
+        let executing = shim::is_in_call();
         if may_wait && !executing {
             self.wait_idle();
         }
@@ -684,7 +678,7 @@ impl Mpi for Calls<'_> {
         let shim_op = check::prepare(op, self.comm)?;
         let shim = self.engine.shim.as_ref().ok_or(NO_MESSAGES)?;
         // SAFETY: what is sent stays in place, as whoever calls this promises.
-        let request = executing(|| unsafe { shim.start_send(&shim_op) });
+        let request = unsafe { shim.start_send(&shim_op) };
         let request = request.map_err(|error| error.0)?;
         if let Some(history) = self.engine.history(op.comm) {
             history.add(op, self.comm.rank, &ShimReceived::default());
@@ -694,7 +688,7 @@ impl Mpi for Calls<'_> {
 
     fn is_sent(&mut self, request: &mut Request) -> Result<bool, String> {
         let shim = self.engine.shim.as_ref().ok_or(NO_MESSAGES)?;
-        let status = executing(|| shim.test(request));
+        let status = shim.test(request);
         status
             .map(|status| status.is_some())
             .map_err(|error| error.0)
@@ -750,7 +744,7 @@ fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Str
         return Ok(());
     }
     let arrived = usize::try_from(received.bytes).unwrap_or(0);
-    let missing = check::missing(op, received.source, received.tag, arrived)?;
+    let missing = op.missing(received.source, received.tag, arrived)?;
     if missing > 0 {
         // SAFETY: the result buffer is valid for its bytes; nothing in it stays uninitialised.
         unsafe {

@@ -15,8 +15,7 @@ use std::time::Duration;
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 use parking_lot::{Condvar, Mutex};
 
-use crate::engine;
-use crate::engine::pending;
+use crate::mpi::backoff::pause;
 use crate::mpi::shim::{Message, MpiError, Request, Shim};
 use crate::operation::{Buffer, Operation};
 
@@ -26,8 +25,6 @@ const PAUSE: Duration = Duration::from_micros(50);
 /// Messages whose memory is kept, and bytes of the largest.
 const SPARES: usize = 8;
 const LARGEST_SPARE: usize = 64 << 20;
-/// Looks at a message before the core is given up between them.
-const SPINS: u32 = 64;
 
 /// The messages of this process that were started and not waited for.
 pub struct NonblockingMessages {
@@ -166,7 +163,7 @@ impl NonblockingMessages {
         let mut table = shared.table.lock();
         let state = if sends {
             // SAFETY: the row keeps the memory until the request is complete.
-            let request = engine::executing(|| unsafe { shared.shim.start_send(&posted) });
+            let request = unsafe { shared.shim.start_send(&posted) };
             MessageState::Running(request.map_err(|error| error.0)?, nothing)
         } else {
             shared.unmatched.fetch_add(1, Ordering::AcqRel);
@@ -176,7 +173,7 @@ impl NonblockingMessages {
         let number = table.last;
         table.rows.push(Row {
             number,
-            operation: pending::without_shapes(op),
+            operation: op.without_arrays(),
             shape: op.send.shape.to_vec(),
             posted: Posted(posted),
             memory,
@@ -243,7 +240,7 @@ impl NonblockingMessages {
         let exchanges = op.kind == Kind::Sendrecv;
         let mut sending = if exchanges && op.dest != PROC_NULL {
             // SAFETY: the operand outlives this call, which waits for the request.
-            Some(engine::executing(|| unsafe { shim.start_send(op) })?)
+            Some(unsafe { shim.start_send(op) }?)
         } else {
             None
         };
@@ -284,7 +281,7 @@ impl NonblockingMessages {
             let mut table = shared.table.lock();
             shared.progress(&mut table);
             loop {
-                let Some(message) = engine::executing(|| shared.shim.take(op))? else {
+                let Some(message) = shared.shim.take(op)? else {
                     return Ok(None);
                 };
                 let envelope = message.envelope;
@@ -299,9 +296,7 @@ impl NonblockingMessages {
                     buffer = spill.as_mut_ptr().cast();
                 }
                 // SAFETY: the buffer holds the message, and outlives the request, which is waited for.
-                let request = engine::executing(|| unsafe {
-                    shared.shim.start_receive(message, element, buffer)
-                })?;
+                let request = unsafe { shared.shim.start_receive(message, element, buffer) }?;
                 break (request, envelope);
             }
         };
@@ -462,7 +457,7 @@ impl Shared {
             let row = &mut table.rows[index];
             match &mut row.state {
                 MessageState::Unmatched => {
-                    match engine::executing(|| self.shim.take(&row.posted.0)) {
+                    match self.shim.take(&row.posted.0) {
                         Ok(None) => {}
                         Ok(Some(message)) => {
                             let comm = row.posted.0.comm;
@@ -477,7 +472,7 @@ impl Shared {
                 }
                 MessageState::Running(request, envelope) => {
                     let envelope = *envelope;
-                    match engine::executing(|| self.shim.test(request)) {
+                    match self.shim.test(request) {
                         Ok(None) => {}
                         Ok(Some(status)) => {
                             row.state = MessageState::Done(status, envelope);
@@ -503,9 +498,7 @@ impl Shared {
         }
         let (datatype, buffer) = (row.posted.0.datatype, row.memory.as_mut_ptr());
         // SAFETY: the row keeps the memory until the request is complete.
-        let started = engine::executing(|| unsafe {
-            self.shim.start_receive(message, datatype, buffer.cast())
-        });
+        let started = unsafe { self.shim.start_receive(message, datatype, buffer.cast()) };
         match started {
             Ok(request) => {
                 self.unmatched.fetch_sub(1, Ordering::AcqRel);
@@ -538,7 +531,7 @@ fn taker(rows: &[Row], comm: u64, envelope: &ShimReceived) -> Option<usize> {
 fn complete(shim: &Shim, request: &mut Request) -> Result<ShimStatus, MpiError> {
     let mut spins = 0;
     loop {
-        if let Some(status) = engine::executing(|| shim.test(request))? {
+        if let Some(status) = shim.test(request)? {
             return Ok(status);
         }
         pause(&mut spins);
@@ -552,16 +545,6 @@ fn allocate(bytes: usize) -> Result<Vec<u128>, String> {
         .try_reserve_exact(bytes.div_ceil(size_of::<u128>()))
         .map_err(|_| format!("no memory for a message of {bytes} bytes"))?;
     Ok(memory)
-}
-
-/// Between two looks of a thread at something that changes soon; `spins` counts them.
-pub(crate) fn pause(spins: &mut u32) {
-    if *spins < SPINS {
-        *spins += 1;
-        std::hint::spin_loop();
-    } else {
-        std::thread::yield_now();
-    }
 }
 
 #[cfg(test)]

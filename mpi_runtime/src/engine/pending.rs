@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::log;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 
 /// Operations now in progress; few (one per thread that executes). Rows are reused, so that
 /// entering an operation allocates nothing.
@@ -37,7 +37,7 @@ pub struct Pending<'a> {
 impl PendingTable {
     /// Enters an operation on the communicator called `comm`.
     pub fn enter(&self, operation: &Operation<'_>, comm: &'static str) -> Pending<'_> {
-        let bare = without_shapes(operation);
+        let bare = operation.without_arrays();
         let mut rows = self.rows.lock();
         let row = rows
             .iter()
@@ -90,45 +90,6 @@ impl Drop for Pending<'_> {
     }
 }
 
-/// What an operation is, without its arrays.
-pub(crate) fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
-    let Operation {
-        kind,
-        of,
-        comm,
-        reduction,
-        user_reduction,
-        dest,
-        source,
-        send_tag,
-        recv_tag,
-        status,
-        ..
-    } = *operation;
-    let send = Buffer {
-        dtype: operation.send.dtype,
-        ..Buffer::NONE
-    };
-    let recv = Buffer {
-        dtype: operation.recv.dtype,
-        ..Buffer::NONE
-    };
-    Operation {
-        kind,
-        of,
-        comm,
-        send,
-        recv,
-        reduction,
-        user_reduction,
-        dest,
-        source,
-        send_tag,
-        recv_tag,
-        status,
-    }
-}
-
 /// Starts the thread that prints overdue operations of `rank` to standard error.
 pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
     let table = Arc::downgrade(table);
@@ -149,7 +110,7 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ElementType;
+    use crate::operation::{Buffer, ElementType};
     use mpi_shim_abi::{ANY, Kind};
 
     #[test]

@@ -91,7 +91,7 @@ impl ResultCanary<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ElementType;
+    use crate::operation::ElementType;
     use mpi_shim_abi::ANY;
 
     const COMM: Communicator = Communicator {

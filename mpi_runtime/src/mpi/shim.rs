@@ -1,5 +1,6 @@
 //! Loading a shim and calling it: results instead of codes.
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 
@@ -11,7 +12,6 @@ use mpi_shim_abi::{
 
 use crate::error::StartError;
 use crate::mpi::family::Family;
-use crate::transfer::choice::Aware;
 
 /// A loaded shim; never unloaded, since MPI libraries do not survive that.
 #[derive(Clone, Copy)]
@@ -46,9 +46,37 @@ pub enum MpiState {
     Finalized,
 }
 
+/// What MPI says of its support for CUDA (`MPIX_Query_cuda_support`, `MPIX_GPU_query_support`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Aware {
+    Yes,
+    No,
+    /// It has no such function.
+    Unsaid,
+}
+
 /// File name of the shim of `family`.
 pub fn file_name(family: Family) -> String {
     format!("libmpi_cuda_shim_{}.so", family.name())
+}
+
+thread_local! {
+    /// This thread is in a call of MPI's in which it may call us back.
+    static IN_CALL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is inside a call of MPI's that sends, receives or moves messages on. MPICH
+/// frees communicators from there, and its callback must not wait for the operation that it is in.
+pub fn is_in_call() -> bool {
+    IN_CALL.get()
+}
+
+fn in_call<T>(call: impl FnOnce() -> T) -> T {
+    let outer = IN_CALL.replace(true);
+    let result = call();
+    IN_CALL.set(outer);
+    result
 }
 
 impl Shim {
@@ -227,7 +255,7 @@ impl Shim {
     pub fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
         let mut received = ShimReceived::default();
         // SAFETY: `check::prepare` made `op` from buffers that outlive this call.
-        self.check(unsafe { (self.api.execute)(op, &mut received) })?;
+        self.check(in_call(|| unsafe { (self.api.execute)(op, &mut received) }))?;
         Ok(received)
     }
 
@@ -238,7 +266,9 @@ impl Shim {
     pub unsafe fn start_send(&self, op: &ShimOp) -> Result<Request, MpiError> {
         let mut request = 0;
         // SAFETY: as the caller promises.
-        self.check(unsafe { (self.api.start_send)(op, &mut request) })?;
+        self.check(in_call(|| unsafe {
+            (self.api.start_send)(op, &mut request)
+        }))?;
         Ok(Request(request))
     }
 
@@ -246,9 +276,9 @@ impl Shim {
     pub fn take(&self, op: &ShimOp) -> Result<Option<Message>, MpiError> {
         let (mut found, mut message) = (0, Message::default());
         // SAFETY: `check::prepare` made `op`; its communicator is live.
-        self.check(unsafe {
+        self.check(in_call(|| unsafe {
             (self.api.take)(op, &mut found, &mut message.envelope, &mut message.handle)
-        })?;
+        }))?;
         Ok((found != 0).then_some(message))
     }
 
@@ -265,7 +295,9 @@ impl Shim {
         let mut request = 0;
         let (start, bytes) = (self.api.start_receive, message.envelope.bytes);
         // SAFETY: as the caller promises; the message was taken once.
-        self.check(unsafe { start(message.handle, bytes, datatype, buffer, &mut request) })?;
+        self.check(in_call(|| unsafe {
+            start(message.handle, bytes, datatype, buffer, &mut request)
+        }))?;
         Ok(Request(request))
     }
 
@@ -285,7 +317,9 @@ impl Shim {
     pub fn test(&self, request: &mut Request) -> Result<Option<ShimStatus>, MpiError> {
         let (mut done, mut status) = (0, ShimStatus([0; 64]));
         // SAFETY: a live request of the functions above.
-        self.check(unsafe { (self.api.test)(&mut request.0, &mut done, &mut status) })?;
+        self.check(in_call(|| unsafe {
+            (self.api.test)(&mut request.0, &mut done, &mut status)
+        }))?;
         Ok((done != 0).then_some(status))
     }
 

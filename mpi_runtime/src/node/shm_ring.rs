@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use memmap2::MmapRaw;
 
 use crate::device::{Device, HostMemory};
-use crate::engine::nonblocking::pause;
 use crate::log;
+use crate::mpi::backoff::pause;
 
 /// Slots of a ring: copies down, copies up and what the ranks do in between overlap.
 const SLOTS: usize = 8;

@@ -5,6 +5,9 @@
 
 use std::fmt;
 
+use crate::error::NotDirect;
+pub use crate::mpi::shim::Aware;
+
 /// What the user asked for: `MPI_CUDA_TRANSFER`, or mpi4jax's `MPI4JAX_USE_CUDA_MPI`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -29,16 +32,6 @@ impl Asked {
             ),
         }
     }
-}
-
-/// What MPI says of its support for CUDA (`MPIX_Query_cuda_support`, `MPIX_GPU_query_support`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Aware {
-    Yes,
-    No,
-    /// It has no such function.
-    Unsaid,
 }
 
 /// What an MPI that knows the device is given.
@@ -87,17 +80,6 @@ impl fmt::Display for Choice {
         };
         write!(f, "{mode} ({})", self.reason)
     }
-}
-
-/// `direct` was asked for, and would end in a segmentation fault or wrong data.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "direct transfer was asked for (MPI_CUDA_TRANSFER or MPI4JAX_USE_CUDA_MPI), but {why}: use \
-     MPI_CUDA_TRANSFER=staged, or {remedy}"
-)]
-pub struct NotDirect {
-    why: String,
-    remedy: &'static str,
 }
 
 /// How to get a [`ProbeResult`].

@@ -12,7 +12,6 @@ use mpi_shim_abi::{Kind, PROC_NULL, Reduction};
 use parking_lot::Mutex;
 
 use crate::device::{self, Address, Copy, Device, DeviceError, Event, Fill, Stream};
-use crate::engine::check;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Class, Operation};
 use crate::transfer::choice::Through;
@@ -224,7 +223,7 @@ fn said(error: DeviceError) -> String {
 /// Bytes of the result that a message leaves unwritten, if it may.
 fn missing(op: &Operation<'_>, done: Done) -> Result<usize, String> {
     match op.kind {
-        Kind::Recv | Kind::Sendrecv => check::missing(op, done.source, done.tag, done.bytes),
+        Kind::Recv | Kind::Sendrecv => op.missing(done.source, done.tag, done.bytes),
         _ => Ok(0),
     }
 }

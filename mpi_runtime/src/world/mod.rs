@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineOptions};
 use crate::error::StartError;
 use crate::mpi::communicators::{Communicator, DEFAULT, NAMES, SELF};
 use crate::mpi::family::{self, Family};
@@ -36,6 +36,15 @@ pub struct WorldOptions {
     pub device: Option<DeviceOptions>,
     /// `MPI_CUDA_LOG=debug`: say for each operation what served it.
     pub verbose: bool,
+}
+
+impl WorldOptions {
+    fn engine(&self) -> EngineOptions {
+        EngineOptions {
+            warn_after: self.warn_after,
+            verbose: self.verbose,
+        }
+    }
 }
 
 /// What ranks with device memory agree on.
@@ -141,7 +150,7 @@ impl World {
                 library,
             });
         }
-        let mut engine = Engine::new(Some(shim), rank, options);
+        let mut engine = Engine::new(Some(shim), rank, options.engine());
         for (name, number) in NAMES {
             let of = if number == SELF {
                 shim.comm_self()
@@ -263,7 +272,7 @@ impl World {
 
     /// A world of size 1 without MPI.
     fn single_rank(options: &WorldOptions) -> World {
-        let engine = Engine::new(None, 0, options);
+        let engine = Engine::new(None, 0, options.engine());
         for (name, number) in NAMES {
             engine.communicators.add(
                 number,
@@ -410,7 +419,11 @@ fn load_shim(
     launched: Option<&Launched>,
     launched_size: usize,
 ) -> Result<Option<Shim>, StartError> {
-    let families = family::candidates(&shim::loaded_libraries(), launched, options.family)?;
+    let families = family::candidates(
+        &shim::loaded_libraries(),
+        launched.and_then(|launched| launched.family),
+        options.family,
+    )?;
     let mut first_error = None;
     for &family in &families {
         match Shim::load(family, &options.shim_folders) {

@@ -7,7 +7,7 @@ use mpi_shim_abi::{Kind, PROC_NULL};
 use super::{HEADER_BYTES, Piece, RendezvousHeader, said};
 use crate::device::{Copy, DeviceError, Event, Fill};
 use crate::node::shm_ring::ShmRing;
-use crate::operation::{Buffer, ElementType, Operation};
+use crate::operation::{Buffer, ElementType, Operation, wrong_length};
 use crate::transfer::staging::{Done, Mpi, Run, Staging};
 
 /// How data arrive, once that is known.
@@ -246,13 +246,7 @@ impl<'r, 's> Incoming<'r, 's> {
         if length == self.room || length < self.room && self.may_be_shorter {
             return Ok(());
         }
-        let (room, remedy) = (self.room, " (pass status= to accept less)");
-        let remedy = if length < room { remedy } else { "" };
-        Err(format!(
-            "the message from rank {} with tag {} has {length} bytes, and the result {room}; both sides \
-             must have the same shape and dtype{remedy}",
-            done.source, done.tag
-        ))
+        Err(wrong_length(done.source, done.tag, length, self.room))
     }
 
     /// Nothing in the result stays as it was.

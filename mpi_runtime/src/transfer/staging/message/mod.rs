@@ -17,7 +17,7 @@ use mpi_shim_abi::{Kind, PROC_NULL};
 
 use super::{Done, Mpi, Run};
 use crate::device::{DeviceError, HostMemory};
-use crate::engine::nonblocking::pause;
+use crate::mpi::backoff::pause;
 use crate::operation::{Buffer, ElementType, Operation};
 use incoming::Incoming;
 use outgoing::Outgoing;
