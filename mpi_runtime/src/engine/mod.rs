@@ -20,7 +20,7 @@ use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 use parking_lot::Mutex;
 
 use crate::device::Stream;
-use crate::engine::collectives::ReplicaGroups;
+use crate::engine::collectives::{CollectiveContext, CollectiveSequence, ReplicaGroups};
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::PendingTable;
@@ -212,10 +212,38 @@ impl Engine {
         }
     }
 
-    /// A launch with collectives that all ranks run has begun; its number, the same everywhere.
-    pub(crate) fn count_collective_launch(&self) -> u64 {
-        let before = self.histories[2].position.fetch_add(1, Ordering::Relaxed);
-        before + 1
+    /// Says which ranks the group `number` has that this rank is in.
+    pub fn know_group(&self, number: i64, members: Vec<i32>) {
+        self.groups.know(number, members);
+    }
+
+    /// Begins the launch `ticket` of `program`, once it is its turn: waits, asleep, for other ranks that may
+    /// still be compiling, and checks that they are about to run the same sequence of collectives. `first`
+    /// says that this very program has not run here.
+    pub fn begin_collectives(
+        &self,
+        ticket: Ticket,
+        program: &CollectiveSequence,
+        first: bool,
+    ) -> Result<(), OperationError> {
+        self.order.wait_turn(ticket);
+        let launch = program.everybody.then(|| {
+            let before = self.histories[2].position.fetch_add(1, Ordering::Relaxed);
+            before + 1
+        });
+        self.groups
+            .begin(self.collective_context(), program, launch, first)
+            .inspect_err(|error| self.unread.lock().push(error.clone()))
+    }
+
+    fn collective_context(&self) -> CollectiveContext<'_> {
+        CollectiveContext {
+            shim: self.shim.as_ref(),
+            communicators: &self.communicators,
+            pending: &self.pending,
+            rendezvous: self.rendezvous.as_ref(),
+            rank: self.rank,
+        }
     }
 
     /// Executes `op` of the launch `ticket`; returns when its buffers may be used again.
@@ -281,7 +309,7 @@ impl Engine {
         place: Place<'_>,
     ) -> Result<(), OperationError> {
         let comm = match self.communicators.get(op.comm) {
-            None => self.make_group(op)?,
+            None => self.groups.make(self.collective_context(), op)?,
             known => known,
         };
         let Some(mut comm) = comm else {
