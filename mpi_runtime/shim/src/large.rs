@@ -1,79 +1,20 @@
 //! Operations larger than MPI takes in one call: its counts are C `int` (MPI 4.0, section 2.5.8), and
 //! inside MPIs products of counts and sizes overflow earlier. Collectives go in parts, which every rank
-//! cuts it in the same way; a message stays one message, of a datatype that is as long as it.
+//! cuts in the same way; a message stays one message, of a datatype that is as long as it.
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use mpi::ffi;
-use mpi_shim_abi::{Datatype, Kind, ShimOp};
+use mpi_shim_abi::{Kind, ShimOp};
 
-use crate::execute::{Call, Counted, datatype, run};
+use crate::code::{SUCCESS, attempt};
+use crate::collective::{Call, Counted, run};
+use crate::datatype::{datatype, spaced};
 use crate::handle::comm_from_bits;
-use crate::{SUCCESS, attempt};
 
 /// Bytes of one call, over all ranks where the kind gathers or scatters.
-pub(crate) static PART: AtomicI64 = AtomicI64::new(LARGEST);
-
-const LARGEST: i64 = 1 << 30;
-
-/// A datatype of ours.
-pub(crate) struct Made(ffi::MPI_Datatype);
-
-impl Made {
-    /// Commits what `make` makes.
-    fn new(make: impl FnOnce(&mut ffi::MPI_Datatype) -> c_int) -> Result<Made, c_int> {
-        // SAFETY: a handle is an integer or a pointer, for which zero bytes are valid.
-        let mut made = Made(unsafe { std::mem::zeroed() });
-        let code = make(&mut made.0);
-        if code != SUCCESS {
-            std::mem::forget(made);
-            return Err(code);
-        }
-        // SAFETY: it was just made.
-        let code = unsafe { ffi::MPI_Type_commit(&mut made.0) };
-        if code == SUCCESS { Ok(made) } else { Err(code) }
-    }
-
-    pub(crate) fn handle(&self) -> ffi::MPI_Datatype {
-        self.0
-    }
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`; MPI keeps it for operations still pending (MPI 4.0, section 5.1.9).
-        unsafe { ffi::MPI_Type_free(&mut self.0) };
-    }
-}
-
-/// `count` elements as one element of a datatype; for counts that are no C `int`.
-pub(crate) fn whole(count: i64, element: Datatype) -> Result<Made, c_int> {
-    let block = LARGEST / element.size() as i64;
-    // Both fit, since memory has fewer than 2^61 bytes.
-    let (blocks, rest) = ((count / block) as c_int, (count % block) as c_int);
-    let kind = datatype(element);
-    // SAFETY: predefined datatypes and those just made; arrays of the lengths given.
-    unsafe {
-        let one = Made::new(|new| ffi::MPI_Type_contiguous(block as c_int, kind, new))?;
-        let all = Made::new(|new| ffi::MPI_Type_contiguous(blocks, one.0, new))?;
-        let at_end = (i64::from(blocks) * LARGEST) as ffi::MPI_Aint;
-        let (lengths, places, kinds) = ([1, rest], [0, at_end], [all.0, kind]);
-        Made::new(|new| {
-            ffi::MPI_Type_create_struct(2, lengths.as_ptr(), places.as_ptr(), kinds.as_ptr(), new)
-        })
-    }
-}
-
-/// `count` elements that are followed by the next rank's after `stride` bytes.
-fn spaced(count: i64, element: Datatype, stride: i64) -> Result<Made, c_int> {
-    // SAFETY: as in `whole`.
-    unsafe {
-        let plain =
-            Made::new(|new| ffi::MPI_Type_contiguous(count as c_int, datatype(element), new))?;
-        Made::new(|new| ffi::MPI_Type_create_resized(plain.0, 0, stride as ffi::MPI_Aint, new))
-    }
-}
+pub(crate) static PART: AtomicI64 = AtomicI64::new(1 << 30);
 
 /// Whether a collective must go in parts.
 pub(crate) fn is_large(op: &ShimOp) -> bool {

@@ -10,13 +10,18 @@ use std::sync::atomic::Ordering;
 use mpi::ffi;
 use mpi_shim_abi::{ABI_VERSION, CommDeleted, ShimApi, ShimOp, ShimReceived};
 
+mod code;
+mod collective;
+mod datatype;
 mod execute;
 mod handle;
 mod large;
 mod messages;
 mod nonblocking;
 mod reduction;
+mod waiting;
 
+use code::{SUCCESS, attempt};
 use handle::{comm_from_bits, comm_to_bits};
 
 static API: ShimApi = ShimApi {
@@ -53,23 +58,6 @@ static API: ShimApi = ShimApi {
 pub extern "C" fn mpi_cuda_shim() -> *const ShimApi {
     &API
 }
-
-/// MPI's code for success (MPI 4.0, section 9.4).
-const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
-
-/// Evaluates MPI calls in order and returns the first failure.
-macro_rules! attempt {
-    ($($call:expr;)+) => {{
-        $(
-            let code = $call;
-            if code != SUCCESS {
-                return code;
-            }
-        )+
-        SUCCESS
-    }};
-}
-pub(crate) use attempt;
 
 /// Open MPI and MPICH have `MPIX_Query_cuda_support`, which is in no standard; Cray's MPICH and newer ones
 /// have `MPIX_GPU_query_support`, with 0 for CUDA (`mpi_proto.h` of MPICH 4).
@@ -302,7 +290,7 @@ unsafe extern "C" fn node(
 }
 
 unsafe extern "C" fn configure(yielding: c_int, part_bytes: i64) {
-    execute::YIELDING.store(yielding != 0, Ordering::Relaxed);
+    waiting::YIELDING.store(yielding != 0, Ordering::Relaxed);
     large::PART.store(part_bytes, Ordering::Relaxed);
 }
 

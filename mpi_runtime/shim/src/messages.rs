@@ -8,10 +8,10 @@ use std::mem::MaybeUninit;
 use mpi::ffi;
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
 
-use crate::execute::{datatype, wait, yielding};
+use crate::code::{SUCCESS, attempt};
+use crate::datatype::{Elements, datatype};
 use crate::handle::comm_from_bits;
-use crate::large::{self, Made};
-use crate::{SUCCESS, attempt};
+use crate::waiting::{until, wait, yielding};
 
 /// Executes a send, a receive or both.
 ///
@@ -61,32 +61,6 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
         } else {
             receiving
         }
-    }
-}
-
-/// Elements of a message as MPI counts them.
-pub(crate) struct Elements {
-    pub(crate) count: c_int,
-    pub(crate) datatype: ffi::MPI_Datatype,
-    #[expect(dead_code, reason = "held for its drop")]
-    made: Option<Made>,
-}
-
-impl Elements {
-    pub(crate) fn new(count: i64, element: Datatype) -> Result<Elements, c_int> {
-        let Ok(count) = c_int::try_from(count) else {
-            let made = large::whole(count, element)?;
-            return Ok(Elements {
-                count: 1,
-                datatype: made.handle(),
-                made: Some(made),
-            });
-        };
-        Ok(Elements {
-            count,
-            datatype: datatype(element),
-            made: None,
-        })
     }
 }
 
@@ -189,7 +163,7 @@ unsafe fn find(op: &ShimOp, message: &mut ffi::MPI_Message, status: &mut ffi::MP
         // SAFETY: as the caller promises.
         return unsafe { ffi::MPI_Mprobe(source, tag, comm, message, status) };
     }
-    crate::execute::until(|found| {
+    until(|found| {
         // SAFETY: as above.
         unsafe { ffi::MPI_Improbe(source, tag, comm, found, message, status) }
     })

@@ -7,11 +7,12 @@ use std::mem::MaybeUninit;
 use mpi::ffi;
 use mpi_shim_abi::{Datatype, ShimOp, ShimReceived, ShimStatus};
 
+use crate::code::{SUCCESS, attempt};
+use crate::datatype::Elements;
 use crate::handle::{
     comm_from_bits, message_from_bits, message_to_bits, request_from_bits, request_to_bits,
 };
-use crate::messages::{Elements, length, rank, tag};
-use crate::{SUCCESS, attempt};
+use crate::messages::{length, rank, tag};
 
 pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64) -> c_int {
     // SAFETY: the engine passes a checked operation, and keeps its buffer until the request is complete.

@@ -15,8 +15,8 @@ use half::{bf16, f16};
 use mpi::ffi;
 use mpi_shim_abi::{Datatype, Reduction};
 
-use crate::SUCCESS;
-use crate::execute::datatype;
+use crate::code::SUCCESS;
+use crate::datatype::datatype;
 
 type Function = unsafe extern "C" fn(*mut c_void, *mut c_void, *mut c_int, *mut ffi::MPI_Datatype);
 
