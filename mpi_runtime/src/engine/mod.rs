@@ -31,7 +31,8 @@ use crate::mpi::shim::{self, Request, Shim};
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::{Buffer, Operation};
 use crate::transfer::direct::Direct;
-use crate::transfer::staging::{Done, Mpi, Staging};
+use crate::transfer::staging::Staging;
+use crate::transfer::transport::{Done, Transport};
 
 /// How the engine reports.
 #[derive(Clone, Copy, Debug)]
@@ -685,7 +686,7 @@ struct Calls<'a> {
     comm: &'a Communicator,
 }
 
-impl Mpi for Calls<'_> {
+impl Transport for Calls<'_> {
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
         let (engine, comm) = (self.engine, self.comm);
         match op.kind {

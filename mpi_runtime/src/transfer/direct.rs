@@ -15,7 +15,7 @@ use crate::device::{self, Address, Copy, Device, DeviceError, Event, Fill, Strea
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Class, Operation};
 use crate::transfer::choice::Through;
-use crate::transfer::staging::{Done, Perform};
+use crate::transfer::transport::{Done, Perform};
 
 /// Smallest piece of memory for copies, and the largest that is kept.
 const SMALLEST: usize = 64 << 10;

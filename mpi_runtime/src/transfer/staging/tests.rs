@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::{Done, Mpi, ShmRings, Staging};
+use super::Staging;
 use crate::device::simulated::{NOT_YET, Simulated};
 use crate::device::{Device, Stream};
 use crate::mpi::communicators::Communicator;
 use crate::mpi::shim::Request;
 use crate::node::rendezvous::Rendezvous;
+use crate::node::shm_ring::ShmRings;
 use crate::operation::{Buffer, ElementType, Operation};
 use crate::transfer::choice::Through;
 use crate::transfer::direct::Direct;
+use crate::transfer::transport::{Done, Transport};
 
 const CHUNK: usize = 64;
 /// Where the result lies in the memory of a device; the operand is at 0.
@@ -77,7 +79,7 @@ impl Network {
     }
 }
 
-impl Mpi for Rank {
+impl Transport for Rank {
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
         self.performed += 1;
         if self.performed == self.fails_at {
@@ -584,7 +586,7 @@ fn between_ranks_that_share_memory_mpi_has_the_header_alone() {
             // Both directions, and several slots of each.
             assert!(rank.device.most_at_once() > 4);
             // The rendezvous header, and the room for the other one.
-            assert_eq!(rank.staging.pool.pieces(), (2, 0));
+            assert_eq!(rank.staging.0.pool.pieces(), (2, 0));
         },
     );
 }
@@ -671,7 +673,7 @@ fn copies_overlap_with_messages_and_memory_is_used_again() {
             "{}",
             rank.device.most_at_once()
         );
-        let (free, in_use) = rank.staging.pool.pieces();
+        let (free, in_use) = rank.staging.0.pool.pieces();
         assert_eq!(in_use, 0);
         // 63 chunks each time, of which only those in between hold memory.
         assert!(free < 40, "{free}");
@@ -689,7 +691,7 @@ fn a_failure_in_the_middle_leaves_nothing_behind() {
             // The next one is well.
             let (done, result) = rank.run(&op, numbers(0, 500));
             assert_eq!((done.is_ok(), result), (true, numbers(0, 500)));
-            assert_eq!(rank.staging.pool.pieces().1, 0);
+            assert_eq!(rank.staging.0.pool.pieces().1, 0);
             failed
         });
         assert_eq!(texts, [Some("it was told to fail".to_owned())]);
@@ -746,7 +748,7 @@ fn a_receiver_that_fails_does_not_hold_the_sender() {
 /// Does one thing with every operation.
 struct Halves<F>(F);
 
-impl<F: FnMut(&Operation<'_>) -> Result<Done, String>> Mpi for Halves<F> {
+impl<F: FnMut(&Operation<'_>) -> Result<Done, String>> Transport for Halves<F> {
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
         self.0(op)
     }
@@ -828,7 +830,7 @@ fn a_rank_that_gets_nothing_may_have_no_result() {
                 1 - rank.comm.rank
             };
             op.recv.data = std::ptr::null_mut();
-            let plan = super::Plan::new(&op, &rank.comm, CHUNK);
+            let plan = super::plan::Plan::new(&op, &rank.comm, CHUNK);
             assert!(plan.returns_input);
         }
         // Rank 0 gets the sum; rank 1 gets back what it sent, if it wants it.

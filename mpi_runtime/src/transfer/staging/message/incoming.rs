@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::{HEADER_BYTES, Piece, RendezvousHeader, said};
+use super::piece::{Piece, said};
+use super::rendezvous_header::{HEADER_BYTES, RendezvousHeader};
 use crate::device::{Copy, DeviceError, Event, Fill};
 use crate::node::shm_ring::ShmRing;
 use crate::operation::{Buffer, ElementType, Operation, wrong_length};
-use crate::transfer::staging::{Done, Mpi, Run, Staging};
+use crate::transfer::staging::run::{Run, StagingResources};
+use crate::transfer::transport::{Done, Transport};
 
 /// How data arrive, once that is known.
 struct Arriving<'s> {
@@ -69,7 +71,7 @@ impl<'r, 's> Incoming<'r, 's> {
     pub(super) fn advance(
         &mut self,
         op: &Operation<'_>,
-        mpi: &mut dyn Mpi,
+        mpi: &mut dyn Transport,
     ) -> Result<bool, String> {
         if !self.open {
             return Ok(false);
@@ -187,7 +189,7 @@ impl<'r, 's> Incoming<'r, 's> {
         (self.source, self.tag) = (done.source, done.tag);
         self.length = Some(said.bytes);
         self.open = said.bytes > 0;
-        let staging: &'s Staging = self.run.staging;
+        let staging: &'s StagingResources = self.run.staging;
         match said.slots(staging) {
             Some(Ok((shm_ring, next, end))) => {
                 shm_ring.pin(&*staging.device);

@@ -11,23 +11,25 @@
 
 mod incoming;
 mod outgoing;
+mod piece;
 mod rendezvous_header;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::{Done, Mpi, Run};
-use crate::device::{DeviceError, HostMemory};
 use crate::mpi::backoff::pause;
-use crate::operation::{Buffer, ElementType, Operation};
+use crate::operation::{Buffer, Operation};
+use crate::transfer::staging::run::Run;
+use crate::transfer::transport::{Done, Transport};
 use incoming::Incoming;
 use outgoing::Outgoing;
+use piece::Piece;
 pub(super) use rendezvous_header::{HEADER_BYTES, RendezvousHeader};
 
 /// Sends, receives, or both.
 pub(super) fn execute(
     run: &Run<'_>,
     op: &Operation<'_>,
-    mpi: &mut dyn Mpi,
+    mpi: &mut dyn Transport,
 ) -> Result<Done, String> {
     if op.status != 0 && op.kind != Kind::Send && op.source == PROC_NULL {
         // Nothing comes, and MPI says so in the status.
@@ -68,7 +70,7 @@ fn exchange(
     op: &Operation<'_>,
     outgoing: &mut Outgoing<'_, '_>,
     incoming: &mut Incoming<'_, '_>,
-    mpi: &mut dyn Mpi,
+    mpi: &mut dyn Transport,
 ) -> Result<(), String> {
     let (sends, receives) = (outgoing.goes_on(), incoming.goes_on());
     let kind = match (sends, receives) {
@@ -105,47 +107,6 @@ fn exchange(
         done => {
             run.put_back(into.memory);
             done.map(drop)
-        }
-    }
-}
-
-fn said(error: DeviceError) -> String {
-    error.to_string()
-}
-
-/// Memory of the host with one message.
-struct Piece {
-    memory: Option<HostMemory>,
-    elements: i64,
-    dtype: ElementType,
-}
-
-impl Piece {
-    fn none() -> Piece {
-        Piece {
-            memory: None,
-            elements: 0,
-            dtype: ElementType::U8,
-        }
-    }
-
-    fn buffer<'a>(&self, shape: &'a [i64]) -> Buffer<'a> {
-        let data = self.memory.as_ref();
-        Buffer {
-            data: data.map_or(std::ptr::null_mut(), |memory| memory.data.as_ptr().cast()),
-            dtype: self.dtype,
-            shape,
-        }
-    }
-
-    /// The first `bytes` bytes.
-    fn bytes(&self, bytes: usize) -> &[u8] {
-        match &self.memory {
-            // SAFETY: memory of the pool's that nothing writes now.
-            Some(memory) => unsafe {
-                std::slice::from_raw_parts(memory.data.as_ptr(), bytes.min(memory.bytes))
-            },
-            None => &[],
         }
     }
 }

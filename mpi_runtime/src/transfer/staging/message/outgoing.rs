@@ -4,13 +4,14 @@ use std::collections::VecDeque;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::rendezvous_header::BY_MPI;
-use super::{HEADER_BYTES, Piece, RendezvousHeader, said};
+use super::piece::{Piece, said};
+use super::rendezvous_header::{BY_MPI, HEADER_BYTES, RendezvousHeader};
 use crate::device::{Copy, DeviceError, HostMemory};
 use crate::mpi::shim::Request;
 use crate::node::shm_ring::ShmRing;
 use crate::operation::{Buffer, ElementType, Operation};
-use crate::transfer::staging::{AHEAD, Coming, Mpi, Run, Staging};
+use crate::transfer::staging::run::{AHEAD, Coming, Run, StagingResources};
+use crate::transfer::transport::Transport;
 
 /// A chunk of what is sent, on its way down.
 struct Chunk {
@@ -53,7 +54,11 @@ pub(super) struct Outgoing<'r, 's> {
 }
 
 impl<'r, 's> Outgoing<'r, 's> {
-    pub(super) fn new(run: &'r Run<'s>, op: &Operation<'_>, mpi: &dyn Mpi) -> Result<Self, String> {
+    pub(super) fn new(
+        run: &'r Run<'s>,
+        op: &Operation<'_>,
+        mpi: &dyn Transport,
+    ) -> Result<Self, String> {
         let sends = op.kind != Kind::Recv && op.dest != PROC_NULL;
         let bytes = if sends { op.send.bytes() } else { 0 };
         let mut outgoing = Outgoing {
@@ -77,7 +82,7 @@ impl<'r, 's> Outgoing<'r, 's> {
             sender: BY_MPI,
             place: 0,
         };
-        let staging: &'s Staging = run.staging;
+        let staging: &'s StagingResources = run.staging;
         if let Some(shm_rings) = &staging.shm_rings
             && let Some(shm_ring) = shm_rings.to(mpi.world_rank(op.dest)?)
         {
@@ -120,7 +125,7 @@ impl<'r, 's> Outgoing<'r, 's> {
     pub(super) fn advance(
         &mut self,
         op: &Operation<'_>,
-        mpi: &mut dyn Mpi,
+        mpi: &mut dyn Transport,
     ) -> Result<bool, String> {
         let mut moved = self.end_messages(mpi)? | self.begin_copies().map_err(said)?;
         // Copies begin before the rendezvous header goes out.
@@ -208,7 +213,7 @@ impl<'r, 's> Outgoing<'r, 's> {
     fn send(
         &mut self,
         op: &Operation<'_>,
-        mpi: &mut dyn Mpi,
+        mpi: &mut dyn Transport,
         memory: Option<HostMemory>,
         bytes: usize,
         dtype: ElementType,
@@ -231,7 +236,7 @@ impl<'r, 's> Outgoing<'r, 's> {
     }
 
     /// Takes the memory back that MPI has sent; whether there was any.
-    fn end_messages(&mut self, mpi: &mut dyn Mpi) -> Result<bool, String> {
+    fn end_messages(&mut self, mpi: &mut dyn Transport) -> Result<bool, String> {
         let mut moved = false;
         while let Some((request, _)) = self.sending.front_mut() {
             if !mpi.is_sent(request)? {

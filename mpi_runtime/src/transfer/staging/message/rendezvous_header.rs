@@ -1,7 +1,7 @@
 //! What is said of a long message before it comes.
 
 use crate::node::shm_ring::ShmRing;
-use crate::transfer::staging::Staging;
+use crate::transfer::staging::run::StagingResources;
 
 /// A rendezvous header begins with this. Of arrays only one of 25 bytes that begin so could be taken for one.
 const MAGIC: [u8; 5] = *b"MPIc\x02";
@@ -47,7 +47,7 @@ impl RendezvousHeader {
     /// by MPI.
     pub(super) fn slots<'s>(
         &self,
-        staging: &'s Staging,
+        staging: &'s StagingResources,
     ) -> Option<Result<(&'s ShmRing, u64, u64), ()>> {
         if self.sender == BY_MPI {
             return None;
@@ -61,7 +61,7 @@ impl RendezvousHeader {
     }
 
     /// Nobody receives the message.
-    pub(crate) fn refuse(&self, staging: &Staging) {
+    pub(crate) fn refuse(&self, staging: &StagingResources) {
         if let Some(Ok((shm_ring, first, end))) = self.slots(staging) {
             shm_ring.drain(first, end);
         }
