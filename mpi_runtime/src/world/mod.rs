@@ -15,6 +15,7 @@ use crate::mpi::family::{self, Family};
 use crate::mpi::launcher::{self, Launched};
 use crate::mpi::shim::{self, MpiError, MpiState, Shim};
 use crate::node::rendezvous::Rendezvous;
+use crate::node::segment;
 use crate::node::shm_ring::ShmRings;
 use crate::transfer::choice::{self as transfer, Asked, Aware, Choice, Mode, ProbeResult, Through};
 use crate::transfer::probe_result::ProbeResults;
@@ -370,14 +371,14 @@ fn share_rendezvous(
     rank: usize,
     size: usize,
 ) -> Result<Option<Rendezvous>, MpiError> {
-    let own_name = if rank == 0 { Rendezvous::new_name() } else { 0 };
-    let made = (rank == 0).then(|| Rendezvous::create(own_name, size));
-    let name = max_over_ranks(shim, comm, own_name)?;
-    let rendezvous = made.unwrap_or_else(|| Rendezvous::open(name, rank, size));
+    let own = if rank == 0 { segment::new_number() } else { 0 };
+    let made = (rank == 0).then(|| Rendezvous::create(own, size));
+    let number = max_over_ranks(shim, comm, own)?;
+    let rendezvous = made.unwrap_or_else(|| Rendezvous::open(number, rank, size));
     // In containers of their own, ranks of one node have nothing to share.
     let failed = max_over_ranks(shim, comm, u64::from(rendezvous.is_err()))? != 0;
-    if rank == 0 {
-        Rendezvous::unlink(name);
+    if let Ok(rendezvous) = &rendezvous {
+        rendezvous.unlink();
     }
     Ok(rendezvous.ok().filter(|_| !failed))
 }
@@ -390,10 +391,10 @@ fn share_shm_rings(
     [rank, size, node_size]: [i32; 3],
     chunk: Option<usize>,
 ) -> Result<ShmRings, MpiError> {
-    let own_name = if rank == 0 { Rendezvous::new_name() } else { 0 };
-    let name = max_over_ranks(shim, comm, own_name)?;
+    let own = if rank == 0 { segment::new_number() } else { 0 };
+    let number = max_over_ranks(shim, comm, own)?;
     let mut shm_rings = ShmRings::make(
-        name,
+        number,
         rank as usize,
         size as usize,
         node_size as usize,

@@ -13,7 +13,7 @@ use crate::device::simulated::{NOT_YET, Simulated};
 use crate::device::{Device, Stream};
 use crate::mpi::communicators::Communicator;
 use crate::mpi::shim::Request;
-use crate::node::rendezvous::Rendezvous;
+use crate::node::segment;
 use crate::node::shm_ring::ShmRings;
 use crate::operation::{Buffer, ElementType, Operation};
 use crate::transfer::choice::Through;
@@ -328,10 +328,10 @@ fn ranks_sharing<T: Send>(
     body: impl Fn(&mut Rank) -> T + Sync,
 ) -> Vec<T> {
     let network = Arc::new(Network::default());
-    let name = Rendezvous::new_name();
+    let number = segment::new_number();
     let make = |rank| {
         let slot = shares(rank).then_some(CHUNK);
-        ShmRings::make(name, rank as usize, size as usize, size as usize, slot)
+        ShmRings::make(number, rank as usize, size as usize, size as usize, slot)
     };
     let mut shm_rings: Vec<ShmRings> = (0..size).map(make).collect();
     shm_rings.iter_mut().for_each(ShmRings::open);
