@@ -17,7 +17,7 @@ pub mod world;
 
 pub use engine::collectives::CollectiveSequence;
 pub use engine::order::Ticket;
-pub use engine::{Engine, UniformProgram};
+pub use engine::{Engine, Place, UniformProgram};
 pub use error::{OperationError, StartError};
 pub use mpi::family::Family;
 pub use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
