@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 
-use mpi_shim_abi::{Kind, ShimOp, ShimReceived};
+use mpi_shim_abi::{ShimOp, ShimReceived};
 
 use crate::collective::{self, Call};
 use crate::large;
@@ -21,7 +21,7 @@ pub(crate) unsafe fn execute(op: &ShimOp, received: &mut ShimReceived) -> c_int 
     // SAFETY: as the caller promises.
     unsafe {
         match op.kind {
-            Kind::Recv | Kind::Send | Kind::Sendrecv => exchange(op, received),
+            kind if kind.is_message() => exchange(op, received),
             _ if large::is_large(op) => large::in_parts(op),
             _ => collective::run(op.kind, &Call::of(op)),
         }

@@ -23,11 +23,10 @@ pub(crate) fn is_large(op: &ShimOp) -> bool {
 }
 
 fn ranks_in_a_call(op: &ShimOp) -> i64 {
-    match op.kind {
-        Kind::Allgather | Kind::Alltoall | Kind::Gather | Kind::ReduceScatter | Kind::Scatter => {
-            i64::from(size(op))
-        }
-        _ => 1,
+    if op.kind.has_blocks() {
+        i64::from(size(op))
+    } else {
+        1
     }
 }
 

@@ -6,7 +6,7 @@ use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 
 use mpi::ffi;
-use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
+use mpi_shim_abi::{ANY, Datatype, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::code::{SUCCESS, attempt};
 use crate::datatype::{Elements, datatype};
@@ -24,7 +24,7 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
             Ok(sent) => sent,
             Err(code) => return code,
         };
-        if op.kind == Kind::Send && !yielding() {
+        if !op.kind.receives() && !yielding() {
             return ffi::MPI_Send(
                 op.send,
                 sent.count,
@@ -35,7 +35,7 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
             );
         }
         let mut sending = ffi::RSMPI_REQUEST_NULL;
-        if op.kind != Kind::Recv {
+        if op.kind.sends() {
             attempt! {
                 ffi::MPI_Isend(
                     op.send,
@@ -48,10 +48,10 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
                 );
             };
         }
-        let receiving = if op.kind == Kind::Send {
-            SUCCESS
-        } else {
+        let receiving = if op.kind.receives() {
             receive(op, received)
+        } else {
+            SUCCESS
         };
         // Whatever happened: the buffer is MPI's until the send is complete.
         let mut status = MaybeUninit::zeroed().assume_init();
@@ -70,7 +70,7 @@ pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int
 /// # Safety
 /// As for [`exchange`].
 unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
-    let element = if op.kind == Kind::Sendrecv {
+    let element = if op.kind.sends() {
         op.recv_datatype
     } else {
         op.datatype

@@ -10,7 +10,11 @@
 //! peer, except for [`ShimApi::comm_dup`], [`ShimApi::node`], [`ShimApi::init`] and
 //! [`ShimApi::finalize`], which are collective at start and end, and [`ShimApi::comm_create_group`].
 
+mod kind;
+
 use std::ffi::{c_char, c_int, c_void};
+
+pub use kind::Kind;
 
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
@@ -23,32 +27,6 @@ pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 pub const ANY: i32 = i32::MIN;
 /// `MPI_PROC_NULL` as the engine writes it.
 pub const PROC_NULL: i32 = i32::MIN + 1;
-
-/// Kinds of operations; the same numbers on both sides of the contract.
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
-pub enum Kind {
-    Allgather,
-    Allreduce,
-    Alltoall,
-    Barrier,
-    Bcast,
-    Gather,
-    Recv,
-    Reduce,
-    Scan,
-    Scatter,
-    Send,
-    Sendrecv,
-    Exscan,
-    ReduceScatter,
-    /// The three halves of messages ([`ShimApi::start_send`] and the functions after it).
-    Isend,
-    Irecv,
-    Wait,
-    WaitSend,
-}
 
 /// Element types MPI reduces or moves (MPI 4.0, section 3.2.2); it knows the 16-bit floats only as
 /// integers of that size, and the shim reduces them.

@@ -35,10 +35,10 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
     if op.kind == Kind::Barrier {
         return Ok(shim);
     }
-    let described = if op.kind == Kind::Recv {
-        &op.recv
-    } else {
+    let described = if op.kind.has_operand() {
         &op.send
+    } else {
+        &op.recv
     };
     shim.datatype = datatype(described)?;
     shim.recv_datatype = if op.kind == Kind::Sendrecv {
@@ -52,23 +52,14 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
     }
     (shim.count, shim.recv_count) = counts(op, comm)?;
     let is_root = comm.rank == op.dest;
-    match op.kind {
-        // A null receive buffer tells the shim that this rank is the root.
-        Kind::Bcast if is_root => shim.recv = std::ptr::null_mut(),
-        Kind::Gather | Kind::Reduce if !is_root => shim.recv = std::ptr::null_mut(),
-        Kind::Scatter if !is_root => shim.send = std::ptr::null_mut(),
-        _ => {}
+    // A null receive buffer tells the shim that this rank is the root of a broadcast.
+    if !op.kind.writes(is_root) {
+        shim.recv = std::ptr::null_mut();
+    }
+    if op.kind == Kind::Scatter && !is_root {
+        shim.send = std::ptr::null_mut();
     }
     Ok(shim)
-}
-
-/// Whether this rank's result is what it passed in: MPI writes nothing there.
-pub fn returns_input(op: &Operation<'_>, comm: &Communicator) -> bool {
-    match op.kind {
-        Kind::Bcast => comm.rank == op.dest,
-        Kind::Gather | Kind::Reduce => comm.rank != op.dest,
-        _ => false,
-    }
 }
 
 fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
@@ -82,21 +73,16 @@ fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
             ))
         }
     };
-    match op.kind {
-        Kind::Bcast | Kind::Gather | Kind::Reduce | Kind::Scatter => inside("root", op.dest)?,
-        Kind::Send | Kind::Sendrecv | Kind::Isend if op.dest != PROC_NULL => {
-            inside("destination", op.dest)?
-        }
-        _ => {}
+    let (sends, receives) = (op.kind.sends(), op.kind.receives());
+    if op.kind.has_root() {
+        inside("root", op.dest)?;
     }
-    match op.kind {
-        Kind::Recv | Kind::Sendrecv | Kind::Irecv if op.source != PROC_NULL && op.source != ANY => {
-            inside("source", op.source)?;
-        }
-        _ => {}
+    if sends && op.dest != PROC_NULL {
+        inside("destination", op.dest)?;
     }
-    let sends = matches!(op.kind, Kind::Send | Kind::Sendrecv | Kind::Isend);
-    let receives = matches!(op.kind, Kind::Recv | Kind::Sendrecv | Kind::Irecv);
+    if receives && op.source != PROC_NULL && op.source != ANY {
+        inside("source", op.source)?;
+    }
     if sends && op.send_tag < 0 || receives && op.recv_tag < 0 && op.recv_tag != ANY {
         return Err("tags must not be negative".into());
     }

@@ -17,7 +17,6 @@ mod uniform;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use crate::device::Stream;
@@ -239,8 +238,7 @@ impl Engine {
             }
             Place::Staged(staging, main) => {
                 // More is known of a message in two halves where it is waited for, and said there.
-                let waits = matches!(op.kind, Kind::Wait | Kind::WaitSend);
-                let pending = (!waits).then(|| self.pending.enter(op, comm.name));
+                let pending = (!op.kind.is_end()).then(|| self.pending.enter(op, comm.name));
                 if pending.is_some() {
                     // As a whole, so that nothing begins that cannot end.
                     check::prepare(op, comm)?;

@@ -46,8 +46,8 @@ impl MpiCalls {
     /// Executes an operation on memory of the host.
     pub(super) fn execute(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
         match op.kind {
-            Kind::Wait | Kind::WaitSend => self.wait_for_message(op, comm, &mut []),
-            Kind::Isend | Kind::Irecv => self.start_message(op, comm),
+            kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
+            kind if kind.is_start() => self.start_message(op, comm),
             _ => self.complete(op, comm),
         }
     }
@@ -71,7 +71,7 @@ impl MpiCalls {
         }
         let marks = result_canary::place(op, comm);
         let received = self.call(op, comm, &shim_op)?;
-        if check::returns_input(op, comm) {
+        if op.kind.returns_operand(comm.rank == op.dest) {
             single_rank::copy_through(op);
         }
         if op.kind == Kind::Exscan && comm.rank == 0 {
@@ -121,11 +121,7 @@ impl MpiCalls {
         if op.recv.elements() != 1 || op.recv.bytes() != size_of::<u32>() {
             return Err("the result must be one number of 32 bits".into());
         }
-        let peer = if op.kind == Kind::Isend {
-            op.dest
-        } else {
-            op.source
-        };
+        let peer = if op.kind.sends() { op.dest } else { op.source };
         let number = match &self.nonblocking {
             _ if peer == PROC_NULL => TO_NOBODY,
             Some(nonblocking) => nonblocking.start(op, &shim_op)?,
@@ -169,7 +165,7 @@ impl MpiCalls {
         started.send.shape = &shape;
         let _pending = self.pending.enter(&started, comm.name);
         let about = |reason: String| format!("{started}: {reason}");
-        if (op.kind == Kind::WaitSend) != (started.kind == Kind::Isend) {
+        if (op.kind == Kind::WaitSend) != started.kind.sends() {
             return Err(about(
                 "wait belongs to irecv, and wait_send to isend".into(),
             ));
@@ -224,8 +220,8 @@ impl Transport for OnCommunicator<'_> {
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
         let (calls, comm) = (self.calls, self.comm);
         match op.kind {
-            Kind::Wait | Kind::WaitSend => self.wait(op, &mut []),
-            Kind::Isend | Kind::Irecv => calls.start_message(op, comm).map(|()| Done::default()),
+            kind if kind.is_end() => self.wait(op, &mut []),
+            kind if kind.is_start() => calls.start_message(op, comm).map(|()| Done::default()),
             _ => calls.perform(op, comm).map(done),
         }
     }
@@ -293,13 +289,13 @@ const TO_NOBODY: u32 = 0;
 const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
 
 fn receives(op: &Operation<'_>) -> bool {
-    matches!(op.kind, Kind::Recv | Kind::Sendrecv) && op.source != PROC_NULL
+    op.kind.is_receive() && op.source != PROC_NULL
 }
 
 /// A message longer than the result was not written to it, and a shorter one would leave part of it
 /// unwritten.
 fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), String> {
-    if !matches!(op.kind, Kind::Recv | Kind::Sendrecv) {
+    if !op.kind.is_receive() {
         return Ok(());
     }
     let arrived = usize::try_from(received.bytes).unwrap_or(0);

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
+use mpi_shim_abi::{ANY, Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 use parking_lot::{Condvar, Mutex};
 
 use crate::mpi::backoff::pause;
@@ -143,7 +143,7 @@ impl NonblockingMessages {
     /// Starts a message and returns its number.
     pub fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, String> {
         let shared = &self.shared;
-        let sends = op.kind == Kind::Isend;
+        let sends = op.kind.sends();
         let mut memory = Vec::new();
         let mut posted = *shim_op;
         if sends {
@@ -237,7 +237,7 @@ impl NonblockingMessages {
     /// The buffers of `op` must be valid for its counts and types.
     pub unsafe fn receive_after(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
         let shim = &self.shared.shim;
-        let exchanges = op.kind == Kind::Sendrecv;
+        let exchanges = op.kind.sends();
         let mut sending = if exchanges && op.dest != PROC_NULL {
             // SAFETY: the operand outlives this call, which waits for the request.
             Some(unsafe { shim.start_send(op) }?)
@@ -347,7 +347,7 @@ impl NonblockingMessages {
                         lost.push(format!("{operation} failed: {reason}"))
                     }
                     MessageState::Unmatched | MessageState::Done(..)
-                        if operation.kind == Kind::Irecv =>
+                        if operation.kind.receives() =>
                     {
                         lost.push(format!(
                             "{operation} was never waited for, and its message is lost"
@@ -552,6 +552,7 @@ mod tests {
     use super::*;
     use crate::engine::check;
     use crate::mpi::communicators::Communicator;
+    use mpi_shim_abi::Kind;
 
     fn receive(number: u32, comm: u64, source: i32, tag: i32, state: MessageState) -> Row {
         let operation = Operation {

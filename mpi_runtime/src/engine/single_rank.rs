@@ -11,11 +11,11 @@ use crate::operation::Operation;
 pub fn execute(op: &Operation<'_>) -> Result<(), String> {
     match op.kind {
         Kind::Barrier => Ok(()),
-        Kind::Send | Kind::Recv | Kind::Sendrecv if to_nobody(op) => {
+        kind if kind.is_message() && to_nobody(op) => {
             clear(op);
             Ok(())
         }
-        Kind::Send | Kind::Recv | Kind::Sendrecv => Err(
+        kind if kind.is_message() => Err(
             "a message to this rank itself needs an MPI, and none was found; install one, or skip \
              the message in a world of size 1"
                 .into(),
@@ -40,14 +40,13 @@ pub fn nothing_before(op: &Operation<'_>) {
 
 /// Whether all peers of a message are `PROC_NULL`.
 fn to_nobody(op: &Operation<'_>) -> bool {
-    (op.kind == Kind::Recv || op.dest == PROC_NULL)
-        && (op.kind == Kind::Send || op.source == PROC_NULL)
+    (!op.kind.sends() || op.dest == PROC_NULL) && (!op.kind.receives() || op.source == PROC_NULL)
 }
 
 /// Fills the result with zeros.
 fn clear(op: &Operation<'_>) {
     let bytes = op.recv.bytes();
-    if op.kind != Kind::Send && bytes > 0 {
+    if op.kind.has_result() && bytes > 0 {
         // SAFETY: the result is valid for `bytes` bytes, as whoever made the operation promises.
         unsafe { op.recv.data.cast::<u8>().write_bytes(0, bytes) };
     }

@@ -6,7 +6,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mpi_shim_abi::{Kind, PROC_NULL, ShimReceived};
+use mpi_shim_abi::{PROC_NULL, ShimReceived};
 
 use crate::mpi::communicators::{COLLECTIVES, DEFAULT, WORLD};
 use crate::operation::Operation;
@@ -90,17 +90,14 @@ impl History {
     }
 
     fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
-        if !matches!(
-            op.kind,
-            Kind::Send | Kind::Recv | Kind::Sendrecv | Kind::Isend | Kind::Irecv
-        ) {
+        if op.kind.is_collective() {
             self.position.fetch_add(1, Ordering::Relaxed);
         }
-        if matches!(op.kind, Kind::Send | Kind::Sendrecv | Kind::Isend) && op.dest != PROC_NULL {
+        if op.kind.sends() && op.dest != PROC_NULL {
             self.balance
                 .fetch_add(message(rank, op.dest), Ordering::Relaxed);
         }
-        if matches!(op.kind, Kind::Recv | Kind::Sendrecv) && received.source >= 0 {
+        if op.kind.is_receive() && received.source >= 0 {
             self.balance
                 .fetch_sub(message(received.source, rank), Ordering::Relaxed);
         }

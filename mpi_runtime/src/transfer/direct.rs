@@ -47,16 +47,9 @@ struct Uses {
 impl Uses {
     fn of(op: &Operation<'_>, comm: &Communicator) -> Uses {
         let is_root = comm.rank == op.dest;
-        let (reads, writes) = match op.kind {
-            Kind::Barrier => (false, false),
-            Kind::Bcast => (is_root, !is_root),
-            Kind::Gather | Kind::Reduce => (true, is_root),
-            Kind::Scatter => (is_root, true),
-            Kind::Send => (op.dest != PROC_NULL, false),
-            Kind::Recv => (false, true),
-            Kind::Sendrecv => (op.dest != PROC_NULL, true),
-            _ => (true, true),
-        };
+        let to_nobody = op.kind.sends() && op.dest == PROC_NULL;
+        let reads = op.kind.reads(is_root) && !to_nobody;
+        let writes = op.kind.writes(is_root);
         Uses { reads, writes }
     }
 }
@@ -92,10 +85,10 @@ impl Direct {
             Class::Logical | Class::Opaque => false,
         };
         match op.kind {
-            Kind::Send | Kind::Recv | Kind::Sendrecv => true,
-            _ if oversubscribed => false,
-            Kind::Exscan | Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => false,
-            _ => op.reduction.is_none_or(reduces),
+            kind if kind.is_message() => true,
+            Kind::Exscan => false,
+            kind if kind.is_collective() && !oversubscribed => op.reduction.is_none_or(reduces),
+            _ => false,
         }
     }
 
@@ -153,7 +146,7 @@ impl Direct {
                 // SAFETY: the end of the result, which is valid for what is in the stream.
                 unsafe { self.device.fill(main, result + arrived, zeros) }.map_err(said)?;
             }
-        } else if !matches!(op.kind, Kind::Barrier | Kind::Send) && result != 0 {
+        } else if op.kind.has_result() && result != 0 {
             // This rank's result is its operand.
             self.copy(main, operand, result, op.send.bytes())?;
         }
@@ -222,8 +215,8 @@ fn said(error: DeviceError) -> String {
 
 /// Bytes of the result that a message leaves unwritten, if it may.
 fn missing(op: &Operation<'_>, done: Done) -> Result<usize, String> {
-    match op.kind {
-        Kind::Recv | Kind::Sendrecv => op.missing(done.source, done.tag, done.bytes),
-        _ => Ok(0),
+    if !op.kind.is_receive() {
+        return Ok(0);
     }
+    op.missing(done.source, done.tag, done.bytes)
 }

@@ -3,7 +3,7 @@
 //! Targets, operands, results and attributes are documented in `include/mpi_cuda.h`. mpi4jax's
 //! targets (0.9, `mpi_allreduce_ffi` and so on) differ little from ours and are executed likewise.
 
-use mpi_runtime::operation::{KINDS, REDUCTIONS, name};
+use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
 use pjrt_sys::*;
 
@@ -22,12 +22,12 @@ macro_rules! handlers {
     (both: $($kind:ident),+; ours: $($own:ident),+) => {
         /// Every operation by the name of its target, without the prefix.
         pub const HANDLERS: &[(&str, Handler)] = &[
-            $((name(Kind::$kind), operation::<{ Kind::$kind as usize }>),)+
-            $((name(Kind::$own), operation::<{ Kind::$own as usize }>),)+
+            $((Kind::$kind.name(), operation::<{ Kind::$kind as usize }>),)+
+            $((Kind::$own.name(), operation::<{ Kind::$own as usize }>),)+
         ];
         /// The same of mpi4jax, by the name of the operation.
         pub const MPI4JAX_HANDLERS: &[(&str, Handler)] =
-            &[$((name(Kind::$kind), mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
+            &[$((Kind::$kind.name(), mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
     };
 }
 
@@ -41,7 +41,11 @@ unsafe extern "C" fn operation<const KIND: usize>(
     frame: *mut XLA_FFI_CallFrame,
 ) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
-    unsafe { handle(frame, |frame| execute(KINDS[KIND].0, &Dialect::Ours, frame)) }
+    unsafe {
+        handle(frame, |frame| {
+            execute(Kind::ALL[KIND], &Dialect::Ours, frame)
+        })
+    }
 }
 
 unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
@@ -50,7 +54,7 @@ unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |frame| {
-            execute(KINDS[KIND].0, &Dialect::Mpi4jax, frame)
+            execute(Kind::ALL[KIND], &Dialect::Mpi4jax, frame)
         })
     }
 }
@@ -139,12 +143,12 @@ pub unsafe extern "C" fn async_barrier(frame: *mut XLA_FFI_CallFrame) -> *mut XL
 fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), String> {
     let world =
         world().ok_or("mpi_cuda: an operation was executed before the world was started")?;
-    let operands = usize::from(!matches!(kind, Kind::Barrier | Kind::Recv));
-    let results = usize::from(!matches!(kind, Kind::Barrier | Kind::Send | Kind::WaitSend));
+    let operands = usize::from(kind.has_operand());
+    let results = usize::from(kind.has_result());
     let send = data(operands, frame.arg(0), "operand")?;
     let mut recv = data(results, frame.ret(0), "result")?;
     if matches!(dialect, Dialect::Mpi4jax)
-        && matches!(kind, Kind::Bcast | Kind::Gather | Kind::Reduce)
+        && (kind.returns_operand(true) || kind.returns_operand(false))
         && recv.shape == [0]
     {
         // Where there is nothing to receive, its result is empty; ours is the operand.
@@ -155,11 +159,10 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     }
     let number = |attribute: &str, default: i64| frame.integer(attribute).unwrap_or(default);
     let special = dialect.special_ranks(world);
-    let reduces = matches!(
-        kind,
-        Kind::Allreduce | Kind::Exscan | Kind::Reduce | Kind::ReduceScatter | Kind::Scan
-    );
-    let reduction = reduces.then(|| reduction(number("op", 0))).transpose()?;
+    let reduction = kind
+        .reduces()
+        .then(|| reduction(number("op", 0)))
+        .transpose()?;
     let op = Operation {
         kind,
         of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
@@ -185,7 +188,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
     memory.execute(world, ticket, &op).map_err(|error| {
         if matches!(dialect, Dialect::Mpi4jax) {
             // What its users look for; the job ends as usual, with a Python exception.
-            let mut name = name(kind).to_owned();
+            let mut name = kind.name().to_owned();
             name[..1].make_ascii_uppercase();
             eprintln!(
                 "r{} | MPI_{name} returned error code: {}",
@@ -220,10 +223,7 @@ fn data<'a>(wanted: usize, found: Option<Buffer<'a>>, what: &str) -> Result<Buff
 }
 
 fn destination_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Send | Kind::Sendrecv | Kind::Isend => "dest",
-        _ => "root",
-    }
+    if kind.sends() { "dest" } else { "root" }
 }
 
 fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32, String> {

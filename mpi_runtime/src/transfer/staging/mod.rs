@@ -80,11 +80,11 @@ impl Staging {
                 run.drain().map_err(|error| error.to_string())?;
                 mpi.perform(op)
             }
-            Kind::Send | Kind::Recv | Kind::Sendrecv => message::execute(&run, op, mpi),
-            Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => {
-                whole::execute(&run, op, mpi)
+            kind if kind.is_message() => message::execute(&run, op, mpi),
+            kind if kind.is_collective() => {
+                collective::execute(&run, op, comm, mpi).map(|()| Done::default())
             }
-            _ => collective::execute(&run, op, comm, mpi).map(|()| Done::default()),
+            _ => whole::execute(&run, op, mpi),
         };
         // Also after a failure: memory that copies use must not be given to others before.
         let ended = run.end().map_err(|error| error.to_string());

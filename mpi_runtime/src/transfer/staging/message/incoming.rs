@@ -45,7 +45,7 @@ pub(super) struct Incoming<'r, 's> {
 
 impl<'r, 's> Incoming<'r, 's> {
     pub(super) fn new(run: &'r Run<'s>, op: &Operation<'_>) -> Self {
-        let receives = op.kind != Kind::Send;
+        let receives = op.kind.receives();
         Incoming {
             run,
             data: op.recv.data as usize,

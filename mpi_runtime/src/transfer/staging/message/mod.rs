@@ -31,7 +31,7 @@ pub(super) fn execute(
     op: &Operation<'_>,
     mpi: &mut dyn Transport,
 ) -> Result<Done, String> {
-    if op.status != 0 && op.kind != Kind::Send && op.source == PROC_NULL {
+    if op.status != 0 && op.kind.receives() && op.source == PROC_NULL {
         // Nothing comes, and MPI says so in the status.
         mpi.perform(&Operation {
             kind: Kind::Recv,

@@ -59,7 +59,7 @@ impl<'r, 's> Outgoing<'r, 's> {
         op: &Operation<'_>,
         mpi: &dyn Transport,
     ) -> Result<Self, String> {
-        let sends = op.kind != Kind::Recv && op.dest != PROC_NULL;
+        let sends = op.kind.sends() && op.dest != PROC_NULL;
         let bytes = if sends { op.send.bytes() } else { 0 };
         let mut outgoing = Outgoing {
             run,
