@@ -23,9 +23,11 @@ pub struct Operation<'a> {
     pub reduction: Option<Reduction>,
     /// Handle of the user's own reduction, for [`Reduction::User`].
     pub user_reduction: u64,
-    /// Root, or destination of a send.
+    /// Root, of the kinds that have one.
+    pub root: i32,
+    /// Destination of a send; may be [`PROC_NULL`].
     pub dest: i32,
-    /// Source of a receive; may be [`ANY`].
+    /// Source of a receive; may be [`ANY`] or [`PROC_NULL`].
     pub source: i32,
     /// Tag of what is sent.
     pub send_tag: i32,
@@ -35,7 +37,27 @@ pub struct Operation<'a> {
     pub status: usize,
 }
 
-impl Operation<'_> {
+impl<'a> Operation<'a> {
+    /// An operation of the user's on `comm`: with root 0 or destination 0, from any source and with any
+    /// tag, itself tagged 0.
+    pub const fn new(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
+        Operation {
+            kind,
+            of: None,
+            comm,
+            send,
+            recv,
+            reduction: None,
+            user_reduction: 0,
+            root: 0,
+            dest: 0,
+            source: ANY,
+            send_tag: 0,
+            recv_tag: ANY,
+            status: 0,
+        }
+    }
+
     /// How many bytes at the end of the result of this receive a message of `bytes` leaves unwritten.
     ///
     /// # Errors
@@ -57,6 +79,7 @@ impl Operation<'_> {
             comm,
             reduction,
             user_reduction,
+            root,
             dest,
             source,
             send_tag,
@@ -76,6 +99,7 @@ impl Operation<'_> {
             recv: none(&self.recv),
             reduction,
             user_reduction,
+            root,
             dest,
             source,
             send_tag,
@@ -247,7 +271,7 @@ impl fmt::Display for Operation<'_> {
             write!(f, " from rank {source} with tag {tag}")?;
         }
         if self.kind.has_root() {
-            write!(f, " with root {}", self.dest)?;
+            write!(f, " with root {}", self.root)?;
         }
         Ok(())
     }
@@ -297,18 +321,9 @@ mod tests {
             shape: &shape,
         };
         let send = Operation {
-            kind: Kind::Send,
-            of: None,
-            comm: 0,
-            send: x,
-            recv: Buffer::NONE,
-            reduction: None,
-            user_reduction: 0,
             dest: 1,
-            source: ANY,
             send_tag: 7,
-            recv_tag: ANY,
-            status: 0,
+            ..Operation::new(Kind::Send, 0, x, Buffer::NONE)
         };
         assert_eq!(
             send.to_string(),

@@ -46,7 +46,7 @@ impl Call {
                 Reduction::User => op_from_bits(op.user_reduction),
                 known => reduction(known, op.datatype),
             },
-            root: op.dest,
+            root: op.root,
             comm: comm_from_bits(op.comm),
         }
     }

@@ -105,7 +105,7 @@ unsafe fn reduce_each(op: &ShimOp) -> c_int {
             } else {
                 std::ptr::null_mut()
             },
-            dest: root,
+            root,
             ..*op
         };
         // SAFETY: as the caller promises; the block lies inside the operand.

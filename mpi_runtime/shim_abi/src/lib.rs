@@ -19,7 +19,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 11;
+pub const ABI_VERSION: u32 = 12;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -103,7 +103,9 @@ pub struct ShimOp {
     pub count: i64,
     /// Elements received; for gathering and scattering kinds, per rank.
     pub recv_count: i64,
-    /// Root, destination or `PROC_NULL`.
+    /// Root, of the kinds that have one.
+    pub root: i32,
+    /// Destination of a message, or `PROC_NULL`.
     pub dest: i32,
     /// Source, `ANY` or `PROC_NULL`.
     pub source: i32,
@@ -117,6 +119,30 @@ pub struct ShimOp {
     pub recv: *mut c_void,
     /// The user's `MPI_Status`, or null.
     pub status: *mut c_void,
+}
+
+impl ShimOp {
+    /// An operation on nothing: no elements, no peer in particular, no status.
+    pub const fn new(kind: Kind, comm: u64) -> ShimOp {
+        ShimOp {
+            kind,
+            datatype: Datatype::U8,
+            recv_datatype: Datatype::U8,
+            reduction: Reduction::Sum,
+            user_reduction: 0,
+            comm,
+            count: 0,
+            recv_count: 0,
+            root: 0,
+            dest: PROC_NULL,
+            source: PROC_NULL,
+            send_tag: 0,
+            recv_tag: 0,
+            send: std::ptr::null(),
+            recv: std::ptr::null_mut(),
+            status: std::ptr::null_mut(),
+        }
+    }
 }
 
 /// What a receive saw.

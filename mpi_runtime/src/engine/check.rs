@@ -16,14 +16,8 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
     }
     check_ranks(op, comm)?;
     let mut shim = ShimOp {
-        kind: op.kind,
-        datatype: Datatype::U8,
-        recv_datatype: Datatype::U8,
-        reduction: Reduction::Sum,
         user_reduction: op.user_reduction,
-        comm: comm.handle,
-        count: 0,
-        recv_count: 0,
+        root: op.root,
         dest: op.dest,
         source: op.source,
         send_tag: op.send_tag,
@@ -31,6 +25,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
         send: op.send.data,
         recv: op.recv.data,
         status: op.status as *mut _,
+        ..ShimOp::new(op.kind, comm.handle)
     };
     if op.kind == Kind::Barrier {
         return Ok(shim);
@@ -51,7 +46,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
         shim.reduction = reduction;
     }
     (shim.count, shim.recv_count) = counts(op, comm)?;
-    let is_root = comm.rank == op.dest;
+    let is_root = comm.rank == op.root;
     // A null receive buffer tells the shim that this rank is the root of a broadcast.
     if !op.kind.writes(is_root) {
         shim.recv = std::ptr::null_mut();
@@ -75,7 +70,7 @@ fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
     };
     let (sends, receives) = (op.kind.sends(), op.kind.receives());
     if op.kind.has_root() {
-        inside("root", op.dest)?;
+        inside("root", op.root)?;
     }
     if sends && op.dest != PROC_NULL {
         inside("destination", op.dest)?;
@@ -124,7 +119,7 @@ fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Stri
 /// Elements sent and received (per rank for gathering and scattering kinds).
 fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String> {
     let size = i64::from(comm.size);
-    let is_root = comm.rank == op.dest;
+    let is_root = comm.rank == op.root;
     let (send, recv) = (op.send.elements(), op.recv.elements());
     let (fits, counts) = match op.kind {
         Kind::Allreduce | Kind::Reduce | Kind::Scan | Kind::Exscan | Kind::Bcast => {
@@ -184,18 +179,9 @@ mod tests {
 
     fn operation<'a>(kind: Kind, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
         Operation {
-            kind,
-            of: None,
-            comm: 0,
-            send,
-            recv,
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
             source: 0,
-            send_tag: 0,
             recv_tag: 0,
-            status: 0,
+            ..Operation::new(kind, 0, send, recv)
         }
     }
 
@@ -203,14 +189,15 @@ mod tests {
     fn ranks_outside_the_communicator_are_refused() {
         let x = buffer(ElementType::F32, &[3]);
         for kind in [Kind::Bcast, Kind::Reduce, Kind::Send, Kind::Sendrecv] {
-            for dest in [-1, 4, 1000] {
+            for peer in [-1, 4, 1000] {
                 let op = Operation {
-                    dest,
+                    root: peer,
+                    dest: peer,
                     ..operation(kind, x, x)
                 };
                 let text = prepare(&op, &COMM).unwrap_err();
                 assert!(
-                    text.contains(&dest.to_string()) && text.contains("0 to 3"),
+                    text.contains(&peer.to_string()) && text.contains("0 to 3"),
                     "{text}"
                 );
             }

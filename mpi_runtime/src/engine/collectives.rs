@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use mpi_shim_abi::{ANY, Datatype, Kind, Reduction, ShimOp};
+use mpi_shim_abi::{ANY, Kind, ShimOp};
 use parking_lot::Mutex;
 
 use crate::engine::pending::PendingTable;
@@ -280,18 +280,10 @@ const NOBODY: i32 = ANY;
 /// What is waited for, for the table of pending operations.
 fn first_run(peer: i32) -> Operation<'static> {
     Operation {
-        kind: Kind::Recv,
         of: Some("a program's first run, which all its ranks must begin:"),
-        comm: COLLECTIVES,
-        send: Buffer::NONE,
-        recv: Buffer::NONE,
-        reduction: None,
-        user_reduction: 0,
-        dest: peer,
         source: peer,
-        send_tag: ARRIVAL_TAG,
         recv_tag: ARRIVAL_TAG,
-        status: 0,
+        ..Operation::new(Kind::Recv, COLLECTIVES, Buffer::NONE, Buffer::NONE)
     }
 }
 
@@ -317,21 +309,13 @@ struct Post<'a> {
 impl Post<'_> {
     fn operation(&self, kind: Kind, peer: i32, tag: i32, bytes: &[u8]) -> ShimOp {
         ShimOp {
-            kind,
-            datatype: Datatype::U8,
-            recv_datatype: Datatype::U8,
-            reduction: Reduction::Sum,
-            user_reduction: 0,
-            comm: self.comm,
             count: bytes.len() as i64,
-            recv_count: 0,
             dest: peer,
             source: peer,
             send_tag: tag,
             recv_tag: tag,
             send: bytes.as_ptr().cast(),
-            recv: std::ptr::null_mut(),
-            status: std::ptr::null_mut(),
+            ..ShimOp::new(kind, self.comm)
         }
     }
 

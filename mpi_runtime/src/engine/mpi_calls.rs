@@ -71,7 +71,7 @@ impl MpiCalls {
         }
         let marks = result_canary::place(op, comm);
         let received = self.call(op, comm, &shim_op)?;
-        if op.kind.returns_operand(comm.rank == op.dest) {
+        if op.kind.returns_operand(comm.rank == op.root) {
             single_rank::copy_through(op);
         }
         if op.kind == Kind::Exscan && comm.rank == 0 {

@@ -556,18 +556,9 @@ mod tests {
 
     fn receive(number: u32, comm: u64, source: i32, tag: i32, state: MessageState) -> Row {
         let operation = Operation {
-            kind: Kind::Irecv,
-            of: None,
-            comm: 0,
-            send: Buffer::NONE,
-            recv: Buffer::NONE,
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
             source,
-            send_tag: 0,
             recv_tag: tag,
-            status: 0,
+            ..Operation::new(Kind::Irecv, 0, Buffer::NONE, Buffer::NONE)
         };
         let communicator = Communicator {
             name: "test",

@@ -111,29 +111,20 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
 mod tests {
     use super::*;
     use crate::operation::{Buffer, ElementType};
-    use mpi_shim_abi::{ANY, Kind};
+    use mpi_shim_abi::Kind;
 
     #[test]
     fn an_overdue_operation_is_described_once() {
         let table = PendingTable::default();
         let shape = [5];
+        let result = Buffer {
+            data: std::ptr::null_mut(),
+            dtype: ElementType::F64,
+            shape: &shape,
+        };
         let operation = Operation {
-            kind: Kind::Recv,
-            of: None,
-            comm: 0,
-            send: Buffer::NONE,
-            recv: Buffer {
-                data: std::ptr::null_mut(),
-                dtype: ElementType::F64,
-                shape: &shape,
-            },
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
             source: 3,
-            send_tag: 0,
-            recv_tag: ANY,
-            status: 0,
+            ..Operation::new(Kind::Recv, 0, Buffer::NONE, result)
         };
         let pending = table.enter(&operation, "COMM_WORLD");
         assert!(table.overdue(Duration::from_secs(60)).is_empty());

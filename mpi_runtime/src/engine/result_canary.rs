@@ -29,7 +29,7 @@ pub struct ResultCanary<'a> {
 /// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short for that are
 /// filled with zeros.
 pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary<'a>> {
-    let is_root = comm.rank == op.dest;
+    let is_root = comm.rank == op.root;
     let blocks = match op.kind {
         Kind::Allgather | Kind::Alltoall => comm.size as usize,
         Kind::Gather if is_root => comm.size as usize,
@@ -77,7 +77,7 @@ impl ResultCanary<'_> {
             return Ok(());
         };
         let sender = match op.kind {
-            Kind::Bcast | Kind::Scatter => op.dest as usize,
+            Kind::Bcast | Kind::Scatter => op.root as usize,
             _ => block,
         };
         Err(format!(
@@ -92,7 +92,6 @@ impl ResultCanary<'_> {
 mod tests {
     use super::*;
     use crate::operation::ElementType;
-    use mpi_shim_abi::ANY;
 
     const COMM: Communicator = Communicator {
         name: "test",
@@ -104,24 +103,12 @@ mod tests {
     };
 
     fn operation<'a>(kind: Kind, result: &mut [u8], shape: &'a [i64]) -> Operation<'a> {
-        Operation {
-            kind,
-            of: None,
-            comm: 0,
-            send: Buffer::NONE,
-            recv: Buffer {
-                data: result.as_mut_ptr().cast(),
-                dtype: ElementType::U8,
-                shape,
-            },
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
-            source: ANY,
-            send_tag: 0,
-            recv_tag: ANY,
-            status: 0,
-        }
+        let result = Buffer {
+            data: result.as_mut_ptr().cast(),
+            dtype: ElementType::U8,
+            shape,
+        };
+        Operation::new(kind, 0, Buffer::NONE, result)
     }
 
     #[test]

@@ -46,7 +46,7 @@ struct Uses {
 
 impl Uses {
     fn of(op: &Operation<'_>, comm: &Communicator) -> Uses {
-        let is_root = comm.rank == op.dest;
+        let is_root = comm.rank == op.root;
         let to_nobody = op.kind.sends() && op.dest == PROC_NULL;
         let reads = op.kind.reads(is_root) && !to_nobody;
         let writes = op.kind.writes(is_root);

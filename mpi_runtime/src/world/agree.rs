@@ -100,21 +100,14 @@ impl AllRanks<'_> {
     pub(super) fn largest(&self, own: u64) -> Result<u64, MpiError> {
         let mut largest = 0u64;
         self.shim.execute(&ShimOp {
-            kind: Kind::Allreduce,
             datatype: Datatype::U64,
             recv_datatype: Datatype::U64,
             reduction: Reduction::Max,
-            user_reduction: 0,
-            comm: self.comm.handle,
             count: 1,
             recv_count: 1,
-            dest: 0,
-            source: 0,
-            send_tag: 0,
-            recv_tag: 0,
             send: std::ptr::from_ref(&own).cast(),
             recv: std::ptr::from_mut(&mut largest).cast(),
-            status: std::ptr::null_mut(),
+            ..ShimOp::new(Kind::Allreduce, self.comm.handle)
         })?;
         Ok(largest)
     }

@@ -163,18 +163,15 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
         .reduces()
         .then(|| reduction(number("op", 0)))
         .transpose()?;
+    let comm = number("comm", mpi_runtime::mpi::communicators::DEFAULT);
+    let comm = dialect.communicator(comm, world)?;
+    let peer = rank(number(destination_name(kind), 0), special, false)?;
     let op = Operation {
-        kind,
         of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
-        comm: dialect.communicator(
-            number("comm", mpi_runtime::mpi::communicators::DEFAULT),
-            world,
-        )?,
-        send,
-        recv,
         reduction: reduction.map(|(reduction, _)| reduction),
         user_reduction: reduction.map_or(0, |(_, handle)| handle),
-        dest: rank(number(destination_name(kind), 0), special, false)?,
+        root: if kind.has_root() { peer } else { 0 },
+        dest: if kind.sends() { peer } else { PROC_NULL },
         source: rank(number("source", special.0), special, true)?,
         send_tag: small(number(dialect.send_tag(kind), 0), "tag")?,
         recv_tag: match number(dialect.receive_tag(kind), ATTRIBUTE_ANY) {
@@ -182,6 +179,7 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Strin
             tag => small(tag, "recvtag")?,
         },
         status: crate::ffi::status::address(number("status", 0)),
+        ..Operation::new(kind, comm, send, recv)
     };
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
     let memory = Memory::of(frame)?;

@@ -24,7 +24,7 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn new(op: &Operation<'_>, comm: &Communicator, chunk: usize) -> Plan {
         let size = comm.size as usize;
-        let is_root = comm.rank == op.dest;
+        let is_root = comm.rank == op.root;
         let at_root = if is_root { size } else { 1 };
         let rows = match op.kind {
             Kind::Allgather => [1, size],

@@ -115,7 +115,7 @@ impl Transport for Rank {
                 .map(|i| of.iter().fold(0u8, |sum, x| sum.wrapping_add(x[i])))
                 .collect()
         };
-        let root = op.dest as usize;
+        let root = op.root as usize;
         let result = match op.kind {
             Kind::Allreduce | Kind::Reduce => sum(&all),
             Kind::Allgather | Kind::Gather => all.concat(),
@@ -217,7 +217,7 @@ impl Rank {
                 .unwrap();
         }
         let mut received = vec![NOT_YET; op.recv.bytes()];
-        let root = op.dest == self.comm.rank;
+        let root = op.root == self.comm.rank;
         let writes = match op.kind {
             Kind::Bcast => !root,
             Kind::Gather | Kind::Reduce => root,
@@ -383,18 +383,9 @@ fn operation<'a>(kind: Kind, sent: &'a [i64], received: &'a [i64]) -> Operation<
         shape,
     };
     Operation {
-        kind,
-        of: None,
-        comm: 0,
-        send: buffer(0, sent),
-        recv: buffer(RESULT, received),
         reduction: Some(Reduction::Sum),
-        user_reduction: 0,
-        dest: 0,
         source: 0,
-        send_tag: 0,
-        recv_tag: ANY,
-        status: 0,
+        ..Operation::new(kind, 0, buffer(0, sent), buffer(RESULT, received))
     }
 }
 
@@ -471,7 +462,7 @@ fn collectives_of_all_lengths_around_the_edges_of_chunks() {
                     };
                     let (sent, received) = (shape(operand.len()), shape(want.len()));
                     let op = Operation {
-                        dest: root,
+                        root,
                         ..operation(kind, &sent, &received)
                     };
                     let (done, result) = rank.run(&op, operand);
@@ -824,7 +815,7 @@ fn a_rank_that_gets_nothing_may_have_no_result() {
         let shape = [200];
         for kind in [Kind::Reduce, Kind::Gather, Kind::Bcast] {
             let mut op = operation(kind, &shape, &shape);
-            op.dest = if kind == Kind::Bcast {
+            op.root = if kind == Kind::Bcast {
                 rank.comm.rank
             } else {
                 1 - rank.comm.rank
@@ -864,7 +855,7 @@ fn direct_collectives_come_after_the_kernels_before_and_before_those_after() {
                     let (operand, want) = example(kind, rank.comm.rank, size as usize, n, root);
                     let (sent, received) = ([operand.len() as i64], [want.len() as i64]);
                     let op = Operation {
-                        dest: root,
+                        root,
                         ..operation(kind, &sent, &received)
                     };
                     if kind == Kind::Exscan {
