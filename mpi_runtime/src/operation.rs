@@ -6,6 +6,8 @@ use std::fmt;
 
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction};
 
+use crate::error::Failure;
+
 /// An operation on one communicator, as the program asked for it.
 #[derive(Clone, Copy, Debug)]
 pub struct Operation<'a> {
@@ -62,7 +64,7 @@ impl<'a> Operation<'a> {
     ///
     /// # Errors
     /// If it does not fit, or is shorter than it may be.
-    pub fn missing(&self, source: i32, tag: i32, bytes: usize) -> Result<usize, String> {
+    pub fn missing(&self, source: i32, tag: i32, bytes: usize) -> Result<usize, Failure> {
         let expected = self.recv.bytes();
         let may_be_shorter = self.source == PROC_NULL || self.status != 0;
         if bytes > expected || bytes < expected && !may_be_shorter {
@@ -110,7 +112,7 @@ impl<'a> Operation<'a> {
 }
 
 /// What is wrong with a message of `bytes` for a result of `expected` bytes.
-pub(crate) fn wrong_length(source: i32, tag: i32, bytes: usize, expected: usize) -> String {
+pub(crate) fn wrong_length(source: i32, tag: i32, bytes: usize, expected: usize) -> Failure {
     let remedy = if bytes < expected {
         " (pass status= to accept less)"
     } else {
@@ -120,6 +122,7 @@ pub(crate) fn wrong_length(source: i32, tag: i32, bytes: usize, expected: usize)
         "the message from rank {source} with tag {tag} has {bytes} bytes, and the result {expected}; \
          both sides must have the same shape and dtype{remedy}"
     )
+    .into()
 }
 
 /// A dense row-major array in memory.

@@ -6,11 +6,12 @@
 
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp};
 
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Class, ElementType, Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
-pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String> {
+pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failure> {
     if comm.freed {
         return Err("the communicator has been freed".into());
     }
@@ -57,15 +58,16 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
     Ok(shim)
 }
 
-fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
-    let inside = |what: &str, rank: i32| {
+fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
+    let inside = |what: &str, rank: i32| -> Result<(), Failure> {
         if (0..comm.size).contains(&rank) {
             Ok(())
         } else {
             Err(format!(
                 "{what} {rank} is not a rank of the communicator, which has 0 to {}",
                 comm.size - 1
-            ))
+            )
+            .into())
         }
     };
     let (sends, receives) = (op.kind.sends(), op.kind.receives());
@@ -84,16 +86,14 @@ fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
     Ok(())
 }
 
-fn datatype(buffer: &Buffer<'_>) -> Result<Datatype, String> {
+fn datatype(buffer: &Buffer<'_>) -> Result<Datatype, Failure> {
     buffer.dtype.datatype().ok_or_else(|| {
-        format!(
-            "dtype {} is not supported; cast to a supported one first",
-            buffer.dtype.name()
-        )
+        let name = buffer.dtype.name();
+        format!("dtype {name} is not supported; cast to a supported one first").into()
     })
 }
 
-fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), String> {
+fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Failure> {
     use Reduction::{Max, Min, Prod, Sum, User};
     let has = match buffer.dtype.class() {
         // It would see integers (MPI has no type for these).
@@ -113,11 +113,12 @@ fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Stri
         "there is no {} of {}",
         reduction_name(reduction),
         buffer.dtype.name()
-    ))
+    )
+    .into())
 }
 
 /// Elements sent and received (per rank for gathering and scattering kinds).
-fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String> {
+fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure> {
     let size = i64::from(comm.size);
     let is_root = comm.rank == op.root;
     let (send, recv) = (op.send.elements(), op.recv.elements());
@@ -136,7 +137,8 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String>
             if leading != size {
                 return Err(format!(
                     "the leading dimension is {leading}, and must be the number of ranks, {size}"
-                ));
+                )
+                .into());
             }
             (recv == send, (send / size, send / size))
         }
@@ -152,7 +154,7 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String>
     } else {
         Err(format!(
             "the result has {recv} elements, which does not fit the operand's {send} on {size} ranks"
-        ))
+        ).into())
     }
 }
 
@@ -195,7 +197,7 @@ mod tests {
                     dest: peer,
                     ..operation(kind, x, x)
                 };
-                let text = prepare(&op, &COMM).unwrap_err();
+                let text = prepare(&op, &COMM).unwrap_err().to_string();
                 assert!(
                     text.contains(&peer.to_string()) && text.contains("0 to 3"),
                     "{text}"
@@ -206,7 +208,12 @@ mod tests {
             source: 4,
             ..operation(Kind::Recv, Buffer::NONE, x)
         };
-        assert!(prepare(&op, &COMM).unwrap_err().contains("source 4"));
+        assert!(
+            prepare(&op, &COMM)
+                .unwrap_err()
+                .to_string()
+                .contains("source 4")
+        );
         for source in [ANY, PROC_NULL] {
             let op = Operation {
                 source,
@@ -223,7 +230,12 @@ mod tests {
             send_tag: -3,
             ..operation(Kind::Send, x, Buffer::NONE)
         };
-        assert!(prepare(&op, &COMM).unwrap_err().contains("negative"));
+        assert!(
+            prepare(&op, &COMM)
+                .unwrap_err()
+                .to_string()
+                .contains("negative")
+        );
     }
 
     #[test]
@@ -264,7 +276,9 @@ mod tests {
         assert!(prepare(&operation(Kind::Allgather, one, four), &COMM).is_ok());
         assert!(prepare(&operation(Kind::Allgather, one, one), &COMM).is_err());
         assert!(prepare(&operation(Kind::Alltoall, four, four), &COMM).is_ok());
-        let text = prepare(&operation(Kind::Alltoall, one, one), &COMM).unwrap_err();
+        let text = prepare(&operation(Kind::Alltoall, one, one), &COMM)
+            .unwrap_err()
+            .to_string();
         assert!(text.contains("leading dimension is 3"), "{text}");
         // Rank 1 is not the root: it passes and gets its own shape.
         assert!(prepare(&operation(Kind::Gather, one, one), &COMM).is_ok());
@@ -282,6 +296,7 @@ mod tests {
         assert!(
             prepare(&operation(Kind::Bcast, x, x), &COMM)
                 .unwrap_err()
+                .to_string()
                 .contains("less than 8 bits")
         );
         let freed = Communicator {
@@ -292,6 +307,6 @@ mod tests {
             &operation(Kind::Barrier, Buffer::NONE, Buffer::NONE),
             &freed,
         );
-        assert!(text.unwrap_err().contains("freed"));
+        assert!(text.unwrap_err().to_string().contains("freed"));
     }
 }

@@ -9,10 +9,10 @@ use mpi_shim_abi::{ANY, Kind, ShimOp};
 use parking_lot::Mutex;
 
 use crate::engine::pending::PendingTable;
-use crate::error::OperationError;
+use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::backoff;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
-use crate::mpi::shim::{MpiError, Shim};
+use crate::mpi::shim::Shim;
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::{Buffer, Operation};
 
@@ -95,7 +95,7 @@ impl ReplicaGroups {
         };
         let name: &'static str = String::leak(format!("the ranks {members:?}"));
         let position = members.iter().position(|&rank| rank == on.rank);
-        let failed = |reason: String| OperationError {
+        let failed = |reason: Failure| OperationError {
             operation: op.to_string(),
             rank: on.rank,
             comm: name.to_owned(),
@@ -105,9 +105,10 @@ impl ReplicaGroups {
         let position = position.ok_or_else(|| failed("this rank is not in its group".into()))?;
         if let Some(&missing) = members.iter().find(|&&rank| rank >= world.size) {
             let size = world.size;
-            return Err(failed(format!(
+            let reason = format!(
                 "there is no rank {missing}: the world has {size} ranks (MPI_CUDA_PRETEND_SIZE?)"
-            )));
+            );
+            return Err(failed(reason.into()));
         }
         let handle = if members.iter().copied().eq(0..world.size) {
             world.handle
@@ -120,7 +121,7 @@ impl ReplicaGroups {
             let _pending = on.pending.enter(op, name);
             // Made one after the other by each rank, in the order of their program.
             shim.comm_create_group(world.handle, &members, TAG)
-                .map_err(|error| failed(error.0))?
+                .map_err(|error| failed(error.into()))?
         };
         let row = Communicator {
             name,
@@ -190,14 +191,14 @@ impl ReplicaGroups {
             (rank, words_or(words.as_deref())),
         ];
         both.sort_unstable();
-        Err(failed(on, program, verdict(&both)))
+        Err(failed(on, program, verdict(&both).into()))
     }
 }
 
 fn failed(
     on: CollectiveContext<'_>,
     program: &CollectiveSequence,
-    reason: String,
+    reason: Failure,
 ) -> OperationError {
     OperationError {
         operation: "the start of a program".into(),
@@ -220,7 +221,7 @@ fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), O
     if others.is_empty() {
         return Ok(());
     }
-    let failed = |reason: String| self::failed(on, program, reason);
+    let failed = |reason: Failure| self::failed(on, program, reason);
     let comm = on
         .communicators
         .get(COLLECTIVES)
@@ -234,26 +235,28 @@ fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), O
     let verdict = if *first == on.rank {
         let mut verdict = String::new();
         for &rank in others {
-            let theirs = post.receive(rank, ARRIVAL_TAG).map_err(|e| failed(e.0))?;
+            let theirs = post
+                .receive(rank, ARRIVAL_TAG)
+                .map_err(|e| failed(e.into()))?;
             if theirs != own && verdict.is_empty() {
                 verdict = self::verdict(&[(*first, described(&own)), (rank, described(&theirs))]);
             }
         }
         for &rank in others {
             post.send(rank, VERDICT_TAG, verdict.as_bytes())
-                .map_err(|e| failed(e.0))?;
+                .map_err(|e| failed(e.into()))?;
         }
         verdict
     } else {
         post.send(*first, ARRIVAL_TAG, &own)
-            .map_err(|e| failed(e.0))?;
+            .map_err(|e| failed(e.into()))?;
         let verdict = post.receive(*first, VERDICT_TAG);
-        String::from_utf8_lossy(&verdict.map_err(|e| failed(e.0))?).into_owned()
+        String::from_utf8_lossy(&verdict.map_err(|e| failed(e.into()))?).into_owned()
     };
     if verdict.is_empty() {
         Ok(())
     } else {
-        Err(failed(verdict))
+        Err(failed(verdict.into()))
     }
 }
 

@@ -27,7 +27,7 @@ use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::PendingTable;
 pub use crate::engine::uniform::UniformProgram;
-use crate::error::OperationError;
+use crate::error::{Failure, OperationError};
 use crate::log;
 use crate::mpi::communicators::{Communicator, Communicators};
 use crate::mpi::shim::{self, Shim};
@@ -173,7 +173,7 @@ impl Engine {
         let by = self.calls.shim.map_or("no MPI", |shim| shim.family.name());
         let end = if done { "done" } else { "failed" };
         log::line(&format!(
-            "mpi_cuda: rank {}, launch {}: {op} on {comm} {end} by {by} in {:.1} us",
+            "rank {}, launch {}: {op} on {comm} {end} by {by} in {:.1} us",
             self.rank,
             ticket.0,
             time.as_secs_f64() * 1e6
@@ -223,7 +223,7 @@ impl Engine {
         place: Place<'_>,
         op: &Operation<'_>,
         comm: &Communicator,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         let calls = &self.calls;
         match place {
             Place::Host => calls.execute(op, comm),
@@ -253,7 +253,7 @@ impl Engine {
     /// everything else has ended.
     pub fn finish_messages(&self) {
         for lost in self.calls.finish_messages(&self.communicators) {
-            log::line(&format!("mpi_cuda: rank {}: {lost}", self.rank));
+            log::line(&format!("rank {}: {lost}", self.rank));
         }
     }
 
@@ -280,8 +280,8 @@ impl Engine {
                 && let Err(error) = shim.comm_free(comm.handle)
             {
                 log::line(&format!(
-                    "mpi_cuda: rank {}: cannot free communicator {}: {}",
-                    self.rank, comm.number, error.0
+                    "rank {}: cannot free communicator {}: {}",
+                    self.rank, comm.number, error
                 ));
             }
         }
@@ -320,18 +320,18 @@ impl Engine {
         handle: u64,
         name: &str,
         deleted: mpi_shim_abi::CommDeleted,
-    ) -> Result<i64, String> {
+    ) -> Result<i64, Failure> {
         if let Some(number) = self.communicators.find(handle) {
             return Ok(number);
         }
         let Some(shim) = &self.calls.shim else {
             return Err("communicators need an MPI, and this process runs without one".into());
         };
-        let (rank, size, inter) = shim.comm_info(handle).map_err(|error| error.0)?;
+        let (rank, size, inter) = shim.comm_info(handle)?;
         if inter {
             return Err("intercommunicators are not supported; use an intracommunicator".into());
         }
-        let members = shim.comm_members(handle, size).map_err(|error| error.0)?;
+        let members = shim.comm_members(handle, size)?;
         let row = Communicator {
             // Few communicators live as long as the process; their names may.
             name: String::leak(name.to_owned()),
@@ -342,8 +342,7 @@ impl Engine {
             freed: false,
         };
         let number = self.communicators.add_users(&members, row);
-        shim.comm_watch(handle, number, deleted)
-            .map_err(|error| error.0)?;
+        shim.comm_watch(handle, number, deleted)?;
         Ok(number)
     }
 

@@ -8,6 +8,7 @@ use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::pending::PendingTable;
 use crate::engine::uniform::Histories;
 use crate::engine::{check, result_canary, single_rank};
+use crate::error::Failure;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
 use crate::mpi::shim::{Request, Shim};
 use crate::operation::{Buffer, Operation};
@@ -44,7 +45,7 @@ impl MpiCalls {
     }
 
     /// Executes an operation on memory of the host.
-    pub(super) fn execute(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
+    pub(super) fn execute(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
         match op.kind {
             kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
             kind if kind.is_start() => self.start_message(op, comm),
@@ -53,7 +54,7 @@ impl MpiCalls {
     }
 
     /// Executes what is a whole to MPI, and checks what has come.
-    fn complete(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
+    fn complete(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
         let _pending = self.pending.enter(op, comm.name);
         let received = self.perform(op, comm)?;
         check_received(op, &received)
@@ -64,7 +65,7 @@ impl MpiCalls {
         &self,
         op: &Operation<'_>,
         comm: &Communicator,
-    ) -> Result<ShimReceived, String> {
+    ) -> Result<ShimReceived, Failure> {
         let shim_op = check::prepare(op, comm)?;
         if self.shim.is_none() {
             return single_rank::execute(op).map(|()| ShimReceived::default());
@@ -84,12 +85,12 @@ impl MpiCalls {
     }
 
     /// MPI has filled the status of the last part of a message.
-    pub(super) fn say_received(&self, op: &Operation<'_>, done: Done) -> Result<(), String> {
+    pub(super) fn say_received(&self, op: &Operation<'_>, done: Done) -> Result<(), Failure> {
         match &self.shim {
             Some(shim) if op.status != 0 && receives(op) => {
                 // SAFETY: the user's status lives as long as programs that name it.
                 let said = unsafe { shim.set_received(op.status, done.bytes) };
-                said.map_err(|error| error.0)
+                Ok(said?)
             }
             _ => Ok(()),
         }
@@ -101,22 +102,22 @@ impl MpiCalls {
         op: &Operation<'_>,
         comm: &Communicator,
         shim_op: &ShimOp,
-    ) -> Result<ShimReceived, String> {
+    ) -> Result<ShimReceived, Failure> {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
         let received = match &self.nonblocking {
             // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
             Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
                 nonblocking.receive_after(shim_op)
             },
-            _ => shim.execute(shim_op),
+            _ => Ok(shim.execute(shim_op)?),
         };
-        let received = received.map_err(|error| error.0)?;
+        let received = received?;
         self.histories.add(op, comm.rank, &received);
         Ok(received)
     }
 
     /// Starts a message, whose number is the operation's result.
-    fn start_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
+    fn start_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
         let shim_op = check::prepare(op, comm)?;
         if op.recv.elements() != 1 || op.recv.bytes() != size_of::<u32>() {
             return Err("the result must be one number of 32 bits".into());
@@ -139,7 +140,7 @@ impl MpiCalls {
         op: &Operation<'_>,
         comm: &Communicator,
         beginning: &mut [u8],
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         if op.send.elements() != 1 || op.send.bytes() != size_of::<u32>() {
             return Err("the request must be one number of 32 bits".into());
         }
@@ -164,7 +165,7 @@ impl MpiCalls {
         let (mut started, shape) = nonblocking.find(number)?;
         started.send.shape = &shape;
         let _pending = self.pending.enter(&started, comm.name);
-        let about = |reason: String| format!("{started}: {reason}");
+        let about = |failure: Failure| Failure::from(format!("{started}: {failure}"));
         if (op.kind == Kind::WaitSend) != started.kind.sends() {
             return Err(about(
                 "wait belongs to irecv, and wait_send to isend".into(),
@@ -217,7 +218,7 @@ pub(super) struct OnCommunicator<'a> {
 }
 
 impl Transport for OnCommunicator<'_> {
-    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, Failure> {
         let (calls, comm) = (self.calls, self.comm);
         match op.kind {
             kind if kind.is_end() => self.wait(op, &mut []),
@@ -226,43 +227,40 @@ impl Transport for OnCommunicator<'_> {
         }
     }
 
-    fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, String> {
+    fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, Failure> {
         let waited = self.calls.wait_for_message(op, self.comm, beginning);
         waited.map(|()| Done::default())
     }
 
-    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, String> {
+    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
         let shim_op = check::prepare(op, self.comm)?;
         let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
         // SAFETY: what is sent stays in place, as whoever calls this promises.
         let request = unsafe { shim.start_send(&shim_op) };
-        let request = request.map_err(|error| error.0)?;
+        let request = request?;
         self.calls
             .histories
             .add(op, self.comm.rank, &ShimReceived::default());
         Ok(request)
     }
 
-    fn is_sent(&mut self, request: &mut Request) -> Result<bool, String> {
+    fn is_sent(&mut self, request: &mut Request) -> Result<bool, Failure> {
         let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
-        let status = shim.test(request);
-        status
-            .map(|status| status.is_some())
-            .map_err(|error| error.0)
+        Ok(shim.test(request)?.is_some())
     }
 
-    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, String> {
+    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, Failure> {
         let shim_op = check::prepare(op, self.comm)?;
         let nonblocking = self.calls.nonblocking.as_ref().ok_or(NO_MESSAGES)?;
         let received = nonblocking.try_receive(&shim_op, shim_op.datatype);
-        let Some(received) = received.map_err(|error| error.0)? else {
+        let Some(received) = received? else {
             return Ok(None);
         };
         self.calls.histories.add(op, self.comm.rank, &received);
         Ok(Some(done(received)))
     }
 
-    fn world_rank(&self, rank: i32) -> Result<i32, String> {
+    fn world_rank(&self, rank: i32) -> Result<i32, Failure> {
         let (Some(shim), comm) = (&self.calls.shim, self.comm) else {
             return Ok(rank);
         };
@@ -270,9 +268,9 @@ impl Transport for OnCommunicator<'_> {
             return Ok(rank);
         }
         let members = shim.comm_members(comm.handle, comm.size);
-        let members = members.map_err(|error| error.0)?;
+        let members = members?;
         let member = members.get(rank as usize).copied();
-        member.ok_or_else(|| format!("there is no rank {rank}"))
+        member.ok_or_else(|| format!("there is no rank {rank}").into())
     }
 }
 
@@ -294,7 +292,7 @@ fn receives(op: &Operation<'_>) -> bool {
 
 /// A message longer than the result was not written to it, and a shorter one would leave part of it
 /// unwritten.
-fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), String> {
+fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Failure> {
     if !op.kind.is_receive() {
         return Ok(());
     }

@@ -15,6 +15,7 @@ use std::time::Duration;
 use mpi_shim_abi::{ANY, Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 use parking_lot::{Condvar, Mutex};
 
+use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::{Message, MpiError, Request, Shim};
 use crate::operation::{Buffer, Operation};
@@ -74,7 +75,7 @@ enum MessageState {
     Unmatched,
     Running(Request, ShimReceived),
     Done(ShimStatus, ShimReceived),
-    Failed(String),
+    Failed(Failure),
 }
 
 /// A message that was waited for.
@@ -141,7 +142,7 @@ impl NonblockingMessages {
     }
 
     /// Starts a message and returns its number.
-    pub fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, String> {
+    pub fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, Failure> {
         let shared = &self.shared;
         let sends = op.kind.sends();
         let mut memory = Vec::new();
@@ -164,7 +165,7 @@ impl NonblockingMessages {
         let state = if sends {
             // SAFETY: the row keeps the memory until the request is complete.
             let request = unsafe { shared.shim.start_send(&posted) };
-            MessageState::Running(request.map_err(|error| error.0)?, nothing)
+            MessageState::Running(request?, nothing)
         } else {
             shared.unmatched.fetch_add(1, Ordering::AcqRel);
             MessageState::Unmatched
@@ -185,7 +186,7 @@ impl NonblockingMessages {
     }
 
     /// What started the message with that number, and the shape of what it sends.
-    pub fn find(&self, number: u32) -> Result<(Operation<'static>, Vec<i64>), String> {
+    pub fn find(&self, number: u32) -> Result<(Operation<'static>, Vec<i64>), Failure> {
         let table = self.shared.table.lock();
         let row = table.rows.iter().find(|row| row.number == number);
         row.map(|row| (row.operation, row.shape.clone()))
@@ -196,7 +197,7 @@ impl NonblockingMessages {
     }
 
     /// Waits until the message is complete and takes it out of the table.
-    pub fn wait(&self, number: u32) -> Result<Ended<'_>, String> {
+    pub fn wait(&self, number: u32) -> Result<Ended<'_>, Failure> {
         let mut spins = 0;
         loop {
             let mut table = self.shared.table.lock();
@@ -235,7 +236,7 @@ impl NonblockingMessages {
     ///
     /// # Safety
     /// The buffers of `op` must be valid for its counts and types.
-    pub unsafe fn receive_after(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
+    pub unsafe fn receive_after(&self, op: &ShimOp) -> Result<ShimReceived, Failure> {
         let shim = &self.shared.shim;
         let exchanges = op.kind.sends();
         let mut sending = if exchanges && op.dest != PROC_NULL {
@@ -257,7 +258,7 @@ impl NonblockingMessages {
         received
     }
 
-    fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, MpiError> {
+    fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, Failure> {
         let mut spins = 0;
         loop {
             if let Some(received) = self.try_receive(op, element)? {
@@ -273,7 +274,7 @@ impl NonblockingMessages {
         &self,
         op: &ShimOp,
         element: Datatype,
-    ) -> Result<Option<ShimReceived>, MpiError> {
+    ) -> Result<Option<ShimReceived>, Failure> {
         let shared = &self.shared;
         let capacity = op.recv_count * element.size() as i64;
         let mut spill = Vec::new();
@@ -292,7 +293,7 @@ impl NonblockingMessages {
                 let mut buffer = op.recv;
                 if envelope.bytes > capacity {
                     // A longer message is taken out of the way.
-                    spill = allocate(envelope.bytes as usize).map_err(MpiError)?;
+                    spill = allocate(envelope.bytes as usize)?;
                     buffer = spill.as_mut_ptr().cast();
                 }
                 // SAFETY: the buffer holds the message, and outlives the request, which is waited for.
@@ -369,7 +370,7 @@ impl NonblockingMessages {
 
 impl MessageTable {
     /// Memory for so many bytes.
-    fn memory(&mut self, bytes: usize) -> Result<Vec<u128>, String> {
+    fn memory(&mut self, bytes: usize) -> Result<Vec<u128>, Failure> {
         let elements = bytes.div_ceil(size_of::<u128>());
         let fits = |spare: &Vec<u128>| (elements..=4 * elements).contains(&spare.capacity());
         match self.spare.iter().position(fits) {
@@ -416,20 +417,18 @@ impl Shared {
         }
     }
 
-    fn start_thread(self: Arc<Shared>) -> Result<(), String> {
+    fn start_thread(self: Arc<Shared>) -> Result<(), Failure> {
         let mut table = self.table.lock();
         if !table.has_thread {
             // MPI_Finalize begins with the attributes of COMM_SELF (MPI 4.0, section 11.2.4).
             let of = self.shim.comm_self();
-            self.shim
-                .comm_watch(of, 0, finalizing)
-                .map_err(|error| error.0)?;
+            self.shim.comm_watch(of, 0, finalizing)?;
             ACTIVE.get_or_init(|| self.clone());
             let shared = self.clone();
             std::thread::Builder::new()
                 .name("mpi_cuda messages".into())
                 .spawn(move || shared.work())
-                .map_err(|error| format!("cannot start a thread: {error}"))?;
+                .map_err(|error| Failure::from(format!("cannot start a thread: {error}")))?;
             table.has_thread = true;
         }
         Ok(())
@@ -467,7 +466,7 @@ impl Shared {
                             }
                             changed = true;
                         }
-                        Err(error) => self.fail(row, error.0),
+                        Err(error) => self.fail(row, error.into()),
                     }
                 }
                 MessageState::Running(request, envelope) => {
@@ -478,7 +477,7 @@ impl Shared {
                             row.state = MessageState::Done(status, envelope);
                             changed = true;
                         }
-                        Err(error) => self.fail(row, error.0),
+                        Err(error) => self.fail(row, error.into()),
                     }
                 }
                 MessageState::Done(..) | MessageState::Failed(_) => {}
@@ -504,11 +503,11 @@ impl Shared {
                 self.unmatched.fetch_sub(1, Ordering::AcqRel);
                 row.state = MessageState::Running(request, envelope);
             }
-            Err(error) => self.fail(row, error.0),
+            Err(error) => self.fail(row, error.into()),
         }
     }
 
-    fn fail(&self, row: &mut Row, reason: String) {
+    fn fail(&self, row: &mut Row, reason: Failure) {
         if matches!(row.state, MessageState::Unmatched) {
             self.unmatched.fetch_sub(1, Ordering::AcqRel);
         }
@@ -539,11 +538,11 @@ fn complete(shim: &Shim, request: &mut Request) -> Result<ShimStatus, MpiError> 
 }
 
 /// Memory for so many bytes.
-fn allocate(bytes: usize) -> Result<Vec<u128>, String> {
+fn allocate(bytes: usize) -> Result<Vec<u128>, Failure> {
     let mut memory = Vec::new();
     memory
         .try_reserve_exact(bytes.div_ceil(size_of::<u128>()))
-        .map_err(|_| format!("no memory for a message of {bytes} bytes"))?;
+        .map_err(|_| Failure::from(format!("no memory for a message of {bytes} bytes")))?;
     Ok(memory)
 }
 
@@ -582,7 +581,7 @@ mod tests {
     #[test]
     fn a_message_goes_to_the_first_receive_that_accepts_it() {
         let rows = [
-            receive(1, 7, 1, 5, MessageState::Failed(String::new())),
+            receive(1, 7, 1, 5, MessageState::Failed("it failed".into())),
             receive(2, 8, ANY, ANY, MessageState::Unmatched),
             receive(3, 7, 1, 5, MessageState::Unmatched),
             receive(4, 7, ANY, 5, MessageState::Unmatched),

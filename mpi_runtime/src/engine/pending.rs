@@ -101,7 +101,7 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
                 std::thread::sleep(pause);
                 let Some(table) = table.upgrade() else { return };
                 for text in table.overdue(warn_after) {
-                    log::line(&format!("mpi_cuda: rank {rank} is waiting in {text}"));
+                    log::line(&format!("rank {rank} is waiting in {text}"));
                 }
             }
         });

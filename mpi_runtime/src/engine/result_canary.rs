@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 
 use mpi_shim_abi::Kind;
 
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Operation};
 
@@ -72,7 +73,7 @@ impl ResultCanary<'_> {
     }
 
     /// What is wrong, if something is.
-    pub fn check(&self, op: &Operation<'_>) -> Result<(), String> {
+    pub fn check(&self, op: &Operation<'_>) -> Result<(), Failure> {
         let Some(block) = self.unwritten() else {
             return Ok(());
         };
@@ -84,7 +85,8 @@ impl ResultCanary<'_> {
             "rank {sender} sent less than the {} bytes that this rank has room for; all ranks must \
              pass the same shape and dtype",
             self.block
-        ))
+        )
+        .into())
     }
 }
 
@@ -124,7 +126,7 @@ mod tests {
         memory[30..44].fill(2);
         memory[60..].fill(3);
         assert_eq!(canary.unwritten(), Some(1));
-        let text = canary.check(&op).unwrap_err();
+        let text = canary.check(&op).unwrap_err().to_string();
         assert!(
             text.contains("rank 1 sent less than the 30 bytes"),
             "{text}"

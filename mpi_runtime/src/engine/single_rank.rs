@@ -5,10 +5,11 @@ use std::ptr;
 use mpi_shim_abi::{Kind, PROC_NULL};
 
 use crate::engine::identity;
+use crate::error::Failure;
 use crate::operation::Operation;
 
 /// Executes `op` in a world of one rank.
-pub fn execute(op: &Operation<'_>) -> Result<(), String> {
+pub fn execute(op: &Operation<'_>) -> Result<(), Failure> {
     match op.kind {
         Kind::Barrier => Ok(()),
         kind if kind.is_message() && to_nobody(op) => {

@@ -10,7 +10,8 @@ use mpi_shim_abi::{
     ShimStatus,
 };
 
-use crate::error::StartError;
+pub use crate::error::MpiError;
+use crate::error::{Failure, StartError};
 use crate::mpi::family::Family;
 
 /// A loaded shim; never unloaded, since MPI libraries do not survive that.
@@ -32,10 +33,6 @@ pub struct Message {
     pub envelope: ShimReceived,
     handle: u64,
 }
-
-/// A failed MPI call: MPI's own text.
-#[derive(Debug)]
-pub struct MpiError(pub String);
 
 /// Whether MPI was started in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +79,7 @@ fn in_call<T>(call: impl FnOnce() -> T) -> T {
 impl Shim {
     /// Loads the shim of `family` from the first of `folders` that has it.
     pub fn load(family: Family, folders: &[PathBuf]) -> Result<Shim, StartError> {
-        let error = |reason: String| StartError::Shim {
+        let error = |reason: Failure| StartError::Shim {
             family: family.name(),
             reason,
         };
@@ -96,17 +93,18 @@ impl Shim {
                 .iter()
                 .map(|folder| folder.display().to_string())
                 .collect();
-            error(format!("{file} is in none of {}", looked.join(", ")))
+            error(format!("{file} is in none of {}", looked.join(", ")).into())
         })?;
-        Self::open(family, &path).map_err(|reason| error(format!("{}: {reason}", path.display())))
+        Self::open(family, &path)
+            .map_err(|reason| error(format!("{}: {reason}", path.display()).into()))
     }
 
-    fn open(family: Family, path: &Path) -> Result<Shim, String> {
+    fn open(family: Family, path: &Path) -> Result<Shim, Failure> {
+        let in_words = |error: libloading::Error| Failure::from(error.to_string());
         // SAFETY: loading runs the initialisers of the shim and of the MPI it links, nothing else.
-        let library = unsafe { Library::new(path) }.map_err(|error| error.to_string())?;
+        let library = unsafe { Library::new(path) }.map_err(in_words)?;
         // SAFETY: the contract gives the symbol this type.
-        let entry = unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }
-            .map_err(|error| error.to_string())?;
+        let entry = unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }.map_err(in_words)?;
         // SAFETY: the entry point has no requirements; the table is static in the library, which
         // is leaked below.
         let api: &'static ShimApi = unsafe { &*entry() };
@@ -114,7 +112,8 @@ impl Shim {
             return Err(format!(
                 "it has version {} of the contract, and {ABI_VERSION} is needed; run scripts/setup",
                 api.abi_version
-            ));
+            )
+            .into());
         }
         std::mem::forget(library);
         Ok(Shim { api, family })

@@ -159,7 +159,9 @@ impl ShmRing {
                 // SAFETY: mapped as long as the process lives: shared-memory rings are the world's.
                 let pinned = unsafe { device.pin(&HostMemory { data, bytes }) };
                 if let Err(error) = pinned {
-                    log::line(&format!("mpi_cuda: memory shared by ranks is used unpinned, which is slower: {error}"));
+                    log::line(&format!(
+                        "memory shared by ranks is used unpinned, which is slower: {error}"
+                    ));
                 }
             }
         });

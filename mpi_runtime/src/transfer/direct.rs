@@ -12,6 +12,7 @@ use mpi_shim_abi::{Kind, PROC_NULL, Reduction};
 use parking_lot::Mutex;
 
 use crate::device::{self, Address, Copy, Device, DeviceError, Event, Fill, Stream};
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Class, Operation};
 use crate::transfer::choice::Through;
@@ -99,7 +100,7 @@ impl Direct {
         comm: &Communicator,
         main: Stream,
         perform: &mut Perform<'_>,
-    ) -> Result<Done, String> {
+    ) -> Result<Done, Failure> {
         let uses = Uses::of(op, comm);
         let mut copies = [None; 2];
         let done = self.between(op, uses, main, &mut copies, perform);
@@ -116,7 +117,7 @@ impl Direct {
         main: Stream,
         copies: &mut [Option<Piece>; 2],
         perform: &mut Perform<'_>,
-    ) -> Result<Done, String> {
+    ) -> Result<Done, Failure> {
         let (operand, result) = (op.send.data as Address, op.recv.data as Address);
         let [to_send, to_receive] = copies;
         let send = self.place(&op.send, uses.reads, to_send)?;
@@ -124,8 +125,8 @@ impl Direct {
         if uses.reads {
             self.copy(main, operand, send, op.send.bytes())?;
         }
-        let here = self.device.record(main).map_err(said)?;
-        device::pass(&*self.device, here).map_err(said)?;
+        let here = self.device.record(main)?;
+        device::pass(&*self.device, here)?;
         let done = perform(&Operation {
             send: Buffer {
                 data: send as *mut _,
@@ -144,7 +145,7 @@ impl Direct {
             if missing > 0 {
                 let zeros = Fill::Zeros(missing);
                 // SAFETY: the end of the result, which is valid for what is in the stream.
-                unsafe { self.device.fill(main, result + arrived, zeros) }.map_err(said)?;
+                unsafe { self.device.fill(main, result + arrived, zeros) }?;
             }
         } else if op.kind.has_result() && result != 0 {
             // This rank's result is its operand.
@@ -159,22 +160,23 @@ impl Direct {
         array: &Buffer<'_>,
         used: bool,
         copy: &mut Option<Piece>,
-    ) -> Result<Address, String> {
+    ) -> Result<Address, Failure> {
         let bytes = array.bytes();
         if !used || bytes == 0 || self.arrays.load(Ordering::Relaxed) {
             return Ok(array.data as Address);
         }
-        let piece = self.take(bytes).map_err(said)?;
+        let piece = self.take(bytes)?;
         Ok(copy.insert(piece).data)
     }
 
-    fn copy(&self, main: Stream, from: Address, to: Address, bytes: usize) -> Result<(), String> {
+    fn copy(&self, main: Stream, from: Address, to: Address, bytes: usize) -> Result<(), Failure> {
         if bytes == 0 || from == to {
             return Ok(());
         }
         // SAFETY: operand, result and copies of one operation, which do not overlap, are valid for what
         // is in the stream, and hold that many bytes.
-        unsafe { self.device.copy(main, Copy::Across { to, from }, bytes) }.map_err(said)
+        unsafe { self.device.copy(main, Copy::Across { to, from }, bytes) }?;
+        Ok(())
     }
 
     /// Memory for a copy of `bytes`.
@@ -209,12 +211,8 @@ impl Direct {
     }
 }
 
-fn said(error: DeviceError) -> String {
-    error.to_string()
-}
-
 /// Bytes of the result that a message leaves unwritten, if it may.
-fn missing(op: &Operation<'_>, done: Done) -> Result<usize, String> {
+fn missing(op: &Operation<'_>, done: Done) -> Result<usize, Failure> {
     if !op.kind.is_receive() {
         return Ok(0);
     }

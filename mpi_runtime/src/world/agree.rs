@@ -3,9 +3,9 @@
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
-use crate::error::StartError;
+use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::Communicator;
-use crate::mpi::shim::{MpiError, Shim};
+use crate::mpi::shim::Shim;
 use crate::transfer::choice::{self as transfer, Choice, Mode, ProbeResult, Through};
 use crate::world::join::{Joined, mpi_error};
 use crate::world::options::{DeviceOptions, WorldOptions};

@@ -2,11 +2,11 @@
 
 #![forbid(unsafe_code)]
 
-use crate::error::StartError;
+use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::{Communicator, Communicators, DEFAULT, NAMES, SELF};
 use crate::mpi::family;
 use crate::mpi::launcher::Launched;
-use crate::mpi::shim::{self, MpiError, MpiState, Shim};
+use crate::mpi::shim::{self, MpiState, Shim};
 use crate::world::options::WorldOptions;
 
 /// This process in the world of its MPI.
@@ -114,7 +114,7 @@ pub(super) fn load_shim(
             launched: launched.size,
             launcher: launched.launcher,
             family: families[0].name(),
-            reason: error.to_string(),
+            reason: Box::new(error),
         }),
         _ if options.family.is_some() => Err(error),
         _ => Ok(None),
@@ -122,8 +122,5 @@ pub(super) fn load_shim(
 }
 
 pub(super) fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {
-    move |error| StartError::Mpi {
-        call,
-        text: error.0,
-    }
+    move |error| StartError::Mpi { call, error }
 }

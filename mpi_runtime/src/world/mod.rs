@@ -10,11 +10,12 @@ mod share;
 use std::sync::Arc;
 
 use crate::engine::Engine;
-use crate::error::StartError;
+use crate::error::{MpiError, StartError};
+use crate::log;
 use crate::mpi::communicators::{Communicator, DEFAULT, NAMES};
 use crate::mpi::family::Family;
 use crate::mpi::launcher;
-use crate::mpi::shim::{MpiError, MpiState, Shim};
+use crate::mpi::shim::{MpiState, Shim};
 use crate::node::shm_ring::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use agree::AllRanks;
@@ -155,10 +156,10 @@ impl World {
         if self.owns_mpi && shim.state() == MpiState::Running {
             // An error here has no one left to hear it but the user at the terminal.
             if let Err(error) = shim.finalize() {
-                eprintln!(
-                    "mpi_cuda: MPI_Finalize failed on rank {}: {}",
-                    self.rank, error.0
-                );
+                log::line(&format!(
+                    "MPI_Finalize failed on rank {}: {error}",
+                    self.rank
+                ));
             }
         }
     }

@@ -53,7 +53,7 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
                 Place::Here if plugin().config.recompile => {
                     let whole = std::mem::replace(&mut (*args).executable, std::ptr::null_mut());
                     (*args).executable = spmd::recompile((*args).client, whole, options)?;
-                    log::line("mpi_cuda: compiled an optimized program again as it is");
+                    log::line("compiled an optimized program again as it is");
                 }
                 Place::Here => {}
                 Place::Elsewhere(_) if ours.operations => {
@@ -72,7 +72,7 @@ pub unsafe extern "C" fn compile(args: *mut PJRT_Client_Compile_Args) -> *mut PJ
                     ours.merge(native);
                     if plugin().config.log >= Log::Debug {
                         log::line(&format!(
-                            "mpi_cuda: compiled a program for several devices in {:.1} ms: {:.1} ms \
+                            "compiled a program for several devices in {:.1} ms: {:.1} ms \
                              for all of them, the rest for this rank's",
                             start.elapsed().as_secs_f64() * 1e3,
                             first.as_secs_f64() * 1e3
@@ -213,7 +213,7 @@ fn after_mark(program: &[u8]) -> Option<&[u8]> {
         let found = after(OLD_UNIFORM_MARK)?;
         WARNED.call_once(|| {
             log::line(&format!(
-                "mpi_cuda: the attribute {OLD_UNIFORM_MARK}... is now called {UNIFORM_MARK}...: use that name"
+                "the attribute {OLD_UNIFORM_MARK}... is now called {UNIFORM_MARK}...: use that name"
             ));
         });
         Some(found)

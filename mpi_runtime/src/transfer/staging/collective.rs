@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::device::Copy;
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Operation};
 use crate::transfer::staging::plan::Plan;
@@ -14,7 +15,7 @@ pub(super) fn execute(
     op: &Operation<'_>,
     comm: &Communicator,
     mpi: &mut dyn Transport,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     let plan = Plan::new(op, comm, run.staging.chunk);
     if plan.returns_input {
         let (to, from) = (op.recv.data as usize, op.send.data as usize);
@@ -24,17 +25,16 @@ pub(super) fn execute(
             unsafe {
                 let across = Copy::Across { to, from };
                 run.staging.device.copy(run.up, across, op.send.bytes())
-            }
-            .map_err(|error| error.to_string())?;
+            }?;
         }
     }
     let mut coming = VecDeque::new();
-    let mut result = Ok(());
+    let mut result: Result<(), Failure> = Ok(());
     for number in 0..plan.chunks() {
         while result.is_ok() && coming.len() <= AHEAD && number + coming.len() < plan.chunks() {
             match run.come(&plan.sent(op, number + coming.len())) {
                 Ok(chunk) => coming.push_back(chunk),
-                Err(error) => result = Err(error.to_string()),
+                Err(error) => result = Err(error.into()),
             }
         }
         if let Some(chunk) = coming.pop_front().filter(|_| result.is_ok()) {
@@ -60,14 +60,14 @@ fn exchange(
     number: usize,
     chunk: Coming,
     mpi: &mut dyn Transport,
-) -> Result<(), String> {
-    let send = run.arrive(chunk).map_err(|error| error.to_string())?;
+) -> Result<(), Failure> {
+    let send = run.arrive(chunk)?;
     let rows = plan.received(op, number);
     let recv = match run.memory(rows.iter().map(|row| row.1).sum()) {
         Ok(memory) => memory,
         Err(error) => {
             run.put_back(send);
-            return Err(error.to_string());
+            return Err(error.into());
         }
     };
     let [sent, received] = plan.shapes(number);
@@ -86,7 +86,7 @@ fn exchange(
     });
     run.put_back(send);
     match done {
-        Ok(_) => run.go(recv, &rows).map_err(|error| error.to_string()),
+        Ok(_) => Ok(run.go(recv, &rows)?),
         Err(error) => {
             run.give_back(recv, run.up);
             Err(error)

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use mpi_shim_abi::Kind;
 
 use crate::device::{Device, DeviceError, Stream};
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::node::shm_ring::ShmRings;
 use crate::operation::Operation;
@@ -67,17 +68,17 @@ impl Staging {
         comm: &Communicator,
         main: Stream,
         mpi: &mut dyn Transport,
-    ) -> Result<Done, String> {
+    ) -> Result<Done, Failure> {
         let is_short = op.send.bytes() + op.recv.bytes() <= SHORT.min(self.0.chunk);
         let run = match is_short {
             true => Ok(Run::within(&self.0, main)),
             false => Run::begin(&self.0, main),
         };
-        let run = run.map_err(|error| error.to_string())?;
+        let run = run?;
         let done = match op.kind {
             Kind::Barrier => {
                 // It says that everything before has happened.
-                run.drain().map_err(|error| error.to_string())?;
+                run.drain()?;
                 mpi.perform(op)
             }
             kind if kind.is_message() => message::execute(&run, op, mpi),
@@ -87,8 +88,10 @@ impl Staging {
             _ => whole::execute(&run, op, mpi),
         };
         // Also after a failure: memory that copies use must not be given to others before.
-        let ended = run.end().map_err(|error| error.to_string());
-        done.and_then(|done| ended.map(|()| done))
+        let ended = run.end();
+        let done = done?;
+        ended?;
+        Ok(done)
     }
 }
 

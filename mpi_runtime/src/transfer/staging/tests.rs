@@ -11,6 +11,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::Staging;
 use crate::device::simulated::{NOT_YET, Simulated};
 use crate::device::{Device, Stream};
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::mpi::shim::Request;
 use crate::node::segment;
@@ -80,7 +81,7 @@ impl Network {
 }
 
 impl Transport for Rank {
-    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, Failure> {
         self.performed += 1;
         if self.performed == self.fails_at {
             return Err("it was told to fail".into());
@@ -134,11 +135,11 @@ impl Transport for Rank {
         Ok(Done::default())
     }
 
-    fn wait(&mut self, _: &Operation<'_>, _: &mut [u8]) -> Result<Done, String> {
+    fn wait(&mut self, _: &Operation<'_>, _: &mut [u8]) -> Result<Done, Failure> {
         Err("nothing was started".into())
     }
 
-    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, String> {
+    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
         self.performed += 1;
         if self.performed == self.fails_at {
             return Err("it was told to fail".into());
@@ -159,7 +160,7 @@ impl Transport for Rank {
         Ok(Request(number))
     }
 
-    fn is_sent(&mut self, request: &mut Request) -> Result<bool, String> {
+    fn is_sent(&mut self, request: &mut Request) -> Result<bool, Failure> {
         let mut state = self.network.state.lock();
         // Not at the first look, and in order.
         state.looks += 1;
@@ -176,7 +177,7 @@ impl Transport for Rank {
         Ok(!state.sending.contains_key(&request.0))
     }
 
-    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, String> {
+    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, Failure> {
         assert!(
             self.begun.elapsed() < Duration::from_secs(10),
             "another rank does not come"
@@ -184,7 +185,7 @@ impl Transport for Rank {
         Ok(self.take_message(op, &mut self.network.state.lock()))
     }
 
-    fn world_rank(&self, rank: i32) -> Result<i32, String> {
+    fn world_rank(&self, rank: i32) -> Result<i32, Failure> {
         Ok(rank)
     }
 }
@@ -205,7 +206,7 @@ impl FakeState {
 
 impl Rank {
     /// As an MPI that knows the device, which writes no more than a message has.
-    fn perform_on_device(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+    fn perform_on_device(&mut self, op: &Operation<'_>) -> Result<Done, Failure> {
         let place = |buffer: &Buffer<'_>| buffer.data as usize - Simulated::address(0);
         let length = op.send.bytes();
         let mut sent = Vec::new();
@@ -287,7 +288,7 @@ impl Rank {
 
     /// Executes an operation whose operand a kernel of the program makes just before, and that another
     /// overwrites just after; the result as a kernel just after sees it.
-    fn run(&mut self, op: &Operation<'_>, operand: Vec<u8>) -> (Result<Done, String>, Vec<u8>) {
+    fn run(&mut self, op: &Operation<'_>, operand: Vec<u8>) -> (Result<Done, Failure>, Vec<u8>) {
         self.begun = Instant::now();
         let (main, device) = (self.main, self.device.clone());
         device.kernel(main, move |memory| {
@@ -610,7 +611,7 @@ fn other_lengths(shares: bool) {
                     .err()
             },
         );
-        let text = texts[0].clone().unwrap();
+        let text = texts[0].clone().unwrap().to_string();
         assert!(text.contains(&received.to_string()), "{text}");
         assert!(text.contains(&sent.to_string()), "{text}");
         assert_eq!(texts[1], None);
@@ -640,6 +641,7 @@ fn too_long_a_message(shares: bool) {
             if other == 1 {
                 assert!(
                     done.unwrap_err()
+                        .to_string()
                         .contains("has 1000 bytes, and the result 20")
                 );
             } else {
@@ -685,7 +687,7 @@ fn a_failure_in_the_middle_leaves_nothing_behind() {
             assert_eq!(rank.staging.0.pool.pieces().1, 0);
             failed
         });
-        assert_eq!(texts, [Some("it was told to fail".to_owned())]);
+        assert_eq!(texts, [Some("it was told to fail".into())]);
     }
 }
 
@@ -697,7 +699,8 @@ fn a_device_that_fails_says_so() {
             let shape = [500];
             for kind in [Kind::Allreduce, Kind::Sendrecv, Kind::Bcast] {
                 let op = operation(kind, &shape, &shape);
-                let text = rank.run(&op, numbers(0, 500)).0.err().unwrap_or_default();
+                let failed = rank.run(&op, numbers(0, 500)).0.err();
+                let text = failed.map_or(String::new(), |failure| failure.to_string());
                 let ran_out = text.contains("a copy failed on the simulated device");
                 assert!(ran_out || text.is_empty(), "{text}");
             }
@@ -728,7 +731,7 @@ fn a_receiver_that_fails_does_not_hold_the_sender() {
             },
         );
         assert_eq!(ends[0], None);
-        let text = ends[1].clone().unwrap();
+        let text = ends[1].clone().unwrap().to_string();
         assert!(
             text.contains("a copy failed on the simulated device"),
             "{text}"
@@ -739,28 +742,28 @@ fn a_receiver_that_fails_does_not_hold_the_sender() {
 /// Does one thing with every operation.
 struct Halves<F>(F);
 
-impl<F: FnMut(&Operation<'_>) -> Result<Done, String>> Transport for Halves<F> {
-    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, String> {
+impl<F: FnMut(&Operation<'_>) -> Result<Done, Failure>> Transport for Halves<F> {
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, Failure> {
         self.0(op)
     }
 
-    fn wait(&mut self, op: &Operation<'_>, _: &mut [u8]) -> Result<Done, String> {
+    fn wait(&mut self, op: &Operation<'_>, _: &mut [u8]) -> Result<Done, Failure> {
         self.0(op)
     }
 
-    fn start_send(&mut self, _: &Operation<'_>) -> Result<Request, String> {
+    fn start_send(&mut self, _: &Operation<'_>) -> Result<Request, Failure> {
         Err("a half is sent as a whole".into())
     }
 
-    fn is_sent(&mut self, _: &mut Request) -> Result<bool, String> {
+    fn is_sent(&mut self, _: &mut Request) -> Result<bool, Failure> {
         Ok(false)
     }
 
-    fn try_receive(&mut self, _: &Operation<'_>) -> Result<Option<Done>, String> {
+    fn try_receive(&mut self, _: &Operation<'_>) -> Result<Option<Done>, Failure> {
         Ok(None)
     }
 
-    fn world_rank(&self, rank: i32) -> Result<i32, String> {
+    fn world_rank(&self, rank: i32) -> Result<i32, Failure> {
         Ok(rank)
     }
 }
@@ -895,12 +898,14 @@ fn direct_messages_and_their_lengths() {
             let text = rank
                 .run(&exchange(other, &[100], &[300]), numbers(own, 100))
                 .0
-                .unwrap_err();
+                .unwrap_err()
+                .to_string();
             assert!(text.contains("100 bytes, and the result 300"), "{text}");
             let text = rank
                 .run(&exchange(other, &[100], &[30]), numbers(own, 100))
                 .0
-                .unwrap_err();
+                .unwrap_err()
+                .to_string();
             assert!(text.contains("100 bytes, and the result 30"), "{text}");
             let shorter = Operation {
                 status: 1,
@@ -935,7 +940,7 @@ fn direct_failures_leave_the_next_operation_alone() {
         done.unwrap();
         assert_eq!(result, numbers(0, 500));
         rank.device.fail_after(1);
-        let text = rank.run(&op, numbers(0, 500)).0.unwrap_err();
+        let text = rank.run(&op, numbers(0, 500)).0.unwrap_err().to_string();
         assert!(
             text.contains("a copy failed on the simulated device"),
             "{text}"

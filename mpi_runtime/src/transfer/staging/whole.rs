@@ -3,7 +3,7 @@
 
 use mpi_shim_abi::Kind;
 
-use crate::device::DeviceError;
+use crate::error::Failure;
 use crate::operation::Operation;
 use crate::transfer::staging::message::{HEADER_BYTES, RendezvousHeader};
 use crate::transfer::staging::run::{Run, at};
@@ -14,19 +14,18 @@ pub(super) fn execute(
     run: &Run<'_>,
     op: &Operation<'_>,
     mpi: &mut dyn Transport,
-) -> Result<Done, String> {
-    let said = |error: DeviceError| error.to_string();
+) -> Result<Done, Failure> {
     // An `irecv` has its operand for the shape only.
     let sent = [(op.send.data as usize, op.send.bytes())];
     let reads = op.kind != Kind::Irecv && sent[0].1 > 0;
-    let coming = run.come(if reads { &sent } else { &[] }).map_err(said)?;
-    let send = run.arrive(coming).map_err(said)?;
+    let coming = run.come(if reads { &sent } else { &[] })?;
+    let send = run.arrive(coming)?;
     let received = [(op.recv.data as usize, op.recv.bytes())];
     let recv = match run.memory(received[0].1) {
         Ok(memory) => memory,
         Err(error) => {
             run.put_back(send);
-            return Err(error.to_string());
+            return Err(error.into());
         }
     };
     let host = Operation {
@@ -49,12 +48,15 @@ pub(super) fn execute(
                  recv or sendrecv, send it by isend, or set MPI_CUDA_CHUNK_BYTES, here {}, to more on all \
                  ranks",
                 header.bytes, run.staging.chunk
-            ))
+            ).into())
         }
         _ => done,
     };
     match done {
-        Ok(done) => run.go(recv, &received).map_err(said).map(|()| done),
+        Ok(done) => {
+            run.go(recv, &received)?;
+            Ok(done)
+        }
         Err(error) => {
             run.give_back(recv, run.up);
             Err(error)

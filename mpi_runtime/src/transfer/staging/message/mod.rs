@@ -16,6 +16,7 @@ mod rendezvous_header;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
+use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::operation::{Buffer, Operation};
 use crate::transfer::staging::run::Run;
@@ -30,7 +31,7 @@ pub(super) fn execute(
     run: &Run<'_>,
     op: &Operation<'_>,
     mpi: &mut dyn Transport,
-) -> Result<Done, String> {
+) -> Result<Done, Failure> {
     if op.status != 0 && op.kind.receives() && op.source == PROC_NULL {
         // Nothing comes, and MPI says so in the status.
         mpi.perform(&Operation {
@@ -71,7 +72,7 @@ fn exchange(
     outgoing: &mut Outgoing<'_, '_>,
     incoming: &mut Incoming<'_, '_>,
     mpi: &mut dyn Transport,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     let (sends, receives) = (outgoing.goes_on(), incoming.goes_on());
     let kind = match (sends, receives) {
         (true, true) => Kind::Sendrecv,

@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::piece::{Piece, said};
+use super::piece::Piece;
 use super::rendezvous_header::{BY_MPI, HEADER_BYTES, RendezvousHeader};
 use crate::device::{Copy, DeviceError, HostMemory};
+use crate::error::Failure;
 use crate::mpi::shim::Request;
 use crate::node::shm_ring::ShmRing;
 use crate::operation::{Buffer, ElementType, Operation};
@@ -58,7 +59,7 @@ impl<'r, 's> Outgoing<'r, 's> {
         run: &'r Run<'s>,
         op: &Operation<'_>,
         mpi: &dyn Transport,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Failure> {
         let sends = op.kind.sends() && op.dest != PROC_NULL;
         let bytes = if sends { op.send.bytes() } else { 0 };
         let mut outgoing = Outgoing {
@@ -108,14 +109,14 @@ impl<'r, 's> Outgoing<'r, 's> {
     }
 
     /// The message, once it is there, if it is one piece.
-    pub(super) fn whole(&mut self) -> Result<Piece, String> {
+    pub(super) fn whole(&mut self) -> Result<Piece, Failure> {
         self.empty = false;
         let (begun, rows) = (self.bytes, [(self.data, self.bytes)]);
         let rows = if begun > 0 { &rows[..] } else { &[] };
-        let coming = self.run.come(rows).map_err(said)?;
+        let coming = self.run.come(rows)?;
         self.begun = begun;
         Ok(Piece {
-            memory: self.run.arrive(coming).map_err(said)?,
+            memory: self.run.arrive(coming)?,
             elements: (begun / self.dtype.size()) as i64,
             dtype: self.dtype,
         })
@@ -126,11 +127,11 @@ impl<'r, 's> Outgoing<'r, 's> {
         &mut self,
         op: &Operation<'_>,
         mpi: &mut dyn Transport,
-    ) -> Result<bool, String> {
-        let mut moved = self.end_messages(mpi)? | self.begin_copies().map_err(said)?;
+    ) -> Result<bool, Failure> {
+        let mut moved = self.end_messages(mpi)? | self.begin_copies()?;
         // Copies begin before the rendezvous header goes out.
         if let Some(header) = self.header.take() {
-            let memory = self.run.memory(HEADER_BYTES).map_err(said)?;
+            let memory = self.run.memory(HEADER_BYTES)?;
             if let Some(memory) = &memory {
                 let text = header.text();
                 let to = memory.data.as_ptr();
@@ -147,7 +148,7 @@ impl<'r, 's> Outgoing<'r, 's> {
         }
         while let Some(chunk) = self.coming.front() {
             if let Some(copied) = &chunk.coming.copied
-                && !self.run.staging.device.has_passed(copied).map_err(said)?
+                && !self.run.staging.device.has_passed(copied)?
             {
                 break;
             }
@@ -217,7 +218,7 @@ impl<'r, 's> Outgoing<'r, 's> {
         memory: Option<HostMemory>,
         bytes: usize,
         dtype: ElementType,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         let piece = Piece {
             memory,
             elements: (bytes / dtype.size()) as i64,
@@ -236,7 +237,7 @@ impl<'r, 's> Outgoing<'r, 's> {
     }
 
     /// Takes the memory back that MPI has sent; whether there was any.
-    fn end_messages(&mut self, mpi: &mut dyn Transport) -> Result<bool, String> {
+    fn end_messages(&mut self, mpi: &mut dyn Transport) -> Result<bool, Failure> {
         let mut moved = false;
         while let Some((request, _)) = self.sending.front_mut() {
             if !mpi.is_sent(request)? {

@@ -1,6 +1,6 @@
 //! One message in memory of the host.
 
-use crate::device::{DeviceError, HostMemory};
+use crate::device::HostMemory;
 use crate::operation::{Buffer, ElementType};
 
 /// Memory of the host with one message.
@@ -38,8 +38,4 @@ impl Piece {
             None => &[],
         }
     }
-}
-
-pub(super) fn said(error: DeviceError) -> String {
-    error.to_string()
 }
