@@ -15,10 +15,10 @@ use crate::operation::Operation;
 /// entering an operation allocates nothing.
 #[derive(Default)]
 pub struct PendingTable {
-    rows: Mutex<Vec<Row>>,
+    rows: Mutex<Vec<PendingRow>>,
 }
 
-struct Row {
+struct PendingRow {
     /// When the operation started; none in a free row.
     since: Option<Instant>,
     warned: bool,
@@ -43,7 +43,7 @@ impl PendingTable {
             .iter()
             .position(|row| row.since.is_none())
             .unwrap_or_else(|| {
-                rows.push(Row {
+                rows.push(PendingRow {
                     since: None,
                     warned: false,
                     operation: bare,

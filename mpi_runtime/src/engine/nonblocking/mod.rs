@@ -5,77 +5,24 @@
 //! which receive gets which message, so that each message's length is known before a byte is written: in
 //! the order in which the receives were started (MPI 4.0, section 3.5), of which the first that
 //! accepts a message gets it; so a blocking receive looks here too while one of these has no message. A
-//! thread moves messages on while the program computes.
+//! thread moves messages on while the program computes (`table`).
 
-use std::ffi::c_int;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+mod table;
 
-use mpi_shim_abi::{ANY, Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
-use parking_lot::{Condvar, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use mpi_shim_abi::{Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
-use crate::mpi::shim::{Message, MpiError, Request, Shim};
+use crate::mpi::shim::Shim;
 use crate::operation::{Buffer, Operation};
-
-/// How long the thread sleeps between rounds that change nothing. It never yields instead: a thread
-/// that wakes up is let in by one that computes, and a thread that yielded waits for its time slice.
-const PAUSE: Duration = Duration::from_micros(50);
-/// Messages whose memory is kept, and bytes of the largest.
-const SPARES: usize = 8;
-const LARGEST_SPARE: usize = 64 << 20;
+use table::{MessageRow, MessageState, Posted, Shared, allocate, complete, taker};
 
 /// The messages of this process that were started and not waited for.
 pub struct NonblockingMessages {
     shared: Arc<Shared>,
-}
-
-struct Shared {
-    shim: Shim,
-    table: Mutex<MessageTable>,
-    /// Something was started.
-    started: Condvar,
-    /// Receives that have no message yet; spares other receives the lock if there are none.
-    unmatched: AtomicUsize,
-}
-
-#[derive(Default)]
-struct MessageTable {
-    last: u32,
-    rows: Vec<Row>,
-    has_thread: bool,
-    /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would pay
-    /// for page faults.
-    spare: Vec<Vec<u128>>,
-}
-
-/// A message.
-struct Row {
-    number: u32,
-    /// What started it, without its arrays.
-    operation: Operation<'static>,
-    shape: Vec<i64>,
-    posted: Posted,
-    /// What is sent, or arrives; in 16-byte elements, so that it is aligned for all types.
-    memory: Vec<u128>,
-    state: MessageState,
-}
-
-/// As the shim takes it; its pointers are not used, but for what is sent, which is the row's memory.
-#[derive(Clone, Copy)]
-struct Posted(ShimOp);
-
-// SAFETY: see above; memory of a vector does not move with it.
-unsafe impl Send for Posted {}
-
-enum MessageState {
-    /// A receive that has no message yet.
-    Unmatched,
-    Running(Request, ShimReceived),
-    Done(ShimStatus, ShimReceived),
-    Failed(Failure),
 }
 
 /// A message that was waited for.
@@ -132,12 +79,7 @@ impl NonblockingMessages {
     /// None yet.
     pub fn new(shim: Shim) -> NonblockingMessages {
         NonblockingMessages {
-            shared: Arc::new(Shared {
-                shim,
-                table: Mutex::default(),
-                started: Condvar::new(),
-                unmatched: AtomicUsize::new(0),
-            }),
+            shared: Arc::new(Shared::new(shim)),
         }
     }
 
@@ -172,7 +114,7 @@ impl NonblockingMessages {
         };
         table.last = table.last.wrapping_add(1).max(1);
         let number = table.last;
-        table.rows.push(Row {
+        table.rows.push(MessageRow {
             number,
             operation: op.without_arrays(),
             shape: op.send.shape.to_vec(),
@@ -365,240 +307,5 @@ impl NonblockingMessages {
             drop(table);
             pause(&mut spins);
         }
-    }
-}
-
-impl MessageTable {
-    /// Memory for so many bytes.
-    fn memory(&mut self, bytes: usize) -> Result<Vec<u128>, Failure> {
-        let elements = bytes.div_ceil(size_of::<u128>());
-        let fits = |spare: &Vec<u128>| (elements..=4 * elements).contains(&spare.capacity());
-        match self.spare.iter().position(fits) {
-            Some(index) if elements > 0 => Ok(self.spare.swap_remove(index)),
-            _ => allocate(bytes),
-        }
-    }
-
-    /// Keeps the memory of a message that has ended.
-    fn keep(&mut self, memory: Vec<u128>) {
-        let bytes = memory.capacity() * size_of::<u128>();
-        if (1..=LARGEST_SPARE).contains(&bytes) {
-            if self.spare.len() == SPARES {
-                self.spare.remove(0);
-            }
-            self.spare.push(memory);
-        }
-    }
-}
-
-impl Row {
-    fn has_ended(&self) -> bool {
-        matches!(self.state, MessageState::Done(..) | MessageState::Failed(_))
-    }
-}
-
-/// What MPI_Finalize must stop.
-static ACTIVE: OnceLock<Arc<Shared>> = OnceLock::new();
-
-extern "C" fn finalizing(_: i64) -> c_int {
-    if let Some(shared) = ACTIVE.get() {
-        shared.stop();
-    }
-    0
-}
-
-impl Shared {
-    /// MPI ends: fails what is not complete.
-    fn stop(&self) {
-        for row in self.table.lock().rows.iter_mut() {
-            if !row.has_ended() {
-                self.fail(row, "MPI was finalized before it was complete".into());
-            }
-        }
-    }
-
-    fn start_thread(self: Arc<Shared>) -> Result<(), Failure> {
-        let mut table = self.table.lock();
-        if !table.has_thread {
-            // MPI_Finalize begins with the attributes of COMM_SELF (MPI 4.0, section 11.2.4).
-            let of = self.shim.comm_self();
-            self.shim.comm_watch(of, 0, finalizing)?;
-            ACTIVE.get_or_init(|| self.clone());
-            let shared = self.clone();
-            std::thread::Builder::new()
-                .name("mpi_cuda messages".into())
-                .spawn(move || shared.work())
-                .map_err(|error| Failure::from(format!("cannot start a thread: {error}")))?;
-            table.has_thread = true;
-        }
-        Ok(())
-    }
-
-    /// What the thread does.
-    fn work(&self) {
-        loop {
-            let mut table = self.table.lock();
-            while table.rows.iter().all(Row::has_ended) {
-                self.started.wait(&mut table);
-            }
-            let changed = self.progress(&mut table);
-            drop(table);
-            if !changed {
-                std::thread::sleep(PAUSE);
-            }
-        }
-    }
-
-    /// Moves every message on; whether anything changed.
-    fn progress(&self, table: &mut MessageTable) -> bool {
-        let mut changed = false;
-        for index in 0..table.rows.len() {
-            let row = &mut table.rows[index];
-            match &mut row.state {
-                MessageState::Unmatched => {
-                    match self.shim.take(&row.posted.0) {
-                        Ok(None) => {}
-                        Ok(Some(message)) => {
-                            let comm = row.posted.0.comm;
-                            // At least this row accepts it; an earlier one may, too.
-                            if let Some(first) = taker(&table.rows, comm, &message.envelope) {
-                                self.receive_into(table, first, message);
-                            }
-                            changed = true;
-                        }
-                        Err(error) => self.fail(row, error.into()),
-                    }
-                }
-                MessageState::Running(request, envelope) => {
-                    let envelope = *envelope;
-                    match self.shim.test(request) {
-                        Ok(None) => {}
-                        Ok(Some(status)) => {
-                            row.state = MessageState::Done(status, envelope);
-                            changed = true;
-                        }
-                        Err(error) => self.fail(row, error.into()),
-                    }
-                }
-                MessageState::Done(..) | MessageState::Failed(_) => {}
-            }
-        }
-        changed
-    }
-
-    /// Starts to receive a message into the row that gets it.
-    fn receive_into(&self, table: &mut MessageTable, index: usize, message: Message) {
-        let envelope = message.envelope;
-        let memory = table.memory(envelope.bytes as usize);
-        let row = &mut table.rows[index];
-        match memory {
-            Ok(memory) => row.memory = memory,
-            Err(reason) => return self.fail(row, reason),
-        }
-        let (datatype, buffer) = (row.posted.0.datatype, row.memory.as_mut_ptr());
-        // SAFETY: the row keeps the memory until the request is complete.
-        let started = unsafe { self.shim.start_receive(message, datatype, buffer.cast()) };
-        match started {
-            Ok(request) => {
-                self.unmatched.fetch_sub(1, Ordering::AcqRel);
-                row.state = MessageState::Running(request, envelope);
-            }
-            Err(error) => self.fail(row, error.into()),
-        }
-    }
-
-    fn fail(&self, row: &mut Row, reason: Failure) {
-        if matches!(row.state, MessageState::Unmatched) {
-            self.unmatched.fetch_sub(1, Ordering::AcqRel);
-        }
-        row.state = MessageState::Failed(reason);
-    }
-}
-
-/// The row that gets a message: of those without one that accept it, the first.
-fn taker(rows: &[Row], comm: u64, envelope: &ShimReceived) -> Option<usize> {
-    rows.iter().position(|row| {
-        let op = &row.posted.0;
-        matches!(row.state, MessageState::Unmatched)
-            && op.comm == comm
-            && (op.source == ANY || op.source == envelope.source)
-            && (op.recv_tag == ANY || op.recv_tag == envelope.tag)
-    })
-}
-
-/// Waits until a request is complete.
-fn complete(shim: &Shim, request: &mut Request) -> Result<ShimStatus, MpiError> {
-    let mut spins = 0;
-    loop {
-        if let Some(status) = shim.test(request)? {
-            return Ok(status);
-        }
-        pause(&mut spins);
-    }
-}
-
-/// Memory for so many bytes.
-fn allocate(bytes: usize) -> Result<Vec<u128>, Failure> {
-    let mut memory = Vec::new();
-    memory
-        .try_reserve_exact(bytes.div_ceil(size_of::<u128>()))
-        .map_err(|_| Failure::from(format!("no memory for a message of {bytes} bytes")))?;
-    Ok(memory)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::engine::check;
-    use crate::mpi::communicators::Communicator;
-    use mpi_shim_abi::Kind;
-
-    fn receive(number: u32, comm: u64, source: i32, tag: i32, state: MessageState) -> Row {
-        let operation = Operation {
-            source,
-            recv_tag: tag,
-            ..Operation::new(Kind::Irecv, 0, Buffer::NONE, Buffer::NONE)
-        };
-        let communicator = Communicator {
-            name: "test",
-            handle: comm,
-            user_handle: comm,
-            rank: 0,
-            size: 4,
-            freed: false,
-        };
-        let posted = check::prepare(&operation, &communicator).unwrap();
-        Row {
-            number,
-            operation,
-            shape: Vec::new(),
-            posted: Posted(posted),
-            memory: Vec::new(),
-            state,
-        }
-    }
-
-    #[test]
-    fn a_message_goes_to_the_first_receive_that_accepts_it() {
-        let rows = [
-            receive(1, 7, 1, 5, MessageState::Failed("it failed".into())),
-            receive(2, 8, ANY, ANY, MessageState::Unmatched),
-            receive(3, 7, 1, 5, MessageState::Unmatched),
-            receive(4, 7, ANY, 5, MessageState::Unmatched),
-            receive(5, 7, ANY, ANY, MessageState::Unmatched),
-        ];
-        let gets = |comm, source, tag| {
-            let envelope = ShimReceived {
-                source,
-                tag,
-                bytes: 0,
-            };
-            taker(&rows, comm, &envelope).map(|index| rows[index].number)
-        };
-        assert_eq!(gets(7, 1, 5), Some(3));
-        assert_eq!(gets(7, 2, 5), Some(4));
-        assert_eq!(gets(7, 1, 6), Some(5));
-        assert_eq!(gets(8, 1, 5), Some(2));
-        assert_eq!(gets(9, 1, 5), None);
     }
 }
