@@ -1,11 +1,13 @@
 //! What an operation is: one plain struct that travels from the FFI boundary to the MPI call and
 //! that order, checks, the pending table and logging read.
 
-use std::ffi::c_void;
+#![forbid(unsafe_code)]
+
 use std::fmt;
 
-use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction};
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 
+pub use crate::buffer::{Buffer, Class, ElementType};
 use crate::error::Failure;
 
 /// An operation on one communicator, as the program asked for it.
@@ -125,40 +127,6 @@ pub(crate) fn wrong_length(source: i32, tag: i32, bytes: usize, expected: usize)
     .into()
 }
 
-/// A dense row-major array in memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Buffer<'a> {
-    /// First element; may be null when the array is empty or absent.
-    pub data: *mut c_void,
-    /// Element type.
-    pub dtype: ElementType,
-    /// Dimensions, outermost first.
-    pub shape: &'a [i64],
-}
-
-// SAFETY: the address is only a number here; whoever reads or writes through it promises that
-// the memory is there, on whichever thread that happens.
-unsafe impl Send for Buffer<'_> {}
-
-impl Buffer<'_> {
-    /// No array: what `barrier` sends and `send` receives.
-    pub const NONE: Buffer<'static> = Buffer {
-        data: std::ptr::null_mut(),
-        dtype: ElementType::U8,
-        shape: &[0],
-    };
-
-    /// Number of elements.
-    pub fn elements(&self) -> i64 {
-        self.shape.iter().product()
-    }
-
-    /// Size in bytes, for dtypes that MPI moves as whole bytes.
-    pub fn bytes(&self) -> usize {
-        self.elements() as usize * self.dtype.size()
-    }
-}
-
 /// Reductions and their names, in the order of the numbers used by the custom calls.
 pub const REDUCTIONS: [(Reduction, &str); 10] = [
     (Reduction::Sum, "SUM"),
@@ -180,69 +148,6 @@ pub fn reduction_name(reduction: Reduction) -> &'static str {
         .map_or("user-defined reduction", |row| row.1)
 }
 
-/// What kind of number an element is; decides which reductions it has (MPI 4.0, table 6.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// `bool`: every reduction, as in numpy.
-    Logical,
-    /// Signed and unsigned integers: every reduction.
-    Integer,
-    /// Real numbers: SUM, PROD, MIN, MAX.
-    Real,
-    /// Complex numbers: SUM and PROD.
-    Complex,
-    /// Moved only: no reductions.
-    Opaque,
-}
-
-macro_rules! element_types {
-    ($($variant:ident = $name:literal, $size:literal, $class:ident, $mpi:expr;)+) => {
-        /// Element types of arrays; declared once, with what everything else derives from.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[allow(missing_docs)]
-        pub enum ElementType { $($variant,)+ }
-
-        impl ElementType {
-            /// numpy's name.
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)+ }
-            }
-            /// Bytes per element.
-            pub const fn size(self) -> usize {
-                match self { $(Self::$variant => $size,)+ }
-            }
-            /// Which reductions it has.
-            pub const fn class(self) -> Class {
-                match self { $(Self::$variant => Class::$class,)+ }
-            }
-            /// The MPI datatype, where there is one.
-            pub const fn datatype(self) -> Option<Datatype> {
-                match self { $(Self::$variant => $mpi,)+ }
-            }
-        }
-    };
-}
-
-element_types! {
-    Bool = "bool", 1, Logical, Some(Datatype::Bool);
-    I8 = "int8", 1, Integer, Some(Datatype::I8);
-    I16 = "int16", 2, Integer, Some(Datatype::I16);
-    I32 = "int32", 4, Integer, Some(Datatype::I32);
-    I64 = "int64", 8, Integer, Some(Datatype::I64);
-    U8 = "uint8", 1, Integer, Some(Datatype::U8);
-    U16 = "uint16", 2, Integer, Some(Datatype::U16);
-    U32 = "uint32", 4, Integer, Some(Datatype::U32);
-    U64 = "uint64", 8, Integer, Some(Datatype::U64);
-    F32 = "float32", 4, Real, Some(Datatype::F32);
-    F64 = "float64", 8, Real, Some(Datatype::F64);
-    C64 = "complex64", 8, Complex, Some(Datatype::C64);
-    C128 = "complex128", 16, Complex, Some(Datatype::C128);
-    F16 = "float16", 2, Real, Some(Datatype::F16);
-    BF16 = "bfloat16", 2, Real, Some(Datatype::BF16);
-    F8 = "an 8-bit float type", 1, Opaque, Some(Datatype::U8);
-    Other = "a type of less than 8 bits", 1, Opaque, None;
-}
-
 impl fmt::Display for Operation<'_> {
     /// `send of float32[3,4] to rank 1 with tag 7`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -254,23 +159,28 @@ impl fmt::Display for Operation<'_> {
             Kind::Barrier => return Ok(()),
             kind if kind.is_end() => return Ok(()),
             Kind::Irecv => write!(f, " of {}", self.send.dtype.name())?,
-            Kind::Recv => write!(f, " into {}", Shaped(&self.recv))?,
+            Kind::Recv => write!(f, " into {}", self.recv)?,
             Kind::Sendrecv => {
-                write!(f, " of {} into {}", Shaped(&self.send), Shaped(&self.recv))?;
+                write!(f, " of {} into {}", self.send, self.recv)?;
             }
-            _ => write!(f, " of {}", Shaped(&self.send))?,
+            _ => write!(f, " of {}", self.send)?,
         }
         if let Some(reduction) = self.reduction {
             write!(f, " with {}", reduction_name(reduction))?;
         }
         if self.kind.sends() {
-            write!(f, " to rank {} with tag {}", Rank(self.dest), self.send_tag)?;
+            write!(
+                f,
+                " to rank {} with tag {}",
+                PeerWords(self.dest),
+                self.send_tag
+            )?;
         }
         if self.kind.sends() && self.kind.receives() {
             f.write_str(" and")?;
         }
         if self.kind.receives() {
-            let (source, tag) = (Rank(self.source), Tag(self.recv_tag));
+            let (source, tag) = (PeerWords(self.source), TagWords(self.recv_tag));
             write!(f, " from rank {source} with tag {tag}")?;
         }
         if self.kind.has_root() {
@@ -280,18 +190,10 @@ impl fmt::Display for Operation<'_> {
     }
 }
 
-struct Shaped<'a>(&'a Buffer<'a>);
-struct Rank(i32);
-struct Tag(i32);
+struct PeerWords(i32);
+struct TagWords(i32);
 
-impl fmt::Display for Shaped<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shape: Vec<String> = self.0.shape.iter().map(i64::to_string).collect();
-        write!(f, "{}[{}]", self.0.dtype.name(), shape.join(","))
-    }
-}
-
-impl fmt::Display for Rank {
+impl fmt::Display for PeerWords {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             ANY => f.write_str("ANY_SOURCE"),
@@ -301,7 +203,7 @@ impl fmt::Display for Rank {
     }
 }
 
-impl fmt::Display for Tag {
+impl fmt::Display for TagWords {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0 == ANY {
             f.write_str("ANY_TAG")

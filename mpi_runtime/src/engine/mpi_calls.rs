@@ -105,7 +105,7 @@ impl MpiCalls {
     ) -> Result<ShimReceived, Failure> {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
         let received = match &self.nonblocking {
-            // SAFETY: `check::prepare` made `shim_op` from buffers that outlive this call.
+            // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this call.
             Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
                 nonblocking.receive_after(shim_op)
             },
@@ -129,8 +129,7 @@ impl MpiCalls {
             None => return Err(NO_MESSAGES.into()),
         };
         self.histories.add(op, comm.rank, &ShimReceived::default());
-        // SAFETY: the result is a number of 32 bits, as whoever made the operation promises.
-        unsafe { op.recv.data.cast::<u32>().write(number) };
+        op.recv.write(0, &number.to_ne_bytes());
         Ok(())
     }
 
@@ -144,8 +143,7 @@ impl MpiCalls {
         if op.send.elements() != 1 || op.send.bytes() != size_of::<u32>() {
             return Err("the request must be one number of 32 bits".into());
         }
-        // SAFETY: the operand is a number of 32 bits.
-        let number = unsafe { op.send.data.cast::<u32>().read() };
+        let number = u32::from_ne_bytes(op.send.read(0));
         if number == TO_NOBODY {
             let nobody = Operation {
                 kind: Kind::Recv,
@@ -235,7 +233,7 @@ impl Transport for OnCommunicator<'_> {
     fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
         let shim_op = check::prepare(op, self.comm)?;
         let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
-        // SAFETY: what is sent stays in place, as whoever calls this promises.
+        // SAFETY: staging keeps what is sent in its pool until `is_sent` says that it is.
         let request = unsafe { shim.start_send(&shim_op) };
         let request = request?;
         self.calls
@@ -298,15 +296,6 @@ fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Fai
     }
     let arrived = usize::try_from(received.bytes).unwrap_or(0);
     let missing = op.missing(received.source, received.tag, arrived)?;
-    if missing > 0 {
-        // SAFETY: the result buffer is valid for its bytes; nothing in it stays uninitialised.
-        unsafe {
-            op.recv
-                .data
-                .cast::<u8>()
-                .add(arrived)
-                .write_bytes(0, missing)
-        };
-    }
+    op.recv.clear_from(op.recv.bytes() - missing);
     Ok(())
 }

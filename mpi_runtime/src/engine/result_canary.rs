@@ -3,6 +3,8 @@
 //! what is left would be whatever the memory held before. A canary at the end tells, if at least as many
 //! bytes are missing as it has; fewer could be told from data only by chance.
 
+#![forbid(unsafe_code)]
+
 use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;
 
@@ -13,9 +15,9 @@ use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Operation};
 
 /// What no data will be by chance.
-static CANARY: LazyLock<u128> = LazyLock::new(|| {
+static CANARY: LazyLock<[u8; CANARY_BYTES]> = LazyLock::new(|| {
     let word = |seed: u8| u128::from(RandomState::new().hash_one(seed));
-    word(0) << 64 | word(1)
+    (word(0) << 64 | word(1)).to_ne_bytes()
 });
 
 const CANARY_BYTES: usize = size_of::<u128>();
@@ -38,8 +40,8 @@ pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary
         Kind::Bcast if !is_root => 1,
         _ => return None,
     };
-    let (data, bytes) = (op.recv.data.cast::<u8>(), op.recv.bytes());
-    if bytes == 0 || data.is_null() || std::ptr::eq(op.recv.data, op.send.data) {
+    let bytes = op.recv.bytes();
+    if bytes == 0 || op.recv.data.is_null() || std::ptr::eq(op.recv.data, op.send.data) {
         return None;
     }
     let canary = ResultCanary {
@@ -48,28 +50,24 @@ pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary
         block: bytes / blocks,
     };
     if canary.block < CANARY_BYTES {
-        // SAFETY: the result is valid for its bytes, as whoever made the operation promises.
-        unsafe { data.write_bytes(0, bytes) };
+        op.recv.clear_from(0);
         return None;
     }
     for block in 0..blocks {
-        // SAFETY: inside the result, see `end_of`.
-        unsafe { canary.end_of(block).write_unaligned(*CANARY) };
+        op.recv.write(canary.place_of(block), &*CANARY);
     }
     Some(canary)
 }
 
 impl ResultCanary<'_> {
     /// Where the canary of a block is: its last bytes.
-    fn end_of(&self, block: usize) -> *mut u128 {
-        let end = (block + 1) * self.block - CANARY_BYTES;
-        self.result.data.cast::<u8>().wrapping_add(end).cast()
+    fn place_of(&self, block: usize) -> usize {
+        (block + 1) * self.block - CANARY_BYTES
     }
 
     /// The first block that nobody wrote to its end, if there is one.
     pub fn unwritten(&self) -> Option<usize> {
-        // SAFETY: inside the result, whose blocks are no shorter than a canary.
-        (0..self.blocks).find(|&block| unsafe { self.end_of(block).read_unaligned() } == *CANARY)
+        (0..self.blocks).find(|&block| self.result.read(self.place_of(block)) == *CANARY)
     }
 
     /// What is wrong, if something is.

@@ -7,6 +7,7 @@
 //! accepts a message gets it; so a blocking receive looks here too while one of these has no message. A
 //! thread moves messages on while the program computes (`table`).
 
+mod memory;
 mod table;
 
 use std::sync::Arc;
@@ -18,7 +19,8 @@ use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
 use crate::operation::{Buffer, Operation};
-use table::{MessageRow, MessageState, Posted, Shared, allocate, complete, taker};
+use memory::MessageMemory;
+use table::{MessageRow, MessageState, Posted, Shared, complete, taker};
 
 /// The messages of this process that were started and not waited for.
 pub struct NonblockingMessages {
@@ -33,7 +35,7 @@ pub struct Ended<'a> {
     /// What arrived.
     pub received: ShimReceived,
     status: ShimStatus,
-    memory: Vec<u128>,
+    memory: MessageMemory,
 }
 
 impl Drop for Ended<'_> {
@@ -46,32 +48,25 @@ impl Drop for Ended<'_> {
 impl Ended<'_> {
     /// Copies the beginning of what arrived.
     pub fn begin(&self, to: &mut [u8]) {
-        let arrived = usize::try_from(self.received.bytes).unwrap_or(0);
-        let bytes = to.len().min(arrived);
-        if bytes > 0 {
-            // SAFETY: the memory holds what arrived.
-            unsafe {
-                let from = self.memory.as_ptr().cast::<u8>();
-                from.copy_to_nonoverlapping(to.as_mut_ptr(), bytes);
-            }
-        }
+        let arrived = self.arrived();
+        let length = to.len().min(arrived.len());
+        to[..length].copy_from_slice(&arrived[..length]);
     }
 
     /// Copies what arrived to `result`, if it fits, and fills the user's status.
     pub fn write(&self, result: &Buffer<'_>, shim: &Shim, status: usize) {
-        let arrived = usize::try_from(self.received.bytes).unwrap_or(0);
-        if arrived > 0 && arrived <= result.bytes() {
-            // SAFETY: the memory holds what arrived, and the result as many bytes, as whoever made the
-            // operation promises.
-            unsafe {
-                self.memory
-                    .as_ptr()
-                    .cast::<u8>()
-                    .copy_to_nonoverlapping(result.data.cast(), arrived);
-            }
+        let arrived = self.arrived();
+        if arrived.len() <= result.bytes() {
+            result.write(0, arrived);
         }
         // SAFETY: the user's status lives as long as programs that name it.
         unsafe { shim.write_status(&self.status, status) };
+    }
+
+    fn arrived(&self) -> &[u8] {
+        let bytes = usize::try_from(self.received.bytes).unwrap_or(0);
+        // SAFETY: MPI has written these bytes, and `receive_into` made room for as many.
+        unsafe { self.memory.bytes(bytes) }
     }
 }
 
@@ -87,19 +82,13 @@ impl NonblockingMessages {
     pub fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, Failure> {
         let shared = &self.shared;
         let sends = op.kind.sends();
-        let mut memory = Vec::new();
+        let mut memory = MessageMemory::default();
         let mut posted = *shim_op;
         if sends {
             memory = shared.table.lock().memory(op.send.bytes())?;
-            // SAFETY: the operand is valid for its bytes, as whoever made the operation promises, and
-            // the memory is as large.
-            unsafe {
-                op.send
-                    .data
-                    .cast::<u8>()
-                    .copy_to_nonoverlapping(memory.as_mut_ptr().cast(), op.send.bytes());
-            }
-            posted.send = memory.as_ptr().cast();
+            // SAFETY: the memory is new, or nobody's any more, and has that room.
+            unsafe { op.send.copy_to(memory.start().cast()) };
+            posted.send = memory.start().cast_const();
         }
         let nothing = ShimReceived::default();
         shared.clone().start_thread()?;
@@ -219,7 +208,7 @@ impl NonblockingMessages {
     ) -> Result<Option<ShimReceived>, Failure> {
         let shared = &self.shared;
         let capacity = op.recv_count * element.size() as i64;
-        let mut spill = Vec::new();
+        let mut spill = MessageMemory::default();
         let (mut request, envelope) = {
             let mut table = shared.table.lock();
             shared.progress(&mut table);
@@ -235,8 +224,8 @@ impl NonblockingMessages {
                 let mut buffer = op.recv;
                 if envelope.bytes > capacity {
                     // A longer message is taken out of the way.
-                    spill = allocate(envelope.bytes as usize)?;
-                    buffer = spill.as_mut_ptr().cast();
+                    spill = MessageMemory::allocate(envelope.bytes as usize)?;
+                    buffer = spill.start();
                 }
                 // SAFETY: the buffer holds the message, and outlives the request, which is waited for.
                 let request = unsafe { shared.shim.start_receive(message, element, buffer) }?;

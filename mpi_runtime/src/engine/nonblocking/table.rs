@@ -9,6 +9,7 @@ use std::time::Duration;
 use mpi_shim_abi::{ANY, ShimOp, ShimReceived, ShimStatus};
 use parking_lot::{Condvar, Mutex};
 
+use crate::engine::nonblocking::memory::MessageMemory;
 use crate::error::{Failure, MpiError};
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::{Message, Request, Shim};
@@ -38,7 +39,7 @@ pub(super) struct MessageTable {
     has_thread: bool,
     /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would pay
     /// for page faults.
-    spare: Vec<Vec<u128>>,
+    spare: Vec<MessageMemory>,
 }
 
 /// A message.
@@ -48,8 +49,8 @@ pub(super) struct MessageRow {
     pub(super) operation: Operation<'static>,
     pub(super) shape: Vec<i64>,
     pub(super) posted: Posted,
-    /// What is sent, or arrives; in 16-byte elements, so that it is aligned for all types.
-    pub(super) memory: Vec<u128>,
+    /// What is sent, or arrives.
+    pub(super) memory: MessageMemory,
     pub(super) state: MessageState,
 }
 
@@ -57,7 +58,7 @@ pub(super) struct MessageRow {
 #[derive(Clone, Copy)]
 pub(super) struct Posted(pub(super) ShimOp);
 
-// SAFETY: see above; memory of a vector does not move with it.
+// SAFETY: its pointers are read by MPI alone, and that of what is sent stays where it is when a row moves.
 unsafe impl Send for Posted {}
 
 pub(super) enum MessageState {
@@ -70,19 +71,20 @@ pub(super) enum MessageState {
 
 impl MessageTable {
     /// Memory for so many bytes.
-    pub(super) fn memory(&mut self, bytes: usize) -> Result<Vec<u128>, Failure> {
-        let elements = bytes.div_ceil(size_of::<u128>());
-        let fits = |spare: &Vec<u128>| (elements..=4 * elements).contains(&spare.capacity());
+    pub(super) fn memory(&mut self, bytes: usize) -> Result<MessageMemory, Failure> {
+        let fits = |spare: &MessageMemory| {
+            let needed = bytes.next_multiple_of(MessageMemory::UNIT);
+            (needed..=4 * needed).contains(&spare.room())
+        };
         match self.spare.iter().position(fits) {
-            Some(index) if elements > 0 => Ok(self.spare.swap_remove(index)),
-            _ => allocate(bytes),
+            Some(index) if bytes > 0 => Ok(self.spare.swap_remove(index)),
+            _ => MessageMemory::allocate(bytes),
         }
     }
 
     /// Keeps the memory of a message that has ended.
-    pub(super) fn keep(&mut self, memory: Vec<u128>) {
-        let bytes = memory.capacity() * size_of::<u128>();
-        if (1..=LARGEST_SPARE).contains(&bytes) {
+    pub(super) fn keep(&mut self, memory: MessageMemory) {
+        if (1..=LARGEST_SPARE).contains(&memory.room()) {
             if self.spare.len() == SPARES {
                 self.spare.remove(0);
             }
@@ -204,9 +206,9 @@ impl Shared {
             Ok(memory) => row.memory = memory,
             Err(reason) => return self.fail(row, reason),
         }
-        let (datatype, buffer) = (row.posted.0.datatype, row.memory.as_mut_ptr());
+        let (datatype, buffer) = (row.posted.0.datatype, row.memory.start());
         // SAFETY: the row keeps the memory until the request is complete.
-        let started = unsafe { self.shim.start_receive(message, datatype, buffer.cast()) };
+        let started = unsafe { self.shim.start_receive(message, datatype, buffer) };
         match started {
             Ok(request) => {
                 self.unmatched.fetch_sub(1, Ordering::AcqRel);
@@ -246,15 +248,6 @@ pub(super) fn complete(shim: &Shim, request: &mut Request) -> Result<ShimStatus,
     }
 }
 
-/// Memory for so many bytes.
-pub(super) fn allocate(bytes: usize) -> Result<Vec<u128>, Failure> {
-    let mut memory = Vec::new();
-    memory
-        .try_reserve_exact(bytes.div_ceil(size_of::<u128>()))
-        .map_err(|_| Failure::from(format!("no memory for a message of {bytes} bytes")))?;
-    Ok(memory)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -283,7 +276,7 @@ mod tests {
             operation,
             shape: Vec::new(),
             posted: Posted(posted),
-            memory: Vec::new(),
+            memory: MessageMemory::default(),
             state,
         }
     }
