@@ -7,10 +7,10 @@ use mpi_shim_abi::Datatype;
 
 /// A dense row-major array in memory of the host or of a device.
 ///
-/// Whoever makes one vouches for its memory: until the operation that has the array has returned, all its
-/// bytes may be read, and written if it is a result, and nobody else writes them. XLA gives that for the
-/// buffers of a custom call. Everything here that touches the memory of an array relies on it, and is only
-/// called for memory of the host.
+/// Whoever makes one vouches for its memory: until the operation that has the array has returned,
+/// all its bytes may be read, and written if it is a result, and nobody else writes them. XLA gives
+/// that for the buffers of a custom call. Everything here that touches the memory of an array
+/// relies on it, and is only called for memory of the host.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffer<'a> {
     /// First element; may be null when the array is empty or absent.
@@ -21,7 +21,8 @@ pub struct Buffer<'a> {
     pub shape: &'a [i64],
 }
 
-// SAFETY: an address means the same on every thread, and its maker vouches for the memory on all of them.
+// SAFETY: an address means the same on every thread, and its maker vouches for the memory on all of
+// them.
 unsafe impl Send for Buffer<'_> {}
 
 impl Buffer<'_> {

@@ -107,8 +107,8 @@ pub enum StartError {
     )]
     ThreadLevel { level: &'static str },
     #[error(
-        "{variable} is {own} on rank {rank} and differs between ranks ({smallest} to {largest}): set it \
-         to one value for the whole job"
+        "{variable} is {own} on rank {rank} and differs between ranks ({smallest} to {largest}): \
+         set it to one value for the whole job"
     )]
     Disagree {
         variable: &'static str,

@@ -1,8 +1,8 @@
 //! The engine of mpi_cuda: communicators, operations, order, checks and the table of what is
 //! pending. It knows MPI's semantics and device memory, and nothing of PJRT or HLO.
 //!
-//! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it). The folders
-//! stand on each other in this order: [`mpi`] and [`device`] at the ground, then [`node`],
+//! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it). The
+//! folders stand on each other in this order: [`mpi`] and [`device`] at the ground, then [`node`],
 //! [`transfer`], [`engine`], [`world`].
 
 pub mod buffer;

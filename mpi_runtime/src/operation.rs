@@ -42,8 +42,8 @@ pub struct Operation<'a> {
 }
 
 impl<'a> Operation<'a> {
-    /// An operation of the user's on `comm`: with root 0 or destination 0, from any source and with any
-    /// tag, itself tagged 0.
+    /// An operation of the user's on `comm`: with root 0 or destination 0, from any source and with
+    /// any tag, itself tagged 0.
     pub const fn new(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
         Operation {
             kind,
@@ -62,7 +62,8 @@ impl<'a> Operation<'a> {
         }
     }
 
-    /// How many bytes at the end of the result of this receive a message of `bytes` leaves unwritten.
+    /// How many bytes at the end of the result of this receive a message of `bytes` leaves
+    /// unwritten.
     ///
     /// # Errors
     /// If it does not fit, or is shorter than it may be.
@@ -121,8 +122,8 @@ pub(crate) fn wrong_length(source: i32, tag: i32, bytes: usize, expected: usize)
         ""
     };
     format!(
-        "the message from rank {source} with tag {tag} has {bytes} bytes, and the result {expected}; \
-         both sides must have the same shape and dtype{remedy}"
+        "the message from rank {source} with tag {tag} has {bytes} bytes, and the result \
+         {expected}; both sides must have the same shape and dtype{remedy}"
     )
     .into()
 }

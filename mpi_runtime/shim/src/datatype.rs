@@ -82,7 +82,8 @@ impl OwnDatatype {
 
 impl Drop for OwnDatatype {
     fn drop(&mut self) {
-        // SAFETY: made by `new`; MPI keeps it for operations still pending (MPI 4.0, section 5.1.9).
+        // SAFETY: made by `new`; MPI keeps it for operations still pending (MPI 4.0, section
+        // 5.1.9).
         unsafe { ffi::MPI_Type_free(&mut self.0) };
     }
 }

@@ -1,6 +1,7 @@
-//! Operations larger than MPI takes in one call: its counts are C `int` (MPI 4.0, section 2.5.8), and
-//! inside MPIs products of counts and sizes overflow earlier. Collectives go in parts, which every rank
-//! cuts in the same way; a message stays one message, of a datatype that is as long as it.
+//! Operations larger than MPI takes in one call: its counts are C `int` (MPI 4.0, section 2.5.8),
+//! and inside MPIs products of counts and sizes overflow earlier. Collectives go in parts, which
+//! every rank cuts in the same way; a message stays one message, of a datatype that is as long as
+//! it.
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicI64, Ordering};

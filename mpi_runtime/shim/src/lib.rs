@@ -59,8 +59,8 @@ pub extern "C" fn mpi_cuda_shim() -> *const ShimApi {
     &API
 }
 
-/// Open MPI and MPICH have `MPIX_Query_cuda_support`, which is in no standard; Cray's MPICH and newer ones
-/// have `MPIX_GPU_query_support`, with 0 for CUDA (`mpi_proto.h` of MPICH 4).
+/// Open MPI and MPICH have `MPIX_Query_cuda_support`, which is in no standard; Cray's MPICH and
+/// newer ones have `MPIX_GPU_query_support`, with 0 for CUDA (`mpi_proto.h` of MPICH 4).
 unsafe extern "C" fn cuda_aware() -> c_int {
     type Query = unsafe extern "C" fn() -> c_int;
     type QueryKind = unsafe extern "C" fn(kind: c_int, supported: *mut c_int) -> c_int;
@@ -207,7 +207,8 @@ unsafe extern "C" fn comm_info(
 
 unsafe extern "C" fn comm_members(comm: u64, members: *mut c_int) -> c_int {
     let mut size = 0;
-    // SAFETY: a live communicator and room for its ranks, as the caller promises; the groups are freed.
+    // SAFETY: a live communicator and room for its ranks, as the caller promises; the groups are
+    // freed.
     unsafe {
         let (mut own, mut world) = (ffi::RSMPI_GROUP_NULL, ffi::RSMPI_GROUP_NULL);
         attempt! {

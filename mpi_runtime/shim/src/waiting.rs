@@ -1,8 +1,8 @@
 //! How a rank waits for MPI.
 //!
-//! Blocking calls are the fastest, but some MPIs (MPICH 4.0) never yield in them: with more ranks than
-//! cores a waiting rank then keeps its peer from running. Nonblocking calls and a loop of our own do the
-//! same and yield.
+//! Blocking calls are the fastest, but some MPIs (MPICH 4.0) never yield in them: with more ranks
+//! than cores a waiting rank then keeps its peer from running. Nonblocking calls and a loop of our
+//! own do the same and yield.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -4,7 +4,7 @@
 
 /// How MPI executes a kind.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Class {
+enum Execution {
     /// All ranks of a communicator together (MPI 4.0, chapter 6).
     Collective,
     /// Between two ranks, and whole (MPI 4.0, chapter 3).
@@ -50,7 +50,7 @@ enum Trait {
 
 struct Row {
     name: &'static str,
-    class: Class,
+    execution: Execution,
     operand: Ranks,
     result: Ranks,
     /// Sum of its traits.
@@ -60,7 +60,8 @@ struct Row {
 macro_rules! kinds {
     ($(
         $(#[$attribute:meta])*
-        $kind:ident = $name:literal, $class:ident, $operand:ident, $result:ident, [$($trait:ident),*];
+        $kind:ident = $name:literal,
+            $execution:ident, $operand:ident, $result:ident, [$($trait:ident),*];
     )+) => {
         /// Kinds of operations; the same numbers on both sides of the contract.
         #[repr(u32)]
@@ -71,7 +72,7 @@ macro_rules! kinds {
         /// In the order of their numbers.
         const TABLE: &[Row] = &[$(Row {
             name: $name,
-            class: Class::$class,
+            execution: Execution::$execution,
             operand: Ranks::$operand,
             result: Ranks::$result,
             traits: 0 $(| Trait::$trait as u8)*,
@@ -85,7 +86,7 @@ macro_rules! kinds {
 }
 
 kinds! {
-    // name, how MPI executes it, the ranks that pass an operand, the ranks that get a result, and more
+    // name, how MPI executes it, who passes an operand, who gets a result, and more
     Allgather = "allgather", Collective, All, All, [Blocks];
     Allreduce = "allreduce", Collective, All, All, [Reduces];
     Alltoall = "alltoall", Collective, All, All, [Blocks];
@@ -123,22 +124,22 @@ impl Kind {
 
     /// All ranks of the communicator take part.
     pub const fn is_collective(self) -> bool {
-        matches!(self.row().class, Class::Collective)
+        matches!(self.row().execution, Execution::Collective)
     }
 
     /// It is a message between two ranks, from its start to its end.
     pub const fn is_message(self) -> bool {
-        matches!(self.row().class, Class::Message)
+        matches!(self.row().execution, Execution::Message)
     }
 
     /// It starts a message, which another operation ends.
     pub const fn is_start(self) -> bool {
-        matches!(self.row().class, Class::Start)
+        matches!(self.row().execution, Execution::Start)
     }
 
     /// It waits for a message that was started.
     pub const fn is_end(self) -> bool {
-        matches!(self.row().class, Class::End)
+        matches!(self.row().execution, Execution::End)
     }
 
     /// It sends a message, whose receiver is `dest`.

@@ -8,7 +8,8 @@
 //! What a shim promises: no function panics or aborts; every MPI failure comes back as the MPI
 //! error code, whose text is [`ShimApi::error_string`]; only [`ShimApi::execute`] may wait on a
 //! peer, except for [`ShimApi::comm_dup`], [`ShimApi::node`], [`ShimApi::init`] and
-//! [`ShimApi::finalize`], which are collective at start and end, and [`ShimApi::comm_create_group`].
+//! [`ShimApi::finalize`], which are collective at start and end, and
+//! [`ShimApi::comm_create_group`].
 
 mod kind;
 
@@ -99,7 +100,8 @@ pub struct ShimOp {
     pub user_reduction: u64,
     /// Communicator handle.
     pub comm: u64,
-    /// Elements sent; for gathering and scattering kinds, per rank. May be more than MPI takes in a call.
+    /// Elements sent; for gathering and scattering kinds, per rank. May be more than MPI takes in a
+    /// call.
     pub count: i64,
     /// Elements received; for gathering and scattering kinds, per rank.
     pub recv_count: i64,
@@ -162,9 +164,9 @@ pub struct ShimReceived {
 #[derive(Clone, Copy, Debug)]
 pub struct ShimStatus(pub [u8; 64]);
 
-/// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be kept,
-/// and [`ShimApi::comm_free`] will be called for it; only for an MPI that deletes it when an operation
-/// ends instead of when the user frees it (MPICH).
+/// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be
+/// kept, and [`ShimApi::comm_free`] will be called for it; only for an MPI that deletes it when an
+/// operation ends instead of when the user frees it (MPICH).
 pub type CommDeleted = extern "C" fn(number: i64) -> c_int;
 
 /// The function table of a shim.
@@ -174,7 +176,8 @@ pub struct ShimApi {
     pub abi_version: u32,
     /// `MPI_Get_library_version`, NUL-terminated.
     pub library_version: unsafe extern "C" fn(text: *mut c_char, capacity: usize),
-    /// Whether MPI says that it supports CUDA: 1 yes, 0 no, -1 if it has no function for it. Once MPI runs.
+    /// Whether MPI says that it supports CUDA: 1 yes, 0 no, -1 if it has no function for it. Once
+    /// MPI runs.
     pub cuda_aware: unsafe extern "C" fn() -> c_int,
     /// 0: not initialised, 1: initialised, 2: finalized.
     pub state: unsafe extern "C" fn() -> c_int,
@@ -204,8 +207,9 @@ pub struct ShimApi {
     /// Writes the ranks that the members of `comm` have in `MPI_COMM_WORLD` (`MPI_UNDEFINED` for a
     /// process outside it); `members` has as many elements as `comm` has ranks.
     pub comm_members: unsafe extern "C" fn(comm: u64, members: *mut c_int) -> c_int,
-    /// `MPI_Comm_create_group`, with errors returned: the communicator of these ranks of `comm`, in that
-    /// order. Collective over them alone; of those made at the same time each needs a `tag` of its own.
+    /// `MPI_Comm_create_group`, with errors returned: the communicator of these ranks of `comm`, in
+    /// that order. Collective over them alone; of those made at the same time each needs a `tag` of
+    /// its own.
     pub comm_create_group: unsafe extern "C" fn(
         comm: u64,
         members: *const c_int,
@@ -221,8 +225,8 @@ pub struct ShimApi {
         size: *mut c_int,
         cores: *mut c_int,
     ) -> c_int,
-    /// `yielding` is 1: give up the core while waiting, since there are more ranks than cores; 0: spin.
-    /// Collectives of more than `part_bytes` go in parts. Both are the same on all ranks.
+    /// `yielding` is 1: give up the core while waiting, since there are more ranks than cores; 0:
+    /// spin. Collectives of more than `part_bytes` go in parts. Both are the same on all ranks.
     pub configure: unsafe extern "C" fn(yielding: c_int, part_bytes: i64),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
@@ -230,8 +234,8 @@ pub struct ShimApi {
     pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
     /// `MPI_Isend` of what `op` sends, which must stay as it is until the request is complete.
     pub start_send: unsafe extern "C" fn(op: *const ShimOp, request: *mut u64) -> c_int,
-    /// `MPI_Improbe`: whether a message is there that `op` would receive. If so it is taken out of the
-    /// queue, and must be received by `start_receive`.
+    /// `MPI_Improbe`: whether a message is there that `op` would receive. If so it is taken out of
+    /// the queue, and must be received by `start_receive`.
     pub take: unsafe extern "C" fn(
         op: *const ShimOp,
         found: *mut c_int,

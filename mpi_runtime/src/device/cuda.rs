@@ -1,5 +1,5 @@
-//! A CUDA device behind [`Device`], by CUDA's driver interface, which is loaded when it is first used:
-//! nothing here needs CUDA to build, nor a driver to load.
+//! A CUDA device behind [`Device`], by CUDA's driver interface, which is loaded when it is first
+//! used: nothing here needs CUDA to build, nor a driver to load.
 //!
 //! Not run on a GPU yet.
 
@@ -14,7 +14,8 @@ use parking_lot::Mutex;
 
 use crate::device::{Address, Copy, Device, DeviceError, Event, Fill, HostMemory, Stream};
 
-/// Memory of the host that every context may use (`CU_MEMHOSTALLOC_PORTABLE`, `CU_MEMHOSTREGISTER_PORTABLE`).
+/// Memory of the host that every context may use (`CU_MEMHOSTALLOC_PORTABLE`,
+/// `CU_MEMHOSTREGISTER_PORTABLE`).
 const PORTABLE: u32 = 1;
 
 /// A GPU, in the context that XLA uses too: the device's primary one.

@@ -1,8 +1,8 @@
 //! A device without hardware: memory that the host does not address, and streams whose work is done
 //! late, by threads of their own, each in its own time. For tests.
 //!
-//! Until a copy has happened its target holds [`NOT_YET`], so whoever reads too early sees it, and its
-//! source is read only when it happens, so whoever writes too early is seen too.
+//! Until a copy has happened its target holds [`NOT_YET`], so whoever reads too early sees it, and
+//! its source is read only when it happens, so whoever writes too early is seen too.
 
 use std::collections::HashMap;
 use std::ptr::NonNull;

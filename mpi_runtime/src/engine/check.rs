@@ -153,8 +153,10 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         Ok(counts)
     } else {
         Err(format!(
-            "the result has {recv} elements, which does not fit the operand's {send} on {size} ranks"
-        ).into())
+            "the result has {recv} elements, which does not fit the operand's {send} on {size} \
+             ranks"
+        )
+        .into())
     }
 }
 

@@ -80,7 +80,8 @@ impl ReplicaGroups {
         self.members.lock().insert(number, members);
     }
 
-    /// Makes the communicator of a group, when `op` is the first to use it; collective over the group.
+    /// Makes the communicator of a group, when `op` is the first to use it; collective over the
+    /// group.
     pub(crate) fn make(
         &self,
         on: CollectiveContext<'_>,
@@ -135,14 +136,15 @@ impl ReplicaGroups {
         Ok(Some(row))
     }
 
-    /// Begins a launch of `program` in its turn: waits, asleep, for the other ranks where one may still be
-    /// compiling. They must be about to run the same sequence of collectives.
+    /// Begins a launch of `program` in its turn: waits, asleep, for the other ranks where one may
+    /// still be compiling. They must be about to run the same sequence of collectives.
     ///
-    /// Where all ranks of the world run the program (then `launch` is its number), and see each other in
-    /// shared memory, each shows what it begins; at the `first` launch of this very program here this rank
-    /// waits until it sees what all others have begun, and later it looks at what is there. Else the ranks
-    /// meet, by messages, at the first launch of a sequence: that is the same on all of them, since it
-    /// depends on nothing but the sequences that they have run together.
+    /// Where all ranks of the world run the program (then `launch` is its number), and see each
+    /// other in shared memory, each shows what it begins; at the `first` launch of this very
+    /// program here this rank waits until it sees what all others have begun, and later it looks at
+    /// what is there. Else the ranks meet, by messages, at the first launch of a sequence: that is
+    /// the same on all of them, since it depends on nothing but the sequences that they have run
+    /// together.
     pub(crate) fn begin(
         &self,
         on: CollectiveContext<'_>,
@@ -264,8 +266,8 @@ fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), O
 fn verdict(both: &[(i32, String); 2]) -> String {
     let [(first, one), (second, other)] = both;
     format!(
-        "the ranks run different programs. Rank {first}: {one}. Rank {second}: {other}. All ranks must \
-         run the same program in the same order; look for what depends on the rank"
+        "the ranks run different programs. Rank {first}: {one}. Rank {second}: {other}. All ranks \
+         must run the same program in the same order; look for what depends on the rank"
     )
 }
 

@@ -1,5 +1,5 @@
-//! What a reduction over no ranks gives: the result of `exscan` on rank 0, which MPI leaves undefined
-//! (MPI 4.0, section 6.11.2).
+//! What a reduction over no ranks gives: the result of `exscan` on rank 0, which MPI leaves
+//! undefined (MPI 4.0, section 6.11.2).
 
 #![forbid(unsafe_code)]
 

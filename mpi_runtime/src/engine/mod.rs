@@ -50,8 +50,8 @@ pub struct EngineOptions {
 pub enum Place<'a> {
     /// In memory of the host.
     Host,
-    /// In memory of the device of this staging, in their place in the program's stream: what is there
-    /// comes before the operation, and what comes into it later sees the result.
+    /// In memory of the device of this staging, in their place in the program's stream: what is
+    /// there comes before the operation, and what comes into it later sees the result.
     Staged(&'a Staging, Stream),
     /// The same, for an MPI that knows the device. [`Direct::can`] must hold.
     Direct(&'a Direct, Stream),
@@ -121,9 +121,9 @@ impl Engine {
         self.groups.know(number, members);
     }
 
-    /// Begins the launch `ticket` of `program`, once it is its turn: waits, asleep, for other ranks that may
-    /// still be compiling, and checks that they are about to run the same sequence of collectives. `first`
-    /// says that this very program has not run here.
+    /// Begins the launch `ticket` of `program`, once it is its turn: waits, asleep, for other ranks
+    /// that may still be compiling, and checks that they are about to run the same sequence of
+    /// collectives. `first` says that this very program has not run here.
     pub fn begin_collectives(
         &self,
         ticket: Ticket,
@@ -150,8 +150,9 @@ impl Engine {
         }
     }
 
-    /// Executes `op` of the launch `ticket`, whose buffers are at `place`. Returns when those of the host may
-    /// be used again; on a device, the stream of the program waits for what is still to be copied.
+    /// Executes `op` of the launch `ticket`, whose buffers are at `place`. Returns when those of
+    /// the host may be used again; on a device, the stream of the program waits for what is still
+    /// to be copied.
     pub fn execute(
         &self,
         ticket: Ticket,
@@ -249,8 +250,8 @@ impl Engine {
         }
     }
 
-    /// Ends all messages that were started, and says which of them nobody has waited for. Last, when
-    /// everything else has ended.
+    /// Ends all messages that were started, and says which of them nobody has waited for. Last,
+    /// when everything else has ended.
     pub fn finish_messages(&self) {
         for lost in self.calls.finish_messages(&self.communicators) {
             log::line(&format!("rank {}: {lost}", self.rank));

@@ -105,7 +105,8 @@ impl MpiCalls {
     ) -> Result<ShimReceived, Failure> {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
         let received = match &self.nonblocking {
-            // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this call.
+            // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
+            // call.
             Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
                 nonblocking.receive_after(shim_op)
             },
@@ -186,8 +187,8 @@ impl MpiCalls {
         check_received(&receive, &ended.received).map_err(about)
     }
 
-    /// Ends all messages that were started, and says what is lost with those that nobody has waited for. Last, when
-    /// everything else has ended.
+    /// Ends all messages that were started, and says what is lost with those that nobody has waited
+    /// for. Last, when everything else has ended.
     pub(super) fn finish_messages(&self, communicators: &Communicators) -> Vec<String> {
         let Some(nonblocking) = &self.nonblocking else {
             return Vec::new();

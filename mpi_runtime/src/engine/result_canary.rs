@@ -1,7 +1,7 @@
-//! Whether MPI wrote a whole result. A collective whose ranks pass different sizes is an error of the
-//! program, but MPI need not say so where a rank gets less than it has room for (MPI 4.0, section 6.1):
-//! what is left would be whatever the memory held before. A canary at the end tells, if at least as many
-//! bytes are missing as it has; fewer could be told from data only by chance.
+//! Whether MPI wrote a whole result. A collective whose ranks pass different sizes is an error of
+//! the program, but MPI need not say so where a rank gets less than it has room for (MPI 4.0,
+//! section 6.1): what is left would be whatever the memory held before. A canary at the end tells,
+//! if at least as many bytes are missing as it has; fewer could be told from data only by chance.
 
 #![forbid(unsafe_code)]
 
@@ -29,8 +29,8 @@ pub struct ResultCanary<'a> {
     block: usize,
 }
 
-/// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short for that are
-/// filled with zeros.
+/// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short
+/// for that are filled with zeros.
 pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary<'a>> {
     let is_root = comm.rank == op.root;
     let blocks = match op.kind {

@@ -1,5 +1,5 @@
-//! Programs that are the same on all ranks, and what this rank has executed so far, by which the ranks
-//! know each other's launches.
+//! Programs that are the same on all ranks, and what this rank has executed so far, by which the
+//! ranks know each other's launches.
 
 #![forbid(unsafe_code)]
 
@@ -44,7 +44,8 @@ pub(super) struct Histories {
 }
 
 impl Histories {
-    /// Adds an operation on the communicator numbered `op.comm`, where `rank` is this process's rank.
+    /// Adds an operation on the communicator numbered `op.comm`, where `rank` is this process's
+    /// rank.
     pub(super) fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
         match op.comm {
             WORLD => self.world.add(op, rank, received),

@@ -17,8 +17,8 @@ pub fn pause(spins: &mut u32) {
     }
 }
 
-/// Calls `look` until it has something, with pauses that grow to 2 ms: for what may take minutes, as
-/// another rank's compilation does.
+/// Calls `look` until it has something, with pauses that grow to 2 ms: for what may take minutes,
+/// as another rank's compilation does.
 pub fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
     const LONGEST: Duration = Duration::from_millis(2);
     let mut pause = Duration::from_micros(20);

@@ -199,7 +199,8 @@ impl Shim {
 
     /// `MPI_Comm_free`.
     pub fn comm_free(&self, comm: u64) -> Result<(), MpiError> {
-        // SAFETY: `comm` was made by `comm_dup`, or is one that MPI was told to keep (`comm_watch`).
+        // SAFETY: `comm` was made by `comm_dup`, or is one that MPI was told to keep
+        // (`comm_watch`).
         self.check(unsafe { (self.api.comm_free)(comm) })
     }
 
@@ -284,7 +285,8 @@ impl Shim {
     /// Starts to receive a message as elements of `datatype`.
     ///
     /// # Safety
-    /// `buffer` must be valid for the message's bytes until [`Shim::test`] says that it is complete.
+    /// `buffer` must be valid for the message's bytes until [`Shim::test`] says that it is
+    /// complete.
     pub unsafe fn start_receive(
         &self,
         message: Message,
@@ -322,7 +324,8 @@ impl Shim {
         Ok((done != 0).then_some(status))
     }
 
-    /// Says in the user's `MPI_Status` at that address, which MPI has filled, how many bytes have come.
+    /// Says in the user's `MPI_Status` at that address, which MPI has filled, how many bytes have
+    /// come.
     ///
     /// # Safety
     /// The address must be that of a status.

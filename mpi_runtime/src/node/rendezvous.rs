@@ -13,16 +13,16 @@ use crate::node::segment::{Atomics, Segment, SegmentName};
 
 /// How long a rank looks for the others before it takes the slower way; about what that way costs.
 const PATIENCE: Duration = Duration::from_micros(200);
-/// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks. A mark
-/// is a hash, and its place too: one that is overwritten early costs the slower way, no more.
+/// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks. A
+/// mark is a hash, and its place too: one that is overwritten early costs the slower way, no more.
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
 const STRIDE: usize = MARKS * size_of::<Arrival>();
 /// Bytes of the words that a rank leaves for the others.
 const WORDS: usize = 512;
 /// Who looked in vain does not look again before the clock shows the next multiple of this, in
-/// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each further
-/// failure doubles it.
+/// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each
+/// further failure doubles it.
 const PAUSE: u64 = 1 << 18;
 /// At most so often: 34 ms, of which looking in vain takes less than a hundredth.
 const MOST_DOUBLINGS: u32 = 7;
@@ -89,7 +89,8 @@ pub struct Rendezvous {
 }
 
 impl Rendezvous {
-    /// Makes the memory for `size` ranks, under a number of [`crate::node::segment::new_number`]; of rank 0.
+    /// Makes the memory for `size` ranks, under a number of [`crate::node::segment::new_number`];
+    /// of rank 0.
     pub fn create(number: u64, size: usize) -> io::Result<Rendezvous> {
         let segment = Segment::create(name(number), bytes(size), |_| true)?;
         Ok(Self::over(segment, 0, size))
@@ -128,7 +129,8 @@ impl Rendezvous {
             .atomics(self.size * STRIDE + rank * size_of::<Begun>())
     }
 
-    /// Says that this rank has begun launch number `launch`, which runs `program`; `words` tell of it.
+    /// Says that this rank has begun launch number `launch`, which runs `program`; `words` tell of
+    /// it.
     pub fn begin(&self, launch: u64, program: u64, words: Option<&str>) {
         let own = self.begun(self.rank);
         if let Some(words) = words {
@@ -150,8 +152,8 @@ impl Rendezvous {
         backoff::until(|| (0..self.size).all(has_begun).then_some(()));
     }
 
-    /// The first of `ranks` of which this rank sees that its launch number `launch` runs something other
-    /// than `program`, and what.
+    /// The first of `ranks` of which this rank sees that its launch number `launch` runs something
+    /// other than `program`, and what.
     pub fn other_program(
         &self,
         launch: u64,
@@ -192,8 +194,8 @@ impl Rendezvous {
         is_there().then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if everybody
-    /// else has too, soon, and all balances add up to 0.
+    /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if
+    /// everybody else has too, soon, and all balances add up to 0.
     pub fn meet(&self, free: impl Fn() -> bool, arrival: impl Fn() -> (u64, u64)) -> bool {
         let patient = self.may_look();
         let met = (free() || patient && soon(&free)) && {

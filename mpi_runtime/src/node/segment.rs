@@ -1,5 +1,5 @@
-//! A segment of memory that ranks of a node share: a file in `/dev/shm`, which one rank makes, the others
-//! map by its name, and nobody finds any more once all have mapped it.
+//! A segment of memory that ranks of a node share: a file in `/dev/shm`, which one rank makes, the
+//! others map by its name, and nobody finds any more once all have mapped it.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -129,8 +129,9 @@ impl Segment {
     pub(crate) fn atomics<T: Atomics>(&self, offset: usize) -> &T {
         assert!(offset.is_multiple_of(align_of::<T>()));
         assert!(offset + size_of::<T>() <= self.bytes());
-        // SAFETY: inside the mapping, which lives as long as `self`, and aligned, since a mapping begins
-        // at a page. Other processes write there, but `T` has only atomics, which any bytes are valid for.
+        // SAFETY: inside the mapping, which lives as long as `self`, and aligned, since a mapping
+        // begins at a page. Other processes write there, but `T` has only atomics, which any bytes
+        // are valid for.
         unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<T>() }
     }
 

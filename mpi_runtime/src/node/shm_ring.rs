@@ -1,9 +1,10 @@
 //! Memory that the ranks of a node share, through which long messages go between their devices: the
 //! sender's device copies into it and the receiver's copies out of it, and no processor touches the
-//! data. Each rank has a shared-memory ring, a ring of slots, and messages use its slots one after the other.
+//! data. Each rank has a shared-memory ring, a ring of slots, and messages use its slots one after
+//! the other.
 //!
-//! MPI carries the rendezvous header of a message, which says at which place of the ring it begins. A slot goes back
-//! and forth between the two ranks by its two numbers.
+//! MPI carries the rendezvous header of a message, which says at which place of the ring it begins.
+//! A slot goes back and forth between the two ranks by its two numbers.
 
 use std::io;
 use std::ptr::NonNull;
@@ -19,15 +20,15 @@ use crate::node::segment::{Atomics, Segment, SegmentName};
 const SLOTS: usize = 8;
 /// Largest slot: a copy of this size reaches the device's full speed.
 const LARGEST: usize = 1 << 20;
-/// A message goes in at least so many parts, unless they are smaller than that: it takes as long as its
-/// bytes and those of its largest part, since the receiver copies a part when the sender has.
+/// A message goes in at least so many parts, unless they are smaller than that: it takes as long as
+/// its bytes and those of its largest part, since the receiver copies a part when the sender has.
 const PARTS: usize = 16;
 const SMALLEST: usize = 512 << 10;
 /// Slots begin at pages.
 const PAGE: usize = 4096;
 
-/// Both count places of the ring from 1 on: the last that was filled in this slot, and the last whose
-/// data are not needed any more.
+/// Both count places of the ring from 1 on: the last that was filled in this slot, and the last
+/// whose data are not needed any more.
 #[repr(C, align(64))]
 struct RingState {
     filled: AtomicU64,
@@ -87,7 +88,8 @@ impl ShmRing {
             .atomics(SLOTS * size_of::<RingState>() + number)
     }
 
-    /// Bytes of the parts of a message of `bytes`, each of which has a slot; the last may be shorter.
+    /// Bytes of the parts of a message of `bytes`, each of which has a slot; the last may be
+    /// shorter.
     pub(crate) fn part(&self, bytes: usize) -> usize {
         let part = (bytes / PARTS).next_multiple_of(PAGE);
         part.clamp(SMALLEST.min(self.slot), self.slot)
@@ -125,8 +127,8 @@ impl ShmRing {
         self.state(place).freed.store(place + 1, Ordering::Release);
     }
 
-    /// Takes the places from `first` on, before `end`, out of the way, in their order: slots are other
-    /// messages' before they are filled.
+    /// Takes the places from `first` on, before `end`, out of the way, in their order: slots are
+    /// other messages' before they are filled.
     pub(crate) fn drain(&self, first: u64, end: u64) {
         for place in first..end {
             let mut spins = 0;
@@ -150,8 +152,8 @@ impl ShmRing {
         self.broken().load(Ordering::SeqCst) != 0 && !self.is_filled(place)
     }
 
-    /// Lets the device copy by itself. If it refuses, its copies go through memory of its library's:
-    /// slower, and as right.
+    /// Lets the device copy by itself. If it refuses, its copies go through memory of its
+    /// library's: slower, and as right.
     pub(crate) fn pin(&self, device: &dyn Device) {
         self.pinned.get_or_init(|| {
             if let Some(data) = NonNull::new(self.segment.address(0)) {
@@ -181,10 +183,11 @@ pub struct ShmRings {
 }
 
 impl ShmRings {
-    /// Makes the shared-memory ring of `rank`, for messages in parts of at most `chunk` bytes. All ranks of `size`
-    /// call this with the same number, then, when all have, [`ShmRings::open`], and then [`ShmRings::unlink`].
-    /// A rank that wants none or cannot make one sends its messages through MPI; it makes one only if those of
-    /// the `neighbours` ranks of its node take at most half of the memory that is left for such things.
+    /// Makes the shared-memory ring of `rank`, for messages in parts of at most `chunk` bytes. All
+    /// ranks of `size` call this with the same number, then, when all have, [`ShmRings::open`], and
+    /// then [`ShmRings::unlink`]. A rank that wants none or cannot make one sends its messages
+    /// through MPI; it makes one only if those of the `neighbours` ranks of its node take at most
+    /// half of the memory that is left for such things.
     pub fn make(
         number: u64,
         rank: usize,
@@ -268,8 +271,8 @@ impl ShmRings {
         self.next.fetch_add(count, Ordering::Relaxed)
     }
 
-    /// The message with the places from `first` on, before `end`, is not sent to its end. If the receiver
-    /// knows of it, this rank's messages go through MPI from now on.
+    /// The message with the places from `first` on, before `end`, is not sent to its end. If the
+    /// receiver knows of it, this rank's messages go through MPI from now on.
     pub(crate) fn give_up(&self, first: u64, end: u64, header_sent: bool) {
         let back = || {
             let next = &self.next;
@@ -290,8 +293,8 @@ fn name(number: u64, rank: usize) -> SegmentName {
     }
 }
 
-/// A ring for messages among `size` ranks, of which `neighbours` are on this node. It takes no more than
-/// there is to spare: MPI and others need this memory too.
+/// A ring for messages among `size` ranks, of which `neighbours` are on this node. It takes no more
+/// than there is to spare: MPI and others need this memory too.
 fn create(name: SegmentName, size: usize, neighbours: usize, slot: usize) -> io::Result<ShmRing> {
     let bytes = ShmRing::header(size) + SLOTS * slot;
     let enough = |left: u64| (bytes * neighbours) as u64 <= left / 2;

@@ -26,8 +26,8 @@ impl Asked {
             _ => (
                 Asked::Staged,
                 Some(format!(
-                    "MPI4JAX_USE_CUDA_MPI={value} is not understood, and means staged; it takes true, 1, on, \
-                     false, 0 and off"
+                    "MPI4JAX_USE_CUDA_MPI={value} is not understood, and means staged; it takes \
+                     true, 1, on, false, 0 and off"
                 )),
             ),
         }
@@ -84,8 +84,8 @@ impl fmt::Display for Choice {
 
 /// How to get a [`ProbeResult`].
 const PROBE: &str = "`mpirun -n 2 python -m mpi_cuda probe` tries it";
-const ENABLE: &str = "an MPI built and started with CUDA support (Open MPI --with-cuda, MPICH --with-cuda, \
-                      MPICH_GPU_SUPPORT_ENABLED=1 with Cray's)";
+const ENABLE: &str = "an MPI built and started with CUDA support (Open MPI --with-cuda, MPICH \
+                      --with-cuda, MPICH_GPU_SUPPORT_ENABLED=1 with Cray's)";
 
 /// Chooses for `mpi`, the MPI library in words.
 ///

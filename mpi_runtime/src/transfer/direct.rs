@@ -1,9 +1,9 @@
 //! Operations on device memory by an MPI that reads and writes it by itself.
 //!
-//! MPI knows nothing of streams: it is called once everything before the operation has happened on the
-//! device, and what comes later in the program's stream is launched after MPI has returned. XLA's arrays
-//! may lie in memory that MPI cannot pass on (CUDA's virtual memory management), so by default MPI gets
-//! copies on the device, in memory that it can.
+//! MPI knows nothing of streams: it is called once everything before the operation has happened on
+//! the device, and what comes later in the program's stream is launched after MPI has returned.
+//! XLA's arrays may lie in memory that MPI cannot pass on (CUDA's virtual memory management), so by
+//! default MPI gets copies on the device, in memory that it can.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,12 +28,12 @@ pub struct Direct {
     /// Whether MPI gets the arrays themselves.
     arrays: AtomicBool,
     /// Memory for copies, each with what still uses it.
-    free: Mutex<Vec<(Event, Piece)>>,
+    free: Mutex<Vec<(Event, DevicePiece)>>,
 }
 
 /// Memory of the device.
 #[derive(Clone, Copy, Debug)]
-struct Piece {
+struct DevicePiece {
     data: Address,
     bytes: usize,
 }
@@ -71,10 +71,10 @@ impl Direct {
         self.arrays.store(arrays, Ordering::Relaxed);
     }
 
-    /// Whether MPI can execute it on device memory, the same on all ranks. It reduces by functions of ours
-    /// or the user's only in memory of the host, and so may any MPI reduce what is no number of C.
-    /// With more ranks than cores (`oversubscribed`) collectives are nonblocking ones, which Open MPI does not
-    /// execute on device memory.
+    /// Whether MPI can execute it on device memory, the same on all ranks. It reduces by functions
+    /// of ours or the user's only in memory of the host, and so may any MPI reduce what is no
+    /// number of C. With more ranks than cores (`oversubscribed`) collectives are nonblocking ones,
+    /// which Open MPI does not execute on device memory.
     pub fn can(op: &Operation<'_>, oversubscribed: bool) -> bool {
         let dtype = op.send.dtype;
         let reduces = |reduction| match dtype.class() {
@@ -115,7 +115,7 @@ impl Direct {
         op: &Operation<'_>,
         uses: Uses,
         main: Stream,
-        copies: &mut [Option<Piece>; 2],
+        copies: &mut [Option<DevicePiece>; 2],
         perform: &mut Perform<'_>,
     ) -> Result<Done, Failure> {
         let (operand, result) = (op.send.data as Address, op.recv.data as Address);
@@ -159,7 +159,7 @@ impl Direct {
         &self,
         array: &Buffer<'_>,
         used: bool,
-        copy: &mut Option<Piece>,
+        copy: &mut Option<DevicePiece>,
     ) -> Result<Address, Failure> {
         let bytes = array.bytes();
         if !used || bytes == 0 || self.arrays.load(Ordering::Relaxed) {
@@ -173,14 +173,14 @@ impl Direct {
         if bytes == 0 || from == to {
             return Ok(());
         }
-        // SAFETY: operand, result and copies of one operation, which do not overlap, are valid for what
-        // is in the stream, and hold that many bytes.
+        // SAFETY: operand, result and copies of one operation, which do not overlap, are valid for
+        // what is in the stream, and hold that many bytes.
         unsafe { self.device.copy(main, Copy::Across { to, from }, bytes) }?;
         Ok(())
     }
 
     /// Memory for a copy of `bytes`.
-    fn take(&self, bytes: usize) -> Result<Piece, DeviceError> {
+    fn take(&self, bytes: usize) -> Result<DevicePiece, DeviceError> {
         let bytes = match bytes {
             0..=KEPT => bytes.next_power_of_two().max(SMALLEST),
             _ => bytes,
@@ -195,11 +195,12 @@ impl Direct {
             }
         }
         let data = self.device.memory(bytes)?;
-        Ok(Piece { data, bytes })
+        Ok(DevicePiece { data, bytes })
     }
 
-    /// The piece is free once everything in `main` has happened. If the device has failed it is lost.
-    fn give_back(&self, piece: Piece, main: Stream) {
+    /// The piece is free once everything in `main` has happened. If the device has failed it is
+    /// lost.
+    fn give_back(&self, piece: DevicePiece, main: Stream) {
         let Ok(behind) = self.device.record(main) else {
             return;
         };

@@ -9,8 +9,8 @@ pub(crate) trait Transport {
     /// Executes an operation, and waits for it.
     fn perform(&mut self, op: &Operation<'_>) -> Result<Done, Failure>;
 
-    /// Waits for a message that was started; `beginning` gets that of what has come, whether or not it fits
-    /// the result.
+    /// Waits for a message that was started; `beginning` gets that of what has come, whether or not
+    /// it fits the result.
     fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, Failure>;
 
     /// Starts the send of `op`. What is sent must stay as it is until [`Transport::is_sent`].

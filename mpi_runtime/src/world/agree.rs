@@ -1,5 +1,5 @@
-//! What the ranks agree on before the first operation: how they wait, how large parts are, and how data
-//! in device memory travel.
+//! What the ranks agree on before the first operation: how they wait, how large parts are, and how
+//! data in device memory travel.
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 

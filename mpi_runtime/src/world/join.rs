@@ -1,4 +1,5 @@
-//! Joining the world of an MPI: which library, who this process is in it, and communicators of our own.
+//! Joining the world of an MPI: which library, who this process is in it, and communicators of our
+//! own.
 
 #![forbid(unsafe_code)]
 

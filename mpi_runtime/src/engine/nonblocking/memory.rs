@@ -4,8 +4,8 @@ use std::ffi::c_void;
 
 use crate::error::Failure;
 
-/// Room for a message, aligned for elements of all types; none by default. It stays where it is when its
-/// owner moves.
+/// Room for a message, aligned for elements of all types; none by default. It stays where it is
+/// when its owner moves.
 #[derive(Default)]
 pub(super) struct MessageMemory(Vec<u128>);
 

@@ -2,10 +2,10 @@
 //!
 //! The engine keeps their data in memory of its own, since XLA may use an operand's memory for
 //! something else as soon as the operation that starts the message returns. It also decides itself
-//! which receive gets which message, so that each message's length is known before a byte is written: in
-//! the order in which the receives were started (MPI 4.0, section 3.5), of which the first that
-//! accepts a message gets it; so a blocking receive looks here too while one of these has no message. A
-//! thread moves messages on while the program computes (`table`).
+//! which receive gets which message, so that each message's length is known before a byte is
+//! written: in the order in which the receives were started (MPI 4.0, section 3.5), of which the
+//! first that accepts a message gets it; so a blocking receive looks here too while one of these
+//! has no message. A thread moves messages on while the program computes (`table`).
 
 mod memory;
 mod table;
@@ -199,8 +199,8 @@ impl NonblockingMessages {
         }
     }
 
-    /// Receives the message that `op` receives, as elements of `element`, if one is there and belongs to
-    /// no receive started before.
+    /// Receives the message that `op` receives, as elements of `element`, if one is there and
+    /// belongs to no receive started before.
     pub(crate) fn try_receive(
         &self,
         op: &ShimOp,
@@ -227,7 +227,8 @@ impl NonblockingMessages {
                     spill = MessageMemory::allocate(envelope.bytes as usize)?;
                     buffer = spill.start();
                 }
-                // SAFETY: the buffer holds the message, and outlives the request, which is waited for.
+                // SAFETY: the buffer holds the message, and outlives the request, which is waited
+                // for.
                 let request = unsafe { shared.shim.start_receive(message, element, buffer) }?;
                 break (request, envelope);
             }

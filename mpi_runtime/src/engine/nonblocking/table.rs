@@ -1,5 +1,5 @@
-//! The table of messages that were started, and what moves them on: every call that looks at them, and a
-//! thread.
+//! The table of messages that were started, and what moves them on: every call that looks at them,
+//! and a thread.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,8 @@ use crate::mpi::shim::{Message, Request, Shim};
 use crate::operation::Operation;
 
 /// How long the thread sleeps between rounds that change nothing. It never yields instead: a thread
-/// that wakes up is let in by one that computes, and a thread that yielded waits for its time slice.
+/// that wakes up is let in by one that computes, and a thread that yielded waits for its time
+/// slice.
 const PAUSE: Duration = Duration::from_micros(50);
 /// Messages whose memory is kept, and bytes of the largest.
 const SPARES: usize = 8;
@@ -37,8 +38,8 @@ pub(super) struct MessageTable {
     pub(super) last: u32,
     pub(super) rows: Vec<MessageRow>,
     has_thread: bool,
-    /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would pay
-    /// for page faults.
+    /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would
+    /// pay for page faults.
     spare: Vec<MessageMemory>,
 }
 
@@ -54,11 +55,13 @@ pub(super) struct MessageRow {
     pub(super) state: MessageState,
 }
 
-/// As the shim takes it; its pointers are not used, but for what is sent, which is the row's memory.
+/// As the shim takes it; its pointers are not used, but for what is sent, which is the row's
+/// memory.
 #[derive(Clone, Copy)]
 pub(super) struct Posted(pub(super) ShimOp);
 
-// SAFETY: its pointers are read by MPI alone, and that of what is sent stays where it is when a row moves.
+// SAFETY: its pointers are read by MPI alone, and that of what is sent stays where it is when a row
+// moves.
 unsafe impl Send for Posted {}
 
 pub(super) enum MessageState {

@@ -1,8 +1,9 @@
 //! Operations on device memory through the host: copies down, MPI, copies up.
 //!
-//! A large operation goes in chunks, each of which is an operation on pinned memory of its own. While
-//! MPI moves one, the next are copied down and the ones before are copied up. The chunks are the same
-//! on all ranks, since they follow from the operation and [`Staging::chunk`], which ranks agree on.
+//! A large operation goes in chunks, each of which is an operation on pinned memory of its own.
+//! While MPI moves one, the next are copied down and the ones before are copied up. The chunks are
+//! the same on all ranks, since they follow from the operation and [`Staging::chunk`], which ranks
+//! agree on.
 //!
 //! Collectives are cut between the elements of a block ([`Plan`]), messages by their bytes
 //! (`message/`). The launching thread waits for MPI and for the copies down, never for the last

@@ -117,8 +117,8 @@ impl<'a> Run<'a> {
         let mut place = 0;
         for &(from, bytes) in rows {
             let to = memory.data.as_ptr().wrapping_add(place);
-            // SAFETY: the operand is valid while the operation runs, and `end` makes the program wait
-            // for this copy; the memory is the pool's until the event behind it.
+            // SAFETY: the operand is valid while the operation runs, and `end` makes the program
+            // wait for this copy; the memory is the pool's until the event behind it.
             let copied = unsafe { device.copy(down, Copy::Down { to, from }, bytes) };
             if let Err(error) = copied {
                 self.give_back(Some(memory), down);

@@ -1,5 +1,5 @@
-//! Messages whose start and end are separate operations. The engine keeps their data in memory of the
-//! host, so they go there as a whole.
+//! Messages whose start and end are separate operations. The engine keeps their data in memory of
+//! the host, so they go there as a whole.
 
 use mpi_shim_abi::Kind;
 
@@ -44,11 +44,12 @@ pub(super) fn execute(
         Some(header) if header.bytes > run.staging.chunk => {
             header.refuse(run.staging);
             Err(format!(
-                "the message has {} bytes and comes in chunks, which irecv cannot receive: receive it by \
-                 recv or sendrecv, send it by isend, or set MPI_CUDA_CHUNK_BYTES, here {}, to more on all \
-                 ranks",
+                "the message has {} bytes and comes in chunks, which irecv cannot receive: \
+                 receive it by recv or sendrecv, send it by isend, or set MPI_CUDA_CHUNK_BYTES, \
+                 here {}, to more on all ranks",
                 header.bytes, run.staging.chunk
-            ).into())
+            )
+            .into())
         }
         _ => done,
     };

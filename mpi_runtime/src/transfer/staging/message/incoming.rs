@@ -39,8 +39,8 @@ pub(super) struct Incoming<'r, 's> {
     waiting: Option<Piece>,
     /// In place of messages.
     arriving: Option<Arriving<'s>>,
-    /// What is wrong with the message. The rest of it is taken out of the way, and what this rank sends
-    /// is sent, so that the other side does not wait.
+    /// What is wrong with the message. The rest of it is taken out of the way, and what this rank
+    /// sends is sent, so that the other side does not wait.
     wrong: Option<Failure>,
 }
 
@@ -126,7 +126,8 @@ impl<'r, 's> Incoming<'r, 's> {
                 let to = self.data + self.arrived;
                 let from = shm_ring.data(arriving.next).cast_const();
                 // SAFETY: the result holds the message, which was checked, and is valid while the
-                // operation runs; the slot is this rank's until `free`, which comes after the event.
+                // operation runs; the slot is this rank's until `free`, which comes after the
+                // event.
                 unsafe { device.copy(self.run.up, Copy::Up { to, from }, bytes) }?;
                 copied = Some(device.record(self.run.up)?);
             }
@@ -204,10 +205,11 @@ impl<'r, 's> Incoming<'r, 's> {
             Some(Err(())) => {
                 self.open = false;
                 return Err(format!(
-                    "the message from rank {} comes through memory of this node that this rank has not \
-                     mapped: set MPI_CUDA_SHM_RING=0 on all ranks",
+                    "the message from rank {} comes through memory of this node that this rank \
+                     has not mapped: set MPI_CUDA_SHM_RING=0 on all ranks",
                     done.source
-                ).into());
+                )
+                .into());
             }
             None => {}
         }
@@ -239,9 +241,10 @@ impl<'r, 's> Incoming<'r, 's> {
         if done.bytes != expected {
             let bytes = done.bytes;
             return Err(format!(
-                "a chunk of {bytes} bytes came instead of {expected}; MPI_CUDA_CHUNK_BYTES, here {chunk}, \
-                 must be the same on all ranks"
-            ).into());
+                "a chunk of {bytes} bytes came instead of {expected}; MPI_CUDA_CHUNK_BYTES, here \
+                 {chunk}, must be the same on all ranks"
+            )
+            .into());
         }
         Ok(())
     }

@@ -1,13 +1,14 @@
 //! Messages in chunks.
 //!
-//! One of at most a chunk is one message, as without staging. A longer one has a rendezvous header: a message of
-//! its own with the length comes first, and pins the sender and the tag of the chunks that follow. So
-//! both sides must have device memory and the same size of a chunk; whoever meets a rendezvous header that
-//! does not fit fails, and nothing is taken for something else. Between ranks that share memory the data
-//! go through the sender's shared-memory ring, and MPI has the rendezvous header alone.
+//! One of at most a chunk is one message, as without staging. A longer one has a rendezvous header:
+//! a message of its own with the length comes first, and pins the sender and the tag of the chunks
+//! that follow. So both sides must have device memory and the same size of a chunk; whoever meets a
+//! rendezvous header that does not fit fails, and nothing is taken for something else. Between
+//! ranks that share memory the data go through the sender's shared-memory ring, and MPI has the
+//! rendezvous header alone.
 //!
-//! What is sent and what is received move on independently of each other: what this rank receives may
-//! depend on what becomes of the message that it sends.
+//! What is sent and what is received move on independently of each other: what this rank receives
+//! may depend on what becomes of the message that it sends.
 
 mod incoming;
 mod outgoing;

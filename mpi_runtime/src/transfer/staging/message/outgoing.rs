@@ -24,8 +24,9 @@ struct Chunk {
 enum Way<'s> {
     /// In messages.
     Mpi,
-    /// Through the own shared-memory ring, in its places from `first` on, before `end`: the first whose copies down
-    /// have not begun, and not ended. The receiver may read them after the operation has ended here.
+    /// Through the own shared-memory ring, in its places from `first` on, before `end`: the first
+    /// whose copies down have not begun, and not ended. The receiver may read them after the
+    /// operation has ended here.
     ShmRing {
         shm_ring: &'s ShmRing,
         first: u64,
@@ -194,8 +195,8 @@ impl<'r, 's> Outgoing<'r, 's> {
                     }
                     let (bytes, to) = (left.min(shm_ring.part(self.bytes)), shm_ring.data(*begun));
                     let device = &run.staging.device;
-                    // SAFETY: the operand is valid while the operation runs, and the slot is this rank's
-                    // until `fill`, which comes after the event.
+                    // SAFETY: the operand is valid while the operation runs, and the slot is this
+                    // rank's until `fill`, which comes after the event.
                     unsafe { device.copy(run.down, Copy::Down { to, from }, bytes) }?;
                     *begun += 1;
                     let coming = Coming {

@@ -75,7 +75,8 @@ fn what_a_rank_receives_may_depend_on_what_it_sends() {
                     source,
                     ..operation(kind, &shape, &shape)
                 };
-                // Once around: rank 0 has nothing to receive until its message has passed the others.
+                // Once around: rank 0 has nothing to receive until its message has passed the
+                // others.
                 if own == 0 {
                     let (done, result) = rank.run(&message(Kind::Sendrecv), numbers(7, 1000));
                     assert_eq!((done.unwrap().bytes, result), (1000, numbers(7, 1000)));

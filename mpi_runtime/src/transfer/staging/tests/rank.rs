@@ -283,8 +283,8 @@ impl Rank {
         })
     }
 
-    /// Executes an operation whose operand a kernel of the program makes just before, and that another
-    /// overwrites just after; the result as a kernel just after sees it.
+    /// Executes an operation whose operand a kernel of the program makes just before, and that
+    /// another overwrites just after; the result as a kernel just after sees it.
     pub(super) fn run(
         &mut self,
         op: &Operation<'_>,
