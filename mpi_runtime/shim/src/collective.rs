@@ -4,8 +4,9 @@ use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 
 use mpi::ffi;
-use mpi_shim_abi::{Kind, Reduction, ShimOp};
+use mpi_shim_abi::{Kind, Reduction};
 
+use crate::checked::Checked;
 use crate::code::attempt;
 use crate::datatype::datatype;
 use crate::handle::{comm_from_bits, op_from_bits};
@@ -19,20 +20,20 @@ pub(crate) struct Counted {
     pub(crate) datatype: ffi::MPI_Datatype,
 }
 
-/// The arguments of a collective.
+/// The arguments of a collective, or of a part of one; its buffers are valid for its counts.
 pub(crate) struct Call {
-    pub(crate) send: *const c_void,
-    pub(crate) recv: *mut c_void,
-    pub(crate) sent: Counted,
-    pub(crate) received: Counted,
-    pub(crate) reduce: ffi::MPI_Op,
-    pub(crate) root: c_int,
-    pub(crate) comm: ffi::MPI_Comm,
+    send: *const c_void,
+    recv: *mut c_void,
+    sent: Counted,
+    received: Counted,
+    reduce: ffi::MPI_Op,
+    root: c_int,
+    comm: ffi::MPI_Comm,
 }
 
 impl Call {
     /// The whole operation, whose counts fit, as one call.
-    pub(crate) fn of(op: &ShimOp) -> Call {
+    pub(crate) fn of(op: Checked<'_>) -> Call {
         let counted = |count: i64| Counted {
             count: count as c_int,
             datatype: datatype(op.datatype),
@@ -51,6 +52,20 @@ impl Call {
         }
     }
 
+    /// What begins `bytes` bytes after the start of its buffers, in elements of other types.
+    ///
+    /// # Safety
+    /// They must lie in the buffers of the operation.
+    pub(crate) unsafe fn part(self, bytes: i64, sent: Counted, received: Counted) -> Call {
+        Call {
+            send: after(self.send, bytes),
+            recv: after(self.recv, bytes).cast_mut(),
+            sent,
+            received,
+            ..self
+        }
+    }
+
     /// The root sends from its operand (its result pointer is null); the others receive.
     fn bcast_buffer(&self) -> *mut c_void {
         if self.recv.is_null() {
@@ -61,28 +76,30 @@ impl Call {
     }
 }
 
-/// Executes a collective.
-///
-/// # Safety
-/// As for [`execute`].
-pub(crate) unsafe fn run(kind: Kind, call: &Call) -> c_int {
-    // SAFETY: as the caller promises.
-    unsafe {
-        if yielding() {
-            nonblocking(kind, call)
-        } else {
-            blocking(kind, call)
-        }
+/// The address so many bytes on; null stays null.
+pub(crate) fn after(start: *const c_void, bytes: i64) -> *const c_void {
+    if start.is_null() {
+        start
+    } else {
+        start.wrapping_byte_add(bytes as usize)
     }
 }
 
-/// # Safety
-/// As for [`execute`].
+/// Executes a collective.
+pub(crate) fn run(kind: Kind, call: &Call) -> c_int {
+    if yielding() {
+        nonblocking(kind, call)
+    } else {
+        blocking(kind, call)
+    }
+}
+
 #[rustfmt::skip]
-unsafe fn blocking(kind: Kind, call: &Call) -> c_int {
+fn blocking(kind: Kind, call: &Call) -> c_int {
     let &Call { send, recv, sent, received, reduce, root, comm } = call;
     let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
-    // SAFETY: the caller upholds the buffers; handles are live for the duration of the call.
+    // SAFETY: a `Call`'s buffers are valid for its counts and its handles are live; MPI keeps
+    // nothing after these return.
     unsafe {
         match kind {
             Kind::Allgather => ffi::MPI_Allgather(send, n, of, recv, m, into, comm),
@@ -102,13 +119,11 @@ unsafe fn blocking(kind: Kind, call: &Call) -> c_int {
     }
 }
 
-/// # Safety
-/// As for [`execute`].
 #[rustfmt::skip]
-unsafe fn nonblocking(kind: Kind, call: &Call) -> c_int {
+fn nonblocking(kind: Kind, call: &Call) -> c_int {
     let &Call { send, recv, sent, received, reduce, root, comm } = call;
     let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
-    // SAFETY: as for `blocking`; the buffers outlive the request, which is waited for.
+    // SAFETY: as in `blocking`; the buffers outlive the request, which is waited for.
     unsafe {
         let mut own = ffi::RSMPI_REQUEST_NULL;
         let request = &mut own;

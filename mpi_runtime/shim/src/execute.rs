@@ -2,28 +2,23 @@
 
 use std::ffi::c_int;
 
-use mpi_shim_abi::{ShimOp, ShimReceived};
+use mpi_shim_abi::ShimReceived;
 
+use crate::checked::Checked;
 use crate::collective::{self, Call};
 use crate::large;
 use crate::messages::exchange;
 
 /// Executes `op`, whose buffers may be used again on return; returns MPI's code.
-///
-/// # Safety
-/// The buffers of `op` must be valid for its counts and types, its status null or an `MPI_Status`.
-pub(crate) unsafe fn execute(op: &ShimOp, received: &mut ShimReceived) -> c_int {
+pub(crate) fn execute(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
     *received = ShimReceived {
         source: -1,
         tag: -1,
         bytes: -1,
     };
-    // SAFETY: as the caller promises.
-    unsafe {
-        match op.kind {
-            kind if kind.is_message() => exchange(op, received),
-            _ if large::is_large(op) => large::in_parts(op),
-            _ => collective::run(op.kind, &Call::of(op)),
-        }
+    match op.kind {
+        kind if kind.is_message() => exchange(op, received),
+        _ if large::is_large(op) => large::in_parts(op),
+        _ => collective::run(op.kind, &Call::of(op)),
     }
 }

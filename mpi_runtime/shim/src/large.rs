@@ -3,14 +3,15 @@
 //! every rank cuts in the same way; a message stays one message, of a datatype that is as long as
 //! it.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use mpi::ffi;
 use mpi_shim_abi::{Kind, ShimOp};
 
+use crate::checked::Checked;
 use crate::code::{SUCCESS, attempt};
-use crate::collective::{Call, Counted, run};
+use crate::collective::{Call, Counted, after, run};
 use crate::datatype::{datatype, spaced};
 use crate::handle::comm_from_bits;
 
@@ -18,12 +19,12 @@ use crate::handle::comm_from_bits;
 pub(crate) static PART: AtomicI64 = AtomicI64::new(1 << 30);
 
 /// Whether a collective must go in parts.
-pub(crate) fn is_large(op: &ShimOp) -> bool {
+pub(crate) fn is_large(op: Checked<'_>) -> bool {
     let bytes = op.count.saturating_mul(op.datatype.size() as i64);
     bytes.saturating_mul(ranks_in_a_call(op)) > PART.load(Ordering::Relaxed)
 }
 
-fn ranks_in_a_call(op: &ShimOp) -> i64 {
+fn ranks_in_a_call(op: Checked<'_>) -> i64 {
     if op.kind.has_blocks() {
         i64::from(size(op))
     } else {
@@ -31,21 +32,17 @@ fn ranks_in_a_call(op: &ShimOp) -> i64 {
     }
 }
 
-fn size(op: &ShimOp) -> c_int {
+fn size(op: Checked<'_>) -> c_int {
     let mut size = 1;
-    // SAFETY: a live communicator, as the engine promises.
+    // SAFETY: the communicator of a checked operation is live.
     unsafe { ffi::MPI_Comm_size(comm_from_bits(op.comm), &mut size) };
     size
 }
 
 /// Executes a collective in parts.
-///
-/// # Safety
-/// As for [`crate::execute::execute`].
-pub(crate) unsafe fn in_parts(op: &ShimOp) -> c_int {
+pub(crate) fn in_parts(op: Checked<'_>) -> c_int {
     if op.kind == Kind::ReduceScatter {
-        // SAFETY: as the caller promises.
-        return unsafe { reduce_each(op) };
+        return reduce_each(op);
     }
     let element = op.datatype.size() as i64;
     let stride = op.count * element;
@@ -74,27 +71,18 @@ pub(crate) unsafe fn in_parts(op: &ShimOp) -> c_int {
             Kind::Alltoall => (apart, apart),
             _ => (plain, plain),
         };
-        let call = Call {
-            send: after(op.send, start * element),
-            recv: after(op.recv, start * element).cast_mut(),
-            sent,
-            received,
-            ..Call::of(op)
-        };
-        // SAFETY: as the caller promises; each part lies inside the buffers.
-        attempt! { unsafe { run(op.kind, &call) }; };
+        // SAFETY: `count` elements from `start` on, of every rank's block, lie in the buffers.
+        let call = unsafe { Call::of(op).part(start * element, sent, received) };
+        attempt! { run(op.kind, &call); };
         start += count;
     }
     SUCCESS
 }
 
 /// A reduction to each rank in turn.
-///
-/// # Safety
-/// As for [`in_parts`].
-unsafe fn reduce_each(op: &ShimOp) -> c_int {
+fn reduce_each(op: Checked<'_>) -> c_int {
     let mut rank = 0;
-    // SAFETY: as the caller promises.
+    // SAFETY: the communicator of a checked operation is live.
     unsafe { ffi::MPI_Comm_rank(comm_from_bits(op.comm), &mut rank) };
     for root in 0..size(op) {
         let block = i64::from(root) * op.count * op.datatype.size() as i64;
@@ -109,16 +97,9 @@ unsafe fn reduce_each(op: &ShimOp) -> c_int {
             root,
             ..*op
         };
-        // SAFETY: as the caller promises; the block lies inside the operand.
-        attempt! { unsafe { in_parts(&reduce) }; };
+        // SAFETY: the operand has a block of `count` elements for each rank, and the result has
+        // one.
+        attempt! { in_parts(unsafe { Checked::new(&reduce) }); };
     }
     SUCCESS
-}
-
-fn after(start: *const c_void, bytes: i64) -> *const c_void {
-    if start.is_null() {
-        start
-    } else {
-        start.wrapping_byte_add(bytes as usize)
-    }
 }

@@ -28,10 +28,10 @@ pub(crate) fn yielding() -> bool {
 /// The request must be live or null.
 pub(crate) unsafe fn wait(request: &mut ffi::MPI_Request, status: &mut ffi::MPI_Status) -> c_int {
     if !yielding() {
-        // SAFETY: as the caller promises.
+        // SAFETY: the request is live or null, as this function demands.
         return unsafe { ffi::MPI_Wait(request, status) };
     }
-    // SAFETY: as the caller promises.
+    // SAFETY: as above; MPI sets it to null when it is complete, and then it is not tested again.
     until(|done| unsafe { ffi::MPI_Test(request, done, status) })
 }
 

@@ -265,7 +265,8 @@ impl Shim {
     /// What it sends must stay in place, unchanged, until [`Shim::test`] says that it is complete.
     pub unsafe fn start_send(&self, op: &ShimOp) -> Result<Request, MpiError> {
         let mut request = 0;
-        // SAFETY: as the caller promises.
+        // SAFETY: what is sent stays in place until the request is complete, as this function
+        // demands.
         self.check(in_call(|| unsafe {
             (self.api.start_send)(op, &mut request)
         }))?;
@@ -295,7 +296,8 @@ impl Shim {
     ) -> Result<Request, MpiError> {
         let mut request = 0;
         let (start, bytes) = (self.api.start_receive, message.envelope.bytes);
-        // SAFETY: as the caller promises; the message was taken once.
+        // SAFETY: a `Message` is made by `take` alone and goes into this call; the buffer has room
+        // for it, as this function demands.
         self.check(in_call(|| unsafe {
             start(message.handle, bytes, datatype, buffer, &mut request)
         }))?;
@@ -330,7 +332,8 @@ impl Shim {
     /// # Safety
     /// The address must be that of a status.
     pub unsafe fn set_received(&self, address: usize, bytes: usize) -> Result<(), MpiError> {
-        // SAFETY: as the caller promises.
+        // SAFETY: a status is there, as this function demands, and MPI writes no more than its
+        // fields.
         self.check(unsafe { (self.api.set_received)(address as *mut c_void, bytes as i64) })
     }
 
@@ -340,7 +343,7 @@ impl Shim {
     /// There must be an `MPI_Status`.
     pub unsafe fn write_status(&self, status: &ShimStatus, address: usize) {
         if address != 0 {
-            // SAFETY: as the caller promises; the shim says how long it is.
+            // SAFETY: a status is there, as this function demands; the shim says how long it is.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     status.0.as_ptr(),
