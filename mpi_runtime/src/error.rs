@@ -2,7 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
+
 use thiserror::Error;
+
+use crate::device::DeviceError;
 
 /// An operation that could not be done.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -16,9 +20,40 @@ pub struct OperationError {
     pub comm: String,
     /// Its number of ranks.
     pub size: i32,
-    /// What went wrong, in MPI's words where it was MPI, and the remedy.
-    pub reason: String,
+    /// What went wrong, and the remedy.
+    pub reason: Failure,
 }
+
+/// Why something could not be done, on its way to an [`OperationError`].
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Failure {
+    /// MPI failed.
+    #[error(transparent)]
+    Mpi(#[from] MpiError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// What is wrong with what was asked for, or with what came of it.
+    #[error("{0}")]
+    Refused(Cow<'static, str>),
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Failure {
+        Failure::Refused(text.into())
+    }
+}
+
+impl From<&'static str> for Failure {
+    fn from(text: &'static str) -> Failure {
+        Failure::Refused(text.into())
+    }
+}
+
+/// A failed MPI call: MPI's own text.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct MpiError(pub String);
 
 /// The world could not be set up.
 #[derive(Debug, Error)]
@@ -45,12 +80,12 @@ pub enum StartError {
         launched: usize,
         launcher: &'static str,
         family: &'static str,
-        reason: String,
+        reason: Box<StartError>,
     },
     #[error("cannot load the MPI shim for {family}: {reason}")]
     Shim {
         family: &'static str,
-        reason: String,
+        reason: Failure,
     },
     #[error(
         "two MPI libraries are loaded in this process, {first} and {second}: one process can use \
@@ -72,8 +107,8 @@ pub enum StartError {
     )]
     ThreadLevel { level: &'static str },
     #[error(
-        "{variable} is {own} on rank {rank} and differs between ranks ({smallest} to {largest}): set it \
-         to one value for the whole job"
+        "{variable} is {own} on rank {rank} and differs between ranks ({smallest} to {largest}): \
+         set it to one value for the whole job"
     )]
     Disagree {
         variable: &'static str,
@@ -83,7 +118,7 @@ pub enum StartError {
         own: u64,
     },
     #[error(transparent)]
-    NotDirect(#[from] crate::transfer::choice::NotDirect),
+    NotDirect(#[from] NotDirect),
     #[error("MPI has already been finalized in this process: create the JAX backend before that")]
     Finalized,
     #[error(
@@ -92,6 +127,19 @@ pub enum StartError {
          do the work with ranks of the job"
     )]
     Child { pid: u32, parent: u32 },
-    #[error("{call} failed at start: {text}")]
-    Mpi { call: &'static str, text: String },
+    #[error("{call} failed at start: {error}")]
+    Mpi { call: &'static str, error: MpiError },
+}
+
+/// `direct` was asked for, and would end in a segmentation fault or wrong data.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "direct transfer was asked for (MPI_CUDA_TRANSFER or MPI4JAX_USE_CUDA_MPI), but {why}: use \
+     MPI_CUDA_TRANSFER=staged, or {remedy}"
+)]
+pub struct NotDirect {
+    /// What is against it.
+    pub why: String,
+    /// How to get it all the same.
+    pub remedy: &'static str,
 }

@@ -1,10 +1,11 @@
 //! The engine of mpi_cuda: communicators, operations, order, checks and the table of what is
 //! pending. It knows MPI's semantics and device memory, and nothing of PJRT or HLO.
 //!
-//! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it). The folders
-//! stand on each other in this order: [`mpi`] and [`device`] at the ground, then [`node`],
+//! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it). The
+//! folders stand on each other in this order: [`mpi`] and [`device`] at the ground, then [`node`],
 //! [`transfer`], [`engine`], [`world`].
 
+pub mod buffer;
 pub mod device;
 pub mod engine;
 pub mod error;
@@ -15,13 +16,14 @@ pub mod operation;
 pub mod transfer;
 pub mod world;
 
+pub use buffer::{Buffer, ElementType};
 pub use engine::collectives::CollectiveSequence;
 pub use engine::order::Ticket;
-pub use engine::{Engine, UniformProgram};
+pub use engine::{Engine, Place, UniformProgram};
 pub use error::{OperationError, StartError};
 pub use mpi::family::Family;
 pub use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
-pub use operation::{Buffer, ElementType, Operation};
+pub use operation::Operation;
 pub use transfer::direct::Direct;
 pub use transfer::staging::Staging;
 pub use world::{World, WorldOptions};

@@ -88,13 +88,13 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
 /// Logs what was joined.
 fn log_world(world: &World, config: &Config) {
     for warning in config.warnings.iter().filter(|_| world.rank == 0) {
-        log::line(&format!("mpi_cuda: {warning}"));
+        log::line(warning);
     }
     if config.log >= Log::Info {
         let inner = inner();
         let (major, minor) = inner.version();
         log::line(&format!(
-            "mpi_cuda: rank {} of {} (node-local {}): device {} ({}), inner plugin {} (PJRT \
+            "rank {} of {} (node-local {}): device {} ({}), inner plugin {} (PJRT \
              {major}.{minor}), MPI {} (thread level {})",
             world.rank,
             world.size,
@@ -114,12 +114,12 @@ fn log_transfer(world: &World, config: &Config) {
         return;
     };
     if let Some(warning) = config.transfer_warning.as_ref().filter(|_| world.rank == 0) {
-        log::line(&format!("mpi_cuda: {warning}"));
+        log::line(warning);
     }
     if config.log >= Log::Info {
         let readers = world.shm_rings.as_ref().map_or(0, |all| all.readers());
         log::line(&format!(
-            "mpi_cuda: rank {}: transfer {transfer}{}",
+            "rank {}: transfer {transfer}{}",
             world.rank,
             match readers {
                 0 => String::new(),
@@ -130,7 +130,7 @@ fn log_transfer(world: &World, config: &Config) {
     let failure = world.shm_rings.as_ref().and_then(|all| all.failure());
     if let Some(failure) = failure.filter(|_| world.node_rank == 0 && world.node_size > 1) {
         log::line(&format!(
-            "mpi_cuda: rank {}: long messages within this node go through MPI, which is slower, \
+            "rank {}: long messages within this node go through MPI, which is slower, \
              since memory cannot be shared in /dev/shm ({failure}): make it larger (docker \
              --shm-size), or set MPI_CUDA_SHM_RING=0",
             world.rank

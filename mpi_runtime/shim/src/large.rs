@@ -1,110 +1,48 @@
-//! Operations larger than MPI takes in one call: its counts are C `int` (MPI 4.0, section 2.5.8), and
-//! inside MPIs products of counts and sizes overflow earlier. Collectives go in parts, which every rank
-//! cuts it in the same way; a message stays one message, of a datatype that is as long as it.
+//! Operations larger than MPI takes in one call: its counts are C `int` (MPI 4.0, section 2.5.8),
+//! and inside MPIs products of counts and sizes overflow earlier. Collectives go in parts, which
+//! every rank cuts in the same way; a message stays one message, of a datatype that is as long as
+//! it.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use mpi::ffi;
-use mpi_shim_abi::{Datatype, Kind, ShimOp};
+use mpi_shim_abi::{Kind, ShimOp};
 
-use crate::execute::{Call, Counted, datatype, run};
+use crate::checked::Checked;
+use crate::code::{SUCCESS, attempt};
+use crate::collective::{Call, Counted, after, run};
+use crate::datatype::{datatype, spaced};
 use crate::handle::comm_from_bits;
-use crate::{SUCCESS, attempt};
 
 /// Bytes of one call, over all ranks where the kind gathers or scatters.
-pub(crate) static PART: AtomicI64 = AtomicI64::new(LARGEST);
-
-const LARGEST: i64 = 1 << 30;
-
-/// A datatype of ours.
-pub(crate) struct Made(ffi::MPI_Datatype);
-
-impl Made {
-    /// Commits what `make` makes.
-    fn new(make: impl FnOnce(&mut ffi::MPI_Datatype) -> c_int) -> Result<Made, c_int> {
-        // SAFETY: a handle is an integer or a pointer, for which zero bytes are valid.
-        let mut made = Made(unsafe { std::mem::zeroed() });
-        let code = make(&mut made.0);
-        if code != SUCCESS {
-            std::mem::forget(made);
-            return Err(code);
-        }
-        // SAFETY: it was just made.
-        let code = unsafe { ffi::MPI_Type_commit(&mut made.0) };
-        if code == SUCCESS { Ok(made) } else { Err(code) }
-    }
-
-    pub(crate) fn handle(&self) -> ffi::MPI_Datatype {
-        self.0
-    }
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`; MPI keeps it for operations still pending (MPI 4.0, section 5.1.9).
-        unsafe { ffi::MPI_Type_free(&mut self.0) };
-    }
-}
-
-/// `count` elements as one element of a datatype; for counts that are no C `int`.
-pub(crate) fn whole(count: i64, element: Datatype) -> Result<Made, c_int> {
-    let block = LARGEST / element.size() as i64;
-    // Both fit, since memory has fewer than 2^61 bytes.
-    let (blocks, rest) = ((count / block) as c_int, (count % block) as c_int);
-    let kind = datatype(element);
-    // SAFETY: predefined datatypes and those just made; arrays of the lengths given.
-    unsafe {
-        let one = Made::new(|new| ffi::MPI_Type_contiguous(block as c_int, kind, new))?;
-        let all = Made::new(|new| ffi::MPI_Type_contiguous(blocks, one.0, new))?;
-        let at_end = (i64::from(blocks) * LARGEST) as ffi::MPI_Aint;
-        let (lengths, places, kinds) = ([1, rest], [0, at_end], [all.0, kind]);
-        Made::new(|new| {
-            ffi::MPI_Type_create_struct(2, lengths.as_ptr(), places.as_ptr(), kinds.as_ptr(), new)
-        })
-    }
-}
-
-/// `count` elements that are followed by the next rank's after `stride` bytes.
-fn spaced(count: i64, element: Datatype, stride: i64) -> Result<Made, c_int> {
-    // SAFETY: as in `whole`.
-    unsafe {
-        let plain =
-            Made::new(|new| ffi::MPI_Type_contiguous(count as c_int, datatype(element), new))?;
-        Made::new(|new| ffi::MPI_Type_create_resized(plain.0, 0, stride as ffi::MPI_Aint, new))
-    }
-}
+pub(crate) static PART: AtomicI64 = AtomicI64::new(1 << 30);
 
 /// Whether a collective must go in parts.
-pub(crate) fn is_large(op: &ShimOp) -> bool {
+pub(crate) fn is_large(op: Checked<'_>) -> bool {
     let bytes = op.count.saturating_mul(op.datatype.size() as i64);
     bytes.saturating_mul(ranks_in_a_call(op)) > PART.load(Ordering::Relaxed)
 }
 
-fn ranks_in_a_call(op: &ShimOp) -> i64 {
-    match op.kind {
-        Kind::Allgather | Kind::Alltoall | Kind::Gather | Kind::ReduceScatter | Kind::Scatter => {
-            i64::from(size(op))
-        }
-        _ => 1,
+fn ranks_in_a_call(op: Checked<'_>) -> i64 {
+    if op.kind.has_blocks() {
+        i64::from(size(op))
+    } else {
+        1
     }
 }
 
-fn size(op: &ShimOp) -> c_int {
+fn size(op: Checked<'_>) -> c_int {
     let mut size = 1;
-    // SAFETY: a live communicator, as the engine promises.
+    // SAFETY: the communicator of a checked operation is live.
     unsafe { ffi::MPI_Comm_size(comm_from_bits(op.comm), &mut size) };
     size
 }
 
 /// Executes a collective in parts.
-///
-/// # Safety
-/// As for [`crate::execute::execute`].
-pub(crate) unsafe fn in_parts(op: &ShimOp) -> c_int {
+pub(crate) fn in_parts(op: Checked<'_>) -> c_int {
     if op.kind == Kind::ReduceScatter {
-        // SAFETY: as the caller promises.
-        return unsafe { reduce_each(op) };
+        return reduce_each(op);
     }
     let element = op.datatype.size() as i64;
     let stride = op.count * element;
@@ -133,27 +71,18 @@ pub(crate) unsafe fn in_parts(op: &ShimOp) -> c_int {
             Kind::Alltoall => (apart, apart),
             _ => (plain, plain),
         };
-        let call = Call {
-            send: after(op.send, start * element),
-            recv: after(op.recv, start * element).cast_mut(),
-            sent,
-            received,
-            ..Call::of(op)
-        };
-        // SAFETY: as the caller promises; each part lies inside the buffers.
-        attempt! { unsafe { run(op.kind, &call) }; };
+        // SAFETY: `count` elements from `start` on, of every rank's block, lie in the buffers.
+        let call = unsafe { Call::of(op).part(start * element, sent, received) };
+        attempt! { run(op.kind, &call); };
         start += count;
     }
     SUCCESS
 }
 
 /// A reduction to each rank in turn.
-///
-/// # Safety
-/// As for [`in_parts`].
-unsafe fn reduce_each(op: &ShimOp) -> c_int {
+fn reduce_each(op: Checked<'_>) -> c_int {
     let mut rank = 0;
-    // SAFETY: as the caller promises.
+    // SAFETY: the communicator of a checked operation is live.
     unsafe { ffi::MPI_Comm_rank(comm_from_bits(op.comm), &mut rank) };
     for root in 0..size(op) {
         let block = i64::from(root) * op.count * op.datatype.size() as i64;
@@ -165,19 +94,12 @@ unsafe fn reduce_each(op: &ShimOp) -> c_int {
             } else {
                 std::ptr::null_mut()
             },
-            dest: root,
+            root,
             ..*op
         };
-        // SAFETY: as the caller promises; the block lies inside the operand.
-        attempt! { unsafe { in_parts(&reduce) }; };
+        // SAFETY: the operand has a block of `count` elements for each rank, and the result has
+        // one.
+        attempt! { in_parts(unsafe { Checked::new(&reduce) }); };
     }
     SUCCESS
-}
-
-fn after(start: *const c_void, bytes: i64) -> *const c_void {
-    if start.is_null() {
-        start
-    } else {
-        start.wrapping_byte_add(bytes as usize)
-    }
 }

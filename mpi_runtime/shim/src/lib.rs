@@ -10,13 +10,20 @@ use std::sync::atomic::Ordering;
 use mpi::ffi;
 use mpi_shim_abi::{ABI_VERSION, CommDeleted, ShimApi, ShimOp, ShimReceived};
 
+mod checked;
+mod code;
+mod collective;
+mod datatype;
 mod execute;
 mod handle;
 mod large;
 mod messages;
 mod nonblocking;
 mod reduction;
+mod waiting;
 
+use checked::Checked;
+use code::{SUCCESS, attempt};
 use handle::{comm_from_bits, comm_to_bits};
 
 static API: ShimApi = ShimApi {
@@ -54,25 +61,8 @@ pub extern "C" fn mpi_cuda_shim() -> *const ShimApi {
     &API
 }
 
-/// MPI's code for success (MPI 4.0, section 9.4).
-const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
-
-/// Evaluates MPI calls in order and returns the first failure.
-macro_rules! attempt {
-    ($($call:expr;)+) => {{
-        $(
-            let code = $call;
-            if code != SUCCESS {
-                return code;
-            }
-        )+
-        SUCCESS
-    }};
-}
-pub(crate) use attempt;
-
-/// Open MPI and MPICH have `MPIX_Query_cuda_support`, which is in no standard; Cray's MPICH and newer ones
-/// have `MPIX_GPU_query_support`, with 0 for CUDA (`mpi_proto.h` of MPICH 4).
+/// Open MPI and MPICH have `MPIX_Query_cuda_support`, which is in no standard; Cray's MPICH and
+/// newer ones have `MPIX_GPU_query_support`, with 0 for CUDA (`mpi_proto.h` of MPICH 4).
 unsafe extern "C" fn cuda_aware() -> c_int {
     type Query = unsafe extern "C" fn() -> c_int;
     type QueryKind = unsafe extern "C" fn(kind: c_int, supported: *mut c_int) -> c_int;
@@ -98,7 +88,7 @@ unsafe extern "C" fn library_version(text: *mut c_char, capacity: usize) {
     let mut length = 0;
     // SAFETY: the buffer holds MPI_MAX_LIBRARY_VERSION_STRING; callable before MPI_Init.
     unsafe { ffi::MPI_Get_library_version(buffer.as_mut_ptr(), &mut length) };
-    // SAFETY: the caller promises `capacity` writable bytes.
+    // SAFETY: MPI ended the text with a NUL, and the engine passes `capacity` writable bytes.
     unsafe { copy_text(&buffer, text, capacity) };
 }
 
@@ -183,7 +173,7 @@ unsafe extern "C" fn comm_self() -> u64 {
 
 unsafe extern "C" fn comm_dup(comm: u64, new: *mut u64) -> c_int {
     let mut made = comm_from_bits(comm);
-    // SAFETY: `comm` is a live communicator and `new` is writable, as the caller promises.
+    // SAFETY: the engine passes a live communicator and writable memory for the new one.
     unsafe {
         attempt! {
             ffi::MPI_Comm_dup(comm_from_bits(comm), &mut made);
@@ -207,7 +197,7 @@ unsafe extern "C" fn comm_info(
     inter: *mut c_int,
 ) -> c_int {
     let comm = comm_from_bits(comm);
-    // SAFETY: the pointers are writable and the communicator is live, as the caller promises.
+    // SAFETY: the engine passes a live communicator and three writable numbers.
     unsafe {
         attempt! {
             ffi::MPI_Comm_rank(comm, rank);
@@ -219,7 +209,7 @@ unsafe extern "C" fn comm_info(
 
 unsafe extern "C" fn comm_members(comm: u64, members: *mut c_int) -> c_int {
     let mut size = 0;
-    // SAFETY: a live communicator and room for its ranks, as the caller promises; the groups are freed.
+    // SAFETY: the engine passes a live communicator and room for its ranks; the groups are freed.
     unsafe {
         let (mut own, mut world) = (ffi::RSMPI_GROUP_NULL, ffi::RSMPI_GROUP_NULL);
         attempt! {
@@ -244,7 +234,8 @@ unsafe extern "C" fn comm_create_group(
 ) -> c_int {
     let comm = comm_from_bits(comm);
     let mut made = comm;
-    // SAFETY: a live communicator with these ranks, as the caller promises; the groups are freed.
+    // SAFETY: the engine passes a live communicator and its own list of `count` ranks, which MPI
+    // checks; the groups are freed.
     unsafe {
         let (mut all, mut some) = (ffi::RSMPI_GROUP_NULL, ffi::RSMPI_GROUP_NULL);
         attempt! {
@@ -302,7 +293,7 @@ unsafe extern "C" fn node(
 }
 
 unsafe extern "C" fn configure(yielding: c_int, part_bytes: i64) {
-    execute::YIELDING.store(yielding != 0, Ordering::Relaxed);
+    waiting::YIELDING.store(yielding != 0, Ordering::Relaxed);
     large::PART.store(part_bytes, Ordering::Relaxed);
 }
 
@@ -349,14 +340,15 @@ unsafe extern "C" fn comm_watch(comm: u64, number: i64, deleted: CommDeleted) ->
 }
 
 unsafe extern "C" fn execute_op(op: *const ShimOp, received: *mut ShimReceived) -> c_int {
-    // SAFETY: the engine passes a checked operation whose buffers outlive the call.
-    unsafe { execute::execute(&*op, &mut *received) }
+    // SAFETY: the engine passes a checked operation whose buffers outlive the call, and memory for
+    // what was received.
+    unsafe { execute::execute(Checked::new(&*op), &mut *received) }
 }
 
 unsafe extern "C" fn error_string(code: c_int, text: *mut c_char, capacity: usize) {
     let mut buffer = [0 as c_char; ffi::MPI_MAX_ERROR_STRING as usize + 1];
     let mut length = 0;
-    // SAFETY: the buffer holds MPI_MAX_ERROR_STRING; the caller promises `capacity` bytes.
+    // SAFETY: the buffer holds MPI_MAX_ERROR_STRING, and the engine passes `capacity` bytes.
     unsafe {
         ffi::MPI_Error_string(code, buffer.as_mut_ptr(), &mut length);
         copy_text(&buffer, text, capacity);

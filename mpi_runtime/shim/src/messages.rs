@@ -6,97 +6,56 @@ use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 
 use mpi::ffi;
-use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, ShimOp, ShimReceived};
+use mpi_shim_abi::{ANY, Datatype, PROC_NULL, ShimReceived};
 
-use crate::execute::{datatype, wait, yielding};
+use crate::checked::Checked;
+use crate::code::{SUCCESS, attempt};
+use crate::datatype::{Elements, datatype};
 use crate::handle::comm_from_bits;
-use crate::large::{self, Made};
-use crate::{SUCCESS, attempt};
+use crate::waiting::{until, wait, yielding};
 
 /// Executes a send, a receive or both.
-///
-/// # Safety
-/// As for [`crate::execute::execute`].
-pub(crate) unsafe fn exchange(op: &ShimOp, received: &mut ShimReceived) -> c_int {
-    // SAFETY: as the caller promises; the buffers outlive the request, which is waited for.
-    unsafe {
-        let sent = match Elements::new(op.count, op.datatype) {
-            Ok(sent) => sent,
-            Err(code) => return code,
-        };
-        if op.kind == Kind::Send && !yielding() {
-            return ffi::MPI_Send(
-                op.send,
-                sent.count,
-                sent.datatype,
-                rank(op.dest),
-                op.send_tag,
-                comm_from_bits(op.comm),
-            );
-        }
-        let mut sending = ffi::RSMPI_REQUEST_NULL;
-        if op.kind != Kind::Recv {
-            attempt! {
-                ffi::MPI_Isend(
-                    op.send,
-                    sent.count,
-                    sent.datatype,
-                    rank(op.dest),
-                    op.send_tag,
-                    comm_from_bits(op.comm),
-                    &mut sending,
-                );
-            };
-        }
-        let receiving = if op.kind == Kind::Send {
-            SUCCESS
-        } else {
-            receive(op, received)
-        };
-        // Whatever happened: the buffer is MPI's until the send is complete.
-        let mut status = MaybeUninit::zeroed().assume_init();
-        let sending = wait(&mut sending, &mut status);
-        if receiving == SUCCESS {
-            sending
-        } else {
-            receiving
-        }
+pub(crate) fn exchange(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
+    let sent = match Elements::new(op.count, op.datatype) {
+        Ok(sent) => sent,
+        Err(code) => return code,
+    };
+    let (count, datatype) = (sent.count, sent.datatype);
+    let (dest, tag, comm) = (rank(op.dest), op.send_tag, comm_from_bits(op.comm));
+    if !op.kind.receives() && !yielding() {
+        // SAFETY: the operand of a checked operation holds its elements.
+        return unsafe { ffi::MPI_Send(op.send, count, datatype, dest, tag, comm) };
     }
-}
-
-/// Elements of a message as MPI counts them.
-pub(crate) struct Elements {
-    pub(crate) count: c_int,
-    pub(crate) datatype: ffi::MPI_Datatype,
-    #[expect(dead_code, reason = "held for its drop")]
-    made: Option<Made>,
-}
-
-impl Elements {
-    pub(crate) fn new(count: i64, element: Datatype) -> Result<Elements, c_int> {
-        let Ok(count) = c_int::try_from(count) else {
-            let made = large::whole(count, element)?;
-            return Ok(Elements {
-                count: 1,
-                datatype: made.handle(),
-                made: Some(made),
-            });
+    // SAFETY: a constant of the linked MPI.
+    let mut sending = unsafe { ffi::RSMPI_REQUEST_NULL };
+    if op.kind.sends() {
+        attempt! {
+            // SAFETY: as above; the operand outlives the request, which is waited for below.
+            unsafe { ffi::MPI_Isend(op.send, count, datatype, dest, tag, comm, &mut sending) };
         };
-        Ok(Elements {
-            count,
-            datatype: datatype(element),
-            made: None,
-        })
+    }
+    let receiving = if op.kind.receives() {
+        receive(op, received)
+    } else {
+        SUCCESS
+    };
+    // Whatever happened: the buffer is MPI's until the send is complete.
+    // SAFETY: an `MPI_Status` is plain numbers; the request is null or was just made.
+    let sending = unsafe {
+        let mut status = MaybeUninit::zeroed().assume_init();
+        wait(&mut sending, &mut status)
+    };
+    if receiving == SUCCESS {
+        sending
+    } else {
+        receiving
     }
 }
 
 /// Receives into the buffer of `op`; a longer message is taken out of the way, and only `received`
 /// tells of it.
-///
-/// # Safety
-/// As for [`exchange`].
-unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
-    let element = if op.kind == Kind::Sendrecv {
+fn receive(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
+    let element = if op.kind.sends() {
         op.recv_datatype
     } else {
         op.datatype
@@ -106,7 +65,9 @@ unsafe fn receive(op: &ShimOp, received: &mut ShimReceived) -> c_int {
         Ok(expected) => expected,
         Err(code) => return code,
     };
-    // SAFETY: as the caller promises; a matched message is received once.
+    // SAFETY: the result of a checked operation holds its elements, and a longer message gets
+    // memory of its own; both outlive the requests, which are waited for. A matched message is
+    // received once.
     unsafe {
         let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
         let mut message: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
@@ -179,17 +140,14 @@ pub(crate) fn length(status: &ffi::MPI_Status) -> Result<i64, c_int> {
 }
 
 /// Waits for a message that matches, and takes it out of the queue.
-///
-/// # Safety
-/// The communicator must be live.
-unsafe fn find(op: &ShimOp, message: &mut ffi::MPI_Message, status: &mut ffi::MPI_Status) -> c_int {
+fn find(op: Checked<'_>, message: &mut ffi::MPI_Message, status: &mut ffi::MPI_Status) -> c_int {
     let comm = comm_from_bits(op.comm);
     let (source, tag) = (rank(op.source), tag(op.recv_tag));
     if !yielding() {
-        // SAFETY: as the caller promises.
+        // SAFETY: the communicator of a checked operation is live.
         return unsafe { ffi::MPI_Mprobe(source, tag, comm, message, status) };
     }
-    crate::execute::until(|found| {
+    until(|found| {
         // SAFETY: as above.
         unsafe { ffi::MPI_Improbe(source, tag, comm, found, message, status) }
     })
@@ -209,7 +167,7 @@ pub(crate) fn tag(tag: i32) -> c_int {
 
 /// See [`mpi_shim_abi::ShimApi::set_received`].
 pub unsafe extern "C" fn set_received(status: *mut c_void, bytes: i64) -> c_int {
-    // SAFETY: the caller passes a status that MPI has filled.
+    // SAFETY: the engine passes the user's status, which MPI has filled.
     unsafe {
         ffi::MPI_Status_set_elements_x(status.cast(), ffi::RSMPI_UINT8_T, bytes as ffi::MPI_Count)
     }

@@ -1,5 +1,5 @@
-//! Messages whose start and end are separate operations. None of these calls waits: the engine decides
-//! which receive gets which message, and tests requests until they are complete.
+//! Messages whose start and end are separate operations. None of these calls waits: the engine
+//! decides which receive gets which message, and tests requests until they are complete.
 
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
@@ -7,14 +7,16 @@ use std::mem::MaybeUninit;
 use mpi::ffi;
 use mpi_shim_abi::{Datatype, ShimOp, ShimReceived, ShimStatus};
 
+use crate::code::{SUCCESS, attempt};
+use crate::datatype::Elements;
 use crate::handle::{
     comm_from_bits, message_from_bits, message_to_bits, request_from_bits, request_to_bits,
 };
-use crate::messages::{Elements, length, rank, tag};
-use crate::{SUCCESS, attempt};
+use crate::messages::{length, rank, tag};
 
 pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64) -> c_int {
-    // SAFETY: the engine passes a checked operation, and keeps its buffer until the request is complete.
+    // SAFETY: the engine passes a checked operation, and keeps its buffer until the request is
+    // complete.
     unsafe {
         let op = &*op;
         let sent = match Elements::new(op.count, op.datatype) {
@@ -82,8 +84,8 @@ pub(crate) unsafe extern "C" fn start_receive(
         Ok(expected) => expected,
         Err(code) => return code,
     };
-    // SAFETY: a message that `take` found, received once; the engine keeps the buffer, which holds its
-    // bytes, until the request is complete.
+    // SAFETY: a message that `take` found, received once; the engine keeps the buffer, which holds
+    // its bytes, until the request is complete.
     unsafe {
         let mut message = message_from_bits(message);
         let mut own = ffi::RSMPI_REQUEST_NULL;

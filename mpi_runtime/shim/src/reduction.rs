@@ -1,5 +1,5 @@
-//! Reductions as MPI operations: MPI's own, except where they lack the element type, or are not what
-//! users of JAX expect.
+//! Reductions as MPI operations: MPI's own, except where they lack the element type, or are not
+//! what users of JAX expect.
 //!
 //! - float16 and bfloat16, which MPI does not know: in float32, one rounding per step.
 //! - MIN and MAX of real numbers pass NaN on, as `jnp.minimum` does; MPI leaves it open.
@@ -15,8 +15,8 @@ use half::{bf16, f16};
 use mpi::ffi;
 use mpi_shim_abi::{Datatype, Reduction};
 
-use crate::SUCCESS;
-use crate::execute::datatype;
+use crate::code::SUCCESS;
+use crate::datatype::datatype;
 
 type Function = unsafe extern "C" fn(*mut c_void, *mut c_void, *mut c_int, *mut ffi::MPI_Datatype);
 
@@ -116,7 +116,9 @@ macro_rules! float {
                     Reduction::Sum => each(left, right, |a, b| a + b),
                     Reduction::Prod => each(left, right, |a, b| a * b),
                     // A comparison with NaN is false, so that a NaN on either side is kept.
-                    Reduction::Max => each(left, right, |a, b| if a > b || a.is_nan() { a } else { b }),
+                    Reduction::Max => each(left, right, |a, b| {
+                        if a > b || a.is_nan() { a } else { b }
+                    }),
                     _ => each(left, right, |a, b| if a < b || a.is_nan() { a } else { b }),
                 }
             }

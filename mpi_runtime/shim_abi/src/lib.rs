@@ -8,14 +8,19 @@
 //! What a shim promises: no function panics or aborts; every MPI failure comes back as the MPI
 //! error code, whose text is [`ShimApi::error_string`]; only [`ShimApi::execute`] may wait on a
 //! peer, except for [`ShimApi::comm_dup`], [`ShimApi::node`], [`ShimApi::init`] and
-//! [`ShimApi::finalize`], which are collective at start and end, and [`ShimApi::comm_create_group`].
+//! [`ShimApi::finalize`], which are collective at start and end, and
+//! [`ShimApi::comm_create_group`].
+
+mod kind;
 
 use std::ffi::{c_char, c_int, c_void};
+
+pub use kind::Kind;
 
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 11;
+pub const ABI_VERSION: u32 = 12;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -23,32 +28,6 @@ pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 pub const ANY: i32 = i32::MIN;
 /// `MPI_PROC_NULL` as the engine writes it.
 pub const PROC_NULL: i32 = i32::MIN + 1;
-
-/// Kinds of operations; the same numbers on both sides of the contract.
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
-pub enum Kind {
-    Allgather,
-    Allreduce,
-    Alltoall,
-    Barrier,
-    Bcast,
-    Gather,
-    Recv,
-    Reduce,
-    Scan,
-    Scatter,
-    Send,
-    Sendrecv,
-    Exscan,
-    ReduceScatter,
-    /// The three halves of messages ([`ShimApi::start_send`] and the functions after it).
-    Isend,
-    Irecv,
-    Wait,
-    WaitSend,
-}
 
 /// Element types MPI reduces or moves (MPI 4.0, section 3.2.2); it knows the 16-bit floats only as
 /// integers of that size, and the shim reduces them.
@@ -121,11 +100,14 @@ pub struct ShimOp {
     pub user_reduction: u64,
     /// Communicator handle.
     pub comm: u64,
-    /// Elements sent; for gathering and scattering kinds, per rank. May be more than MPI takes in a call.
+    /// Elements sent; for gathering and scattering kinds, per rank. May be more than MPI takes in a
+    /// call.
     pub count: i64,
     /// Elements received; for gathering and scattering kinds, per rank.
     pub recv_count: i64,
-    /// Root, destination or `PROC_NULL`.
+    /// Root, of the kinds that have one.
+    pub root: i32,
+    /// Destination of a message, or `PROC_NULL`.
     pub dest: i32,
     /// Source, `ANY` or `PROC_NULL`.
     pub source: i32,
@@ -139,6 +121,30 @@ pub struct ShimOp {
     pub recv: *mut c_void,
     /// The user's `MPI_Status`, or null.
     pub status: *mut c_void,
+}
+
+impl ShimOp {
+    /// An operation on nothing: no elements, no peer in particular, no status.
+    pub const fn new(kind: Kind, comm: u64) -> ShimOp {
+        ShimOp {
+            kind,
+            datatype: Datatype::U8,
+            recv_datatype: Datatype::U8,
+            reduction: Reduction::Sum,
+            user_reduction: 0,
+            comm,
+            count: 0,
+            recv_count: 0,
+            root: 0,
+            dest: PROC_NULL,
+            source: PROC_NULL,
+            send_tag: 0,
+            recv_tag: 0,
+            send: std::ptr::null(),
+            recv: std::ptr::null_mut(),
+            status: std::ptr::null_mut(),
+        }
+    }
 }
 
 /// What a receive saw.
@@ -158,9 +164,9 @@ pub struct ShimReceived {
 #[derive(Clone, Copy, Debug)]
 pub struct ShimStatus(pub [u8; 64]);
 
-/// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be kept,
-/// and [`ShimApi::comm_free`] will be called for it; only for an MPI that deletes it when an operation
-/// ends instead of when the user frees it (MPICH).
+/// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be
+/// kept, and [`ShimApi::comm_free`] will be called for it; only for an MPI that deletes it when an
+/// operation ends instead of when the user frees it (MPICH).
 pub type CommDeleted = extern "C" fn(number: i64) -> c_int;
 
 /// The function table of a shim.
@@ -170,7 +176,8 @@ pub struct ShimApi {
     pub abi_version: u32,
     /// `MPI_Get_library_version`, NUL-terminated.
     pub library_version: unsafe extern "C" fn(text: *mut c_char, capacity: usize),
-    /// Whether MPI says that it supports CUDA: 1 yes, 0 no, -1 if it has no function for it. Once MPI runs.
+    /// Whether MPI says that it supports CUDA: 1 yes, 0 no, -1 if it has no function for it. Once
+    /// MPI runs.
     pub cuda_aware: unsafe extern "C" fn() -> c_int,
     /// 0: not initialised, 1: initialised, 2: finalized.
     pub state: unsafe extern "C" fn() -> c_int,
@@ -200,8 +207,9 @@ pub struct ShimApi {
     /// Writes the ranks that the members of `comm` have in `MPI_COMM_WORLD` (`MPI_UNDEFINED` for a
     /// process outside it); `members` has as many elements as `comm` has ranks.
     pub comm_members: unsafe extern "C" fn(comm: u64, members: *mut c_int) -> c_int,
-    /// `MPI_Comm_create_group`, with errors returned: the communicator of these ranks of `comm`, in that
-    /// order. Collective over them alone; of those made at the same time each needs a `tag` of its own.
+    /// `MPI_Comm_create_group`, with errors returned: the communicator of these ranks of `comm`, in
+    /// that order. Collective over them alone; of those made at the same time each needs a `tag` of
+    /// its own.
     pub comm_create_group: unsafe extern "C" fn(
         comm: u64,
         members: *const c_int,
@@ -217,8 +225,8 @@ pub struct ShimApi {
         size: *mut c_int,
         cores: *mut c_int,
     ) -> c_int,
-    /// `yielding` is 1: give up the core while waiting, since there are more ranks than cores; 0: spin.
-    /// Collectives of more than `part_bytes` go in parts. Both are the same on all ranks.
+    /// `yielding` is 1: give up the core while waiting, since there are more ranks than cores; 0:
+    /// spin. Collectives of more than `part_bytes` go in parts. Both are the same on all ranks.
     pub configure: unsafe extern "C" fn(yielding: c_int, part_bytes: i64),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
@@ -226,8 +234,8 @@ pub struct ShimApi {
     pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
     /// `MPI_Isend` of what `op` sends, which must stay as it is until the request is complete.
     pub start_send: unsafe extern "C" fn(op: *const ShimOp, request: *mut u64) -> c_int,
-    /// `MPI_Improbe`: whether a message is there that `op` would receive. If so it is taken out of the
-    /// queue, and must be received by `start_receive`.
+    /// `MPI_Improbe`: whether a message is there that `op` would receive. If so it is taken out of
+    /// the queue, and must be received by `start_receive`.
     pub take: unsafe extern "C" fn(
         op: *const ShimOp,
         found: *mut c_int,

@@ -1,5 +1,5 @@
-//! A CUDA device behind [`Device`], by CUDA's driver interface, which is loaded when it is first used:
-//! nothing here needs CUDA to build, nor a driver to load.
+//! A CUDA device behind [`Device`], by CUDA's driver interface, which is loaded when it is first
+//! used: nothing here needs CUDA to build, nor a driver to load.
 //!
 //! Not run on a GPU yet.
 
@@ -14,7 +14,8 @@ use parking_lot::Mutex;
 
 use crate::device::{Address, Copy, Device, DeviceError, Event, Fill, HostMemory, Stream};
 
-/// Memory of the host that every context may use (`CU_MEMHOSTALLOC_PORTABLE`, `CU_MEMHOSTREGISTER_PORTABLE`).
+/// Memory of the host that every context may use (`CU_MEMHOSTALLOC_PORTABLE`,
+/// `CU_MEMHOSTREGISTER_PORTABLE`).
 const PORTABLE: u32 = 1;
 
 /// A GPU, in the context that XLA uses too: the device's primary one.
@@ -190,7 +191,7 @@ impl Device for Cuda {
 
     unsafe fn pin(&self, memory: &HostMemory) -> Result<(), DeviceError> {
         let (data, bytes) = (memory.data.as_ptr().cast(), memory.bytes);
-        // SAFETY: the memory stays mapped, as the caller promises.
+        // SAFETY: `Device::pin` demands that the memory stays mapped.
         self.call("cuMemHostRegister", || unsafe {
             sys::cuMemHostRegister_v2(data, bytes, PORTABLE)
         })
@@ -256,7 +257,7 @@ impl Device for Cuda {
 
     unsafe fn copy(&self, stream: Stream, copy: Copy, bytes: usize) -> Result<(), DeviceError> {
         let stream = stream_of(stream);
-        // SAFETY: both memories are valid until the copy has ended, as the caller promises.
+        // SAFETY: `Device::copy` demands that both memories are valid until the copy has ended.
         unsafe {
             match copy {
                 Copy::Down { to, from } => self.call("cuMemcpyDtoHAsync", || {
@@ -274,7 +275,7 @@ impl Device for Cuda {
 
     unsafe fn fill(&self, stream: Stream, to: Address, what: Fill) -> Result<(), DeviceError> {
         let (to, stream) = (to as u64, stream_of(stream));
-        // SAFETY: the memory is valid until it is filled, as the caller promises.
+        // SAFETY: `Device::fill` demands that the memory is valid until it is filled.
         unsafe {
             match what {
                 Fill::Zeros(bytes) => self.call("cuMemsetD8Async", || {

@@ -1,7 +1,7 @@
 //! The seam for memory that the host cannot address: what staging needs of a device.
 //!
-//! Work on one stream happens in order, work on different streams does not; an event is a place in a
-//! stream (CUDA C Programming Guide, sections 3.2.8.5 and 3.2.8.8).
+//! Work on one stream happens in order, work on different streams does not; an event is a place in
+//! a stream (CUDA C Programming Guide, sections 3.2.8.5 and 3.2.8.8).
 
 pub mod cuda;
 pub mod simulated;
@@ -114,8 +114,8 @@ pub trait Device: Send + Sync {
     /// The memory must stay mapped as long as the process lives.
     unsafe fn pin(&self, memory: &HostMemory) -> Result<(), DeviceError>;
 
-    /// Memory of the device that MPI can pass to other processes: of CUDA's, that of `cuMemAlloc`, and not
-    /// of its virtual memory management.
+    /// Memory of the device that MPI can pass to other processes: of CUDA's, that of `cuMemAlloc`,
+    /// and not of its virtual memory management.
     ///
     /// # Errors
     /// If there is none left.

@@ -1,8 +1,8 @@
 //! A device without hardware: memory that the host does not address, and streams whose work is done
 //! late, by threads of their own, each in its own time. For tests.
 //!
-//! Until a copy has happened its target holds [`NOT_YET`], so whoever reads too early sees it, and its
-//! source is read only when it happens, so whoever writes too early is seen too.
+//! Until a copy has happened its target holds [`NOT_YET`], so whoever reads too early sees it, and
+//! its source is read only when it happens, so whoever writes too early is seen too.
 
 use std::collections::HashMap;
 use std::ptr::NonNull;
@@ -182,7 +182,7 @@ struct Move {
 unsafe fn write(own: Option<&Mutex<Vec<u8>>>, to: Address, bytes: &[u8]) {
     match own {
         Some(memory) => memory.lock()[to - FIRST..][..bytes.len()].copy_from_slice(bytes),
-        // SAFETY: as the caller promises.
+        // SAFETY: memory of the host is valid for as many bytes, as this function demands.
         None => unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len())
         },
@@ -199,13 +199,14 @@ impl Move {
         match ends {
             [Some(to), Some(from)] => memory.copy_within(from..from + self.bytes, to),
             [Some(to), None] => {
-                // SAFETY: as the caller promises.
+                // SAFETY: memory of the host is valid for the bytes of this copy, as this function
+                // demands.
                 let host =
                     unsafe { std::slice::from_raw_parts(self.from as *const u8, self.bytes) };
                 memory[to..to + self.bytes].copy_from_slice(host);
             }
             [None, Some(from)] => {
-                // SAFETY: as the caller promises.
+                // SAFETY: as above; nothing else writes there until the copy has ended.
                 let host =
                     unsafe { std::slice::from_raw_parts_mut(self.to as *mut u8, self.bytes) };
                 host.copy_from_slice(&memory[from..from + self.bytes]);
@@ -309,7 +310,7 @@ impl Device for Simulated {
             Copy::Across { to, from } => (to, from),
         };
         if matches!(copy, Copy::Down { .. }) {
-            // SAFETY: as the caller promises.
+            // SAFETY: `Device::copy` demands that the target is valid until the copy has ended.
             unsafe { std::ptr::write_bytes(to as *mut u8, NOT_YET, bytes) };
         }
         let what = Move { to, from, bytes };
@@ -351,7 +352,7 @@ impl Device for Simulated {
         };
         let work = move || {
             std::thread::sleep(delay);
-            // SAFETY: as the caller promises.
+            // SAFETY: `Device::fill` demands that the memory is valid until that has happened.
             unsafe { write(own.as_deref(), to, &bytes) };
         };
         self.put(stream, Box::new(work));

@@ -6,24 +6,19 @@
 
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp};
 
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Class, ElementType, Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
-pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String> {
+pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failure> {
     if comm.freed {
         return Err("the communicator has been freed".into());
     }
     check_ranks(op, comm)?;
     let mut shim = ShimOp {
-        kind: op.kind,
-        datatype: Datatype::U8,
-        recv_datatype: Datatype::U8,
-        reduction: Reduction::Sum,
         user_reduction: op.user_reduction,
-        comm: comm.handle,
-        count: 0,
-        recv_count: 0,
+        root: op.root,
         dest: op.dest,
         source: op.source,
         send_tag: op.send_tag,
@@ -31,14 +26,15 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
         send: op.send.data,
         recv: op.recv.data,
         status: op.status as *mut _,
+        ..ShimOp::new(op.kind, comm.handle)
     };
     if op.kind == Kind::Barrier {
         return Ok(shim);
     }
-    let described = if op.kind == Kind::Recv {
-        &op.recv
-    } else {
+    let described = if op.kind.has_operand() {
         &op.send
+    } else {
+        &op.recv
     };
     shim.datatype = datatype(described)?;
     shim.recv_datatype = if op.kind == Kind::Sendrecv {
@@ -51,89 +47,53 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, String
         shim.reduction = reduction;
     }
     (shim.count, shim.recv_count) = counts(op, comm)?;
-    let is_root = comm.rank == op.dest;
-    match op.kind {
-        // A null receive buffer tells the shim that this rank is the root.
-        Kind::Bcast if is_root => shim.recv = std::ptr::null_mut(),
-        Kind::Gather | Kind::Reduce if !is_root => shim.recv = std::ptr::null_mut(),
-        Kind::Scatter if !is_root => shim.send = std::ptr::null_mut(),
-        _ => {}
+    let is_root = comm.rank == op.root;
+    // A null receive buffer tells the shim that this rank is the root of a broadcast.
+    if !op.kind.writes(is_root) {
+        shim.recv = std::ptr::null_mut();
+    }
+    if op.kind == Kind::Scatter && !is_root {
+        shim.send = std::ptr::null_mut();
     }
     Ok(shim)
 }
 
-/// Whether this rank's result is what it passed in: MPI writes nothing there.
-pub fn returns_input(op: &Operation<'_>, comm: &Communicator) -> bool {
-    match op.kind {
-        Kind::Bcast => comm.rank == op.dest,
-        Kind::Gather | Kind::Reduce => comm.rank != op.dest,
-        _ => false,
-    }
-}
-
-/// How many bytes at the end of the result of `op`, a receive, a message of `bytes` leaves unwritten.
-///
-/// # Errors
-/// If it does not fit, or is shorter than it may be.
-pub fn missing(op: &Operation<'_>, source: i32, tag: i32, bytes: usize) -> Result<usize, String> {
-    let expected = op.recv.bytes();
-    let too_short = op.source != PROC_NULL && bytes < expected && op.status == 0;
-    if bytes > expected || too_short {
-        let remedy = if too_short {
-            " (pass status= to accept less)"
-        } else {
-            ""
-        };
-        return Err(format!(
-            "the message from rank {source} with tag {tag} has {bytes} bytes, and the result \
-             {expected}; both sides must have the same shape and dtype{remedy}"
-        ));
-    }
-    Ok(expected - bytes)
-}
-
-fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), String> {
-    let inside = |what: &str, rank: i32| {
+fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
+    let inside = |what: &str, rank: i32| -> Result<(), Failure> {
         if (0..comm.size).contains(&rank) {
             Ok(())
         } else {
             Err(format!(
                 "{what} {rank} is not a rank of the communicator, which has 0 to {}",
                 comm.size - 1
-            ))
+            )
+            .into())
         }
     };
-    match op.kind {
-        Kind::Bcast | Kind::Gather | Kind::Reduce | Kind::Scatter => inside("root", op.dest)?,
-        Kind::Send | Kind::Sendrecv | Kind::Isend if op.dest != PROC_NULL => {
-            inside("destination", op.dest)?
-        }
-        _ => {}
+    let (sends, receives) = (op.kind.sends(), op.kind.receives());
+    if op.kind.has_root() {
+        inside("root", op.root)?;
     }
-    match op.kind {
-        Kind::Recv | Kind::Sendrecv | Kind::Irecv if op.source != PROC_NULL && op.source != ANY => {
-            inside("source", op.source)?;
-        }
-        _ => {}
+    if sends && op.dest != PROC_NULL {
+        inside("destination", op.dest)?;
     }
-    let sends = matches!(op.kind, Kind::Send | Kind::Sendrecv | Kind::Isend);
-    let receives = matches!(op.kind, Kind::Recv | Kind::Sendrecv | Kind::Irecv);
+    if receives && op.source != PROC_NULL && op.source != ANY {
+        inside("source", op.source)?;
+    }
     if sends && op.send_tag < 0 || receives && op.recv_tag < 0 && op.recv_tag != ANY {
         return Err("tags must not be negative".into());
     }
     Ok(())
 }
 
-fn datatype(buffer: &Buffer<'_>) -> Result<Datatype, String> {
+fn datatype(buffer: &Buffer<'_>) -> Result<Datatype, Failure> {
     buffer.dtype.datatype().ok_or_else(|| {
-        format!(
-            "dtype {} is not supported; cast to a supported one first",
-            buffer.dtype.name()
-        )
+        let name = buffer.dtype.name();
+        format!("dtype {name} is not supported; cast to a supported one first").into()
     })
 }
 
-fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), String> {
+fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Failure> {
     use Reduction::{Max, Min, Prod, Sum, User};
     let has = match buffer.dtype.class() {
         // It would see integers (MPI has no type for these).
@@ -153,13 +113,14 @@ fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Stri
         "there is no {} of {}",
         reduction_name(reduction),
         buffer.dtype.name()
-    ))
+    )
+    .into())
 }
 
 /// Elements sent and received (per rank for gathering and scattering kinds).
-fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String> {
+fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure> {
     let size = i64::from(comm.size);
-    let is_root = comm.rank == op.dest;
+    let is_root = comm.rank == op.root;
     let (send, recv) = (op.send.elements(), op.recv.elements());
     let (fits, counts) = match op.kind {
         Kind::Allreduce | Kind::Reduce | Kind::Scan | Kind::Exscan | Kind::Bcast => {
@@ -176,7 +137,8 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String>
             if leading != size {
                 return Err(format!(
                     "the leading dimension is {leading}, and must be the number of ranks, {size}"
-                ));
+                )
+                .into());
             }
             (recv == send, (send / size, send / size))
         }
@@ -191,8 +153,10 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), String>
         Ok(counts)
     } else {
         Err(format!(
-            "the result has {recv} elements, which does not fit the operand's {send} on {size} ranks"
-        ))
+            "the result has {recv} elements, which does not fit the operand's {send} on {size} \
+             ranks"
+        )
+        .into())
     }
 }
 
@@ -219,18 +183,9 @@ mod tests {
 
     fn operation<'a>(kind: Kind, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
         Operation {
-            kind,
-            of: None,
-            comm: 0,
-            send,
-            recv,
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
             source: 0,
-            send_tag: 0,
             recv_tag: 0,
-            status: 0,
+            ..Operation::new(kind, 0, send, recv)
         }
     }
 
@@ -238,14 +193,15 @@ mod tests {
     fn ranks_outside_the_communicator_are_refused() {
         let x = buffer(ElementType::F32, &[3]);
         for kind in [Kind::Bcast, Kind::Reduce, Kind::Send, Kind::Sendrecv] {
-            for dest in [-1, 4, 1000] {
+            for peer in [-1, 4, 1000] {
                 let op = Operation {
-                    dest,
+                    root: peer,
+                    dest: peer,
                     ..operation(kind, x, x)
                 };
-                let text = prepare(&op, &COMM).unwrap_err();
+                let text = prepare(&op, &COMM).unwrap_err().to_string();
                 assert!(
-                    text.contains(&dest.to_string()) && text.contains("0 to 3"),
+                    text.contains(&peer.to_string()) && text.contains("0 to 3"),
                     "{text}"
                 );
             }
@@ -254,7 +210,12 @@ mod tests {
             source: 4,
             ..operation(Kind::Recv, Buffer::NONE, x)
         };
-        assert!(prepare(&op, &COMM).unwrap_err().contains("source 4"));
+        assert!(
+            prepare(&op, &COMM)
+                .unwrap_err()
+                .to_string()
+                .contains("source 4")
+        );
         for source in [ANY, PROC_NULL] {
             let op = Operation {
                 source,
@@ -271,7 +232,12 @@ mod tests {
             send_tag: -3,
             ..operation(Kind::Send, x, Buffer::NONE)
         };
-        assert!(prepare(&op, &COMM).unwrap_err().contains("negative"));
+        assert!(
+            prepare(&op, &COMM)
+                .unwrap_err()
+                .to_string()
+                .contains("negative")
+        );
     }
 
     #[test]
@@ -312,7 +278,9 @@ mod tests {
         assert!(prepare(&operation(Kind::Allgather, one, four), &COMM).is_ok());
         assert!(prepare(&operation(Kind::Allgather, one, one), &COMM).is_err());
         assert!(prepare(&operation(Kind::Alltoall, four, four), &COMM).is_ok());
-        let text = prepare(&operation(Kind::Alltoall, one, one), &COMM).unwrap_err();
+        let text = prepare(&operation(Kind::Alltoall, one, one), &COMM)
+            .unwrap_err()
+            .to_string();
         assert!(text.contains("leading dimension is 3"), "{text}");
         // Rank 1 is not the root: it passes and gets its own shape.
         assert!(prepare(&operation(Kind::Gather, one, one), &COMM).is_ok());
@@ -330,6 +298,7 @@ mod tests {
         assert!(
             prepare(&operation(Kind::Bcast, x, x), &COMM)
                 .unwrap_err()
+                .to_string()
                 .contains("less than 8 bits")
         );
         let freed = Communicator {
@@ -340,6 +309,6 @@ mod tests {
             &operation(Kind::Barrier, Buffer::NONE, Buffer::NONE),
             &freed,
         );
-        assert!(text.unwrap_err().contains("freed"));
+        assert!(text.unwrap_err().to_string().contains("freed"));
     }
 }

@@ -5,15 +5,14 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use mpi_shim_abi::{ANY, Datatype, Kind, Reduction, ShimOp};
+use mpi_shim_abi::{ANY, Kind, ShimOp};
 use parking_lot::Mutex;
 
-use crate::engine::Engine;
-use crate::engine::order::Ticket;
-use crate::error::OperationError;
+use crate::engine::pending::PendingTable;
+use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::backoff;
-use crate::mpi::communicators::{COLLECTIVES, Communicator, SELF};
-use crate::mpi::shim::{MpiError, Shim};
+use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
+use crate::mpi::shim::Shim;
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::{Buffer, Operation};
 
@@ -29,6 +28,17 @@ pub struct ReplicaGroups {
     members: Mutex<HashMap<i64, Vec<i32>>>,
     /// Sequences of collectives that this rank has run, in words.
     summaries: Mutex<HashMap<u64, String>>,
+}
+
+/// What the engine lends to collectives.
+#[derive(Clone, Copy)]
+pub(crate) struct CollectiveContext<'a> {
+    pub(crate) shim: Option<&'a Shim>,
+    pub(crate) communicators: &'a Communicators,
+    pub(crate) pending: &'a PendingTable,
+    pub(crate) rendezvous: Option<&'a Rendezvous>,
+    /// Rank in the world.
+    pub(crate) rank: i32,
 }
 
 /// A program with collectives.
@@ -64,29 +74,31 @@ impl CollectiveSequence {
     }
 }
 
-impl Engine {
+impl ReplicaGroups {
     /// Says which ranks the group `number` has that this rank is in.
-    pub fn know_group(&self, number: i64, members: Vec<i32>) {
-        self.groups.members.lock().insert(number, members);
+    pub(crate) fn know(&self, number: i64, members: Vec<i32>) {
+        self.members.lock().insert(number, members);
     }
 
-    /// Makes the communicator of a group, when `op` is the first to use it; collective over the group.
-    pub(crate) fn make_group(
+    /// Makes the communicator of a group, when `op` is the first to use it; collective over the
+    /// group.
+    pub(crate) fn make(
         &self,
+        on: CollectiveContext<'_>,
         op: &Operation<'_>,
     ) -> Result<Option<Communicator>, OperationError> {
-        let Some(members) = self.groups.members.lock().get(&op.comm).cloned() else {
+        let Some(members) = self.members.lock().get(&op.comm).cloned() else {
             return Ok(None);
         };
-        let everybody = self.communicators.get(COLLECTIVES);
+        let everybody = on.communicators.get(COLLECTIVES);
         let Some(world) = everybody else {
             return Ok(None);
         };
         let name: &'static str = String::leak(format!("the ranks {members:?}"));
-        let position = members.iter().position(|&rank| rank == self.rank);
-        let failed = |reason: String| OperationError {
+        let position = members.iter().position(|&rank| rank == on.rank);
+        let failed = |reason: Failure| OperationError {
             operation: op.to_string(),
-            rank: self.rank,
+            rank: on.rank,
             comm: name.to_owned(),
             size: members.len() as i32,
             reason,
@@ -94,22 +106,23 @@ impl Engine {
         let position = position.ok_or_else(|| failed("this rank is not in its group".into()))?;
         if let Some(&missing) = members.iter().find(|&&rank| rank >= world.size) {
             let size = world.size;
-            return Err(failed(format!(
+            let reason = format!(
                 "there is no rank {missing}: the world has {size} ranks (MPI_CUDA_PRETEND_SIZE?)"
-            )));
+            );
+            return Err(failed(reason.into()));
         }
         let handle = if members.iter().copied().eq(0..world.size) {
             world.handle
         } else if members.len() == 1 {
-            self.communicators.get(SELF).map_or(0, |row| row.handle)
+            on.communicators.get(SELF).map_or(0, |row| row.handle)
         } else {
-            let Some(shim) = &self.shim else {
+            let Some(shim) = on.shim else {
                 return Err(failed("it needs an MPI, and none was found".into()));
             };
-            let _pending = self.pending.enter(op, name);
+            let _pending = on.pending.enter(op, name);
             // Made one after the other by each rank, in the order of their program.
             shim.comm_create_group(world.handle, &members, TAG)
-                .map_err(|error| failed(error.0))?
+                .map_err(|error| failed(error.into()))?
         };
         let row = Communicator {
             name,
@@ -119,41 +132,41 @@ impl Engine {
             size: members.len() as i32,
             freed: false,
         };
-        self.communicators.add(op.comm, row);
+        on.communicators.add(op.comm, row);
         Ok(Some(row))
     }
 
-    /// Begins the launch `ticket` of `program`: waits for its turn, and, asleep, for the other ranks where
-    /// one may still be compiling. They must be about to run the same sequence of collectives.
+    /// Begins a launch of `program` in its turn: waits, asleep, for the other ranks where one may
+    /// still be compiling. They must be about to run the same sequence of collectives.
     ///
-    /// Where all ranks of the world run the program, and see each other in shared memory, each shows what
-    /// it begins; at the `first` launch of this very program here this rank waits until it sees what all
-    /// others have begun, and later it looks at what is there. Else the ranks meet, by messages, at the
-    /// first launch of a sequence: that is the same on all of them, since it depends on nothing but the
-    /// sequences that they have run together.
-    pub fn begin_collectives(
+    /// Where all ranks of the world run the program (then `launch` is its number), and see each
+    /// other in shared memory, each shows what it begins; at the `first` launch of this very
+    /// program here this rank waits until it sees what all others have begun, and later it looks at
+    /// what is there. Else the ranks meet, by messages, at the first launch of a sequence: that is
+    /// the same on all of them, since it depends on nothing but the sequences that they have run
+    /// together.
+    pub(crate) fn begin(
         &self,
-        ticket: Ticket,
+        on: CollectiveContext<'_>,
         program: &CollectiveSequence,
+        launch: Option<u64>,
         first: bool,
     ) -> Result<(), OperationError> {
-        self.order.wait_turn(ticket);
         let new = !program.begun.load(Ordering::Relaxed);
-        let launch = program.everybody.then(|| self.count_collective_launch());
-        let done = match (launch, &self.rendezvous) {
+        match (launch, on.rendezvous) {
             (Some(launch), Some(rendezvous)) => {
-                self.begin_in_sight(program, launch, rendezvous, first || new)
+                self.begin_in_sight(on, program, launch, rendezvous, first || new)?;
             }
-            _ if new => self.meet(program),
-            _ => Ok(()),
-        };
-        done.inspect_err(|error| self.unread.lock().push(error.clone()))?;
+            _ if new => meet(on, program)?,
+            _ => {}
+        }
         program.begun.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     fn begin_in_sight(
         &self,
+        on: CollectiveContext<'_>,
         program: &CollectiveSequence,
         launch: u64,
         rendezvous: &Rendezvous,
@@ -162,11 +175,8 @@ impl Engine {
         let own = program.sequence;
         rendezvous.begin(launch, own, new.then_some(&program.summary));
         let other = if new {
-            self.groups
-                .summaries
-                .lock()
-                .insert(own, program.summary.clone());
-            let _pending = self.pending.enter(&first_run(NOBODY), "all ranks");
+            self.summaries.lock().insert(own, program.summary.clone());
+            let _pending = on.pending.enter(&first_run(NOBODY), "all ranks");
             rendezvous.wait_begun(launch);
             rendezvous.other_program(launch, own, rendezvous.ranks())
         } else {
@@ -177,73 +187,78 @@ impl Engine {
         };
         let rank = rank as i32;
         let words = rendezvous.words(rank as usize, launch);
-        let words = words.or_else(|| self.groups.summaries.lock().get(&theirs).cloned());
+        let words = words.or_else(|| self.summaries.lock().get(&theirs).cloned());
         let mut both = [
-            (self.rank, words_or(Some(&program.summary))),
+            (on.rank, words_or(Some(&program.summary))),
             (rank, words_or(words.as_deref())),
         ];
         both.sort_unstable();
-        Err(self.failed(program, verdict(&both)))
+        Err(failed(on, program, verdict(&both).into()))
     }
+}
 
-    fn failed(&self, program: &CollectiveSequence, reason: String) -> OperationError {
-        OperationError {
-            operation: "the start of a program".into(),
-            rank: self.rank,
-            comm: format!("the ranks {:?}", program.members),
-            size: program.members.len() as i32,
-            reason,
-        }
+fn failed(
+    on: CollectiveContext<'_>,
+    program: &CollectiveSequence,
+    reason: Failure,
+) -> OperationError {
+    OperationError {
+        operation: "the start of a program".into(),
+        rank: on.rank,
+        comm: format!("the ranks {:?}", program.members),
+        size: program.members.len() as i32,
+        reason,
     }
+}
 
-    /// The first of the members collects what each is about to run, and tells them whether it is the
-    /// same.
-    fn meet(&self, program: &CollectiveSequence) -> Result<(), OperationError> {
-        // The same one in every program with the same members, in whatever order.
-        let mut members = program.members.clone();
-        members.sort_unstable();
-        let (Some(shim), [first, others @ ..]) = (&self.shim, &members[..]) else {
-            return Ok(());
-        };
-        if others.is_empty() {
-            return Ok(());
-        }
-        let failed = |reason: String| self.failed(program, reason);
-        let comm = self
-            .communicators
-            .get(COLLECTIVES)
-            .map_or(0, |row| row.handle);
-        let post = Post {
-            engine: self,
-            shim,
-            comm,
-        };
-        let own = arrival(program);
-        let verdict = if *first == self.rank {
-            let mut verdict = String::new();
-            for &rank in others {
-                let theirs = post.receive(rank, ARRIVAL_TAG).map_err(|e| failed(e.0))?;
-                if theirs != own && verdict.is_empty() {
-                    verdict =
-                        self::verdict(&[(*first, described(&own)), (rank, described(&theirs))]);
-                }
+/// The first of the members collects what each is about to run, and tells them whether it is the
+/// same.
+fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), OperationError> {
+    // The same one in every program with the same members, in whatever order.
+    let mut members = program.members.clone();
+    members.sort_unstable();
+    let (Some(shim), [first, others @ ..]) = (on.shim, &members[..]) else {
+        return Ok(());
+    };
+    if others.is_empty() {
+        return Ok(());
+    }
+    let failed = |reason: Failure| self::failed(on, program, reason);
+    let comm = on
+        .communicators
+        .get(COLLECTIVES)
+        .map_or(0, |row| row.handle);
+    let post = Post {
+        pending: on.pending,
+        shim,
+        comm,
+    };
+    let own = arrival(program);
+    let verdict = if *first == on.rank {
+        let mut verdict = String::new();
+        for &rank in others {
+            let theirs = post
+                .receive(rank, ARRIVAL_TAG)
+                .map_err(|e| failed(e.into()))?;
+            if theirs != own && verdict.is_empty() {
+                verdict = self::verdict(&[(*first, described(&own)), (rank, described(&theirs))]);
             }
-            for &rank in others {
-                post.send(rank, VERDICT_TAG, verdict.as_bytes())
-                    .map_err(|e| failed(e.0))?;
-            }
-            verdict
-        } else {
-            post.send(*first, ARRIVAL_TAG, &own)
-                .map_err(|e| failed(e.0))?;
-            let verdict = post.receive(*first, VERDICT_TAG);
-            String::from_utf8_lossy(&verdict.map_err(|e| failed(e.0))?).into_owned()
-        };
-        if verdict.is_empty() {
-            Ok(())
-        } else {
-            Err(failed(verdict))
         }
+        for &rank in others {
+            post.send(rank, VERDICT_TAG, verdict.as_bytes())
+                .map_err(|e| failed(e.into()))?;
+        }
+        verdict
+    } else {
+        post.send(*first, ARRIVAL_TAG, &own)
+            .map_err(|e| failed(e.into()))?;
+        let verdict = post.receive(*first, VERDICT_TAG);
+        String::from_utf8_lossy(&verdict.map_err(|e| failed(e.into()))?).into_owned()
+    };
+    if verdict.is_empty() {
+        Ok(())
+    } else {
+        Err(failed(verdict.into()))
     }
 }
 
@@ -251,8 +266,8 @@ impl Engine {
 fn verdict(both: &[(i32, String); 2]) -> String {
     let [(first, one), (second, other)] = both;
     format!(
-        "the ranks run different programs. Rank {first}: {one}. Rank {second}: {other}. All ranks must \
-         run the same program in the same order; look for what depends on the rank"
+        "the ranks run different programs. Rank {first}: {one}. Rank {second}: {other}. All ranks \
+         must run the same program in the same order; look for what depends on the rank"
     )
 }
 
@@ -270,18 +285,10 @@ const NOBODY: i32 = ANY;
 /// What is waited for, for the table of pending operations.
 fn first_run(peer: i32) -> Operation<'static> {
     Operation {
-        kind: Kind::Recv,
         of: Some("a program's first run, which all its ranks must begin:"),
-        comm: COLLECTIVES,
-        send: Buffer::NONE,
-        recv: Buffer::NONE,
-        reduction: None,
-        user_reduction: 0,
-        dest: peer,
         source: peer,
-        send_tag: ARRIVAL_TAG,
         recv_tag: ARRIVAL_TAG,
-        status: 0,
+        ..Operation::new(Kind::Recv, COLLECTIVES, Buffer::NONE, Buffer::NONE)
     }
 }
 
@@ -299,7 +306,7 @@ fn described(arrival: &[u8]) -> String {
 
 /// Messages between ranks that wait asleep.
 struct Post<'a> {
-    engine: &'a Engine,
+    pending: &'a PendingTable,
     shim: &'a Shim,
     comm: u64,
 }
@@ -307,21 +314,13 @@ struct Post<'a> {
 impl Post<'_> {
     fn operation(&self, kind: Kind, peer: i32, tag: i32, bytes: &[u8]) -> ShimOp {
         ShimOp {
-            kind,
-            datatype: Datatype::U8,
-            recv_datatype: Datatype::U8,
-            reduction: Reduction::Sum,
-            user_reduction: 0,
-            comm: self.comm,
             count: bytes.len() as i64,
-            recv_count: 0,
             dest: peer,
             source: peer,
             send_tag: tag,
             recv_tag: tag,
             send: bytes.as_ptr().cast(),
-            recv: std::ptr::null_mut(),
-            status: std::ptr::null_mut(),
+            ..ShimOp::new(kind, self.comm)
         }
     }
 
@@ -334,7 +333,7 @@ impl Post<'_> {
 
     fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
         let wanted = self.operation(Kind::Recv, peer, tag, &[]);
-        let _pending = self.engine.pending.enter(&first_run(peer), "all ranks");
+        let _pending = self.pending.enter(&first_run(peer), "all ranks");
         let message = backoff::until(|| self.shim.take(&wanted).transpose())?;
         self.shim.receive_bytes(message)
     }

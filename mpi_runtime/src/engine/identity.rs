@@ -1,10 +1,11 @@
-//! What a reduction over no ranks gives: the result of `exscan` on rank 0, which MPI leaves undefined
-//! (MPI 4.0, section 6.11.2).
+//! What a reduction over no ranks gives: the result of `exscan` on rank 0, which MPI leaves
+//! undefined (MPI 4.0, section 6.11.2).
+
+#![forbid(unsafe_code)]
 
 use mpi_shim_abi::Reduction;
 
-use crate::ElementType;
-use crate::operation::Buffer;
+use crate::operation::{Buffer, ElementType};
 
 /// The element `e` with `e op x = x`, as the bytes of `dtype`, in the first bytes of the array.
 fn identity(reduction: Reduction, dtype: ElementType) -> [u8; 16] {
@@ -65,16 +66,8 @@ fn identity(reduction: Reduction, dtype: ElementType) -> [u8; 16] {
 pub fn fill(result: &Buffer<'_>, reduction: Reduction) {
     let element = identity(reduction, result.dtype);
     let size = result.dtype.size();
-    for index in 0..result.bytes() / size {
-        // SAFETY: inside the result, which is valid for its bytes, as whoever made the operation
-        // promises.
-        unsafe {
-            result
-                .data
-                .cast::<u8>()
-                .add(index * size)
-                .copy_from_nonoverlapping(element.as_ptr(), size);
-        }
+    for start in (0..result.bytes()).step_by(size) {
+        result.write(start, &element[..size]);
     }
 }
 

@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::log;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 
 /// Operations now in progress; few (one per thread that executes). Rows are reused, so that
 /// entering an operation allocates nothing.
 #[derive(Default)]
 pub struct PendingTable {
-    rows: Mutex<Vec<Row>>,
+    rows: Mutex<Vec<PendingRow>>,
 }
 
-struct Row {
+struct PendingRow {
     /// When the operation started; none in a free row.
     since: Option<Instant>,
     warned: bool,
@@ -37,13 +37,13 @@ pub struct Pending<'a> {
 impl PendingTable {
     /// Enters an operation on the communicator called `comm`.
     pub fn enter(&self, operation: &Operation<'_>, comm: &'static str) -> Pending<'_> {
-        let bare = without_shapes(operation);
+        let bare = operation.without_arrays();
         let mut rows = self.rows.lock();
         let row = rows
             .iter()
             .position(|row| row.since.is_none())
             .unwrap_or_else(|| {
-                rows.push(Row {
+                rows.push(PendingRow {
                     since: None,
                     warned: false,
                     operation: bare,
@@ -90,45 +90,6 @@ impl Drop for Pending<'_> {
     }
 }
 
-/// What an operation is, without its arrays.
-pub(crate) fn without_shapes(operation: &Operation<'_>) -> Operation<'static> {
-    let Operation {
-        kind,
-        of,
-        comm,
-        reduction,
-        user_reduction,
-        dest,
-        source,
-        send_tag,
-        recv_tag,
-        status,
-        ..
-    } = *operation;
-    let send = Buffer {
-        dtype: operation.send.dtype,
-        ..Buffer::NONE
-    };
-    let recv = Buffer {
-        dtype: operation.recv.dtype,
-        ..Buffer::NONE
-    };
-    Operation {
-        kind,
-        of,
-        comm,
-        send,
-        recv,
-        reduction,
-        user_reduction,
-        dest,
-        source,
-        send_tag,
-        recv_tag,
-        status,
-    }
-}
-
 /// Starts the thread that prints overdue operations of `rank` to standard error.
 pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
     let table = Arc::downgrade(table);
@@ -140,7 +101,7 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
                 std::thread::sleep(pause);
                 let Some(table) = table.upgrade() else { return };
                 for text in table.overdue(warn_after) {
-                    log::line(&format!("mpi_cuda: rank {rank} is waiting in {text}"));
+                    log::line(&format!("rank {rank} is waiting in {text}"));
                 }
             }
         });
@@ -149,30 +110,21 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ElementType;
-    use mpi_shim_abi::{ANY, Kind};
+    use crate::operation::{Buffer, ElementType};
+    use mpi_shim_abi::Kind;
 
     #[test]
     fn an_overdue_operation_is_described_once() {
         let table = PendingTable::default();
         let shape = [5];
+        let result = Buffer {
+            data: std::ptr::null_mut(),
+            dtype: ElementType::F64,
+            shape: &shape,
+        };
         let operation = Operation {
-            kind: Kind::Recv,
-            of: None,
-            comm: 0,
-            send: Buffer::NONE,
-            recv: Buffer {
-                data: std::ptr::null_mut(),
-                dtype: ElementType::F64,
-                shape: &shape,
-            },
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
             source: 3,
-            send_tag: 0,
-            recv_tag: ANY,
-            status: 0,
+            ..Operation::new(Kind::Recv, 0, Buffer::NONE, result)
         };
         let pending = table.enter(&operation, "COMM_WORLD");
         assert!(table.overdue(Duration::from_secs(60)).is_empty());

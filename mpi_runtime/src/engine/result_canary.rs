@@ -1,20 +1,23 @@
-//! Whether MPI wrote a whole result. A collective whose ranks pass different sizes is an error of the
-//! program, but MPI need not say so where a rank gets less than it has room for (MPI 4.0, section 6.1):
-//! what is left would be whatever the memory held before. A canary at the end tells, if at least as many
-//! bytes are missing as it has; fewer could be told from data only by chance.
+//! Whether MPI wrote a whole result. A collective whose ranks pass different sizes is an error of
+//! the program, but MPI need not say so where a rank gets less than it has room for (MPI 4.0,
+//! section 6.1): what is left would be whatever the memory held before. A canary at the end tells,
+//! if at least as many bytes are missing as it has; fewer could be told from data only by chance.
+
+#![forbid(unsafe_code)]
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;
 
 use mpi_shim_abi::Kind;
 
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Operation};
 
 /// What no data will be by chance.
-static CANARY: LazyLock<u128> = LazyLock::new(|| {
+static CANARY: LazyLock<[u8; CANARY_BYTES]> = LazyLock::new(|| {
     let word = |seed: u8| u128::from(RandomState::new().hash_one(seed));
-    word(0) << 64 | word(1)
+    (word(0) << 64 | word(1)).to_ne_bytes()
 });
 
 const CANARY_BYTES: usize = size_of::<u128>();
@@ -26,10 +29,10 @@ pub struct ResultCanary<'a> {
     block: usize,
 }
 
-/// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short for that are
-/// filled with zeros.
+/// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short
+/// for that are filled with zeros.
 pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary<'a>> {
-    let is_root = comm.rank == op.dest;
+    let is_root = comm.rank == op.root;
     let blocks = match op.kind {
         Kind::Allgather | Kind::Alltoall => comm.size as usize,
         Kind::Gather if is_root => comm.size as usize,
@@ -37,8 +40,8 @@ pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary
         Kind::Bcast if !is_root => 1,
         _ => return None,
     };
-    let (data, bytes) = (op.recv.data.cast::<u8>(), op.recv.bytes());
-    if bytes == 0 || data.is_null() || std::ptr::eq(op.recv.data, op.send.data) {
+    let bytes = op.recv.bytes();
+    if bytes == 0 || op.recv.data.is_null() || std::ptr::eq(op.recv.data, op.send.data) {
         return None;
     }
     let canary = ResultCanary {
@@ -47,52 +50,48 @@ pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary
         block: bytes / blocks,
     };
     if canary.block < CANARY_BYTES {
-        // SAFETY: the result is valid for its bytes, as whoever made the operation promises.
-        unsafe { data.write_bytes(0, bytes) };
+        op.recv.clear_from(0);
         return None;
     }
     for block in 0..blocks {
-        // SAFETY: inside the result, see `end_of`.
-        unsafe { canary.end_of(block).write_unaligned(*CANARY) };
+        op.recv.write(canary.place_of(block), &*CANARY);
     }
     Some(canary)
 }
 
 impl ResultCanary<'_> {
     /// Where the canary of a block is: its last bytes.
-    fn end_of(&self, block: usize) -> *mut u128 {
-        let end = (block + 1) * self.block - CANARY_BYTES;
-        self.result.data.cast::<u8>().wrapping_add(end).cast()
+    fn place_of(&self, block: usize) -> usize {
+        (block + 1) * self.block - CANARY_BYTES
     }
 
     /// The first block that nobody wrote to its end, if there is one.
     pub fn unwritten(&self) -> Option<usize> {
-        // SAFETY: inside the result, whose blocks are no shorter than a canary.
-        (0..self.blocks).find(|&block| unsafe { self.end_of(block).read_unaligned() } == *CANARY)
+        (0..self.blocks).find(|&block| self.result.read(self.place_of(block)) == *CANARY)
     }
 
     /// What is wrong, if something is.
-    pub fn check(&self, op: &Operation<'_>) -> Result<(), String> {
+    pub fn check(&self, op: &Operation<'_>) -> Result<(), Failure> {
         let Some(block) = self.unwritten() else {
             return Ok(());
         };
         let sender = match op.kind {
-            Kind::Bcast | Kind::Scatter => op.dest as usize,
+            Kind::Bcast | Kind::Scatter => op.root as usize,
             _ => block,
         };
         Err(format!(
             "rank {sender} sent less than the {} bytes that this rank has room for; all ranks must \
              pass the same shape and dtype",
             self.block
-        ))
+        )
+        .into())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ElementType;
-    use mpi_shim_abi::ANY;
+    use crate::operation::ElementType;
 
     const COMM: Communicator = Communicator {
         name: "test",
@@ -104,24 +103,12 @@ mod tests {
     };
 
     fn operation<'a>(kind: Kind, result: &mut [u8], shape: &'a [i64]) -> Operation<'a> {
-        Operation {
-            kind,
-            of: None,
-            comm: 0,
-            send: Buffer::NONE,
-            recv: Buffer {
-                data: result.as_mut_ptr().cast(),
-                dtype: ElementType::U8,
-                shape,
-            },
-            reduction: None,
-            user_reduction: 0,
-            dest: 0,
-            source: ANY,
-            send_tag: 0,
-            recv_tag: ANY,
-            status: 0,
-        }
+        let result = Buffer {
+            data: result.as_mut_ptr().cast(),
+            dtype: ElementType::U8,
+            shape,
+        };
+        Operation::new(kind, 0, Buffer::NONE, result)
     }
 
     #[test]
@@ -137,7 +124,7 @@ mod tests {
         memory[30..44].fill(2);
         memory[60..].fill(3);
         assert_eq!(canary.unwritten(), Some(1));
-        let text = canary.check(&op).unwrap_err();
+        let text = canary.check(&op).unwrap_err().to_string();
         assert!(
             text.contains("rank 1 sent less than the 30 bytes"),
             "{text}"

@@ -5,17 +5,18 @@ use std::ptr;
 use mpi_shim_abi::{Kind, PROC_NULL};
 
 use crate::engine::identity;
+use crate::error::Failure;
 use crate::operation::Operation;
 
 /// Executes `op` in a world of one rank.
-pub fn execute(op: &Operation<'_>) -> Result<(), String> {
+pub fn execute(op: &Operation<'_>) -> Result<(), Failure> {
     match op.kind {
         Kind::Barrier => Ok(()),
-        Kind::Send | Kind::Recv | Kind::Sendrecv if to_nobody(op) => {
+        kind if kind.is_message() && to_nobody(op) => {
             clear(op);
             Ok(())
         }
-        Kind::Send | Kind::Recv | Kind::Sendrecv => Err(
+        kind if kind.is_message() => Err(
             "a message to this rank itself needs an MPI, and none was found; install one, or skip \
              the message in a world of size 1"
                 .into(),
@@ -40,26 +41,23 @@ pub fn nothing_before(op: &Operation<'_>) {
 
 /// Whether all peers of a message are `PROC_NULL`.
 fn to_nobody(op: &Operation<'_>) -> bool {
-    (op.kind == Kind::Recv || op.dest == PROC_NULL)
-        && (op.kind == Kind::Send || op.source == PROC_NULL)
+    (!op.kind.sends() || op.dest == PROC_NULL) && (!op.kind.receives() || op.source == PROC_NULL)
 }
 
 /// Fills the result with zeros.
 fn clear(op: &Operation<'_>) {
-    let bytes = op.recv.bytes();
-    if op.kind != Kind::Send && bytes > 0 {
-        // SAFETY: the result is valid for `bytes` bytes, as whoever made the operation promises.
-        unsafe { op.recv.data.cast::<u8>().write_bytes(0, bytes) };
+    if op.kind.has_result() {
+        op.recv.clear_from(0);
     }
 }
 
 /// Copies the operand to the result, if there is one; both have the same size (checked before).
 pub fn copy_through(op: &Operation<'_>) {
-    let bytes = op.send.bytes();
-    debug_assert_eq!(bytes, op.recv.bytes());
-    if bytes > 0 && !op.recv.data.is_null() && !ptr::eq(op.send.data, op.recv.data) {
-        // SAFETY: both buffers are valid for `bytes` bytes, as whoever made the operation
-        // promises, and XLA gives results memory of their own (or exactly the operand's).
-        unsafe { ptr::copy_nonoverlapping(op.send.data.cast::<u8>(), op.recv.data.cast(), bytes) };
+    let (from, to) = (op.send, op.recv);
+    debug_assert_eq!(from.bytes(), to.bytes());
+    if !to.data.is_null() && !ptr::eq(from.data, to.data) {
+        // SAFETY: the result is as large as the operand, and XLA gives results memory of their own
+        // where it is not exactly the operand's.
+        unsafe { from.copy_to(to.data.cast()) };
     }
 }

@@ -57,9 +57,10 @@ impl Communicators {
         self.rows.write().insert(number, communicator);
     }
 
-    /// Adds a communicator of the user's and returns its number, which tells its members (their ranks
-    /// in `MPI_COMM_WORLD`, in order) and which of those with these members it is. A program that was
-    /// compiled in another run so finds the communicator that it was compiled for, or none.
+    /// Adds a communicator of the user's and returns its number, which tells its members (their
+    /// ranks in `MPI_COMM_WORLD`, in order) and which of those with these members it is. A program
+    /// that was compiled in another run so finds the communicator that it was compiled for, or
+    /// none.
     pub fn add_users(&self, members: &[i32], communicator: Communicator) -> i64 {
         let mut rows = self.rows.write();
         let mut ordinal = 0u64;

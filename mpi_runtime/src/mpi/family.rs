@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use crate::error::StartError;
-use crate::mpi::launcher::Launched;
 
 /// An MPI ABI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +51,7 @@ impl Family {
 /// `MPI_CUDA_MPI`, else each.
 pub fn candidates(
     loaded: &[String],
-    launched: Option<&Launched>,
+    launcher: Option<Family>,
     wanted: Option<Family>,
 ) -> Result<Vec<Family>, StartError> {
     let mut found: Option<(Family, &String)> = None;
@@ -79,7 +78,7 @@ pub fn candidates(
             _ => Ok(vec![family]),
         };
     }
-    if let Some(family) = launched.and_then(|launched| launched.family).or(wanted) {
+    if let Some(family) = launcher.or(wanted) {
         return Ok(vec![family]);
     }
     Ok(Family::ALL.to_vec())
@@ -89,15 +88,9 @@ pub fn candidates(
 mod tests {
     use super::*;
 
-    fn candidates_of(loaded: &[&str], launched: Option<Family>, wanted: Option<Family>) -> String {
+    fn candidates_of(loaded: &[&str], launcher: Option<Family>, wanted: Option<Family>) -> String {
         let loaded: Vec<String> = loaded.iter().map(|path| (*path).to_owned()).collect();
-        let launched = launched.map(|family| Launched {
-            launcher: "test",
-            size: 2,
-            family: Some(family),
-            identity: String::new(),
-        });
-        match candidates(&loaded, launched.as_ref(), wanted) {
+        match candidates(&loaded, launcher, wanted) {
             Ok(families) => families
                 .iter()
                 .map(|f| f.name())

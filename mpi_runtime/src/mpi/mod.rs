@@ -1,4 +1,5 @@
-//! The MPI library: which one it is, who launched the job, the shim that calls it, and the communicators.
+//! The MPI library: which one it is, who launched the job, the shim that calls it, and the
+//! communicators.
 
 pub mod backoff;
 pub mod communicators;

@@ -1,5 +1,6 @@
 //! Loading a shim and calling it: results instead of codes.
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 
@@ -9,9 +10,9 @@ use mpi_shim_abi::{
     ShimStatus,
 };
 
-use crate::error::StartError;
+pub use crate::error::MpiError;
+use crate::error::{Failure, StartError};
 use crate::mpi::family::Family;
-use crate::transfer::choice::Aware;
 
 /// A loaded shim; never unloaded, since MPI libraries do not survive that.
 #[derive(Clone, Copy)]
@@ -33,10 +34,6 @@ pub struct Message {
     handle: u64,
 }
 
-/// A failed MPI call: MPI's own text.
-#[derive(Debug)]
-pub struct MpiError(pub String);
-
 /// Whether MPI was started in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -46,15 +43,43 @@ pub enum MpiState {
     Finalized,
 }
 
+/// What MPI says of its support for CUDA (`MPIX_Query_cuda_support`, `MPIX_GPU_query_support`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Aware {
+    Yes,
+    No,
+    /// It has no such function.
+    Unsaid,
+}
+
 /// File name of the shim of `family`.
 pub fn file_name(family: Family) -> String {
     format!("libmpi_cuda_shim_{}.so", family.name())
 }
 
+thread_local! {
+    /// This thread is in a call of MPI's in which it may call us back.
+    static IN_CALL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is inside a call of MPI's that sends, receives or moves messages on. MPICH
+/// frees communicators from there, and its callback must not wait for the operation that it is in.
+pub fn is_in_call() -> bool {
+    IN_CALL.get()
+}
+
+fn in_call<T>(call: impl FnOnce() -> T) -> T {
+    let outer = IN_CALL.replace(true);
+    let result = call();
+    IN_CALL.set(outer);
+    result
+}
+
 impl Shim {
     /// Loads the shim of `family` from the first of `folders` that has it.
     pub fn load(family: Family, folders: &[PathBuf]) -> Result<Shim, StartError> {
-        let error = |reason: String| StartError::Shim {
+        let error = |reason: Failure| StartError::Shim {
             family: family.name(),
             reason,
         };
@@ -68,17 +93,18 @@ impl Shim {
                 .iter()
                 .map(|folder| folder.display().to_string())
                 .collect();
-            error(format!("{file} is in none of {}", looked.join(", ")))
+            error(format!("{file} is in none of {}", looked.join(", ")).into())
         })?;
-        Self::open(family, &path).map_err(|reason| error(format!("{}: {reason}", path.display())))
+        Self::open(family, &path)
+            .map_err(|reason| error(format!("{}: {reason}", path.display()).into()))
     }
 
-    fn open(family: Family, path: &Path) -> Result<Shim, String> {
+    fn open(family: Family, path: &Path) -> Result<Shim, Failure> {
+        let in_words = |error: libloading::Error| Failure::from(error.to_string());
         // SAFETY: loading runs the initialisers of the shim and of the MPI it links, nothing else.
-        let library = unsafe { Library::new(path) }.map_err(|error| error.to_string())?;
+        let library = unsafe { Library::new(path) }.map_err(in_words)?;
         // SAFETY: the contract gives the symbol this type.
-        let entry = unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }
-            .map_err(|error| error.to_string())?;
+        let entry = unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }.map_err(in_words)?;
         // SAFETY: the entry point has no requirements; the table is static in the library, which
         // is leaked below.
         let api: &'static ShimApi = unsafe { &*entry() };
@@ -86,7 +112,8 @@ impl Shim {
             return Err(format!(
                 "it has version {} of the contract, and {ABI_VERSION} is needed; run scripts/setup",
                 api.abi_version
-            ));
+            )
+            .into());
         }
         std::mem::forget(library);
         Ok(Shim { api, family })
@@ -172,7 +199,8 @@ impl Shim {
 
     /// `MPI_Comm_free`.
     pub fn comm_free(&self, comm: u64) -> Result<(), MpiError> {
-        // SAFETY: `comm` was made by `comm_dup`, or is one that MPI was told to keep (`comm_watch`).
+        // SAFETY: `comm` was made by `comm_dup`, or is one that MPI was told to keep
+        // (`comm_watch`).
         self.check(unsafe { (self.api.comm_free)(comm) })
     }
 
@@ -227,7 +255,7 @@ impl Shim {
     pub fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
         let mut received = ShimReceived::default();
         // SAFETY: `check::prepare` made `op` from buffers that outlive this call.
-        self.check(unsafe { (self.api.execute)(op, &mut received) })?;
+        self.check(in_call(|| unsafe { (self.api.execute)(op, &mut received) }))?;
         Ok(received)
     }
 
@@ -237,8 +265,11 @@ impl Shim {
     /// What it sends must stay in place, unchanged, until [`Shim::test`] says that it is complete.
     pub unsafe fn start_send(&self, op: &ShimOp) -> Result<Request, MpiError> {
         let mut request = 0;
-        // SAFETY: as the caller promises.
-        self.check(unsafe { (self.api.start_send)(op, &mut request) })?;
+        // SAFETY: what is sent stays in place until the request is complete, as this function
+        // demands.
+        self.check(in_call(|| unsafe {
+            (self.api.start_send)(op, &mut request)
+        }))?;
         Ok(Request(request))
     }
 
@@ -246,16 +277,17 @@ impl Shim {
     pub fn take(&self, op: &ShimOp) -> Result<Option<Message>, MpiError> {
         let (mut found, mut message) = (0, Message::default());
         // SAFETY: `check::prepare` made `op`; its communicator is live.
-        self.check(unsafe {
+        self.check(in_call(|| unsafe {
             (self.api.take)(op, &mut found, &mut message.envelope, &mut message.handle)
-        })?;
+        }))?;
         Ok((found != 0).then_some(message))
     }
 
     /// Starts to receive a message as elements of `datatype`.
     ///
     /// # Safety
-    /// `buffer` must be valid for the message's bytes until [`Shim::test`] says that it is complete.
+    /// `buffer` must be valid for the message's bytes until [`Shim::test`] says that it is
+    /// complete.
     pub unsafe fn start_receive(
         &self,
         message: Message,
@@ -264,8 +296,11 @@ impl Shim {
     ) -> Result<Request, MpiError> {
         let mut request = 0;
         let (start, bytes) = (self.api.start_receive, message.envelope.bytes);
-        // SAFETY: as the caller promises; the message was taken once.
-        self.check(unsafe { start(message.handle, bytes, datatype, buffer, &mut request) })?;
+        // SAFETY: a `Message` is made by `take` alone and goes into this call; the buffer has room
+        // for it, as this function demands.
+        self.check(in_call(|| unsafe {
+            start(message.handle, bytes, datatype, buffer, &mut request)
+        }))?;
         Ok(Request(request))
     }
 
@@ -285,16 +320,20 @@ impl Shim {
     pub fn test(&self, request: &mut Request) -> Result<Option<ShimStatus>, MpiError> {
         let (mut done, mut status) = (0, ShimStatus([0; 64]));
         // SAFETY: a live request of the functions above.
-        self.check(unsafe { (self.api.test)(&mut request.0, &mut done, &mut status) })?;
+        self.check(in_call(|| unsafe {
+            (self.api.test)(&mut request.0, &mut done, &mut status)
+        }))?;
         Ok((done != 0).then_some(status))
     }
 
-    /// Says in the user's `MPI_Status` at that address, which MPI has filled, how many bytes have come.
+    /// Says in the user's `MPI_Status` at that address, which MPI has filled, how many bytes have
+    /// come.
     ///
     /// # Safety
     /// The address must be that of a status.
     pub unsafe fn set_received(&self, address: usize, bytes: usize) -> Result<(), MpiError> {
-        // SAFETY: as the caller promises.
+        // SAFETY: a status is there, as this function demands, and MPI writes no more than its
+        // fields.
         self.check(unsafe { (self.api.set_received)(address as *mut c_void, bytes as i64) })
     }
 
@@ -304,7 +343,7 @@ impl Shim {
     /// There must be an `MPI_Status`.
     pub unsafe fn write_status(&self, status: &ShimStatus, address: usize) {
         if address != 0 {
-            // SAFETY: as the caller promises; the shim says how long it is.
+            // SAFETY: a status is there, as this function demands; the shim says how long it is.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     status.0.as_ptr(),

@@ -4,30 +4,25 @@
 //! A rank that sees the same mark from everybody may wait for them on the thread that dispatches,
 //! since nobody is still to dispatch what it waits for (`docs/architecture.md`, "Waiting").
 
-use std::fs::OpenOptions;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use memmap2::MmapRaw;
-
 use crate::mpi::backoff;
+use crate::node::segment::{Atomics, Segment, SegmentName};
 
 /// How long a rank looks for the others before it takes the slower way; about what that way costs.
 const PATIENCE: Duration = Duration::from_micros(200);
-/// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks. A mark
-/// is a hash, and its place too: one that is overwritten early costs the slower way, no more.
+/// Ranks run ahead of each other (the root of a broadcast does), so each leaves several marks. A
+/// mark is a hash, and its place too: one that is overwritten early costs the slower way, no more.
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
 const STRIDE: usize = MARKS * size_of::<Arrival>();
 /// Bytes of the words that a rank leaves for the others.
 const WORDS: usize = 512;
 /// Who looked in vain does not look again before the clock shows the next multiple of this, in
-/// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each further
-/// failure doubles it.
+/// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each
+/// further failure doubles it.
 const PAUSE: u64 = 1 << 18;
 /// At most so often: 34 ms, of which looking in vain takes less than a hundredth.
 const MOST_DOUBLINGS: u32 = 7;
@@ -38,6 +33,9 @@ struct Arrival {
     mark: AtomicU64,
     balance: AtomicU64,
 }
+
+// SAFETY: it has two atomics.
+unsafe impl Atomics for Arrival {}
 
 impl Arrival {
     fn write(&self, mark: u64, balance: u64) {
@@ -67,14 +65,21 @@ struct Begun {
     words: [AtomicU64; WORDS / size_of::<u64>()],
 }
 
+// SAFETY: it has atomics, and arrays of them.
+unsafe impl Atomics for Begun {}
+
 /// What all ranks take of the memory.
 fn bytes(size: usize) -> usize {
     size * (STRIDE + size_of::<Begun>())
 }
 
+fn name(number: u64) -> SegmentName {
+    SegmentName { number, rank: None }
+}
+
 /// The marks of all ranks of this node.
 pub struct Rendezvous {
-    memory: MmapRaw,
+    segment: Segment,
     rank: usize,
     size: usize,
     /// When this rank looks again, by [`now`]; 0 if it always looks.
@@ -84,75 +89,48 @@ pub struct Rendezvous {
 }
 
 impl Rendezvous {
-    /// A number that names shared memory no other process uses. Never 0.
-    pub fn new_name() -> u64 {
-        let mut hasher = DefaultHasher::new();
-        (std::process::id(), SystemTime::now()).hash(&mut hasher);
-        hasher.finish().max(1)
-    }
-
-    fn path(name: u64) -> PathBuf {
-        format!("/dev/shm/mpi_cuda.{name:016x}").into()
-    }
-
-    /// Makes the memory for `size` ranks; of rank 0.
-    pub fn create(name: u64, size: usize) -> io::Result<Rendezvous> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(Self::path(name))?;
-        // Written, not only reserved: a full /dev/shm is an error here, and a signal later.
-        file.write_all(&vec![0; bytes(size)])?;
-        Self::over(&file, 0, size)
+    /// Makes the memory for `size` ranks, under a number of [`crate::node::segment::new_number`];
+    /// of rank 0.
+    pub fn create(number: u64, size: usize) -> io::Result<Rendezvous> {
+        let segment = Segment::create(name(number), bytes(size), |_| true)?;
+        Ok(Self::over(segment, 0, size))
     }
 
     /// Maps the memory that rank 0 made.
-    pub fn open(name: u64, rank: usize, size: usize) -> io::Result<Rendezvous> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(Self::path(name))?;
-        if file.metadata()?.len() != bytes(size) as u64 {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        Self::over(&file, rank, size)
+    pub fn open(number: u64, rank: usize, size: usize) -> io::Result<Rendezvous> {
+        let segment = Segment::open(name(number), |found| found == bytes(size))?;
+        Ok(Self::over(segment, rank, size))
     }
 
     /// Takes the name away, once everybody has mapped the memory.
-    pub fn unlink(name: u64) {
-        // It is gone, or nobody could make it.
-        let _ = std::fs::remove_file(Self::path(name));
+    pub fn unlink(&self) {
+        self.segment.unlink();
     }
 
-    fn over(file: &std::fs::File, rank: usize, size: usize) -> io::Result<Rendezvous> {
-        Ok(Rendezvous {
-            memory: MmapRaw::map_raw(file)?,
+    fn over(segment: Segment, rank: usize, size: usize) -> Rendezvous {
+        Rendezvous {
+            segment,
             rank,
             size,
             paused_until: AtomicU64::new(0),
             failures: AtomicU32::new(0),
-        })
+        }
     }
 
     fn slot(&self, rank: usize, mark: u64) -> &Arrival {
+        assert!(rank < self.size);
         let index = rank * MARKS + mark as usize % MARKS;
-        assert!(index < self.size * MARKS);
-        // SAFETY: inside the mapping, which is page-aligned, of `size` times `STRIDE` bytes, and
-        // lives as long as `self`; everybody accesses it atomically.
-        unsafe { &*self.memory.as_mut_ptr().cast::<Arrival>().add(index) }
+        self.segment.atomics(index * size_of::<Arrival>())
     }
 
     fn begun(&self, rank: usize) -> &Begun {
         assert!(rank < self.size);
-        let offset = self.size * STRIDE + rank * size_of::<Begun>();
-        // SAFETY: inside the mapping, behind the marks, of which each rank has a multiple of the
-        // alignment; accessed atomically by everybody.
-        unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<Begun>() }
+        self.segment
+            .atomics(self.size * STRIDE + rank * size_of::<Begun>())
     }
 
-    /// Says that this rank has begun launch number `launch`, which runs `program`; `words` tell of it.
+    /// Says that this rank has begun launch number `launch`, which runs `program`; `words` tell of
+    /// it.
     pub fn begin(&self, launch: u64, program: u64, words: Option<&str>) {
         let own = self.begun(self.rank);
         if let Some(words) = words {
@@ -174,8 +152,8 @@ impl Rendezvous {
         backoff::until(|| (0..self.size).all(has_begun).then_some(()));
     }
 
-    /// The first of `ranks` of which this rank sees that its launch number `launch` runs something other
-    /// than `program`, and what.
+    /// The first of `ranks` of which this rank sees that its launch number `launch` runs something
+    /// other than `program`, and what.
     pub fn other_program(
         &self,
         launch: u64,
@@ -216,8 +194,8 @@ impl Rendezvous {
         is_there().then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if everybody
-    /// else has too, soon, and all balances add up to 0.
+    /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if
+    /// everybody else has too, soon, and all balances add up to 0.
     pub fn meet(&self, free: impl Fn() -> bool, arrival: impl Fn() -> (u64, u64)) -> bool {
         let patient = self.may_look();
         let met = (free() || patient && soon(&free)) && {
@@ -287,16 +265,17 @@ fn soon(mut true_at_last: impl FnMut() -> bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::segment::new_number;
     use std::sync::Barrier;
 
     fn three() -> Vec<Rendezvous> {
-        let name = Rendezvous::new_name();
+        let name = new_number();
         let first = Rendezvous::create(name, 3).unwrap();
         assert!(Rendezvous::create(name, 3).is_err());
         assert!(Rendezvous::open(name, 1, 4).is_err());
         let others = (1..3).map(|rank| Rendezvous::open(name, rank, 3).unwrap());
-        let all = std::iter::once(first).chain(others).collect();
-        Rendezvous::unlink(name);
+        let all: Vec<Rendezvous> = std::iter::once(first).chain(others).collect();
+        all[0].unlink();
         assert!(Rendezvous::open(name, 1, 3).is_err());
         all
     }

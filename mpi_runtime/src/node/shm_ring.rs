@@ -1,47 +1,46 @@
 //! Memory that the ranks of a node share, through which long messages go between their devices: the
 //! sender's device copies into it and the receiver's copies out of it, and no processor touches the
-//! data. Each rank has a shared-memory ring, a ring of slots, and messages use its slots one after the other.
+//! data. Each rank has a shared-memory ring, a ring of slots, and messages use its slots one after
+//! the other.
 //!
-//! MPI carries the rendezvous header of a message, which says at which place of the ring it begins. A slot goes back
-//! and forth between the two ranks by its two numbers.
+//! MPI carries the rendezvous header of a message, which says at which place of the ring it begins.
+//! A slot goes back and forth between the two ranks by its two numbers.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-use memmap2::MmapRaw;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::device::{Device, HostMemory};
-use crate::engine::nonblocking::pause;
 use crate::log;
+use crate::mpi::backoff::pause;
+use crate::node::segment::{Atomics, Segment, SegmentName};
 
 /// Slots of a ring: copies down, copies up and what the ranks do in between overlap.
 const SLOTS: usize = 8;
 /// Largest slot: a copy of this size reaches the device's full speed.
 const LARGEST: usize = 1 << 20;
-/// A message goes in at least so many parts, unless they are smaller than that: it takes as long as its
-/// bytes and those of its largest part, since the receiver copies a part when the sender has.
+/// A message goes in at least so many parts, unless they are smaller than that: it takes as long as
+/// its bytes and those of its largest part, since the receiver copies a part when the sender has.
 const PARTS: usize = 16;
 const SMALLEST: usize = 512 << 10;
 /// Slots begin at pages.
 const PAGE: usize = 4096;
 
-/// Both count places of the ring from 1 on: the last that was filled in this slot, and the last whose
-/// data are not needed any more.
+/// Both count places of the ring from 1 on: the last that was filled in this slot, and the last
+/// whose data are not needed any more.
 #[repr(C, align(64))]
 struct RingState {
     filled: AtomicU64,
     freed: AtomicU64,
 }
 
+// SAFETY: it has two atomics.
+unsafe impl Atomics for RingState {}
+
 /// One rank's slots, mapped by this process.
 pub(crate) struct ShmRing {
-    memory: MmapRaw,
+    segment: Segment,
     slot: usize,
     ranks: usize,
     /// The device copies by itself, or it was tried.
@@ -53,45 +52,44 @@ impl ShmRing {
         (SLOTS * size_of::<RingState>() + ranks + 1).next_multiple_of(PAGE)
     }
 
-    fn over(file: &File, ranks: usize) -> io::Result<ShmRing> {
-        let memory = MmapRaw::map_raw(file)?;
-        let slots = memory.len().saturating_sub(Self::header(ranks));
-        if slots == 0 || !slots.is_multiple_of(SLOTS) {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        Ok(ShmRing {
-            memory,
-            slot: slots / SLOTS,
+    /// Whether a segment of so many bytes holds slots for so many ranks.
+    fn fits(bytes: usize, ranks: usize) -> bool {
+        let slots = bytes.saturating_sub(Self::header(ranks));
+        slots > 0 && slots.is_multiple_of(SLOTS)
+    }
+
+    fn over(segment: Segment, ranks: usize) -> ShmRing {
+        ShmRing {
+            slot: (segment.bytes() - Self::header(ranks)) / SLOTS,
+            segment,
             ranks,
             pinned: OnceLock::new(),
-        })
+        }
     }
 
     fn state(&self, place: u64) -> &RingState {
         let index = place as usize % SLOTS;
-        // SAFETY: inside the mapping, which is page-aligned and lives as long as `self`; everybody
-        // accesses it atomically.
-        unsafe { &*self.memory.as_mut_ptr().cast::<RingState>().add(index) }
+        self.segment.atomics(index * size_of::<RingState>())
     }
 
-    /// Whether the rank with that number has mapped this memory.
-    fn seen_by(&self, rank: usize) -> &AtomicBool {
+    /// Not 0 if the rank with that number has mapped this memory.
+    fn seen_by(&self, rank: usize) -> &AtomicU8 {
         assert!(rank < self.ranks);
         self.flag(rank)
     }
 
-    fn broken(&self) -> &AtomicBool {
+    /// Not 0 if a message was not sent to its end.
+    fn broken(&self) -> &AtomicU8 {
         self.flag(self.ranks)
     }
 
-    fn flag(&self, number: usize) -> &AtomicBool {
-        assert!(number <= self.ranks);
-        let offset = SLOTS * size_of::<RingState>() + number;
-        // SAFETY: inside the header; zero or one, and accessed atomically by everybody.
-        unsafe { &*self.memory.as_mut_ptr().add(offset).cast::<AtomicBool>() }
+    fn flag(&self, number: usize) -> &AtomicU8 {
+        self.segment
+            .atomics(SLOTS * size_of::<RingState>() + number)
     }
 
-    /// Bytes of the parts of a message of `bytes`, each of which has a slot; the last may be shorter.
+    /// Bytes of the parts of a message of `bytes`, each of which has a slot; the last may be
+    /// shorter.
     pub(crate) fn part(&self, bytes: usize) -> usize {
         let part = (bytes / PARTS).next_multiple_of(PAGE);
         part.clamp(SMALLEST.min(self.slot), self.slot)
@@ -104,8 +102,8 @@ impl ShmRing {
 
     /// The memory of a place.
     pub(crate) fn data(&self, place: u64) -> *mut u8 {
-        let offset = Self::header(self.ranks) + place as usize % SLOTS * self.slot;
-        self.memory.as_mut_ptr().wrapping_add(offset)
+        self.segment
+            .address(Self::header(self.ranks) + place as usize % SLOTS * self.slot)
     }
 
     /// Whether the sender may fill this place.
@@ -129,8 +127,8 @@ impl ShmRing {
         self.state(place).freed.store(place + 1, Ordering::Release);
     }
 
-    /// Takes the places from `first` on, before `end`, out of the way, in their order: slots are other
-    /// messages' before they are filled.
+    /// Takes the places from `first` on, before `end`, out of the way, in their order: slots are
+    /// other messages' before they are filled.
     pub(crate) fn drain(&self, first: u64, end: u64) {
         for place in first..end {
             let mut spins = 0;
@@ -146,24 +144,26 @@ impl ShmRing {
 
     /// The sender has sent the header of a message and cannot send the rest of it.
     fn break_off(&self) {
-        self.broken().store(true, Ordering::SeqCst);
+        self.broken().store(1, Ordering::SeqCst);
     }
 
     /// Whether this place is never filled.
     pub(crate) fn is_broken(&self, place: u64) -> bool {
-        self.broken().load(Ordering::SeqCst) && !self.is_filled(place)
+        self.broken().load(Ordering::SeqCst) != 0 && !self.is_filled(place)
     }
 
-    /// Lets the device copy by itself. If it refuses, its copies go through memory of its library's:
-    /// slower, and as right.
+    /// Lets the device copy by itself. If it refuses, its copies go through memory of its
+    /// library's: slower, and as right.
     pub(crate) fn pin(&self, device: &dyn Device) {
         self.pinned.get_or_init(|| {
-            if let Some(data) = NonNull::new(self.memory.as_mut_ptr()) {
-                let bytes = self.memory.len();
+            if let Some(data) = NonNull::new(self.segment.address(0)) {
+                let bytes = self.segment.bytes();
                 // SAFETY: mapped as long as the process lives: shared-memory rings are the world's.
                 let pinned = unsafe { device.pin(&HostMemory { data, bytes }) };
                 if let Err(error) = pinned {
-                    log::line(&format!("mpi_cuda: memory shared by ranks is used unpinned, which is slower: {error}"));
+                    log::line(&format!(
+                        "memory shared by ranks is used unpinned, which is slower: {error}"
+                    ));
                 }
             }
         });
@@ -172,7 +172,7 @@ impl ShmRing {
 
 /// The shared-memory rings of the ranks that this one shares memory with.
 pub struct ShmRings {
-    name: u64,
+    number: u64,
     rank: usize,
     /// By rank in the world; its own among them, if it could be made.
     all: Vec<Option<ShmRing>>,
@@ -183,16 +183,13 @@ pub struct ShmRings {
 }
 
 impl ShmRings {
-    fn path(name: u64, rank: usize) -> PathBuf {
-        format!("/dev/shm/mpi_cuda.{name:016x}.{rank}").into()
-    }
-
-    /// Makes the shared-memory ring of `rank`, for messages in parts of at most `chunk` bytes. All ranks of `size`
-    /// call this with the same name, then, when all have, [`ShmRings::open`], and then [`ShmRings::unlink`].
-    /// A rank that wants none or cannot make one sends its messages through MPI; it makes one only if those of
-    /// the `neighbours` ranks of its node take at most half of the memory that is left for such things.
+    /// Makes the shared-memory ring of `rank`, for messages in parts of at most `chunk` bytes. All
+    /// ranks of `size` call this with the same number, then, when all have, [`ShmRings::open`], and
+    /// then [`ShmRings::unlink`]. A rank that wants none or cannot make one sends its messages
+    /// through MPI; it makes one only if those of the `neighbours` ranks of its node take at most
+    /// half of the memory that is left for such things.
     pub fn make(
-        name: u64,
+        number: u64,
         rank: usize,
         size: usize,
         neighbours: usize,
@@ -202,13 +199,13 @@ impl ShmRings {
         let mut failure = None;
         if let Some(chunk) = chunk {
             let slot = chunk.min(LARGEST);
-            match Self::create(&Self::path(name, rank), size, neighbours, slot) {
+            match create(name(number, rank), size, neighbours, slot) {
                 Ok(own) => all[rank] = Some(own),
                 Err(error) => failure = Some(error),
             }
         }
         ShmRings {
-            name,
+            number,
             rank,
             all,
             next: AtomicU64::new(0),
@@ -216,47 +213,25 @@ impl ShmRings {
         }
     }
 
-    fn create(path: &PathBuf, size: usize, neighbours: usize, slot: usize) -> io::Result<ShmRing> {
-        let mut options = OpenOptions::new();
-        let options = options.read(true).write(true).create_new(true).mode(0o600);
-        let file = options.open(path)?;
-        let bytes = ShmRing::header(size) + SLOTS * slot;
-        // Reserved, and not more than there is to spare: MPI and others need this memory too, and
-        // its lack would be a signal later.
-        let there = free_bytes(&file)?;
-        // SAFETY: a file of ours.
-        let reserved = (bytes * neighbours) as u64 <= there / 2
-            && unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as i64) } == 0;
-        let made = match reserved {
-            true => ShmRing::over(&file, size),
-            false => Err(io::ErrorKind::StorageFull.into()),
-        };
-        if made.is_err() {
-            // Nobody has it.
-            let _ = std::fs::remove_file(path);
-        }
-        made
-    }
-
     /// Maps those of the other ranks of this node, and shows them that it has.
     pub fn open(&mut self) {
         let (size, own) = (self.all.len(), self.rank);
         for rank in 0..size {
             if rank != own {
-                let path = Self::path(self.name, rank);
-                let file = OpenOptions::new().read(true).write(true).open(path);
-                self.all[rank] = file.and_then(|file| ShmRing::over(&file, size)).ok();
+                let segment =
+                    Segment::open(name(self.number, rank), |bytes| ShmRing::fits(bytes, size));
+                self.all[rank] = segment.ok().map(|segment| ShmRing::over(segment, size));
             }
             if let Some(shm_ring) = &self.all[rank] {
-                shm_ring.seen_by(own).store(true, Ordering::SeqCst);
+                shm_ring.seen_by(own).store(1, Ordering::SeqCst);
             }
         }
     }
 
     /// Takes the name of the own one away, once all ranks have mapped it.
     pub fn unlink(&self) {
-        if self.all[self.rank].is_some() {
-            let _ = std::fs::remove_file(Self::path(self.name, self.rank));
+        if let Some(own) = &self.all[self.rank] {
+            own.segment.unlink();
         }
     }
 
@@ -274,11 +249,11 @@ impl ShmRings {
     /// The own shared-memory ring, if `rank` reads it.
     pub(crate) fn to(&self, rank: i32) -> Option<&ShmRing> {
         let own = self.all[self.rank].as_ref()?;
-        if own.broken().load(Ordering::SeqCst) {
+        if own.broken().load(Ordering::SeqCst) != 0 {
             return None;
         }
         let there = usize::try_from(rank).is_ok_and(|rank| rank < self.all.len());
-        (there && own.seen_by(rank as usize).load(Ordering::SeqCst)).then_some(own)
+        (there && own.seen_by(rank as usize).load(Ordering::SeqCst) != 0).then_some(own)
     }
 
     /// The shared-memory ring of `rank`.
@@ -296,8 +271,8 @@ impl ShmRings {
         self.next.fetch_add(count, Ordering::Relaxed)
     }
 
-    /// The message with the places from `first` on, before `end`, is not sent to its end. If the receiver
-    /// knows of it, this rank's messages go through MPI from now on.
+    /// The message with the places from `first` on, before `end`, is not sent to its end. If the
+    /// receiver knows of it, this rank's messages go through MPI from now on.
     pub(crate) fn give_up(&self, first: u64, end: u64, header_sent: bool) {
         let back = || {
             let next = &self.next;
@@ -311,36 +286,36 @@ impl ShmRings {
     }
 }
 
-impl Drop for ShmRings {
-    fn drop(&mut self) {
-        self.unlink();
+fn name(number: u64, rank: usize) -> SegmentName {
+    SegmentName {
+        number,
+        rank: Some(rank),
     }
 }
 
-/// Bytes that are left where the file is.
-fn free_bytes(file: &File) -> io::Result<u64> {
-    // SAFETY: all zero bytes are a valid value of this plain struct.
-    let mut about: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: writes to a valid place.
-    match unsafe { libc::fstatvfs(file.as_raw_fd(), &mut about) } {
-        0 => Ok(about.f_bavail * about.f_frsize),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// A ring for messages among `size` ranks, of which `neighbours` are on this node. It takes no more
+/// than there is to spare: MPI and others need this memory too.
+fn create(name: SegmentName, size: usize, neighbours: usize, slot: usize) -> io::Result<ShmRing> {
+    let bytes = ShmRing::header(size) + SLOTS * slot;
+    let enough = |left: u64| (bytes * neighbours) as u64 <= left / 2;
+    let segment = Segment::create(name, bytes, enough)?;
+    Ok(ShmRing::over(segment, size))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::segment::new_number;
 
     #[test]
     fn places_go_back_and_forth_between_two_ranks() {
-        let name = crate::node::rendezvous::Rendezvous::new_name();
+        let number = new_number();
         let mut both: Vec<_> = (0..2)
-            .map(|rank| ShmRings::make(name, rank, 2, 2, Some(4096)))
+            .map(|rank| ShmRings::make(number, rank, 2, 2, Some(4096)))
             .collect();
         both.iter_mut().for_each(ShmRings::open);
         both.iter().for_each(ShmRings::unlink);
-        assert!(!ShmRings::path(name, 0).exists() && both[0].readers() == 1);
+        assert!(!name(number, 0).exists() && both[0].readers() == 1);
         let (sends, receives) = (both[0].to(1).unwrap(), both[1].of(0).unwrap());
         for place in 0..3 * SLOTS as u64 {
             assert!(sends.is_free(place) && !receives.is_filled(place));
@@ -358,8 +333,8 @@ mod tests {
 
     #[test]
     fn a_message_that_is_refused_leaves_the_one_before_it_alone() {
-        let name = crate::node::rendezvous::Rendezvous::new_name();
-        let make = |rank| ShmRings::make(name, rank, 3, 3, Some(4096));
+        let number = new_number();
+        let make = |rank| ShmRings::make(number, rank, 3, 3, Some(4096));
         let mut all: Vec<_> = (0..3).map(make).collect();
         all.iter_mut().for_each(ShmRings::open);
         let (sends, slow, refuses) = (all[0].to(1).unwrap(), &all[1], &all[2]);
@@ -385,9 +360,9 @@ mod tests {
 
     #[test]
     fn what_is_given_up_is_taken_back_or_known_to_the_reader() {
-        let name = crate::node::rendezvous::Rendezvous::new_name();
+        let number = new_number();
         let mut both: Vec<_> = (0..2)
-            .map(|rank| ShmRings::make(name, rank, 2, 2, Some(4096)))
+            .map(|rank| ShmRings::make(number, rank, 2, 2, Some(4096)))
             .collect();
         both.iter_mut().for_each(ShmRings::open);
         let first = both[0].reserve(5);
@@ -404,9 +379,9 @@ mod tests {
 
     #[test]
     fn parts_are_whole_elements_and_fit_their_slots() {
-        let name = crate::node::rendezvous::Rendezvous::new_name();
+        let number = new_number();
         for chunk in [64, 4096, 1 << 20, 1 << 30] {
-            let own = ShmRings::make(name, 0, 1, 1, Some(chunk));
+            let own = ShmRings::make(number, 0, 1, 1, Some(chunk));
             own.unlink();
             let own = own.of(0).unwrap();
             for bytes in [1, 100, chunk + 1, 4 << 20, 5_000_001, 64 << 20] {
@@ -419,17 +394,17 @@ mod tests {
 
     #[test]
     fn a_rank_that_did_not_map_it_is_sent_to_by_mpi() {
-        let name = crate::node::rendezvous::Rendezvous::new_name();
-        let mut own = ShmRings::make(name, 1, 3, 3, Some(4096));
+        let number = new_number();
+        let mut own = ShmRings::make(number, 1, 3, 3, Some(4096));
         own.open();
         own.unlink();
         assert!(own.to(0).is_none() && own.to(2).is_none() && own.to(7).is_none());
         assert_eq!(own.readers(), 0);
         assert!(own.failure().is_none());
         // Too large for what there is.
-        let many = ShmRings::make(name, 1, 3, 1 << 40, Some(4096));
+        let many = ShmRings::make(number, 1, 3, 1 << 40, Some(4096));
         assert!(many.failure().is_some() && many.of(1).is_none());
-        assert!(ShmRings::create(&ShmRings::path(name, 1), 3, 1, 1 << 50).is_err());
-        assert!(!ShmRings::path(name, 1).exists());
+        assert!(create(name(number, 1), 3, 1, 1 << 50).is_err());
+        assert!(!name(number, 1).exists());
     }
 }

@@ -5,6 +5,9 @@
 
 use std::fmt;
 
+use crate::error::NotDirect;
+pub use crate::mpi::shim::Aware;
+
 /// What the user asked for: `MPI_CUDA_TRANSFER`, or mpi4jax's `MPI4JAX_USE_CUDA_MPI`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -23,22 +26,12 @@ impl Asked {
             _ => (
                 Asked::Staged,
                 Some(format!(
-                    "MPI4JAX_USE_CUDA_MPI={value} is not understood, and means staged; it takes true, 1, on, \
-                     false, 0 and off"
+                    "MPI4JAX_USE_CUDA_MPI={value} is not understood, and means staged; it takes \
+                     true, 1, on, false, 0 and off"
                 )),
             ),
         }
     }
-}
-
-/// What MPI says of its support for CUDA (`MPIX_Query_cuda_support`, `MPIX_GPU_query_support`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Aware {
-    Yes,
-    No,
-    /// It has no such function.
-    Unsaid,
 }
 
 /// What an MPI that knows the device is given.
@@ -89,21 +82,10 @@ impl fmt::Display for Choice {
     }
 }
 
-/// `direct` was asked for, and would end in a segmentation fault or wrong data.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "direct transfer was asked for (MPI_CUDA_TRANSFER or MPI4JAX_USE_CUDA_MPI), but {why}: use \
-     MPI_CUDA_TRANSFER=staged, or {remedy}"
-)]
-pub struct NotDirect {
-    why: String,
-    remedy: &'static str,
-}
-
 /// How to get a [`ProbeResult`].
 const PROBE: &str = "`mpirun -n 2 python -m mpi_cuda probe` tries it";
-const ENABLE: &str = "an MPI built and started with CUDA support (Open MPI --with-cuda, MPICH --with-cuda, \
-                      MPICH_GPU_SUPPORT_ENABLED=1 with Cray's)";
+const ENABLE: &str = "an MPI built and started with CUDA support (Open MPI --with-cuda, MPICH \
+                      --with-cuda, MPICH_GPU_SUPPORT_ENABLED=1 with Cray's)";
 
 /// Chooses for `mpi`, the MPI library in words.
 ///

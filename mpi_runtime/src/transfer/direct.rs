@@ -1,9 +1,9 @@
 //! Operations on device memory by an MPI that reads and writes it by itself.
 //!
-//! MPI knows nothing of streams: it is called once everything before the operation has happened on the
-//! device, and what comes later in the program's stream is launched after MPI has returned. XLA's arrays
-//! may lie in memory that MPI cannot pass on (CUDA's virtual memory management), so by default MPI gets
-//! copies on the device, in memory that it can.
+//! MPI knows nothing of streams: it is called once everything before the operation has happened on
+//! the device, and what comes later in the program's stream is launched after MPI has returned.
+//! XLA's arrays may lie in memory that MPI cannot pass on (CUDA's virtual memory management), so by
+//! default MPI gets copies on the device, in memory that it can.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,11 +12,11 @@ use mpi_shim_abi::{Kind, PROC_NULL, Reduction};
 use parking_lot::Mutex;
 
 use crate::device::{self, Address, Copy, Device, DeviceError, Event, Fill, Stream};
-use crate::engine::check;
+use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Buffer, Class, Operation};
 use crate::transfer::choice::Through;
-use crate::transfer::staging::{Done, Perform};
+use crate::transfer::transport::{Done, Perform};
 
 /// Smallest piece of memory for copies, and the largest that is kept.
 const SMALLEST: usize = 64 << 10;
@@ -28,12 +28,12 @@ pub struct Direct {
     /// Whether MPI gets the arrays themselves.
     arrays: AtomicBool,
     /// Memory for copies, each with what still uses it.
-    free: Mutex<Vec<(Event, Piece)>>,
+    free: Mutex<Vec<(Event, DevicePiece)>>,
 }
 
 /// Memory of the device.
 #[derive(Clone, Copy, Debug)]
-struct Piece {
+struct DevicePiece {
     data: Address,
     bytes: usize,
 }
@@ -47,17 +47,10 @@ struct Uses {
 
 impl Uses {
     fn of(op: &Operation<'_>, comm: &Communicator) -> Uses {
-        let is_root = comm.rank == op.dest;
-        let (reads, writes) = match op.kind {
-            Kind::Barrier => (false, false),
-            Kind::Bcast => (is_root, !is_root),
-            Kind::Gather | Kind::Reduce => (true, is_root),
-            Kind::Scatter => (is_root, true),
-            Kind::Send => (op.dest != PROC_NULL, false),
-            Kind::Recv => (false, true),
-            Kind::Sendrecv => (op.dest != PROC_NULL, true),
-            _ => (true, true),
-        };
+        let is_root = comm.rank == op.root;
+        let to_nobody = op.kind.sends() && op.dest == PROC_NULL;
+        let reads = op.kind.reads(is_root) && !to_nobody;
+        let writes = op.kind.writes(is_root);
         Uses { reads, writes }
     }
 }
@@ -78,10 +71,10 @@ impl Direct {
         self.arrays.store(arrays, Ordering::Relaxed);
     }
 
-    /// Whether MPI can execute it on device memory, the same on all ranks. It reduces by functions of ours
-    /// or the user's only in memory of the host, and so may any MPI reduce what is no number of C.
-    /// With more ranks than cores (`oversubscribed`) collectives are nonblocking ones, which Open MPI does not
-    /// execute on device memory.
+    /// Whether MPI can execute it on device memory, the same on all ranks. It reduces by functions
+    /// of ours or the user's only in memory of the host, and so may any MPI reduce what is no
+    /// number of C. With more ranks than cores (`oversubscribed`) collectives are nonblocking ones,
+    /// which Open MPI does not execute on device memory.
     pub fn can(op: &Operation<'_>, oversubscribed: bool) -> bool {
         let dtype = op.send.dtype;
         let reduces = |reduction| match dtype.class() {
@@ -93,10 +86,10 @@ impl Direct {
             Class::Logical | Class::Opaque => false,
         };
         match op.kind {
-            Kind::Send | Kind::Recv | Kind::Sendrecv => true,
-            _ if oversubscribed => false,
-            Kind::Exscan | Kind::Isend | Kind::Irecv | Kind::Wait | Kind::WaitSend => false,
-            _ => op.reduction.is_none_or(reduces),
+            kind if kind.is_message() => true,
+            Kind::Exscan => false,
+            kind if kind.is_collective() && !oversubscribed => op.reduction.is_none_or(reduces),
+            _ => false,
         }
     }
 
@@ -107,7 +100,7 @@ impl Direct {
         comm: &Communicator,
         main: Stream,
         perform: &mut Perform<'_>,
-    ) -> Result<Done, String> {
+    ) -> Result<Done, Failure> {
         let uses = Uses::of(op, comm);
         let mut copies = [None; 2];
         let done = self.between(op, uses, main, &mut copies, perform);
@@ -122,9 +115,9 @@ impl Direct {
         op: &Operation<'_>,
         uses: Uses,
         main: Stream,
-        copies: &mut [Option<Piece>; 2],
+        copies: &mut [Option<DevicePiece>; 2],
         perform: &mut Perform<'_>,
-    ) -> Result<Done, String> {
+    ) -> Result<Done, Failure> {
         let (operand, result) = (op.send.data as Address, op.recv.data as Address);
         let [to_send, to_receive] = copies;
         let send = self.place(&op.send, uses.reads, to_send)?;
@@ -132,8 +125,8 @@ impl Direct {
         if uses.reads {
             self.copy(main, operand, send, op.send.bytes())?;
         }
-        let here = self.device.record(main).map_err(said)?;
-        device::pass(&*self.device, here).map_err(said)?;
+        let here = self.device.record(main)?;
+        device::pass(&*self.device, here)?;
         let done = perform(&Operation {
             send: Buffer {
                 data: send as *mut _,
@@ -152,9 +145,9 @@ impl Direct {
             if missing > 0 {
                 let zeros = Fill::Zeros(missing);
                 // SAFETY: the end of the result, which is valid for what is in the stream.
-                unsafe { self.device.fill(main, result + arrived, zeros) }.map_err(said)?;
+                unsafe { self.device.fill(main, result + arrived, zeros) }?;
             }
-        } else if !matches!(op.kind, Kind::Barrier | Kind::Send) && result != 0 {
+        } else if op.kind.has_result() && result != 0 {
             // This rank's result is its operand.
             self.copy(main, operand, result, op.send.bytes())?;
         }
@@ -166,27 +159,28 @@ impl Direct {
         &self,
         array: &Buffer<'_>,
         used: bool,
-        copy: &mut Option<Piece>,
-    ) -> Result<Address, String> {
+        copy: &mut Option<DevicePiece>,
+    ) -> Result<Address, Failure> {
         let bytes = array.bytes();
         if !used || bytes == 0 || self.arrays.load(Ordering::Relaxed) {
             return Ok(array.data as Address);
         }
-        let piece = self.take(bytes).map_err(said)?;
+        let piece = self.take(bytes)?;
         Ok(copy.insert(piece).data)
     }
 
-    fn copy(&self, main: Stream, from: Address, to: Address, bytes: usize) -> Result<(), String> {
+    fn copy(&self, main: Stream, from: Address, to: Address, bytes: usize) -> Result<(), Failure> {
         if bytes == 0 || from == to {
             return Ok(());
         }
-        // SAFETY: operand, result and copies of one operation, which do not overlap, are valid for what
-        // is in the stream, and hold that many bytes.
-        unsafe { self.device.copy(main, Copy::Across { to, from }, bytes) }.map_err(said)
+        // SAFETY: operand, result and copies of one operation, which do not overlap, are valid for
+        // what is in the stream, and hold that many bytes.
+        unsafe { self.device.copy(main, Copy::Across { to, from }, bytes) }?;
+        Ok(())
     }
 
     /// Memory for a copy of `bytes`.
-    fn take(&self, bytes: usize) -> Result<Piece, DeviceError> {
+    fn take(&self, bytes: usize) -> Result<DevicePiece, DeviceError> {
         let bytes = match bytes {
             0..=KEPT => bytes.next_power_of_two().max(SMALLEST),
             _ => bytes,
@@ -201,11 +195,12 @@ impl Direct {
             }
         }
         let data = self.device.memory(bytes)?;
-        Ok(Piece { data, bytes })
+        Ok(DevicePiece { data, bytes })
     }
 
-    /// The piece is free once everything in `main` has happened. If the device has failed it is lost.
-    fn give_back(&self, piece: Piece, main: Stream) {
+    /// The piece is free once everything in `main` has happened. If the device has failed it is
+    /// lost.
+    fn give_back(&self, piece: DevicePiece, main: Stream) {
         let Ok(behind) = self.device.record(main) else {
             return;
         };
@@ -217,14 +212,10 @@ impl Direct {
     }
 }
 
-fn said(error: DeviceError) -> String {
-    error.to_string()
-}
-
 /// Bytes of the result that a message leaves unwritten, if it may.
-fn missing(op: &Operation<'_>, done: Done) -> Result<usize, String> {
-    match op.kind {
-        Kind::Recv | Kind::Sendrecv => check::missing(op, done.source, done.tag, done.bytes),
-        _ => Ok(0),
+fn missing(op: &Operation<'_>, done: Done) -> Result<usize, Failure> {
+    if !op.kind.is_receive() {
+        return Ok(0);
     }
+    op.missing(done.source, done.tag, done.bytes)
 }

@@ -4,3 +4,4 @@ pub mod choice;
 pub mod direct;
 pub mod probe_result;
 pub mod staging;
+pub(crate) mod transport;

@@ -1,4 +1,5 @@
-//! What was found out about direct transfer in an earlier job, in a file for each MPI, driver and plugin.
+//! What was found out about direct transfer in an earlier job, in a file for each MPI, driver and
+//! plugin.
 
 #![forbid(unsafe_code)]
 
@@ -50,8 +51,8 @@ impl ProbeResults {
         (of == key).then(|| state.trim_end().to_owned())
     }
 
-    /// Keeps what is known: `arrays`, `copies`, `failed: WHY`, or `trying arrays` before an attempt that the
-    /// process may not survive.
+    /// Keeps what is known: `arrays`, `copies`, `failed: WHY`, or `trying arrays` before an attempt
+    /// that the process may not survive.
     ///
     /// # Errors
     /// If it is none of these, or the file cannot be written.

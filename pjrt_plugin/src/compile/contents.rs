@@ -79,7 +79,7 @@ fn after_mark(program: &[u8]) -> Option<&[u8]> {
         let found = after(OLD_UNIFORM_MARK)?;
         WARNED.call_once(|| {
             log::line(&format!(
-                "mpi_cuda: the attribute {OLD_UNIFORM_MARK}... is now called {UNIFORM_MARK}...: use \
+                "the attribute {OLD_UNIFORM_MARK}... is now called {UNIFORM_MARK}...: use \
                  that name"
             ));
         });

@@ -44,7 +44,7 @@ pub fn compile(
     match place {
         Place::Here if config().recompile => {
             let again = spmd::recompile(client, whole, options)?;
-            log::line("mpi_cuda: compiled an optimized program again as it is");
+            log::line("compiled an optimized program again as it is");
             note(again, contents)
         }
         Place::Here => note(whole, contents),
@@ -66,7 +66,7 @@ pub fn compile(
 fn log_times(whole: Duration, first: Duration) {
     if config().log >= Log::Debug {
         log::line(&format!(
-            "mpi_cuda: compiled a program for several devices in {:.1} ms: {:.1} ms for all of \
+            "compiled a program for several devices in {:.1} ms: {:.1} ms for all of \
              them, the rest for this rank's",
             whole.as_secs_f64() * 1e3,
             first.as_secs_f64() * 1e3

@@ -233,18 +233,10 @@ impl Collective<'_> {
 /// An operation on `comm` that needs no more.
 fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
     Operation {
-        kind,
         of: Some("XLA's"),
-        comm,
-        send,
-        recv,
-        reduction: None,
-        user_reduction: 0,
-        dest: 0,
-        source: 0,
         send_tag: TAG,
         recv_tag: TAG,
-        status: 0,
+        ..Operation::new(kind, comm, send, recv)
     }
 }
 

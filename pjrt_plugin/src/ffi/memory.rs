@@ -9,7 +9,7 @@ use mpi_runtime::device::cuda::Cuda;
 use mpi_runtime::device::simulated::Simulated;
 use mpi_runtime::device::{Address, Copy, Device, DeviceError, Fill, Stream};
 use mpi_runtime::transfer::choice::{Mode, Through};
-use mpi_runtime::{Buffer, Direct, Operation, Staging, Ticket, World};
+use mpi_runtime::{Buffer, Direct, Operation, Place, Staging, Ticket, World};
 use parking_lot::Mutex;
 
 use crate::config::{Config, Pretend};
@@ -130,12 +130,13 @@ impl<'a> Memory<'a> {
         match self.device {
             Some((staged, main)) => {
                 let engine = &world.engine;
-                let done = match &staged.direct {
+                let place = match &staged.direct {
                     Some(direct) if Direct::can(op, world.oversubscribed) => {
-                        engine.execute_direct(ticket, op, direct, main)
+                        Place::Direct(direct, main)
                     }
-                    _ => engine.execute_staged(ticket, op, &staged.staging, main),
+                    _ => Place::Staged(&staged.staging, main),
                 };
+                let done = engine.execute(ticket, op, place);
                 self.catch_up();
                 done
             }
@@ -143,7 +144,7 @@ impl<'a> Memory<'a> {
                 if config().huge_pages {
                     huge_pages::prepare(op);
                 }
-                world.engine.execute(ticket, op)
+                world.engine.execute(ticket, op, Place::Host)
             }
         }
     }

@@ -15,7 +15,6 @@ pub mod user_reductions;
 use std::ffi::c_void;
 use std::mem::size_of;
 
-use mpi_runtime::operation::name;
 use parking_lot::Mutex;
 use pjrt_sys::*;
 
@@ -37,7 +36,7 @@ pub fn register_all() -> Result<(), Error> {
         return Ok(());
     }
     for (kind, handler) in operations::HANDLERS {
-        register(&format!("{}{}", targets::PREFIX, name(*kind)), *handler)?;
+        register(&format!("{}{}", targets::PREFIX, kind.name()), *handler)?;
     }
     for (kind, handler) in operations::MPI4JAX_HANDLERS {
         register(&targets::mpi4jax_target(*kind), *handler)?;

@@ -3,7 +3,7 @@
 //! Targets, operands, results and attributes are documented in `include/mpi_cuda.h`. mpi4jax's
 //! targets (0.9, `mpi_allreduce_ffi` and so on) differ little from ours and are executed likewise.
 
-use mpi_runtime::operation::{KINDS, REDUCTIONS, name};
+use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
 use pjrt_sys::*;
 
@@ -42,7 +42,11 @@ unsafe extern "C" fn operation<const KIND: usize>(
     frame: *mut XLA_FFI_CallFrame,
 ) -> *mut XLA_FFI_Error {
     // SAFETY: called by XLA.
-    unsafe { handle(frame, |frame| execute(KINDS[KIND].0, &Dialect::Ours, frame)) }
+    unsafe {
+        handle(frame, |frame| {
+            execute(Kind::ALL[KIND], &Dialect::Ours, frame)
+        })
+    }
 }
 
 unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
@@ -51,7 +55,7 @@ unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
     // SAFETY: called by XLA.
     unsafe {
         handle(frame, |frame| {
-            execute(KINDS[KIND].0, &Dialect::Mpi4jax, frame)
+            execute(Kind::ALL[KIND], &Dialect::Mpi4jax, frame)
         })
     }
 }
@@ -139,12 +143,12 @@ pub unsafe extern "C" fn async_barrier(frame: *mut XLA_FFI_CallFrame) -> *mut XL
 fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Error> {
     let world = world()
         .ok_or_else(|| Error::internal("an operation was executed before the world was started"))?;
-    let operands = usize::from(!matches!(kind, Kind::Barrier | Kind::Recv));
-    let results = usize::from(!matches!(kind, Kind::Barrier | Kind::Send | Kind::WaitSend));
+    let operands = usize::from(kind.has_operand());
+    let results = usize::from(kind.has_result());
     let send = data(operands, frame.arg(0), "operand")?;
     let mut recv = data(results, frame.ret(0), "result")?;
     if matches!(dialect, Dialect::Mpi4jax)
-        && matches!(kind, Kind::Bcast | Kind::Gather | Kind::Reduce)
+        && (kind.returns_operand(true) || kind.returns_operand(false))
         && recv.shape == [0]
     {
         // Where there is nothing to receive, its result is empty; ours is the operand.
@@ -155,23 +159,19 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Error
     }
     let number = |attribute: &str, default: i64| frame.integer(attribute).unwrap_or(default);
     let special = dialect.special_ranks(world);
-    let reduces = matches!(
-        kind,
-        Kind::Allreduce | Kind::Exscan | Kind::Reduce | Kind::ReduceScatter | Kind::Scan
-    );
-    let reduction = reduces.then(|| reduction(number("op", 0))).transpose()?;
+    let reduction = kind
+        .reduces()
+        .then(|| reduction(number("op", 0)))
+        .transpose()?;
+    let comm = number("comm", mpi_runtime::mpi::communicators::DEFAULT);
+    let comm = dialect.communicator(comm, world)?;
+    let peer = rank(number(destination_name(kind), 0), special, false)?;
     let op = Operation {
-        kind,
         of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
-        comm: dialect.communicator(
-            number("comm", mpi_runtime::mpi::communicators::DEFAULT),
-            world,
-        )?,
-        send,
-        recv,
         reduction: reduction.map(|(reduction, _)| reduction),
         user_reduction: reduction.map_or(0, |(_, handle)| handle),
-        dest: rank(number(destination_name(kind), 0), special, false)?,
+        root: if kind.has_root() { peer } else { 0 },
+        dest: if kind.sends() { peer } else { PROC_NULL },
         source: rank(number("source", special.0), special, true)?,
         send_tag: small(number(dialect.send_tag(kind), 0), "tag")?,
         recv_tag: match number(dialect.receive_tag(kind), ATTRIBUTE_ANY) {
@@ -179,13 +179,14 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Error
             tag => small(tag, "recvtag")?,
         },
         status: crate::ffi::status::address(number("status", 0)),
+        ..Operation::new(kind, comm, send, recv)
     };
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
     let memory = Memory::of(frame)?;
     memory.execute(world, ticket, &op).map_err(|error| {
         if matches!(dialect, Dialect::Mpi4jax) {
             // What its users look for; the job ends as usual, with a Python exception.
-            let mut name = name(kind).to_owned();
+            let mut name = kind.name().to_owned();
             name[..1].make_ascii_uppercase();
             eprintln!(
                 "r{} | MPI_{name} returned error code: {}",
@@ -220,10 +221,7 @@ fn data<'a>(wanted: usize, found: Option<Buffer<'a>>, what: &str) -> Result<Buff
 }
 
 fn destination_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Send | Kind::Sendrecv | Kind::Isend => "dest",
-        _ => "root",
-    }
+    if kind.sends() { "dest" } else { "root" }
 }
 
 fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32, Error> {

@@ -4,7 +4,6 @@
 #![forbid(unsafe_code)]
 
 use mpi_runtime::Kind;
-use mpi_runtime::operation::name;
 
 use crate::search::contains;
 
@@ -38,7 +37,7 @@ pub const MPI4JAX: [Kind; 12] = [
 
 /// mpi4jax's target for an operation.
 pub fn mpi4jax_target(kind: Kind) -> String {
-    format!("mpi_{}_ffi", name(kind))
+    format!("mpi_{}_ffi", kind.name())
 }
 
 /// Whether a program, in any format, calls operations of ours or of mpi4jax.

@@ -31,14 +31,14 @@ pub fn options(
     let mut options = choose(rank, size, Node::of(world, count), given);
     if say {
         log::line(&format!(
-            "mpi_cuda: rank {rank}: CUDA client with {options:?}"
+            "rank {rank}: CUDA client with {options:?}"
         ));
     }
     if let Some((_, Value::List(devices))) = options.iter().find(|(n, _)| *n == "visible_devices") {
         let sharing = world.node_size > count;
         if sharing && world.node_rank == 0 {
             log::line(&format!(
-                "mpi_cuda: {} ranks of this node share {count} GPU(s), so none takes its memory at \
+                "{} ranks of this node share {count} GPU(s), so none takes its memory at \
                  the start (rank {rank} is on GPU {devices:?})",
                 world.node_size
             ));

@@ -1,5 +1,5 @@
-//! How a collective is cut: an array that holds a block for each rank is a matrix with a row for each,
-//! any other one has one row, and a chunk is some columns of all rows.
+//! How a collective is cut: an array that holds a block for each rank is a matrix with a row for
+//! each, any other one has one row, and a chunk is some columns of all rows.
 
 use mpi_shim_abi::Kind;
 
@@ -24,18 +24,17 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn new(op: &Operation<'_>, comm: &Communicator, chunk: usize) -> Plan {
         let size = comm.size as usize;
-        let is_root = comm.rank == op.dest;
-        // Rows of operand and result, and which of them there is anything in.
-        let (rows, sends, receives) = match op.kind {
-            Kind::Allgather => ([1, size], true, true),
-            Kind::Alltoall => ([size, size], true, true),
-            Kind::ReduceScatter => ([size, 1], true, true),
-            Kind::Bcast => ([1, 1], is_root, !is_root),
-            Kind::Reduce => ([1, 1], true, is_root),
-            Kind::Gather => ([1, if is_root { size } else { 1 }], true, is_root),
-            Kind::Scatter => ([if is_root { size } else { 1 }, 1], is_root, true),
-            _ => ([1, 1], true, true),
+        let is_root = comm.rank == op.root;
+        let at_root = if is_root { size } else { 1 };
+        let rows = match op.kind {
+            Kind::Allgather => [1, size],
+            Kind::Alltoall => [size, size],
+            Kind::ReduceScatter => [size, 1],
+            Kind::Gather => [1, at_root],
+            Kind::Scatter => [at_root, 1],
+            _ => [1, 1],
         };
+        let (sends, receives) = (op.kind.reads(is_root), op.kind.writes(is_root));
         let columns = op.send.elements().max(0) as usize / rows[0].max(1);
         // The same on all ranks: with the root's row for each rank, even where this rank has one.
         let most = match op.kind {

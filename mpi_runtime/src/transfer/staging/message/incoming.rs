@@ -4,11 +4,14 @@ use std::collections::VecDeque;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::{HEADER_BYTES, Piece, RendezvousHeader, said};
+use super::piece::Piece;
+use super::rendezvous_header::{HEADER_BYTES, RendezvousHeader};
 use crate::device::{Copy, DeviceError, Event, Fill};
+use crate::error::Failure;
 use crate::node::shm_ring::ShmRing;
-use crate::operation::{Buffer, ElementType, Operation};
-use crate::transfer::staging::{Done, Mpi, Run, Staging};
+use crate::operation::{Buffer, ElementType, Operation, wrong_length};
+use crate::transfer::staging::run::{Run, StagingResources};
+use crate::transfer::transport::{Done, Transport};
 
 /// How data arrive, once that is known.
 struct Arriving<'s> {
@@ -36,14 +39,14 @@ pub(super) struct Incoming<'r, 's> {
     waiting: Option<Piece>,
     /// In place of messages.
     arriving: Option<Arriving<'s>>,
-    /// What is wrong with the message. The rest of it is taken out of the way, and what this rank sends
-    /// is sent, so that the other side does not wait.
-    wrong: Option<String>,
+    /// What is wrong with the message. The rest of it is taken out of the way, and what this rank
+    /// sends is sent, so that the other side does not wait.
+    wrong: Option<Failure>,
 }
 
 impl<'r, 's> Incoming<'r, 's> {
     pub(super) fn new(run: &'r Run<'s>, op: &Operation<'_>) -> Self {
-        let receives = op.kind != Kind::Send;
+        let receives = op.kind.receives();
         Incoming {
             run,
             data: op.recv.data as usize,
@@ -69,19 +72,20 @@ impl<'r, 's> Incoming<'r, 's> {
     pub(super) fn advance(
         &mut self,
         op: &Operation<'_>,
-        mpi: &mut dyn Mpi,
-    ) -> Result<bool, String> {
+        mpi: &mut dyn Transport,
+    ) -> Result<bool, Failure> {
         if !self.open {
             return Ok(false);
         }
         if self.arriving.is_some() {
-            let moved = self.read_slots().map_err(said)?;
+            let moved = self.read_slots()?;
             let gone = |a: &Arriving<'_>| a.next < a.end && a.shm_ring.is_broken(a.next);
             if !moved && self.arriving.as_ref().is_some_and(gone) {
                 return Err(format!(
                     "rank {} has failed while it was sending this message; its own error says why",
                     self.source
-                ));
+                )
+                .into());
             }
             return Ok(moved);
         }
@@ -122,7 +126,8 @@ impl<'r, 's> Incoming<'r, 's> {
                 let to = self.data + self.arrived;
                 let from = shm_ring.data(arriving.next).cast_const();
                 // SAFETY: the result holds the message, which was checked, and is valid while the
-                // operation runs; the slot is this rank's until `free`, which comes after the event.
+                // operation runs; the slot is this rank's until `free`, which comes after the
+                // event.
                 unsafe { device.copy(self.run.up, Copy::Up { to, from }, bytes) }?;
                 copied = Some(device.record(self.run.up)?);
             }
@@ -148,7 +153,7 @@ impl<'r, 's> Incoming<'r, 's> {
     }
 
     /// Memory for the next message.
-    pub(super) fn room(&self) -> Result<Piece, String> {
+    pub(super) fn room(&self) -> Result<Piece, Failure> {
         let left = self.length.unwrap_or(self.room) - self.arrived;
         let bytes = left.min(self.run.staging.chunk);
         let memory = self.run.memory(bytes.max(HEADER_BYTES));
@@ -159,36 +164,35 @@ impl<'r, 's> Incoming<'r, 's> {
             (bytes / self.dtype.size(), self.dtype)
         };
         Ok(Piece {
-            memory: memory.map_err(said)?,
+            memory: memory?,
             elements: elements as i64,
             dtype,
         })
     }
 
     /// A message has come.
-    pub(super) fn take(&mut self, piece: Piece, done: Done) -> Result<(), String> {
+    pub(super) fn take(&mut self, piece: Piece, done: Done) -> Result<(), Failure> {
         let begins = self.length.is_none() && done.bytes == HEADER_BYTES;
-        let said = RendezvousHeader::read(piece.bytes(done.bytes)).filter(|_| begins);
-        let wrong = match said {
-            Some(said) => self.header_sent(said, done),
+        let header = RendezvousHeader::read(piece.bytes(done.bytes)).filter(|_| begins);
+        let wrong = match header {
+            Some(header) => self.header_sent(header, done),
             None => self.data(done),
         };
         self.wrong = self.wrong.take().or(wrong.err());
-        if said.is_some() || self.wrong.is_some() {
+        if header.is_some() || self.wrong.is_some() {
             self.run.put_back(piece.memory);
             return Ok(());
         }
         let place = self.data + self.arrived - done.bytes;
-        let gone = self.run.go(piece.memory, &[(place, done.bytes)]);
-        gone.map_err(|error| error.to_string())
+        Ok(self.run.go(piece.memory, &[(place, done.bytes)])?)
     }
 
-    fn header_sent(&mut self, said: RendezvousHeader, done: Done) -> Result<(), String> {
+    fn header_sent(&mut self, header: RendezvousHeader, done: Done) -> Result<(), Failure> {
         (self.source, self.tag) = (done.source, done.tag);
-        self.length = Some(said.bytes);
-        self.open = said.bytes > 0;
-        let staging: &'s Staging = self.run.staging;
-        match said.slots(staging) {
+        self.length = Some(header.bytes);
+        self.open = header.bytes > 0;
+        let staging: &'s StagingResources = self.run.staging;
+        match header.slots(staging) {
             Some(Ok((shm_ring, next, end))) => {
                 shm_ring.pin(&*staging.device);
                 self.arriving = Some(Arriving {
@@ -201,18 +205,19 @@ impl<'r, 's> Incoming<'r, 's> {
             Some(Err(())) => {
                 self.open = false;
                 return Err(format!(
-                    "the message from rank {} comes through memory of this node that this rank has not \
-                     mapped: set MPI_CUDA_SHM_RING=0 on all ranks",
+                    "the message from rank {} comes through memory of this node that this rank \
+                     has not mapped: set MPI_CUDA_SHM_RING=0 on all ranks",
                     done.source
-                ));
+                )
+                .into());
             }
             None => {}
         }
-        self.fits(said.bytes, done)
+        self.fits(header.bytes, done)
     }
 
     /// Bytes that have come.
-    fn data(&mut self, done: Done) -> Result<(), String> {
+    fn data(&mut self, done: Done) -> Result<(), Failure> {
         let chunk = self.run.staging.chunk;
         let first = self.length.is_none();
         let left = self.length.unwrap_or(self.room) - self.arrived;
@@ -227,7 +232,8 @@ impl<'r, 's> Incoming<'r, 's> {
                  {chunk} bytes in chunks: it was sent by isend, or from memory of the host, or \
                  MPI_CUDA_CHUNK_BYTES differs there",
                 done.source
-            ));
+            )
+            .into());
         }
         if first {
             return self.fits(done.bytes, done);
@@ -235,28 +241,23 @@ impl<'r, 's> Incoming<'r, 's> {
         if done.bytes != expected {
             let bytes = done.bytes;
             return Err(format!(
-                "a chunk of {bytes} bytes came instead of {expected}; MPI_CUDA_CHUNK_BYTES, here {chunk}, \
-                 must be the same on all ranks"
-            ));
+                "a chunk of {bytes} bytes came instead of {expected}; MPI_CUDA_CHUNK_BYTES, here \
+                 {chunk}, must be the same on all ranks"
+            )
+            .into());
         }
         Ok(())
     }
 
-    fn fits(&self, length: usize, done: Done) -> Result<(), String> {
+    fn fits(&self, length: usize, done: Done) -> Result<(), Failure> {
         if length == self.room || length < self.room && self.may_be_shorter {
             return Ok(());
         }
-        let (room, remedy) = (self.room, " (pass status= to accept less)");
-        let remedy = if length < room { remedy } else { "" };
-        Err(format!(
-            "the message from rank {} with tag {} has {length} bytes, and the result {room}; both sides \
-             must have the same shape and dtype{remedy}",
-            done.source, done.tag
-        ))
+        Err(wrong_length(done.source, done.tag, length, self.room))
     }
 
     /// Nothing in the result stays as it was.
-    pub(super) fn finish(mut self, well: bool) -> Result<Done, String> {
+    pub(super) fn finish(mut self, well: bool) -> Result<Done, Failure> {
         if let Some(piece) = self.waiting.take() {
             self.run.put_back(piece.memory);
         }
@@ -287,7 +288,7 @@ impl<'r, 's> Incoming<'r, 's> {
                 Fill::Zeros(self.room - self.arrived),
             );
             // SAFETY: the end of the result, which is valid for what is in the stream.
-            unsafe { self.run.staging.device.fill(self.run.up, to, zeros) }.map_err(said)?;
+            unsafe { self.run.staging.device.fill(self.run.up, to, zeros) }?;
         }
         Ok(done)
     }

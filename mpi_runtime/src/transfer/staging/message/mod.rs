@@ -1,35 +1,39 @@
 //! Messages in chunks.
 //!
-//! One of at most a chunk is one message, as without staging. A longer one has a rendezvous header: a message of
-//! its own with the length comes first, and pins the sender and the tag of the chunks that follow. So
-//! both sides must have device memory and the same size of a chunk; whoever meets a rendezvous header that
-//! does not fit fails, and nothing is taken for something else. Between ranks that share memory the data
-//! go through the sender's shared-memory ring, and MPI has the rendezvous header alone.
+//! One of at most a chunk is one message, as without staging. A longer one has a rendezvous header:
+//! a message of its own with the length comes first, and pins the sender and the tag of the chunks
+//! that follow. So both sides must have device memory and the same size of a chunk; whoever meets a
+//! rendezvous header that does not fit fails, and nothing is taken for something else. Between
+//! ranks that share memory the data go through the sender's shared-memory ring, and MPI has the
+//! rendezvous header alone.
 //!
-//! What is sent and what is received move on independently of each other: what this rank receives may
-//! depend on what becomes of the message that it sends.
+//! What is sent and what is received move on independently of each other: what this rank receives
+//! may depend on what becomes of the message that it sends.
 
 mod incoming;
 mod outgoing;
+mod piece;
 mod rendezvous_header;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::{Done, Mpi, Run};
-use crate::device::{DeviceError, HostMemory};
-use crate::engine::nonblocking::pause;
-use crate::operation::{Buffer, ElementType, Operation};
+use crate::error::Failure;
+use crate::mpi::backoff::pause;
+use crate::operation::{Buffer, Operation};
+use crate::transfer::staging::run::Run;
+use crate::transfer::transport::{Done, Transport};
 use incoming::Incoming;
 use outgoing::Outgoing;
+use piece::Piece;
 pub(super) use rendezvous_header::{HEADER_BYTES, RendezvousHeader};
 
 /// Sends, receives, or both.
 pub(super) fn execute(
     run: &Run<'_>,
     op: &Operation<'_>,
-    mpi: &mut dyn Mpi,
-) -> Result<Done, String> {
-    if op.status != 0 && op.kind != Kind::Send && op.source == PROC_NULL {
+    mpi: &mut dyn Transport,
+) -> Result<Done, Failure> {
+    if op.status != 0 && op.kind.receives() && op.source == PROC_NULL {
         // Nothing comes, and MPI says so in the status.
         mpi.perform(&Operation {
             kind: Kind::Recv,
@@ -68,8 +72,8 @@ fn exchange(
     op: &Operation<'_>,
     outgoing: &mut Outgoing<'_, '_>,
     incoming: &mut Incoming<'_, '_>,
-    mpi: &mut dyn Mpi,
-) -> Result<(), String> {
+    mpi: &mut dyn Transport,
+) -> Result<(), Failure> {
     let (sends, receives) = (outgoing.goes_on(), incoming.goes_on());
     let kind = match (sends, receives) {
         (true, true) => Kind::Sendrecv,
@@ -105,47 +109,6 @@ fn exchange(
         done => {
             run.put_back(into.memory);
             done.map(drop)
-        }
-    }
-}
-
-fn said(error: DeviceError) -> String {
-    error.to_string()
-}
-
-/// Memory of the host with one message.
-struct Piece {
-    memory: Option<HostMemory>,
-    elements: i64,
-    dtype: ElementType,
-}
-
-impl Piece {
-    fn none() -> Piece {
-        Piece {
-            memory: None,
-            elements: 0,
-            dtype: ElementType::U8,
-        }
-    }
-
-    fn buffer<'a>(&self, shape: &'a [i64]) -> Buffer<'a> {
-        let data = self.memory.as_ref();
-        Buffer {
-            data: data.map_or(std::ptr::null_mut(), |memory| memory.data.as_ptr().cast()),
-            dtype: self.dtype,
-            shape,
-        }
-    }
-
-    /// The first `bytes` bytes.
-    fn bytes(&self, bytes: usize) -> &[u8] {
-        match &self.memory {
-            // SAFETY: memory of the pool's that nothing writes now.
-            Some(memory) => unsafe {
-                std::slice::from_raw_parts(memory.data.as_ptr(), bytes.min(memory.bytes))
-            },
-            None => &[],
         }
     }
 }

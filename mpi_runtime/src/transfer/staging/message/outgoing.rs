@@ -4,13 +4,15 @@ use std::collections::VecDeque;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
-use super::rendezvous_header::BY_MPI;
-use super::{HEADER_BYTES, Piece, RendezvousHeader, said};
+use super::piece::Piece;
+use super::rendezvous_header::{BY_MPI, HEADER_BYTES, RendezvousHeader};
 use crate::device::{Copy, DeviceError, HostMemory};
+use crate::error::Failure;
 use crate::mpi::shim::Request;
 use crate::node::shm_ring::ShmRing;
 use crate::operation::{Buffer, ElementType, Operation};
-use crate::transfer::staging::{AHEAD, Coming, Mpi, Run, Staging};
+use crate::transfer::staging::run::{AHEAD, Coming, Run, StagingResources};
+use crate::transfer::transport::Transport;
 
 /// A chunk of what is sent, on its way down.
 struct Chunk {
@@ -22,8 +24,9 @@ struct Chunk {
 enum Way<'s> {
     /// In messages.
     Mpi,
-    /// Through the own shared-memory ring, in its places from `first` on, before `end`: the first whose copies down
-    /// have not begun, and not ended. The receiver may read them after the operation has ended here.
+    /// Through the own shared-memory ring, in its places from `first` on, before `end`: the first
+    /// whose copies down have not begun, and not ended. The receiver may read them after the
+    /// operation has ended here.
     ShmRing {
         shm_ring: &'s ShmRing,
         first: u64,
@@ -53,8 +56,12 @@ pub(super) struct Outgoing<'r, 's> {
 }
 
 impl<'r, 's> Outgoing<'r, 's> {
-    pub(super) fn new(run: &'r Run<'s>, op: &Operation<'_>, mpi: &dyn Mpi) -> Result<Self, String> {
-        let sends = op.kind != Kind::Recv && op.dest != PROC_NULL;
+    pub(super) fn new(
+        run: &'r Run<'s>,
+        op: &Operation<'_>,
+        mpi: &dyn Transport,
+    ) -> Result<Self, Failure> {
+        let sends = op.kind.sends() && op.dest != PROC_NULL;
         let bytes = if sends { op.send.bytes() } else { 0 };
         let mut outgoing = Outgoing {
             run,
@@ -77,7 +84,7 @@ impl<'r, 's> Outgoing<'r, 's> {
             sender: BY_MPI,
             place: 0,
         };
-        let staging: &'s Staging = run.staging;
+        let staging: &'s StagingResources = run.staging;
         if let Some(shm_rings) = &staging.shm_rings
             && let Some(shm_ring) = shm_rings.to(mpi.world_rank(op.dest)?)
         {
@@ -103,14 +110,14 @@ impl<'r, 's> Outgoing<'r, 's> {
     }
 
     /// The message, once it is there, if it is one piece.
-    pub(super) fn whole(&mut self) -> Result<Piece, String> {
+    pub(super) fn whole(&mut self) -> Result<Piece, Failure> {
         self.empty = false;
         let (begun, rows) = (self.bytes, [(self.data, self.bytes)]);
         let rows = if begun > 0 { &rows[..] } else { &[] };
-        let coming = self.run.come(rows).map_err(said)?;
+        let coming = self.run.come(rows)?;
         self.begun = begun;
         Ok(Piece {
-            memory: self.run.arrive(coming).map_err(said)?,
+            memory: self.run.arrive(coming)?,
             elements: (begun / self.dtype.size()) as i64,
             dtype: self.dtype,
         })
@@ -120,12 +127,12 @@ impl<'r, 's> Outgoing<'r, 's> {
     pub(super) fn advance(
         &mut self,
         op: &Operation<'_>,
-        mpi: &mut dyn Mpi,
-    ) -> Result<bool, String> {
-        let mut moved = self.end_messages(mpi)? | self.begin_copies().map_err(said)?;
+        mpi: &mut dyn Transport,
+    ) -> Result<bool, Failure> {
+        let mut moved = self.end_messages(mpi)? | self.begin_copies()?;
         // Copies begin before the rendezvous header goes out.
         if let Some(header) = self.header.take() {
-            let memory = self.run.memory(HEADER_BYTES).map_err(said)?;
+            let memory = self.run.memory(HEADER_BYTES)?;
             if let Some(memory) = &memory {
                 let text = header.text();
                 let to = memory.data.as_ptr();
@@ -142,7 +149,7 @@ impl<'r, 's> Outgoing<'r, 's> {
         }
         while let Some(chunk) = self.coming.front() {
             if let Some(copied) = &chunk.coming.copied
-                && !self.run.staging.device.has_passed(copied).map_err(said)?
+                && !self.run.staging.device.has_passed(copied)?
             {
                 break;
             }
@@ -188,8 +195,8 @@ impl<'r, 's> Outgoing<'r, 's> {
                     }
                     let (bytes, to) = (left.min(shm_ring.part(self.bytes)), shm_ring.data(*begun));
                     let device = &run.staging.device;
-                    // SAFETY: the operand is valid while the operation runs, and the slot is this rank's
-                    // until `fill`, which comes after the event.
+                    // SAFETY: the operand is valid while the operation runs, and the slot is this
+                    // rank's until `fill`, which comes after the event.
                     unsafe { device.copy(run.down, Copy::Down { to, from }, bytes) }?;
                     *begun += 1;
                     let coming = Coming {
@@ -208,11 +215,11 @@ impl<'r, 's> Outgoing<'r, 's> {
     fn send(
         &mut self,
         op: &Operation<'_>,
-        mpi: &mut dyn Mpi,
+        mpi: &mut dyn Transport,
         memory: Option<HostMemory>,
         bytes: usize,
         dtype: ElementType,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         let piece = Piece {
             memory,
             elements: (bytes / dtype.size()) as i64,
@@ -231,7 +238,7 @@ impl<'r, 's> Outgoing<'r, 's> {
     }
 
     /// Takes the memory back that MPI has sent; whether there was any.
-    fn end_messages(&mut self, mpi: &mut dyn Mpi) -> Result<bool, String> {
+    fn end_messages(&mut self, mpi: &mut dyn Transport) -> Result<bool, Failure> {
         let mut moved = false;
         while let Some((request, _)) = self.sending.front_mut() {
             if !mpi.is_sent(request)? {

@@ -1,11 +1,13 @@
 //! What is said of a long message before it comes.
 
 use crate::node::shm_ring::ShmRing;
-use crate::transfer::staging::Staging;
+use crate::transfer::staging::run::StagingResources;
 
-/// A rendezvous header begins with this. Of arrays only one of 25 bytes that begin so could be taken for one.
+/// A rendezvous header begins with this. Of arrays only one of 25 bytes that begin so could be
+/// taken for one.
 const MAGIC: [u8; 5] = *b"MPIc\x02";
-/// Then come the message's bytes, and the sender's rank in the world and the place in its shared-memory ring.
+/// Then come the message's bytes, and the sender's rank in the world and the place in its
+/// shared-memory ring.
 pub(crate) const HEADER_BYTES: usize =
     MAGIC.len() + size_of::<u64>() + size_of::<u32>() + size_of::<u64>();
 /// In place of a rank: the data come as messages.
@@ -43,11 +45,11 @@ impl RendezvousHeader {
 }
 
 impl RendezvousHeader {
-    /// Where the message comes from, and its places: from the first to behind the last. None if it comes
-    /// by MPI.
+    /// Where the message comes from, and its places: from the first to behind the last. None if it
+    /// comes by MPI.
     pub(super) fn slots<'s>(
         &self,
-        staging: &'s Staging,
+        staging: &'s StagingResources,
     ) -> Option<Result<(&'s ShmRing, u64, u64), ()>> {
         if self.sender == BY_MPI {
             return None;
@@ -61,7 +63,7 @@ impl RendezvousHeader {
     }
 
     /// Nobody receives the message.
-    pub(crate) fn refuse(&self, staging: &Staging) {
+    pub(crate) fn refuse(&self, staging: &StagingResources) {
         if let Some(Ok((shm_ring, first, end))) = self.slots(staging) {
             shm_ring.drain(first, end);
         }

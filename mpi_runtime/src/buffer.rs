@@ -1,0 +1,183 @@
+//! Arrays, their element types, and the memory behind them.
+
+use std::ffi::c_void;
+use std::fmt;
+
+use mpi_shim_abi::Datatype;
+
+/// A dense row-major array in memory of the host or of a device.
+///
+/// Whoever makes one vouches for its memory: until the operation that has the array has returned,
+/// all its bytes may be read, and written if it is a result, and nobody else writes them. XLA gives
+/// that for the buffers of a custom call. Everything here that touches the memory of an array
+/// relies on it, and is only called for memory of the host.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffer<'a> {
+    /// First element; may be null when the array is empty or absent.
+    pub data: *mut c_void,
+    /// Element type.
+    pub dtype: ElementType,
+    /// Dimensions, outermost first.
+    pub shape: &'a [i64],
+}
+
+// SAFETY: an address means the same on every thread, and its maker vouches for the memory on all of
+// them.
+unsafe impl Send for Buffer<'_> {}
+
+impl Buffer<'_> {
+    /// No array: what `barrier` sends and `send` receives.
+    pub const NONE: Buffer<'static> = Buffer {
+        data: std::ptr::null_mut(),
+        dtype: ElementType::U8,
+        shape: &[0],
+    };
+
+    /// Number of elements.
+    pub fn elements(&self) -> i64 {
+        self.shape.iter().product()
+    }
+
+    /// Size in bytes, for dtypes that MPI moves as whole bytes.
+    pub fn bytes(&self) -> usize {
+        self.elements() as usize * self.dtype.size()
+    }
+
+    /// Where the byte `offset` is, if `length` bytes from there on are the array's.
+    fn at(&self, offset: usize, length: usize) -> *mut u8 {
+        let end = offset.checked_add(length);
+        assert!(end.is_some_and(|end| end <= self.bytes()));
+        self.data.cast::<u8>().wrapping_add(offset)
+    }
+
+    /// Writes zeros from byte `start` to the end.
+    pub(crate) fn clear_from(&self, start: usize) {
+        let length = self.bytes() - start;
+        if length > 0 {
+            // SAFETY: `at` says that the bytes are the array's, whose maker vouches for them.
+            unsafe { self.at(start, length).write_bytes(0, length) };
+        }
+    }
+
+    /// Writes bytes from byte `start` on.
+    pub(crate) fn write(&self, start: usize, bytes: &[u8]) {
+        let to = self.at(start, bytes.len());
+        if !bytes.is_empty() {
+            // SAFETY: as in `clear_from`; a slice of Rust's does not overlap an array of XLA's.
+            unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        }
+    }
+
+    /// Reads bytes from byte `start` on.
+    pub(crate) fn read<const N: usize>(&self, start: usize) -> [u8; N] {
+        // SAFETY: as in `clear_from`; an array of bytes has no alignment.
+        unsafe { self.at(start, N).cast::<[u8; N]>().read() }
+    }
+
+    /// Copies the whole array to other memory.
+    ///
+    /// # Safety
+    /// There must be room for its bytes at `to`, and it must not overlap them.
+    pub(crate) unsafe fn copy_to(&self, to: *mut u8) {
+        let bytes = self.bytes();
+        if bytes > 0 {
+            // SAFETY: the maker of the array vouches for its bytes, and the caller for the room.
+            unsafe { to.copy_from_nonoverlapping(self.data.cast(), bytes) };
+        }
+    }
+}
+
+impl fmt::Display for Buffer<'_> {
+    /// `float32[3,4]`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shape: Vec<String> = self.shape.iter().map(i64::to_string).collect();
+        write!(f, "{}[{}]", self.dtype.name(), shape.join(","))
+    }
+}
+
+/// What kind of number an element is; decides which reductions it has (MPI 4.0, table 6.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// `bool`: every reduction, as in numpy.
+    Logical,
+    /// Signed and unsigned integers: every reduction.
+    Integer,
+    /// Real numbers: SUM, PROD, MIN, MAX.
+    Real,
+    /// Complex numbers: SUM and PROD.
+    Complex,
+    /// Moved only: no reductions.
+    Opaque,
+}
+
+macro_rules! element_types {
+    ($($variant:ident = $name:literal, $size:literal, $class:ident, $mpi:expr;)+) => {
+        /// Element types of arrays; declared once, with what everything else derives from.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[allow(missing_docs)]
+        pub enum ElementType { $($variant,)+ }
+
+        impl ElementType {
+            /// numpy's name.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+            /// Bytes per element.
+            pub const fn size(self) -> usize {
+                match self { $(Self::$variant => $size,)+ }
+            }
+            /// Which reductions it has.
+            pub const fn class(self) -> Class {
+                match self { $(Self::$variant => Class::$class,)+ }
+            }
+            /// The MPI datatype, where there is one.
+            pub const fn datatype(self) -> Option<Datatype> {
+                match self { $(Self::$variant => $mpi,)+ }
+            }
+        }
+    };
+}
+
+element_types! {
+    Bool = "bool", 1, Logical, Some(Datatype::Bool);
+    I8 = "int8", 1, Integer, Some(Datatype::I8);
+    I16 = "int16", 2, Integer, Some(Datatype::I16);
+    I32 = "int32", 4, Integer, Some(Datatype::I32);
+    I64 = "int64", 8, Integer, Some(Datatype::I64);
+    U8 = "uint8", 1, Integer, Some(Datatype::U8);
+    U16 = "uint16", 2, Integer, Some(Datatype::U16);
+    U32 = "uint32", 4, Integer, Some(Datatype::U32);
+    U64 = "uint64", 8, Integer, Some(Datatype::U64);
+    F32 = "float32", 4, Real, Some(Datatype::F32);
+    F64 = "float64", 8, Real, Some(Datatype::F64);
+    C64 = "complex64", 8, Complex, Some(Datatype::C64);
+    C128 = "complex128", 16, Complex, Some(Datatype::C128);
+    F16 = "float16", 2, Real, Some(Datatype::F16);
+    BF16 = "bfloat16", 2, Real, Some(Datatype::BF16);
+    F8 = "an 8-bit float type", 1, Opaque, Some(Datatype::U8);
+    Other = "a type of less than 8 bits", 1, Opaque, None;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_array_is_written_and_read_where_it_is_asked_to_be() {
+        let mut memory = [7u8; 6];
+        let array = Buffer {
+            data: memory.as_mut_ptr().cast(),
+            dtype: ElementType::U8,
+            shape: &[5],
+        };
+        array.write(1, &[1, 2]);
+        array.clear_from(4);
+        assert_eq!((array.read::<5>(0), memory[5]), ([7, 1, 2, 7, 0], 7));
+    }
+
+    #[test]
+    #[should_panic]
+    fn nothing_beyond_an_array_is_touched() {
+        Buffer::NONE.write(0, &[1]);
+    }
+}

@@ -1,0 +1,302 @@
+//! From a checked operation to calls of MPI, on memory of the host.
+
+use std::sync::Arc;
+
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
+
+use crate::engine::nonblocking::NonblockingMessages;
+use crate::engine::pending::PendingTable;
+use crate::engine::uniform::Histories;
+use crate::engine::{check, result_canary, single_rank};
+use crate::error::Failure;
+use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
+use crate::mpi::shim::{Request, Shim};
+use crate::operation::{Buffer, Operation};
+use crate::transfer::transport::{Done, Transport};
+
+/// Calls MPI, and keeps what was called.
+pub(super) struct MpiCalls {
+    /// None in a world without MPI.
+    pub(super) shim: Option<Shim>,
+    /// Messages whose start and end are separate; none without MPI.
+    pub(super) nonblocking: Option<NonblockingMessages>,
+    pub(super) histories: Histories,
+    pending: Arc<PendingTable>,
+}
+
+impl MpiCalls {
+    /// Through `shim`, if there is one.
+    pub(super) fn new(shim: Option<Shim>, pending: Arc<PendingTable>) -> MpiCalls {
+        MpiCalls {
+            shim,
+            nonblocking: shim.map(NonblockingMessages::new),
+            histories: Histories::default(),
+            pending,
+        }
+    }
+
+    /// What staging uses, for operations on the communicator of that number.
+    pub(super) fn on<'a>(&'a self, number: i64, comm: &'a Communicator) -> OnCommunicator<'a> {
+        OnCommunicator {
+            calls: self,
+            number,
+            comm,
+        }
+    }
+
+    /// Executes an operation on memory of the host.
+    pub(super) fn execute(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
+        match op.kind {
+            kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
+            kind if kind.is_start() => self.start_message(op, comm),
+            _ => self.complete(op, comm),
+        }
+    }
+
+    /// Executes what is a whole to MPI, and checks what has come.
+    fn complete(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
+        let _pending = self.pending.enter(op, comm.name);
+        let received = self.perform(op, comm)?;
+        check_received(op, &received)
+    }
+
+    /// Executes what is a whole to MPI.
+    pub(super) fn perform(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<ShimReceived, Failure> {
+        let shim_op = check::prepare(op, comm)?;
+        if self.shim.is_none() {
+            return single_rank::execute(op).map(|()| ShimReceived::default());
+        }
+        let marks = result_canary::place(op, comm);
+        let received = self.call(op, comm, &shim_op)?;
+        if op.kind.returns_operand(comm.rank == op.root) {
+            single_rank::copy_through(op);
+        }
+        if op.kind == Kind::Exscan && comm.rank == 0 {
+            single_rank::nothing_before(op);
+        }
+        if let Some(marks) = marks {
+            marks.check(op)?;
+        }
+        Ok(received)
+    }
+
+    /// MPI has filled the status of the last part of a message.
+    pub(super) fn say_received(&self, op: &Operation<'_>, done: Done) -> Result<(), Failure> {
+        match &self.shim {
+            Some(shim) if op.status != 0 && receives(op) => {
+                // SAFETY: the user's status lives as long as programs that name it.
+                let said = unsafe { shim.set_received(op.status, done.bytes) };
+                Ok(said?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Calls MPI. Nothing here touches the arrays.
+    pub(super) fn call(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+        shim_op: &ShimOp,
+    ) -> Result<ShimReceived, Failure> {
+        let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
+        let received = match &self.nonblocking {
+            // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
+            // call.
+            Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
+                nonblocking.receive_after(shim_op)
+            },
+            _ => Ok(shim.execute(shim_op)?),
+        };
+        let received = received?;
+        self.histories.add(op, comm.rank, &received);
+        Ok(received)
+    }
+
+    /// Starts a message, whose number is the operation's result.
+    fn start_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
+        let shim_op = check::prepare(op, comm)?;
+        if op.recv.elements() != 1 || op.recv.bytes() != size_of::<u32>() {
+            return Err("the result must be one number of 32 bits".into());
+        }
+        let peer = if op.kind.sends() { op.dest } else { op.source };
+        let number = match &self.nonblocking {
+            _ if peer == PROC_NULL => TO_NOBODY,
+            Some(nonblocking) => nonblocking.start(op, &shim_op)?,
+            None => return Err(NO_MESSAGES.into()),
+        };
+        self.histories.add(op, comm.rank, &ShimReceived::default());
+        op.recv.write(0, &number.to_ne_bytes());
+        Ok(())
+    }
+
+    /// Waits for the message whose number is the operand; `beginning` gets that of what has come.
+    fn wait_for_message(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+        beginning: &mut [u8],
+    ) -> Result<(), Failure> {
+        if op.send.elements() != 1 || op.send.bytes() != size_of::<u32>() {
+            return Err("the request must be one number of 32 bits".into());
+        }
+        let number = u32::from_ne_bytes(op.send.read(0));
+        if number == TO_NOBODY {
+            let nobody = Operation {
+                kind: Kind::Recv,
+                send: Buffer::NONE,
+                source: PROC_NULL,
+                recv_tag: ANY,
+                ..*op
+            };
+            return match op.kind {
+                Kind::Wait => self.complete(&nobody, comm),
+                _ => Ok(()),
+            };
+        }
+        let (Some(nonblocking), Some(shim)) = (&self.nonblocking, &self.shim) else {
+            return Err(NO_MESSAGES.into());
+        };
+        let (mut started, shape) = nonblocking.find(number)?;
+        started.send.shape = &shape;
+        let _pending = self.pending.enter(&started, comm.name);
+        let about = |failure: Failure| Failure::from(format!("{started}: {failure}"));
+        if (op.kind == Kind::WaitSend) != started.kind.sends() {
+            return Err(about(
+                "wait belongs to irecv, and wait_send to isend".into(),
+            ));
+        }
+        let ended = nonblocking.wait(number).map_err(about)?;
+        if op.kind == Kind::WaitSend {
+            return Ok(());
+        }
+        ended.begin(beginning);
+        ended.write(&op.recv, shim, op.status);
+        let receive = Operation {
+            kind: Kind::Recv,
+            send: Buffer::NONE,
+            recv: op.recv,
+            status: op.status,
+            ..ended.operation
+        };
+        self.histories.add(&receive, comm.rank, &ended.received);
+        check_received(&receive, &ended.received).map_err(about)
+    }
+
+    /// Ends all messages that were started, and says what is lost with those that nobody has waited
+    /// for. Last, when everything else has ended.
+    pub(super) fn finish_messages(&self, communicators: &Communicators) -> Vec<String> {
+        let Some(nonblocking) = &self.nonblocking else {
+            return Vec::new();
+        };
+        let unfinished = nonblocking.unfinished();
+        let _pending: Vec<_> = unfinished
+            .iter()
+            .map(|(operation, shape)| {
+                let mut operation: Operation<'_> = *operation;
+                operation.send.shape = shape;
+                let comm = communicators.get(operation.comm);
+                let name = comm.map_or("a communicator", |comm| comm.name);
+                self.pending.enter(&operation, name)
+            })
+            .collect();
+        nonblocking.finish()
+    }
+}
+
+/// The engine's way to MPI, for staging.
+pub(super) struct OnCommunicator<'a> {
+    calls: &'a MpiCalls,
+    /// Of the communicator.
+    number: i64,
+    comm: &'a Communicator,
+}
+
+impl Transport for OnCommunicator<'_> {
+    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, Failure> {
+        let (calls, comm) = (self.calls, self.comm);
+        match op.kind {
+            kind if kind.is_end() => self.wait(op, &mut []),
+            kind if kind.is_start() => calls.start_message(op, comm).map(|()| Done::default()),
+            _ => calls.perform(op, comm).map(done),
+        }
+    }
+
+    fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, Failure> {
+        let waited = self.calls.wait_for_message(op, self.comm, beginning);
+        waited.map(|()| Done::default())
+    }
+
+    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
+        let shim_op = check::prepare(op, self.comm)?;
+        let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
+        // SAFETY: staging keeps what is sent in its pool until `is_sent` says that it is.
+        let request = unsafe { shim.start_send(&shim_op) };
+        let request = request?;
+        self.calls
+            .histories
+            .add(op, self.comm.rank, &ShimReceived::default());
+        Ok(request)
+    }
+
+    fn is_sent(&mut self, request: &mut Request) -> Result<bool, Failure> {
+        let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
+        Ok(shim.test(request)?.is_some())
+    }
+
+    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, Failure> {
+        let shim_op = check::prepare(op, self.comm)?;
+        let nonblocking = self.calls.nonblocking.as_ref().ok_or(NO_MESSAGES)?;
+        let received = nonblocking.try_receive(&shim_op, shim_op.datatype);
+        let Some(received) = received? else {
+            return Ok(None);
+        };
+        self.calls.histories.add(op, self.comm.rank, &received);
+        Ok(Some(done(received)))
+    }
+
+    fn world_rank(&self, rank: i32) -> Result<i32, Failure> {
+        let (Some(shim), comm) = (&self.calls.shim, self.comm) else {
+            return Ok(rank);
+        };
+        if matches!(self.number, WORLD | DEFAULT | COLLECTIVES) {
+            return Ok(rank);
+        }
+        let members = shim.comm_members(comm.handle, comm.size);
+        let members = members?;
+        let member = members.get(rank as usize).copied();
+        member.ok_or_else(|| format!("there is no rank {rank}").into())
+    }
+}
+
+pub(super) fn done(received: ShimReceived) -> Done {
+    Done {
+        source: received.source,
+        tag: received.tag,
+        bytes: usize::try_from(received.bytes).unwrap_or(0),
+    }
+}
+
+/// The number of a message to or from `PROC_NULL`.
+const TO_NOBODY: u32 = 0;
+const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
+
+fn receives(op: &Operation<'_>) -> bool {
+    op.kind.is_receive() && op.source != PROC_NULL
+}
+
+/// A message longer than the result was not written to it, and a shorter one would leave part of it
+/// unwritten.
+fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Failure> {
+    if !op.kind.is_receive() {
+        return Ok(());
+    }
+    let arrived = usize::try_from(received.bytes).unwrap_or(0);
+    let missing = op.missing(received.source, received.tag, arrived)?;
+    op.recv.clear_from(op.recv.bytes() - missing);
+    Ok(())
+}

@@ -1,0 +1,301 @@
+//! Messages whose start and end are separate operations: `isend`, `irecv` and `wait`.
+//!
+//! The engine keeps their data in memory of its own, since XLA may use an operand's memory for
+//! something else as soon as the operation that starts the message returns. It also decides itself
+//! which receive gets which message, so that each message's length is known before a byte is
+//! written: in the order in which the receives were started (MPI 4.0, section 3.5), of which the
+//! first that accepts a message gets it; so a blocking receive looks here too while one of these
+//! has no message. A thread moves messages on while the program computes (`table`).
+
+mod memory;
+mod table;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use mpi_shim_abi::{Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
+
+use crate::error::Failure;
+use crate::mpi::backoff::pause;
+use crate::mpi::shim::Shim;
+use crate::operation::{Buffer, Operation};
+use memory::MessageMemory;
+use table::{MessageRow, MessageState, Posted, Shared, complete, taker};
+
+/// The messages of this process that were started and not waited for.
+pub struct NonblockingMessages {
+    shared: Arc<Shared>,
+}
+
+/// A message that was waited for.
+pub struct Ended<'a> {
+    nonblocking: &'a NonblockingMessages,
+    /// What started it.
+    pub operation: Operation<'static>,
+    /// What arrived.
+    pub received: ShimReceived,
+    status: ShimStatus,
+    memory: MessageMemory,
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let memory = std::mem::take(&mut self.memory);
+        self.nonblocking.shared.table.lock().keep(memory);
+    }
+}
+
+impl Ended<'_> {
+    /// Copies the beginning of what arrived.
+    pub fn begin(&self, to: &mut [u8]) {
+        let arrived = self.arrived();
+        let length = to.len().min(arrived.len());
+        to[..length].copy_from_slice(&arrived[..length]);
+    }
+
+    /// Copies what arrived to `result`, if it fits, and fills the user's status.
+    pub fn write(&self, result: &Buffer<'_>, shim: &Shim, status: usize) {
+        let arrived = self.arrived();
+        if arrived.len() <= result.bytes() {
+            result.write(0, arrived);
+        }
+        // SAFETY: the user's status lives as long as programs that name it.
+        unsafe { shim.write_status(&self.status, status) };
+    }
+
+    fn arrived(&self) -> &[u8] {
+        let bytes = usize::try_from(self.received.bytes).unwrap_or(0);
+        // SAFETY: MPI has written these bytes, and `receive_into` made room for as many.
+        unsafe { self.memory.bytes(bytes) }
+    }
+}
+
+impl NonblockingMessages {
+    /// None yet.
+    pub fn new(shim: Shim) -> NonblockingMessages {
+        NonblockingMessages {
+            shared: Arc::new(Shared::new(shim)),
+        }
+    }
+
+    /// Starts a message and returns its number.
+    pub fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, Failure> {
+        let shared = &self.shared;
+        let sends = op.kind.sends();
+        let mut memory = MessageMemory::default();
+        let mut posted = *shim_op;
+        if sends {
+            memory = shared.table.lock().memory(op.send.bytes())?;
+            // SAFETY: the memory is new, or nobody's any more, and has that room.
+            unsafe { op.send.copy_to(memory.start().cast()) };
+            posted.send = memory.start().cast_const();
+        }
+        let nothing = ShimReceived::default();
+        shared.clone().start_thread()?;
+        let mut table = shared.table.lock();
+        let state = if sends {
+            // SAFETY: the row keeps the memory until the request is complete.
+            let request = unsafe { shared.shim.start_send(&posted) };
+            MessageState::Running(request?, nothing)
+        } else {
+            shared.unmatched.fetch_add(1, Ordering::AcqRel);
+            MessageState::Unmatched
+        };
+        table.last = table.last.wrapping_add(1).max(1);
+        let number = table.last;
+        table.rows.push(MessageRow {
+            number,
+            operation: op.without_arrays(),
+            shape: op.send.shape.to_vec(),
+            posted: Posted(posted),
+            memory,
+            state,
+        });
+        shared.progress(&mut table);
+        shared.started.notify_one();
+        Ok(number)
+    }
+
+    /// What started the message with that number, and the shape of what it sends.
+    pub fn find(&self, number: u32) -> Result<(Operation<'static>, Vec<i64>), Failure> {
+        let table = self.shared.table.lock();
+        let row = table.rows.iter().find(|row| row.number == number);
+        row.map(|row| (row.operation, row.shape.clone()))
+            .ok_or_else(|| {
+                "no message has this request: it was waited for before, or it is of another run"
+                    .into()
+            })
+    }
+
+    /// Waits until the message is complete and takes it out of the table.
+    pub fn wait(&self, number: u32) -> Result<Ended<'_>, Failure> {
+        let mut spins = 0;
+        loop {
+            let mut table = self.shared.table.lock();
+            self.shared.progress(&mut table);
+            let index = table.rows.iter().position(|row| row.number == number);
+            let Some(index) = index else {
+                return Err("another thread has waited for this request".into());
+            };
+            if table.rows[index].has_ended() {
+                let row = table.rows.remove(index);
+                return match row.state {
+                    MessageState::Done(status, received) => Ok(Ended {
+                        nonblocking: self,
+                        operation: row.operation,
+                        received,
+                        status,
+                        memory: row.memory,
+                    }),
+                    MessageState::Failed(reason) => Err(reason),
+                    MessageState::Unmatched | MessageState::Running(..) => {
+                        unreachable!("it has ended")
+                    }
+                };
+            }
+            drop(table);
+            pause(&mut spins);
+        }
+    }
+
+    /// Whether a receive must look whether its message belongs to one started before.
+    pub fn are_first(&self) -> bool {
+        self.shared.unmatched.load(Ordering::Acquire) > 0
+    }
+
+    /// Executes a receive or exchange behind the receives started before.
+    ///
+    /// # Safety
+    /// The buffers of `op` must be valid for its counts and types.
+    pub unsafe fn receive_after(&self, op: &ShimOp) -> Result<ShimReceived, Failure> {
+        let shim = &self.shared.shim;
+        let exchanges = op.kind.sends();
+        let mut sending = if exchanges && op.dest != PROC_NULL {
+            // SAFETY: the operand outlives this call, which waits for the request.
+            Some(unsafe { shim.start_send(op) }?)
+        } else {
+            None
+        };
+        let element = if exchanges {
+            op.recv_datatype
+        } else {
+            op.datatype
+        };
+        let received = self.receive(op, element);
+        // Whatever happened: the operand is MPI's until the send is complete.
+        if let Some(sending) = &mut sending {
+            complete(shim, sending)?;
+        }
+        received
+    }
+
+    fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, Failure> {
+        let mut spins = 0;
+        loop {
+            if let Some(received) = self.try_receive(op, element)? {
+                return Ok(received);
+            }
+            pause(&mut spins);
+        }
+    }
+
+    /// Receives the message that `op` receives, as elements of `element`, if one is there and
+    /// belongs to no receive started before.
+    pub(crate) fn try_receive(
+        &self,
+        op: &ShimOp,
+        element: Datatype,
+    ) -> Result<Option<ShimReceived>, Failure> {
+        let shared = &self.shared;
+        let capacity = op.recv_count * element.size() as i64;
+        let mut spill = MessageMemory::default();
+        let (mut request, envelope) = {
+            let mut table = shared.table.lock();
+            shared.progress(&mut table);
+            loop {
+                let Some(message) = shared.shim.take(op)? else {
+                    return Ok(None);
+                };
+                let envelope = message.envelope;
+                if let Some(index) = taker(&table.rows, op.comm, &envelope) {
+                    shared.receive_into(&mut table, index, message);
+                    continue;
+                }
+                let mut buffer = op.recv;
+                if envelope.bytes > capacity {
+                    // A longer message is taken out of the way.
+                    spill = MessageMemory::allocate(envelope.bytes as usize)?;
+                    buffer = spill.start();
+                }
+                // SAFETY: the buffer holds the message, and outlives the request, which is waited
+                // for.
+                let request = unsafe { shared.shim.start_receive(message, element, buffer) }?;
+                break (request, envelope);
+            }
+        };
+        let status = complete(&shared.shim, &mut request)?;
+        drop(spill);
+        // SAFETY: the user's status lives as long as programs that name it.
+        unsafe { shared.shim.write_status(&status, op.status as usize) };
+        Ok(Some(envelope))
+    }
+
+    /// The communicator with that handle is freed when this returns. Not from within MPI.
+    pub fn free(&self, comm: u64) {
+        let mut table = self.shared.table.lock();
+        for row in &mut table.rows {
+            if matches!(row.state, MessageState::Unmatched) && row.posted.0.comm == comm {
+                self.shared.fail(
+                    row,
+                    "the communicator was freed before the message came; wait for it first".into(),
+                );
+            }
+        }
+    }
+
+    /// The messages that have not ended, for the table of pending operations.
+    pub fn unfinished(&self) -> Vec<(Operation<'static>, Vec<i64>)> {
+        let table = self.shared.table.lock();
+        let running = table
+            .rows
+            .iter()
+            .filter(|row| matches!(row.state, MessageState::Running(..)));
+        running
+            .map(|row| (row.operation, row.shape.clone()))
+            .collect()
+    }
+
+    /// Ends everything: what is sent is sent; says what is lost.
+    pub fn finish(&self) -> Vec<String> {
+        let mut lost = Vec::new();
+        let mut spins = 0;
+        loop {
+            let mut table = self.shared.table.lock();
+            self.shared.progress(&mut table);
+            table.rows.retain_mut(|row| {
+                let operation = &row.operation;
+                match &row.state {
+                    MessageState::Running(..) => return true,
+                    MessageState::Failed(reason) => {
+                        lost.push(format!("{operation} failed: {reason}"))
+                    }
+                    MessageState::Unmatched | MessageState::Done(..)
+                        if operation.kind.receives() =>
+                    {
+                        lost.push(format!(
+                            "{operation} was never waited for, and its message is lost"
+                        ));
+                    }
+                    MessageState::Unmatched | MessageState::Done(..) => {}
+                }
+                false
+            });
+            self.shared.unmatched.store(0, Ordering::Release);
+            if table.rows.is_empty() {
+                return lost;
+            }
+            drop(table);
+            pause(&mut spins);
+        }
+    }
+}

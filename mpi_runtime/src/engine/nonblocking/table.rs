@@ -1,0 +1,310 @@
+//! The table of messages that were started, and what moves them on: every call that looks at them,
+//! and a thread.
+
+use std::ffi::c_int;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use mpi_shim_abi::{ANY, ShimOp, ShimReceived, ShimStatus};
+use parking_lot::{Condvar, Mutex};
+
+use crate::engine::nonblocking::memory::MessageMemory;
+use crate::error::{Failure, MpiError};
+use crate::mpi::backoff::pause;
+use crate::mpi::shim::{Message, Request, Shim};
+use crate::operation::Operation;
+
+/// How long the thread sleeps between rounds that change nothing. It never yields instead: a thread
+/// that wakes up is let in by one that computes, and a thread that yielded waits for its time
+/// slice.
+const PAUSE: Duration = Duration::from_micros(50);
+/// Messages whose memory is kept, and bytes of the largest.
+const SPARES: usize = 8;
+const LARGEST_SPARE: usize = 64 << 20;
+
+/// What calls and the thread share.
+pub(super) struct Shared {
+    pub(super) shim: Shim,
+    pub(super) table: Mutex<MessageTable>,
+    /// Something was started.
+    pub(super) started: Condvar,
+    /// Receives that have no message yet; spares other receives the lock if there are none.
+    pub(super) unmatched: AtomicUsize,
+}
+
+#[derive(Default)]
+pub(super) struct MessageTable {
+    pub(super) last: u32,
+    pub(super) rows: Vec<MessageRow>,
+    has_thread: bool,
+    /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would
+    /// pay for page faults.
+    spare: Vec<MessageMemory>,
+}
+
+/// A message.
+pub(super) struct MessageRow {
+    pub(super) number: u32,
+    /// What started it, without its arrays.
+    pub(super) operation: Operation<'static>,
+    pub(super) shape: Vec<i64>,
+    pub(super) posted: Posted,
+    /// What is sent, or arrives.
+    pub(super) memory: MessageMemory,
+    pub(super) state: MessageState,
+}
+
+/// As the shim takes it; its pointers are not used, but for what is sent, which is the row's
+/// memory.
+#[derive(Clone, Copy)]
+pub(super) struct Posted(pub(super) ShimOp);
+
+// SAFETY: its pointers are read by MPI alone, and that of what is sent stays where it is when a row
+// moves.
+unsafe impl Send for Posted {}
+
+pub(super) enum MessageState {
+    /// A receive that has no message yet.
+    Unmatched,
+    Running(Request, ShimReceived),
+    Done(ShimStatus, ShimReceived),
+    Failed(Failure),
+}
+
+impl MessageTable {
+    /// Memory for so many bytes.
+    pub(super) fn memory(&mut self, bytes: usize) -> Result<MessageMemory, Failure> {
+        let fits = |spare: &MessageMemory| {
+            let needed = bytes.next_multiple_of(MessageMemory::UNIT);
+            (needed..=4 * needed).contains(&spare.room())
+        };
+        match self.spare.iter().position(fits) {
+            Some(index) if bytes > 0 => Ok(self.spare.swap_remove(index)),
+            _ => MessageMemory::allocate(bytes),
+        }
+    }
+
+    /// Keeps the memory of a message that has ended.
+    pub(super) fn keep(&mut self, memory: MessageMemory) {
+        if (1..=LARGEST_SPARE).contains(&memory.room()) {
+            if self.spare.len() == SPARES {
+                self.spare.remove(0);
+            }
+            self.spare.push(memory);
+        }
+    }
+}
+
+impl MessageRow {
+    pub(super) fn has_ended(&self) -> bool {
+        matches!(self.state, MessageState::Done(..) | MessageState::Failed(_))
+    }
+}
+
+/// What MPI_Finalize must stop.
+static ACTIVE: OnceLock<Arc<Shared>> = OnceLock::new();
+
+extern "C" fn finalizing(_: i64) -> c_int {
+    if let Some(shared) = ACTIVE.get() {
+        shared.stop();
+    }
+    0
+}
+
+impl Shared {
+    pub(super) fn new(shim: Shim) -> Shared {
+        Shared {
+            shim,
+            table: Mutex::default(),
+            started: Condvar::new(),
+            unmatched: AtomicUsize::new(0),
+        }
+    }
+
+    /// MPI ends: fails what is not complete.
+    fn stop(&self) {
+        for row in self.table.lock().rows.iter_mut() {
+            if !row.has_ended() {
+                self.fail(row, "MPI was finalized before it was complete".into());
+            }
+        }
+    }
+
+    pub(super) fn start_thread(self: Arc<Shared>) -> Result<(), Failure> {
+        let mut table = self.table.lock();
+        if !table.has_thread {
+            // MPI_Finalize begins with the attributes of COMM_SELF (MPI 4.0, section 11.2.4).
+            let of = self.shim.comm_self();
+            self.shim.comm_watch(of, 0, finalizing)?;
+            ACTIVE.get_or_init(|| self.clone());
+            let shared = self.clone();
+            std::thread::Builder::new()
+                .name("mpi_cuda messages".into())
+                .spawn(move || shared.work())
+                .map_err(|error| Failure::from(format!("cannot start a thread: {error}")))?;
+            table.has_thread = true;
+        }
+        Ok(())
+    }
+
+    /// What the thread does.
+    fn work(&self) {
+        loop {
+            let mut table = self.table.lock();
+            while table.rows.iter().all(MessageRow::has_ended) {
+                self.started.wait(&mut table);
+            }
+            let changed = self.progress(&mut table);
+            drop(table);
+            if !changed {
+                std::thread::sleep(PAUSE);
+            }
+        }
+    }
+
+    /// Moves every message on; whether anything changed.
+    pub(super) fn progress(&self, table: &mut MessageTable) -> bool {
+        let mut changed = false;
+        for index in 0..table.rows.len() {
+            let row = &mut table.rows[index];
+            match &mut row.state {
+                MessageState::Unmatched => {
+                    match self.shim.take(&row.posted.0) {
+                        Ok(None) => {}
+                        Ok(Some(message)) => {
+                            let comm = row.posted.0.comm;
+                            // At least this row accepts it; an earlier one may, too.
+                            if let Some(first) = taker(&table.rows, comm, &message.envelope) {
+                                self.receive_into(table, first, message);
+                            }
+                            changed = true;
+                        }
+                        Err(error) => self.fail(row, error.into()),
+                    }
+                }
+                MessageState::Running(request, envelope) => {
+                    let envelope = *envelope;
+                    match self.shim.test(request) {
+                        Ok(None) => {}
+                        Ok(Some(status)) => {
+                            row.state = MessageState::Done(status, envelope);
+                            changed = true;
+                        }
+                        Err(error) => self.fail(row, error.into()),
+                    }
+                }
+                MessageState::Done(..) | MessageState::Failed(_) => {}
+            }
+        }
+        changed
+    }
+
+    /// Starts to receive a message into the row that gets it.
+    pub(super) fn receive_into(&self, table: &mut MessageTable, index: usize, message: Message) {
+        let envelope = message.envelope;
+        let memory = table.memory(envelope.bytes as usize);
+        let row = &mut table.rows[index];
+        match memory {
+            Ok(memory) => row.memory = memory,
+            Err(reason) => return self.fail(row, reason),
+        }
+        let (datatype, buffer) = (row.posted.0.datatype, row.memory.start());
+        // SAFETY: the row keeps the memory until the request is complete.
+        let started = unsafe { self.shim.start_receive(message, datatype, buffer) };
+        match started {
+            Ok(request) => {
+                self.unmatched.fetch_sub(1, Ordering::AcqRel);
+                row.state = MessageState::Running(request, envelope);
+            }
+            Err(error) => self.fail(row, error.into()),
+        }
+    }
+
+    pub(super) fn fail(&self, row: &mut MessageRow, reason: Failure) {
+        if matches!(row.state, MessageState::Unmatched) {
+            self.unmatched.fetch_sub(1, Ordering::AcqRel);
+        }
+        row.state = MessageState::Failed(reason);
+    }
+}
+
+/// The row that gets a message: of those without one that accept it, the first.
+pub(super) fn taker(rows: &[MessageRow], comm: u64, envelope: &ShimReceived) -> Option<usize> {
+    rows.iter().position(|row| {
+        let op = &row.posted.0;
+        matches!(row.state, MessageState::Unmatched)
+            && op.comm == comm
+            && (op.source == ANY || op.source == envelope.source)
+            && (op.recv_tag == ANY || op.recv_tag == envelope.tag)
+    })
+}
+
+/// Waits until a request is complete.
+pub(super) fn complete(shim: &Shim, request: &mut Request) -> Result<ShimStatus, MpiError> {
+    let mut spins = 0;
+    loop {
+        if let Some(status) = shim.test(request)? {
+            return Ok(status);
+        }
+        pause(&mut spins);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::check;
+    use crate::mpi::communicators::Communicator;
+    use crate::operation::Buffer;
+    use mpi_shim_abi::Kind;
+
+    fn receive(number: u32, comm: u64, source: i32, tag: i32, state: MessageState) -> MessageRow {
+        let operation = Operation {
+            source,
+            recv_tag: tag,
+            ..Operation::new(Kind::Irecv, 0, Buffer::NONE, Buffer::NONE)
+        };
+        let communicator = Communicator {
+            name: "test",
+            handle: comm,
+            user_handle: comm,
+            rank: 0,
+            size: 4,
+            freed: false,
+        };
+        let posted = check::prepare(&operation, &communicator).unwrap();
+        MessageRow {
+            number,
+            operation,
+            shape: Vec::new(),
+            posted: Posted(posted),
+            memory: MessageMemory::default(),
+            state,
+        }
+    }
+
+    #[test]
+    fn a_message_goes_to_the_first_receive_that_accepts_it() {
+        let rows = [
+            receive(1, 7, 1, 5, MessageState::Failed("it failed".into())),
+            receive(2, 8, ANY, ANY, MessageState::Unmatched),
+            receive(3, 7, 1, 5, MessageState::Unmatched),
+            receive(4, 7, ANY, 5, MessageState::Unmatched),
+            receive(5, 7, ANY, ANY, MessageState::Unmatched),
+        ];
+        let gets = |comm, source, tag| {
+            let envelope = ShimReceived {
+                source,
+                tag,
+                bytes: 0,
+            };
+            taker(&rows, comm, &envelope).map(|index| rows[index].number)
+        };
+        assert_eq!(gets(7, 1, 5), Some(3));
+        assert_eq!(gets(7, 2, 5), Some(4));
+        assert_eq!(gets(7, 1, 6), Some(5));
+        assert_eq!(gets(8, 1, 5), Some(2));
+        assert_eq!(gets(9, 1, 5), None);
+    }
+}

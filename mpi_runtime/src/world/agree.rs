@@ -1,0 +1,135 @@
+//! What the ranks agree on before the first operation: how they wait, how large parts are, and how
+//! data in device memory travel.
+
+use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
+
+use crate::error::{MpiError, StartError};
+use crate::mpi::communicators::Communicator;
+use crate::mpi::shim::Shim;
+use crate::transfer::choice::{self as transfer, Choice, Mode, ProbeResult, Through};
+use crate::world::join::{Joined, mpi_error};
+use crate::world::options::{DeviceOptions, WorldOptions};
+
+/// What they agree on, and what follows from where they run.
+pub(super) struct Agreed {
+    pub(super) node_rank: i32,
+    pub(super) node_size: i32,
+    /// There are more ranks than cores on some node.
+    pub(super) oversubscribed: bool,
+    pub(super) transfer: Option<Choice>,
+}
+
+/// Agrees, or says what differs. Collective.
+pub(super) fn agree(
+    ranks: &AllRanks<'_>,
+    options: &WorldOptions,
+    joined: &Joined,
+) -> Result<Agreed, StartError> {
+    let shim = ranks.shim;
+    let (node_rank, node_size, cores) = shim
+        .node(shim.comm_world())
+        .map_err(mpi_error("MPI_Comm_split_type"))?;
+    // All ranks must wait in the same way, since nonblocking collectives do not match blocking
+    // ones (MPI 4.0, section 6.12).
+    let oversubscribed = ranks.most(u64::from(node_size > cores))? != 0;
+    ranks.same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
+    ranks.same(
+        "the memory of arrays (MPI_CUDA_DEVICE: 0 the host's, 1 a GPU's)",
+        u64::from(options.device.is_some()),
+    )?;
+    let device = options.device.as_ref();
+    Ok(Agreed {
+        node_rank,
+        node_size,
+        oversubscribed,
+        transfer: device
+            .map(|device| agree_on_transfer(ranks, device, &joined.library))
+            .transpose()?,
+    })
+}
+
+fn agree_on_transfer(
+    ranks: &AllRanks<'_>,
+    device: &DeviceOptions,
+    library: &str,
+) -> Result<Choice, StartError> {
+    ranks.same("MPI_CUDA_CHUNK_BYTES", device.chunk_bytes as u64)?;
+    let own = match device.trying {
+        Some(through) => ProbeResult::Works(through),
+        None => device.probe_results.read(library),
+    };
+    let probe_result = weakest(ranks, own)?;
+    let aware = device.aware.unwrap_or_else(|| ranks.shim.cuda_aware());
+    let choice = transfer::choose(device.asked, library, aware, &probe_result);
+    // A rank that cannot go on must not leave the others waiting.
+    let mode = choice.as_ref().map_or(2, |choice| match choice.mode {
+        Mode::Direct(_) => 0,
+        Mode::Staged => 1,
+    });
+    ranks.same(
+        "the transfer (MPI_CUDA_TRANSFER: 0 direct, 1 staged, 2 not possible)",
+        mode,
+    )?;
+    Ok(choice?)
+}
+
+/// What is known on all ranks: nodes may have files of their own.
+fn weakest(ranks: &AllRanks<'_>, own: ProbeResult) -> Result<ProbeResult, StartError> {
+    let doubt = match own {
+        ProbeResult::Works(Through::Arrays) => 0,
+        ProbeResult::Works(Through::Copies) => 1,
+        ProbeResult::None => 2,
+        ProbeResult::Fails(_) => 3,
+    };
+    Ok(match ranks.most(doubt)? {
+        most if most == doubt => own,
+        1 => ProbeResult::Works(Through::Copies),
+        2 => ProbeResult::None,
+        _ => ProbeResult::Fails("on another rank".into()),
+    })
+}
+
+/// All ranks of the world, asked for numbers.
+pub(super) struct AllRanks<'a> {
+    pub(super) shim: &'a Shim,
+    pub(super) comm: Communicator,
+}
+
+impl AllRanks<'_> {
+    /// The largest of the ranks' numbers; collective.
+    pub(super) fn largest(&self, own: u64) -> Result<u64, MpiError> {
+        let mut largest = 0u64;
+        self.shim.execute(&ShimOp {
+            datatype: Datatype::U64,
+            recv_datatype: Datatype::U64,
+            reduction: Reduction::Max,
+            count: 1,
+            recv_count: 1,
+            send: std::ptr::from_ref(&own).cast(),
+            recv: std::ptr::from_mut(&mut largest).cast(),
+            ..ShimOp::new(Kind::Allreduce, self.comm.handle)
+        })?;
+        Ok(largest)
+    }
+
+    /// The same at start.
+    pub(super) fn most(&self, own: u64) -> Result<u64, StartError> {
+        self.largest(own).map_err(mpi_error("MPI_Allreduce"))
+    }
+
+    /// Refuses a value that differs between ranks.
+    fn same(&self, variable: &'static str, own: u64) -> Result<(), StartError> {
+        let largest = self.most(own)?;
+        let smallest = u64::MAX - self.most(u64::MAX - own)?;
+        if smallest == largest {
+            return Ok(());
+        }
+        Err(StartError::Disagree {
+            variable,
+            rank: self.comm.rank,
+            smallest,
+            largest,
+            own,
+        })
+    }
+}

@@ -1,0 +1,127 @@
+//! Joining the world of an MPI: which library, who this process is in it, and communicators of our
+//! own.
+
+#![forbid(unsafe_code)]
+
+use crate::error::{MpiError, StartError};
+use crate::mpi::communicators::{Communicator, Communicators, DEFAULT, NAMES, SELF};
+use crate::mpi::family;
+use crate::mpi::launcher::Launched;
+use crate::mpi::shim::{self, MpiState, Shim};
+use crate::world::options::WorldOptions;
+
+/// This process in the world of its MPI.
+pub(super) struct Joined {
+    pub(super) rank: i32,
+    pub(super) size: i32,
+    pub(super) library: String,
+    pub(super) thread_level: &'static str,
+    /// We initialised MPI.
+    pub(super) owns_mpi: bool,
+}
+
+/// Initialises MPI, if nobody has, and looks who this process is.
+pub(super) fn join(
+    shim: &Shim,
+    options: &WorldOptions,
+    launched: Option<&Launched>,
+) -> Result<Joined, StartError> {
+    let library = shim.library_version();
+    let owns_mpi = match shim.state() {
+        MpiState::NotStarted => {
+            shim.init().map_err(mpi_error("MPI_Init_thread"))?;
+            true
+        }
+        MpiState::Running => false,
+        MpiState::Finalized => return Err(StartError::Finalized),
+    };
+    let thread_level = shim.thread_level();
+    if thread_level != "multiple" {
+        return Err(StartError::ThreadLevel {
+            level: thread_level,
+        });
+    }
+    let (rank, size, _) = shim
+        .comm_info(shim.comm_world())
+        .map_err(mpi_error("MPI_Comm_rank"))?;
+    match launched {
+        Some(launched) if size == 1 && launched.size > 1 && !options.singleton => {
+            Err(StartError::WrongLauncher {
+                launched: launched.size,
+                launcher: launched.launcher,
+                library,
+            })
+        }
+        _ => Ok(Joined {
+            rank,
+            size,
+            library,
+            thread_level,
+            owns_mpi,
+        }),
+    }
+}
+
+/// Makes the communicators that always exist, as private duplicates; that of all ranks. Collective.
+pub(super) fn duplicate(
+    shim: &Shim,
+    joined: &Joined,
+    communicators: &Communicators,
+) -> Result<Communicator, StartError> {
+    let mut everybody = None;
+    for (name, number) in NAMES {
+        let (of, rank, size) = match number {
+            SELF => (shim.comm_self(), 0, 1),
+            _ => (shim.comm_world(), joined.rank, joined.size),
+        };
+        let row = Communicator {
+            name,
+            handle: shim.comm_dup(of).map_err(mpi_error("MPI_Comm_dup"))?,
+            user_handle: of,
+            rank,
+            size,
+            freed: false,
+        };
+        communicators.add(number, row);
+        if number == DEFAULT {
+            everybody = Some(row);
+        }
+    }
+    Ok(everybody.unwrap_or_else(|| unreachable!("it is one of them")))
+}
+
+/// The first shim that loads; none is an error only if there should be more than one rank.
+pub(super) fn load_shim(
+    options: &WorldOptions,
+    launched: Option<&Launched>,
+) -> Result<Option<Shim>, StartError> {
+    let families = family::candidates(
+        &shim::loaded_libraries(),
+        launched.and_then(|launched| launched.family),
+        options.family,
+    )?;
+    let mut first_error = None;
+    for &family in &families {
+        match Shim::load(family, &options.shim_folders) {
+            Ok(shim) => return Ok(Some(shim)),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    let Some(error) = first_error else {
+        return Ok(None);
+    };
+    match launched {
+        Some(launched) if launched.size > 1 && !options.singleton => Err(StartError::NoShim {
+            launched: launched.size,
+            launcher: launched.launcher,
+            family: families[0].name(),
+            reason: Box::new(error),
+        }),
+        _ if options.family.is_some() => Err(error),
+        _ => Ok(None),
+    }
+}
+
+pub(super) fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {
+    move |error| StartError::Mpi { call, error }
+}

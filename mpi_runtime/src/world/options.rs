@@ -1,0 +1,56 @@
+//! What a world is started with.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::engine::EngineOptions;
+use crate::mpi::family::Family;
+use crate::mpi::shim::Aware;
+use crate::transfer::choice::{Asked, Through};
+use crate::transfer::probe_result::ProbeResults;
+
+/// How to find the world.
+#[derive(Clone, Debug)]
+pub struct WorldOptions {
+    /// `MPI_CUDA_MPI`.
+    pub family: Option<Family>,
+    /// Where the shims are.
+    pub shim_folders: Vec<PathBuf>,
+    /// `MPI_CUDA_SINGLETON`: a world of size 1 is meant, whatever the launcher says.
+    pub singleton: bool,
+    /// `MPI_CUDA_WARN_AFTER`.
+    pub warn_after: Duration,
+    /// `MPI_CUDA_PART_BYTES`.
+    pub part_bytes: i64,
+    /// For devices with memory of their own.
+    pub device: Option<DeviceOptions>,
+    /// `MPI_CUDA_LOG=debug`: say for each operation what served it.
+    pub verbose: bool,
+}
+
+impl WorldOptions {
+    /// Those of the engine.
+    pub(super) fn engine(&self) -> EngineOptions {
+        EngineOptions {
+            warn_after: self.warn_after,
+            verbose: self.verbose,
+        }
+    }
+}
+
+/// What ranks with device memory agree on.
+#[derive(Clone, Debug)]
+pub struct DeviceOptions {
+    /// `MPI_CUDA_TRANSFER`.
+    pub asked: Asked,
+    /// `MPI_CUDA_CHUNK_BYTES`.
+    pub chunk_bytes: usize,
+    /// `MPI_CUDA_SHM_RING`.
+    pub shm_ring: bool,
+    /// What MPI is taken to say of its support for CUDA, if not asked (tests).
+    pub aware: Option<Aware>,
+    /// Where to look up what is known of direct transfer.
+    pub probe_results: ProbeResults,
+    /// Tried now, so taken for proven.
+    pub trying: Option<Through>,
+}

@@ -1,0 +1,82 @@
+//! Memory that the ranks of a node share, made at start.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use crate::error::StartError;
+use crate::node::rendezvous::Rendezvous;
+use crate::node::segment;
+use crate::node::shm_ring::ShmRings;
+use crate::transfer::choice::Mode;
+use crate::world::agree::{Agreed, AllRanks};
+use crate::world::options::WorldOptions;
+
+/// What is shared.
+pub(super) struct SharedMemory {
+    /// Of ranks that stage.
+    pub(super) shm_rings: Option<Arc<ShmRings>>,
+    /// If all ranks are on this node.
+    pub(super) rendezvous: Option<Rendezvous>,
+}
+
+/// Makes it. Collective.
+pub(super) fn share_memory(
+    ranks: &AllRanks<'_>,
+    options: &WorldOptions,
+    agreed: &Agreed,
+) -> Result<SharedMemory, StartError> {
+    let size = ranks.comm.size;
+    let stages = agreed
+        .transfer
+        .as_ref()
+        .is_some_and(|choice| choice.mode == Mode::Staged);
+    let shm_rings = match &options.device {
+        // The ranks agree on the transfer, and all of them or none come here.
+        Some(device) if size > 1 && stages => {
+            let chunk = device.shm_ring.then_some(device.chunk_bytes);
+            Some(Arc::new(share_rings(ranks, agreed.node_size, chunk)?))
+        }
+        _ => None,
+    };
+    let rendezvous = match agreed.node_size == size {
+        true if size > 1 => share_rendezvous(ranks)?,
+        _ => None,
+    };
+    Ok(SharedMemory {
+        shm_rings,
+        rendezvous,
+    })
+}
+
+/// Memory in which the ranks meet, or none if they cannot share any.
+fn share_rendezvous(ranks: &AllRanks<'_>) -> Result<Option<Rendezvous>, StartError> {
+    let (rank, size) = (ranks.comm.rank as usize, ranks.comm.size as usize);
+    let own = if rank == 0 { segment::new_number() } else { 0 };
+    let made = (rank == 0).then(|| Rendezvous::create(own, size));
+    let number = ranks.most(own)?;
+    let rendezvous = made.unwrap_or_else(|| Rendezvous::open(number, rank, size));
+    // In containers of their own, ranks of one node have nothing to share.
+    let failed = ranks.most(u64::from(rendezvous.is_err()))? != 0;
+    if let Ok(rendezvous) = &rendezvous {
+        rendezvous.unlink();
+    }
+    Ok(rendezvous.ok().filter(|_| !failed))
+}
+
+/// The rings of this node's ranks; a rank makes one for messages in parts of `chunk` bytes, if any.
+fn share_rings(
+    ranks: &AllRanks<'_>,
+    node_size: i32,
+    chunk: Option<usize>,
+) -> Result<ShmRings, StartError> {
+    let (rank, size) = (ranks.comm.rank as usize, ranks.comm.size as usize);
+    let own = if rank == 0 { segment::new_number() } else { 0 };
+    let number = ranks.most(own)?;
+    let mut shm_rings = ShmRings::make(number, rank, size, node_size as usize, chunk);
+    ranks.most(0)?;
+    shm_rings.open();
+    ranks.most(0)?;
+    shm_rings.unlink();
+    Ok(shm_rings)
+}
