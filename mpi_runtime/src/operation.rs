@@ -7,7 +7,7 @@ use std::fmt;
 
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 
-pub use crate::buffer::{Buffer, Class, ElementType};
+use crate::buffer::Buffer;
 use crate::error::Failure;
 
 /// An operation on one communicator, as the program asked for it.
@@ -217,6 +217,7 @@ impl fmt::Display for TagWords {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::buffer::ElementType;
 
     #[test]
     fn an_operation_describes_itself() {

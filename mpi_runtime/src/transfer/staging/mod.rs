@@ -23,7 +23,7 @@ use mpi_shim_abi::Kind;
 use crate::device::{Device, DeviceError, Stream};
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
-use crate::node::shm_ring::ShmRings;
+use crate::node::shm_rings::ShmRings;
 use crate::operation::Operation;
 use crate::transfer::transport::{Done, Transport};
 use pool::Pool;

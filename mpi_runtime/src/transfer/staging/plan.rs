@@ -3,8 +3,9 @@
 
 use mpi_shim_abi::Kind;
 
+use crate::buffer::Buffer;
 use crate::mpi::communicators::Communicator;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 
 /// The chunks of a collective.
 #[derive(Debug, PartialEq, Eq)]
