@@ -42,8 +42,8 @@ pub struct Operation<'a> {
 }
 
 impl<'a> Operation<'a> {
-    /// An operation of the user's on `comm`: with root 0 or destination 0, from any source and with
-    /// any tag, itself tagged 0.
+    /// An operation of the user's that asks for nothing in particular: root and destination are
+    /// rank 0, any source and any tag will do, what is sent has tag 0, and there is no status.
     pub const fn new(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
         Operation {
             kind,
