@@ -5,7 +5,7 @@
 //! the same on all ranks, since they follow from the operation and [`Staging::chunk`], which ranks
 //! agree on.
 //!
-//! Collectives are cut between the elements of a block ([`Plan`]), messages by their bytes
+//! Collectives are cut between the elements of a block (`plan`), messages by their bytes
 //! (`message/`). The launching thread waits for MPI and for the copies down, never for the last
 //! copies up: the stream of the program does.
 
