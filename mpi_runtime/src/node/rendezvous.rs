@@ -2,7 +2,7 @@
 //! them share, and sees the others' marks without a message.
 //!
 //! A rank that sees the same mark from everybody may wait for them on the thread that dispatches,
-//! since nobody is still to dispatch what it waits for (`docs/architecture.md`, "Waiting").
+//! since nobody is still to dispatch what it waits for (`docs/waiting.md`).
 
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
