@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use parking_lot::Mutex;
 use pjrt_sys::*;
 
-use super::frame::{Frame, answer_metadata};
-use super::{Handler, register};
+use super::frame::Frame;
+use super::handler::{Handler, answer_metadata};
+use super::register;
 use crate::error::Error;
 
 /// How many targets can be forwarded.
@@ -76,7 +77,7 @@ unsafe extern "C" fn forward<const SLOT: usize>(
         }
         let target = TARGETS[SLOT].load(Ordering::Acquire);
         if target.is_null() {
-            return Frame(&*frame).error(
+            return Frame::new(&*frame).error(
                 "mpi_cuda: this FFI target has instantiate, prepare or initialize stages, which \
                  cannot be registered through PJRT",
             );
