@@ -176,8 +176,8 @@ pub const VARIABLES: &[Variable] = &[
         name: "MPI_CUDA_SHM_RING",
         old_name: Some("MPI_CUDA_OUTBOX"),
         values: "1, 0",
-        meaning: "staged messages of more than a chunk between ranks of a node go through memory that \
-                  they share, and not through MPI",
+        meaning: "staged messages of more than a chunk between ranks of a node go through memory \
+                  that they share, and not through MPI",
         read: |config, text| set(&mut config.shm_ring, flag(text)),
     },
     Variable {
@@ -198,8 +198,8 @@ pub const VARIABLES: &[Variable] = &[
         name: "MPI_CUDA_PRETEND_DEVICE",
         old_name: None,
         values: "0, 1, aware",
-        meaning: "tests only: treat arrays as if they lay in the memory of a slow device; aware: one \
-                  that MPI knows",
+        meaning: "tests only: treat arrays as if they lay in the memory of a slow device; aware: \
+                  one that MPI knows",
         read: |config, text| {
             set(
                 &mut config.pretend_device,

@@ -96,8 +96,8 @@ fn reduce_scatter(call: &Collective<'_>) -> Result<(), Error> {
 }
 
 /// Block `i` goes to the group's member `i`, whose block becomes block `i` of the result: pairwise
-/// exchanges without a copy (Thakur, Rabenseifner and Gropp, 2005, section 4.3). Blocks are arrays of
-/// their own, or parts of one.
+/// exchanges without a copy (Thakur, Rabenseifner and Gropp, 2005, section 4.3). Blocks are arrays
+/// of their own, or parts of one.
 fn all_to_all(call: &Collective<'_>) -> Result<(), Error> {
     let (group, size) = call.member()?;
     let (size, rank) = (size as usize, replica_groups::rank_in(&call.part)?);

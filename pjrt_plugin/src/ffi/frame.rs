@@ -21,6 +21,21 @@ pub struct Frame<'a> {
 /// A function of XLA's table for custom calls.
 type Function<Args> = Option<unsafe extern "C" fn(*mut Args) -> *mut XLA_FFI_Error>;
 
+/// Calls a function of XLA's table, which gives something to a custom call, with these members of
+/// its arguments beside the context; has what it filled in.
+macro_rules! ask {
+    ($frame:ident, $function:ident, $what:expr, { $($member:ident: $value:expr),* }) => {
+        // SAFETY: the context is the frame's; what members point to outlives the call, and memory
+        // that is given back is from `allocate`.
+        unsafe {
+            $frame.ask($frame.api.$function, $what, |args| {
+                args.ctx = $frame.raw.ctx;
+                $(args.$member = $value;)*
+            })
+        }
+    };
+}
+
 impl<'a> Frame<'a> {
     /// The typed frame.
     ///
@@ -76,67 +91,50 @@ impl<'a> Frame<'a> {
 
     /// The `launch_id` this program was executed with.
     pub fn run_id(&self) -> i64 {
-        let context = self.raw.ctx;
-        let fill = |args: &mut XLA_FFI_RunId_Get_Args| args.ctx = context;
-        // SAFETY: the context is the frame's.
-        unsafe { self.ask(self.api.XLA_FFI_RunId_Get, "a run id", fill) }
-            .map_or(0, |args| args.run_id)
+        ask!(self, XLA_FFI_RunId_Get, "a run id", {}).map_or(0, |args| args.run_id)
     }
 
     /// The stream in whose order this call is, of a GPU.
     pub fn stream(&self) -> Result<u64, Error> {
-        let get = self.api.XLA_FFI_Stream_Get;
-        known(get, "this XLA does not tell streams")?;
-        // SAFETY: the context is the frame's.
-        let args = unsafe { self.ask(get, "the stream", |args| args.ctx = self.raw.ctx) }?;
-        Ok(args.stream as u64)
+        known(
+            self.api.XLA_FFI_Stream_Get,
+            "this XLA does not tell streams",
+        )?;
+        ask!(self, XLA_FFI_Stream_Get, "the stream", {}).map(|args| args.stream as u64)
     }
 
     /// The number of the device that this call is on.
     pub fn device(&self) -> Result<i32, Error> {
-        let get = self.api.XLA_FFI_DeviceOrdinal_Get;
-        known(get, "this XLA does not tell devices")?;
-        // SAFETY: the context is the frame's.
-        let args = unsafe { self.ask(get, "the device", |args| args.ctx = self.raw.ctx) }?;
-        Ok(args.device_ordinal)
+        known(
+            self.api.XLA_FFI_DeviceOrdinal_Get,
+            "this XLA does not tell devices",
+        )?;
+        ask!(self, XLA_FFI_DeviceOrdinal_Get, "the device", {}).map(|args| args.device_ordinal)
     }
 
     /// Memory of the device, to be given back by [`Frame::free`].
     pub fn allocate(&self, bytes: usize) -> Result<*mut c_void, Error> {
-        let allocate = self.api.XLA_FFI_DeviceMemory_Allocate;
-        known(allocate, "this XLA gives no memory")?;
-        // SAFETY: the context is the frame's.
-        let args = unsafe {
-            self.ask(allocate, "memory of the device", |args| {
-                (args.ctx, args.size, args.alignment) = (self.raw.ctx, bytes, 16);
-            })
-        }?;
-        Ok(args.data)
+        known(
+            self.api.XLA_FFI_DeviceMemory_Allocate,
+            "this XLA gives no memory",
+        )?;
+        let what = "memory of the device";
+        ask!(self, XLA_FFI_DeviceMemory_Allocate, what, { size: bytes, alignment: 16 })
+            .map(|args| args.data)
     }
 
     /// Gives memory of [`Frame::allocate`] back; XLA uses it again for what comes into the stream
     /// later.
     pub fn free(&self, data: *mut c_void, bytes: usize) {
-        // SAFETY: the context is the frame's, and the memory is from `allocate`. There is nobody to
-        // tell of a failure; XLA frees what is left with its client.
-        let _ = unsafe {
-            self.ask(self.api.XLA_FFI_DeviceMemory_Free, "memory", |args| {
-                (args.ctx, args.size, args.data) = (self.raw.ctx, bytes, data);
-            })
-        };
+        // There is nobody to tell of a failure; XLA frees what is left with its client.
+        let _ = ask!(self, XLA_FFI_DeviceMemory_Free, "memory", { size: bytes, data: data });
     }
 
     /// What was attached to this execution under `type_id`; null if nothing was.
     pub fn user_data(&self, type_id: i64) -> *mut c_void {
         let mut id = XLA_FFI_TypeId { type_id };
-        let get = self.api.XLA_FFI_ExecutionContext_Get;
-        // SAFETY: the context is the frame's, and the id outlives the call.
-        let asked = unsafe {
-            self.ask(get, "user data", |args| {
-                (args.ctx, args.type_id) = (self.raw.ctx, &mut id);
-            })
-        };
-        asked.map_or(std::ptr::null_mut(), |args| args.data)
+        ask!(self, XLA_FFI_ExecutionContext_Get, "user data", { type_id: &mut id })
+            .map_or(std::ptr::null_mut(), |args| args.data)
     }
 
     /// Calls a function of XLA's table, which gives `what` to a custom call.

@@ -63,7 +63,7 @@ impl FromRaw<(*const c_char, usize)> for &[u8] {
 /// ```text
 /// entry! {
 ///     /// `PJRT_X`
-///     pub fn x(args: PJRT_X_Args, buffer: BufferHandle; name: &[u8] = name, name_size) { … Ok(()) }
+///     pub fn x(args: PJRT_X_Args, buffer: BufferHandle; text: &[u8] = text, text_size) { … }
 /// }
 /// ```
 ///
