@@ -29,8 +29,8 @@ extern "C" {
  *
  * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits.
  *
- * mpi4jax's targets (0.9: mpi_allreduce_ffi and so on) are served too, with mpi4jax's attributes; where
- * those are MPI handles, numbers as below are taken as well.
+ * mpi4jax's targets (0.9: mpi_allreduce_ffi and so on) are served too, with mpi4jax's attributes;
+ * where those are MPI handles, numbers as below are taken as well.
  *
  *   target               data operand -> result     attributes
  *   mpi_cuda_allgather   x -> y (size, *x)          comm
@@ -52,18 +52,18 @@ extern "C" {
  *   mpi_cuda_wait        u32[] of an irecv -> y     comm, status
  *   mpi_cuda_wait_send   u32[] of an isend -> none  comm
  *
- * The u32[] of an irecv or isend names the message until it is waited for, once; mpi_cuda_shutdown()
- * completes what was sent.
+ * The u32[] of an irecv or isend names the message until it is waited for, once;
+ * mpi_cuda_shutdown() completes what was sent.
  *
- * Optional, and faster for small programs: an attribute named mpi_cuda_uniform_<comm>_<sequence>, of any
- * integer, on one operation promises that this program always runs the same sequence of operations of
- * all ranks on that communicator (0 or 1), everywhere where <sequence> (16 hexadecimal digits) is the
- * same. If the sequence has mpi_cuda_sendrecv, the name ends with _<balance> (16 digits): the sum, modulo
- * 2^64, over them of h(rank, dest, k) - h(source, rank, k), with k the place in the sequence and h any
- * good hash, the same on all ranks; PROC_NULL counts nothing. Other messages, ANY_SOURCE, and a recvtag
- * that is neither ANY_TAG nor the tag sent with must not be in such a program, nor operations on other
- * communicators, nor host callbacks. (mpi_cuda_alike_ at the beginning of the name is accepted too, with
- * a warning.)
+ * Optional, and faster for small programs: an attribute named mpi_cuda_uniform_<comm>_<sequence>,
+ * of any integer, on one operation promises that this program always runs the same sequence of
+ * operations of all ranks on that communicator (0 or 1), everywhere where <sequence> (16
+ * hexadecimal digits) is the same. If the sequence has mpi_cuda_sendrecv, the name ends with
+ * _<balance> (16 digits): the sum, modulo 2^64, over them of h(rank, dest, k) - h(source, rank, k),
+ * with k the place in the sequence and h any good hash, the same on all ranks; PROC_NULL counts
+ * nothing. Other messages, ANY_SOURCE, and a recvtag that is neither ANY_TAG nor the tag sent with
+ * must not be in such a program, nor operations on other communicators, nor host callbacks.
+ * (mpi_cuda_alike_ at the beginning of the name is accepted too, with a warning.)
  *
  * Where a rank receives nothing (bcast on the root, gather and reduce elsewhere), y is x.
  * Defaults: comm MPI_CUDA_COMM_DEFAULT, op MPI_CUDA_SUM, root and dest 0, tag 0,
@@ -96,15 +96,15 @@ enum {
   MPI_CUDA_ANY_TAG = -1,    /* attribute recvtag */
   MPI_CUDA_PROC_NULL = -2   /* attributes source and dest */
 };
-/* Of source and dest, a value below -2^31 is that plus 2^32: a negative number, no rank, to be refused
- * with this number when the operation is executed, in place of what -1 and -2 stand for. */
+/* Of source and dest, a value below -2^31 is that plus 2^32: a negative number, no rank, to be
+ * refused with this number when the operation is executed, in place of what -1 and -2 stand for. */
 
 /* ---------------------------------------------------------------------------------------------
  * Create options of PJRT_Client_Create. Each has the name of an environment variable in lower case
- * without MPI_CUDA_, and wins over it: topology, mpi, shim_dir, singleton, warn_after, log, part_bytes
- * (docs/configuration.md). Values are strings, integers or booleans. Which inner plugin is wrapped
- * is decided when the library is asked for its table, by the environment; the options device and
- * inner_plugin are refused if they disagree.
+ * without MPI_CUDA_, and wins over it: topology, mpi, shim_dir, singleton, warn_after, log,
+ * part_bytes (docs/configuration.md). Values are strings, integers or booleans. Which inner plugin
+ * is wrapped is decided when the library is asked for its table, by the environment; the options
+ * device and inner_plugin are refused if they disagree.
  */
 
 /* ---------------------------------------------------------------------------------------------
@@ -123,16 +123,16 @@ int mpi_cuda_start(int *rank, int *size, const char **family);
 int64_t mpi_cuda_comm(uint64_t handle, const char *name, int *rank, int *size);
 
 /* A number for the attribute op that names a user-defined reduction in this process.
- * handle: the MPI_Op's bits, zero-extended; it must not be freed as long as programs with it run. Each
- * call gives another number. Its function is called on a thread of XLA's. */
+ * handle: the MPI_Op's bits, zero-extended; it must not be freed as long as programs with it run.
+ * Each call gives another number. Its function is called on a thread of XLA's. */
 int64_t mpi_cuda_op(uint64_t handle);
 
 /* The number of an MPI_Status for the attribute status; it must outlive all programs with it. */
 int64_t mpi_cuda_status(void *status);
 
-/* The next program that is compiled with mpi4jax's receives names a status. Its launches return when
- * they have ended, since the caller reads the status then; a program with our operations says the same
- * by an attribute mpi_cuda_reads_status = 1 of one of them. */
+/* The next program that is compiled with mpi4jax's receives names a status. Its launches return
+ * when they have ended, since the caller reads the status then; a program with our operations says
+ * the same by an attribute mpi_cuda_reads_status = 1 of one of them. */
 void mpi_cuda_reads_status(void);
 
 /* Waits until everything dispatched so far has ended; -1 if an operation failed and nobody read
@@ -145,8 +145,8 @@ int mpi_cuda_in_flight(void);
 /* Number of launches so far that ran on the calling thread, since all ranks had arrived. */
 int mpi_cuda_launches_on_callers(void);
 
-/* Ends the whole job with a non-zero status, once the launcher has read what this rank printed (half
- * a second at most). */
+/* Ends the whole job with a non-zero status, once the launcher has read what this rank printed
+ * (half a second at most). */
 void mpi_cuda_abort(int code);
 
 /* Waits for everything and finalizes MPI if this library initialised it. Call once, last. */
@@ -178,12 +178,12 @@ void mpi_cuda_set_trampoline(mpi_cuda_trampoline trampoline);
 /* Whether the devices are GPUs. */
 int mpi_cuda_on_gpu(void);
 
-/* For `python -m mpi_cuda probe` (MPI_CUDA_PROBE=1). Both are collective over the ranks of the job, and
- * return -1 on error.
- * Turns to the next way to give MPI device memory: 0 arrays as they are, 1 copies, 2 none is left. */
+/* For `python -m mpi_cuda probe` (MPI_CUDA_PROBE=1). Both are collective over the ranks of the job,
+ * and return -1 on error. Turns to the next way to give MPI device memory: 0 arrays as they are, 1
+ * copies, 2 none is left. */
 int mpi_cuda_probe_next(void);
-/* What came of it on this rank: NULL if all data were right, else what was wrong. 1 if it works on all
- * ranks, 0 if not; it is kept for later jobs with this MPI, driver and plugin. */
+/* What came of it on this rank: NULL if all data were right, else what was wrong. 1 if it works on
+ * all ranks, 0 if not; it is kept for later jobs with this MPI, driver and plugin. */
 int mpi_cuda_probe_report(const char *failure);
 
 #ifdef __cplusplus

@@ -7,7 +7,7 @@ use std::fmt;
 
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 
-pub use crate::buffer::{Buffer, Class, ElementType};
+use crate::buffer::Buffer;
 use crate::error::Failure;
 
 /// An operation on one communicator, as the program asked for it.
@@ -42,8 +42,8 @@ pub struct Operation<'a> {
 }
 
 impl<'a> Operation<'a> {
-    /// An operation of the user's on `comm`: with root 0 or destination 0, from any source and with
-    /// any tag, itself tagged 0.
+    /// An operation of the user's that asks for nothing in particular: root and destination are
+    /// rank 0, any source and any tag will do, what is sent has tag 0, and there is no status.
     pub const fn new(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
         Operation {
             kind,
@@ -217,6 +217,7 @@ impl fmt::Display for TagWords {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::buffer::ElementType;
 
     #[test]
     fn an_operation_describes_itself() {

@@ -1,5 +1,7 @@
 //! The operations themselves; the only MPI calls that wait on a peer.
 
+#![forbid(unsafe_code)]
+
 use std::ffi::c_int;
 
 use mpi_shim_abi::ShimReceived;

@@ -6,9 +6,10 @@
 
 use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp};
 
+use crate::buffer::{Buffer, Class, ElementType};
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
-use crate::operation::{Buffer, Class, ElementType, Operation, reduction_name};
+use crate::operation::{Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failure> {

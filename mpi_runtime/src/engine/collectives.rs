@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi_shim_abi::{ANY, Kind, ShimOp};
 use parking_lot::Mutex;
 
+use crate::buffer::Buffer;
 use crate::engine::pending::PendingTable;
 use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::backoff;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
 use crate::mpi::shim::Shim;
 use crate::node::rendezvous::Rendezvous;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 
 /// Tag of messages between the devices of collectives.
 pub const TAG: i32 = 1;

@@ -5,7 +5,7 @@
 
 use mpi_shim_abi::Reduction;
 
-use crate::operation::{Buffer, ElementType};
+use crate::buffer::{Buffer, ElementType};
 
 /// The element `e` with `e op x = x`, as the bytes of `dtype`, in the first bytes of the array.
 fn identity(reduction: Reduction, dtype: ElementType) -> [u8; 16] {

@@ -36,27 +36,6 @@ use crate::operation::Operation;
 use crate::transfer::direct::Direct;
 use crate::transfer::staging::Staging;
 
-/// How the engine reports.
-#[derive(Clone, Copy, Debug)]
-pub struct EngineOptions {
-    /// Operations that take longer are printed.
-    pub warn_after: Duration,
-    /// Say for each operation what served it.
-    pub verbose: bool,
-}
-
-/// Where the buffers of an operation are.
-#[derive(Clone, Copy)]
-pub enum Place<'a> {
-    /// In memory of the host.
-    Host,
-    /// In memory of the device of this staging, in their place in the program's stream: what is
-    /// there comes before the operation, and what comes into it later sees the result.
-    Staged(&'a Staging, Stream),
-    /// The same, for an MPI that knows the device. [`Direct::can`] must hold.
-    Direct(&'a Direct, Stream),
-}
-
 /// Executes operations in order. One per process.
 pub struct Engine {
     calls: MpiCalls,
@@ -75,6 +54,27 @@ pub struct Engine {
     verbose: bool,
     /// Where the ranks meet, if all of them are on this node.
     pub(crate) rendezvous: Option<Rendezvous>,
+}
+
+/// Where the buffers of an operation are.
+#[derive(Clone, Copy)]
+pub enum Place<'a> {
+    /// In memory of the host.
+    Host,
+    /// In memory of the device of this staging, in their place in the program's stream: what is
+    /// there comes before the operation, and what comes into it later sees the result.
+    Staged(&'a Staging, Stream),
+    /// The same, for an MPI that knows the device. [`Direct::can`] must hold.
+    Direct(&'a Direct, Stream),
+}
+
+/// How the engine reports.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Operations that take longer are printed.
+    pub warn_after: Duration,
+    /// Say for each operation what served it.
+    pub verbose: bool,
 }
 
 impl Engine {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 
+use crate::buffer::Buffer;
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::pending::PendingTable;
 use crate::engine::uniform::Histories;
@@ -11,7 +12,7 @@ use crate::engine::{check, result_canary, single_rank};
 use crate::error::Failure;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
 use crate::mpi::shim::{Request, Shim};
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 use crate::transfer::transport::{Done, Transport};
 
 /// Calls MPI, and keeps what was called.

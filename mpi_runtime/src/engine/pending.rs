@@ -110,7 +110,7 @@ pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::operation::{Buffer, ElementType};
+    use crate::buffer::{Buffer, ElementType};
     use mpi_shim_abi::Kind;
 
     #[test]

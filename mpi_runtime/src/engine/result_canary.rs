@@ -10,9 +10,10 @@ use std::sync::LazyLock;
 
 use mpi_shim_abi::Kind;
 
+use crate::buffer::Buffer;
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 
 /// What no data will be by chance.
 static CANARY: LazyLock<[u8; CANARY_BYTES]> = LazyLock::new(|| {
@@ -91,7 +92,7 @@ impl ResultCanary<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::operation::ElementType;
+    use crate::buffer::ElementType;
 
     const COMM: Communicator = Communicator {
         name: "test",

@@ -5,4 +5,5 @@ pub mod backoff;
 pub mod communicators;
 pub mod family;
 pub mod launcher;
+pub mod libraries;
 pub mod shim;

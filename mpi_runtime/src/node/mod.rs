@@ -3,3 +3,4 @@
 pub mod rendezvous;
 pub mod segment;
 pub mod shm_ring;
+pub mod shm_rings;

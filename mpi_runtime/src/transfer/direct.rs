@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi_shim_abi::{Kind, PROC_NULL, Reduction};
 use parking_lot::Mutex;
 
+use crate::buffer::{Buffer, Class};
 use crate::device::{self, Address, Copy, Device, DeviceError, Event, Fill, Stream};
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
-use crate::operation::{Buffer, Class, Operation};
+use crate::operation::Operation;
 use crate::transfer::choice::Through;
 use crate::transfer::transport::{Done, Perform};
 

@@ -1,5 +1,7 @@
 //! What the transfer of device memory asks of MPI.
 
+#![forbid(unsafe_code)]
+
 use crate::error::Failure;
 use crate::mpi::shim::Request;
 use crate::operation::Operation;

@@ -1,6 +1,8 @@
 //! What the ranks agree on before the first operation: how they wait, how large parts are, and how
 //! data in device memory travel.
 
+#![forbid(unsafe_code)]
+
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
 use crate::error::{MpiError, StartError};

@@ -7,7 +7,8 @@ use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::{Communicator, Communicators, DEFAULT, NAMES, SELF};
 use crate::mpi::family;
 use crate::mpi::launcher::Launched;
-use crate::mpi::shim::{self, MpiState, Shim};
+use crate::mpi::libraries;
+use crate::mpi::shim::{MpiState, Shim};
 use crate::world::options::WorldOptions;
 
 /// This process in the world of its MPI.
@@ -96,7 +97,7 @@ pub(super) fn load_shim(
     launched: Option<&Launched>,
 ) -> Result<Option<Shim>, StartError> {
     let families = family::candidates(
-        &shim::loaded_libraries(),
+        &libraries::loaded(),
         launched.and_then(|launched| launched.family),
         options.family,
     )?;

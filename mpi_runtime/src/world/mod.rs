@@ -16,7 +16,7 @@ use crate::mpi::communicators::{Communicator, DEFAULT, NAMES};
 use crate::mpi::family::Family;
 use crate::mpi::launcher;
 use crate::mpi::shim::{MpiState, Shim};
-use crate::node::shm_ring::ShmRings;
+use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use agree::AllRanks;
 pub use options::{DeviceOptions, WorldOptions};

@@ -1,5 +1,7 @@
 //! What a world is started with.
 
+#![forbid(unsafe_code)]
+
 use std::path::PathBuf;
 use std::time::Duration;
 

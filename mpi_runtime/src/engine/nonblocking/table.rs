@@ -254,9 +254,9 @@ pub(super) fn complete(shim: &Shim, request: &mut Request) -> Result<ShimStatus,
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::buffer::Buffer;
     use crate::engine::check;
     use crate::mpi::communicators::Communicator;
-    use crate::operation::Buffer;
     use mpi_shim_abi::Kind;
 
     fn receive(number: u32, comm: u64, source: i32, tag: i32, state: MessageState) -> MessageRow {

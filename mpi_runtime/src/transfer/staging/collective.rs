@@ -2,10 +2,11 @@
 
 use std::collections::VecDeque;
 
+use crate::buffer::Buffer;
 use crate::device::Copy;
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 use crate::transfer::staging::plan::Plan;
 use crate::transfer::staging::run::{AHEAD, Coming, Run, at};
 use crate::transfer::transport::Transport;

@@ -5,7 +5,7 @@
 //! the same on all ranks, since they follow from the operation and [`Staging::chunk`], which ranks
 //! agree on.
 //!
-//! Collectives are cut between the elements of a block ([`Plan`]), messages by their bytes
+//! Collectives are cut between the elements of a block (`plan`), messages by their bytes
 //! (`message/`). The launching thread waits for MPI and for the copies down, never for the last
 //! copies up: the stream of the program does.
 
@@ -23,7 +23,7 @@ use mpi_shim_abi::Kind;
 use crate::device::{Device, DeviceError, Stream};
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
-use crate::node::shm_ring::ShmRings;
+use crate::node::shm_rings::ShmRings;
 use crate::operation::Operation;
 use crate::transfer::transport::{Done, Transport};
 use pool::Pool;

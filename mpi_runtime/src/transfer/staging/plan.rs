@@ -1,10 +1,13 @@
 //! How a collective is cut: an array that holds a block for each rank is a matrix with a row for
 //! each, any other one has one row, and a chunk is some columns of all rows.
 
+#![forbid(unsafe_code)]
+
 use mpi_shim_abi::Kind;
 
+use crate::buffer::Buffer;
 use crate::mpi::communicators::Communicator;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 
 /// The chunks of a collective.
 #[derive(Debug, PartialEq, Eq)]

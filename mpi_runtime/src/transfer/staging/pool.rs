@@ -1,5 +1,7 @@
 //! Pinned memory of the host, which is slow to get and so is kept.
 
+#![forbid(unsafe_code)]
+
 use std::sync::Arc;
 
 use parking_lot::Mutex;

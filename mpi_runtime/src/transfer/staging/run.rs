@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::buffer::Buffer;
 use crate::device::{self, Copy, Device, DeviceError, Event, HostMemory, Stream};
-use crate::node::shm_ring::ShmRings;
-use crate::operation::Buffer;
+use crate::node::shm_rings::ShmRings;
 use crate::transfer::staging::pool::Pool;
 
 /// Chunks that are on their way down while MPI has one.

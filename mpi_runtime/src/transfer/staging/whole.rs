@@ -1,6 +1,8 @@
 //! Messages whose start and end are separate operations. The engine keeps their data in memory of
 //! the host, so they go there as a whole.
 
+#![forbid(unsafe_code)]
+
 use mpi_shim_abi::Kind;
 
 use crate::error::Failure;

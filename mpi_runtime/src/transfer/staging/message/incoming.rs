@@ -6,10 +6,11 @@ use mpi_shim_abi::{Kind, PROC_NULL};
 
 use super::piece::Piece;
 use super::rendezvous_header::{HEADER_BYTES, RendezvousHeader};
+use crate::buffer::{Buffer, ElementType};
 use crate::device::{Copy, DeviceError, Event, Fill};
 use crate::error::Failure;
 use crate::node::shm_ring::ShmRing;
-use crate::operation::{Buffer, ElementType, Operation, wrong_length};
+use crate::operation::{Operation, wrong_length};
 use crate::transfer::staging::run::{Run, StagingResources};
 use crate::transfer::transport::{Done, Transport};
 

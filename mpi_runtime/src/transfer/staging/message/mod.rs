@@ -17,9 +17,10 @@ mod rendezvous_header;
 
 use mpi_shim_abi::{Kind, PROC_NULL};
 
+use crate::buffer::Buffer;
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
-use crate::operation::{Buffer, Operation};
+use crate::operation::Operation;
 use crate::transfer::staging::run::Run;
 use crate::transfer::transport::{Done, Transport};
 use incoming::Incoming;

@@ -6,11 +6,12 @@ use mpi_shim_abi::{Kind, PROC_NULL};
 
 use super::piece::Piece;
 use super::rendezvous_header::{BY_MPI, HEADER_BYTES, RendezvousHeader};
+use crate::buffer::{Buffer, ElementType};
 use crate::device::{Copy, DeviceError, HostMemory};
 use crate::error::Failure;
 use crate::mpi::shim::Request;
 use crate::node::shm_ring::ShmRing;
-use crate::operation::{Buffer, ElementType, Operation};
+use crate::operation::Operation;
 use crate::transfer::staging::run::{AHEAD, Coming, Run, StagingResources};
 use crate::transfer::transport::Transport;
 

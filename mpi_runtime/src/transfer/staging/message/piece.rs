@@ -1,7 +1,7 @@
 //! One message in memory of the host.
 
+use crate::buffer::{Buffer, ElementType};
 use crate::device::HostMemory;
-use crate::operation::{Buffer, ElementType};
 
 /// Memory of the host with one message.
 pub(super) struct Piece {

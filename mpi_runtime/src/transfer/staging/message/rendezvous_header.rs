@@ -1,5 +1,7 @@
 //! What is said of a long message before it comes.
 
+#![forbid(unsafe_code)]
+
 use crate::node::shm_ring::ShmRing;
 use crate::transfer::staging::run::StagingResources;
 

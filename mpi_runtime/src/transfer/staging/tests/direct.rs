@@ -6,7 +6,8 @@ use mpi_shim_abi::{Kind, PROC_NULL, Reduction};
 
 use super::examples::{COLLECTIVES, example, numbers, operation};
 use super::rank::{Rank, ranks};
-use crate::operation::{ElementType, Operation};
+use crate::buffer::ElementType;
+use crate::operation::Operation;
 use crate::transfer::choice::Through;
 use crate::transfer::direct::Direct;
 

@@ -3,8 +3,9 @@
 use mpi_shim_abi::{Kind, Reduction};
 
 use super::rank::RESULT;
+use crate::buffer::{Buffer, ElementType};
 use crate::device::simulated::Simulated;
-use crate::operation::{Buffer, ElementType, Operation};
+use crate::operation::Operation;
 
 const DTYPE: ElementType = ElementType::U8;
 

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 use mpi_shim_abi::{ANY, Kind, PROC_NULL};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use crate::buffer::Buffer;
 use crate::device::simulated::{NOT_YET, Simulated};
 use crate::device::{Device, Stream};
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::mpi::shim::Request;
 use crate::node::segment;
-use crate::node::shm_ring::ShmRings;
-use crate::operation::{Buffer, Operation};
+use crate::node::shm_rings::ShmRings;
+use crate::operation::Operation;
 use crate::transfer::direct::Direct;
 use crate::transfer::staging::Staging;
 use crate::transfer::transport::{Done, Transport};
