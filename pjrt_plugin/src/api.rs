@@ -29,7 +29,7 @@ pub fn table() -> *const PJRT_Api {
     struct Table(*const PJRT_Api);
     // SAFETY: the table is leaked and only read.
     unsafe impl Send for Table {}
-    // SAFETY: as above.
+    // SAFETY: as for `Send`.
     unsafe impl Sync for Table {}
     static TABLE: OnceLock<Table> = OnceLock::new();
     TABLE

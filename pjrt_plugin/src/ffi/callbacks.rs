@@ -78,15 +78,14 @@ fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), Error> {
             "host callbacks need the Python package mpi_cuda, which is not loaded",
         ));
     }
-    // SAFETY: only `set_trampoline` stores there.
-    let trampoline = unsafe { std::mem::transmute::<*mut c_void, Trampoline>(trampoline) };
     let callback = find_callback(frame)?;
     let (args, rets) = (arrays(frame.args), arrays(frame.rets));
     let mut text = vec![0u8; 1 << 16];
     let done = in_callback_of(frame.run_id(), || {
-        // SAFETY: the arrays live through the call; the trampoline takes Python's lock itself.
+        // SAFETY: `set_trampoline` alone stores there. The arrays live through the call, and the
+        // trampoline takes Python's lock itself.
         unsafe {
-            trampoline(
+            std::mem::transmute::<*mut c_void, Trampoline>(trampoline)(
                 callback,
                 in_place,
                 args.len() as c_int,

@@ -150,7 +150,7 @@ impl<'a> Frame<'a> {
         let refused = || Error::internal(format!("XLA does not give {what} to a custom call"));
         let mut args = new_args::<Args>();
         fill(&mut args);
-        // SAFETY: the arguments are right, as the caller promises; an error is ours to destroy.
+        // SAFETY: `fill` has made the arguments right; an error is ours to destroy, once.
         unsafe {
             let error = function.ok_or_else(refused)?(&mut args);
             if error.is_null() {

@@ -48,7 +48,7 @@ impl<'a> FromRaw<(*const PJRT_NamedValue, usize)> for Vec<GivenOption<'a>> {
                 given: PhantomData,
             }
         };
-        // SAFETY: the list is valid while it is used, as the caller promises.
+        // SAFETY: the list is as long as it says, and valid while it is used.
         Ok(unsafe { slice(list.0, list.1) }.iter().map(read).collect())
     }
 }
