@@ -8,6 +8,7 @@ use pjrt_sys::*;
 
 use crate::error::Error;
 use crate::inner::api;
+use crate::pjrt::entry::entry;
 use crate::pjrt::{
     buffer, client, error, event, executable, execute_context, extension, loaded_executable,
     topology,
@@ -28,7 +29,7 @@ pub fn table() -> *const PJRT_Api {
     struct Table(*const PJRT_Api);
     // SAFETY: the table is leaked and only read.
     unsafe impl Send for Table {}
-    // SAFETY: as above.
+    // SAFETY: as for `Send`.
     unsafe impl Sync for Table {}
     static TABLE: OnceLock<Table> = OnceLock::new();
     TABLE
@@ -126,20 +127,26 @@ fn stillborn(error: Error) -> *const PJRT_Api {
     static REASON: OnceLock<String> = OnceLock::new();
     REASON.get_or_init(|| error.to_string());
 
-    fn reason() -> *mut PJRT_Error {
+    fn reason() -> Error {
         let reason = REASON.get().cloned().unwrap_or_default();
-        Error::verbatim(PJRT_Error_Code_FAILED_PRECONDITION, reason).into_raw()
+        Error::verbatim(PJRT_Error_Code_FAILED_PRECONDITION, reason)
     }
-    unsafe extern "C" fn initialize(_: *mut PJRT_Plugin_Initialize_Args) -> *mut PJRT_Error {
-        reason()
-    }
-    unsafe extern "C" fn attributes(args: *mut PJRT_Plugin_Attributes_Args) -> *mut PJRT_Error {
-        // SAFETY: the framework passes valid arguments.
-        unsafe { (*args).num_attributes = 0 };
-        std::ptr::null_mut()
-    }
-    unsafe extern "C" fn create(_: *mut PJRT_Client_Create_Args) -> *mut PJRT_Error {
-        reason()
+    entry! {
+        /// `PJRT_Plugin_Initialize`
+        pub fn initialize(args: PJRT_Plugin_Initialize_Args) {
+            Err(reason())
+        }
+
+        /// `PJRT_Plugin_Attributes`
+        pub fn attributes(args: PJRT_Plugin_Attributes_Args) {
+            args.num_attributes = 0;
+            Ok(())
+        }
+
+        /// `PJRT_Client_Create`
+        pub fn create(args: PJRT_Client_Create_Args) {
+            Err(reason())
+        }
     }
     // SAFETY: zero is valid for a table of optional functions.
     let mut api: Box<PJRT_Api> = Box::new(unsafe { std::mem::zeroed() });

@@ -95,7 +95,7 @@ pub unsafe extern "C" fn mpi_cuda_comm(
         let Some(world) = world() else {
             return i64::from(fail(Error::precondition("call mpi_cuda_start first")));
         };
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller's name is NUL-terminated.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         let number = match world.engine.register(handle, &name, on_comm_deleted) {
             Ok(number) => number,
@@ -106,7 +106,7 @@ pub unsafe extern "C" fn mpi_cuda_comm(
             }
         };
         if let Some(comm) = world.engine.communicators.get(number) {
-            // SAFETY: as the caller promises.
+            // SAFETY: the caller's pointers are writable.
             unsafe {
                 *rank = comm.rank;
                 *size = comm.size;
@@ -195,7 +195,7 @@ pub unsafe extern "C" fn mpi_cuda_register_ffi_target(
     handler: Option<Handler>,
 ) -> c_int {
     quiet(-1, || {
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller's name is NUL-terminated.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         ffi::register_foreign(&name, handler).map_or_else(fail, |()| 0)
     })
@@ -231,7 +231,7 @@ pub extern "C" fn mpi_cuda_probe_next() -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mpi_cuda_probe_report(failure: *const c_char) -> c_int {
     quiet(-1, || {
-        // SAFETY: a C string, as the caller promises.
+        // SAFETY: the caller's text is NUL-terminated, if there is one.
         let text = (!failure.is_null()).then(|| unsafe { CStr::from_ptr(failure) });
         let text = text.map(|text| text.to_string_lossy());
         match crate::probe::report(text.as_deref()) {

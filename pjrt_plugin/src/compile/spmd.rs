@@ -56,8 +56,8 @@ impl From<Refused> for Error {
                 "express it by psum, pmax, pmin, all_gather, psum_scatter, all_to_all or ppermute"
             }
             _ => {
-                "this version of the inner plugin (MPI_CUDA_INNER_PLUGIN) is one that mpi_cuda does \
-                 not know; use the one that scripts/setup installs, or report it"
+                "this version of the inner plugin (MPI_CUDA_INNER_PLUGIN) is one that mpi_cuda \
+                 does not know; use the one that scripts/setup installs, or report it"
             }
         };
         Error::unimplemented(format!("{refused}; {remedy}"))

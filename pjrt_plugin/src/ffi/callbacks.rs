@@ -7,10 +7,9 @@ use std::sync::atomic::{AtomicI64, AtomicPtr, Ordering};
 
 use pjrt_sys::*;
 
-use super::Handler;
-use super::frame::{Frame, handle};
+use super::frame::{Frame, dims};
+use super::handler::{Handler, handler};
 use crate::error::Error;
-use crate::inner::call::slice;
 use crate::launch::ticket::in_callback_of;
 
 /// An array as the trampoline sees it.
@@ -58,16 +57,18 @@ pub fn note_user_data(type_id: i64) {
 
 /// Targets that JAX's lowering for the CPU uses (`jax/_src/callback.py`, `buffer_callback.py`).
 pub const HANDLERS: &[(&str, Handler)] = &[
-    ("xla_ffi_python_cpu_callback", callback::<0>),
-    ("xla_ffi_partitioned_python_cpu_callback", callback::<0>),
-    ("xla_buffer_python_cpu_callback", callback::<1>),
+    ("xla_ffi_python_cpu_callback", handler(callback)),
+    ("xla_ffi_partitioned_python_cpu_callback", handler(callback)),
+    ("xla_buffer_python_cpu_callback", handler(callback_in_place)),
 ];
 
-unsafe extern "C" fn callback<const IN_PLACE: c_int>(
-    frame: *mut XLA_FFI_CallFrame,
-) -> *mut XLA_FFI_Error {
-    // SAFETY: called by XLA.
-    unsafe { handle(frame, |frame| call_python(frame, IN_PLACE)) }
+fn callback(frame: &Frame<'_>) -> Result<(), Error> {
+    call_python(frame, 0)
+}
+
+/// One that writes into its results itself.
+fn callback_in_place(frame: &Frame<'_>) -> Result<(), Error> {
+    call_python(frame, 1)
 }
 
 fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), Error> {
@@ -77,15 +78,14 @@ fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), Error> {
             "host callbacks need the Python package mpi_cuda, which is not loaded",
         ));
     }
-    // SAFETY: only `set_trampoline` stores there.
-    let trampoline = unsafe { std::mem::transmute::<*mut c_void, Trampoline>(trampoline) };
     let callback = find_callback(frame)?;
-    let (args, rets) = (arrays(frame.raw_args()), arrays(frame.raw_rets()));
+    let (args, rets) = (arrays(frame.args), arrays(frame.rets));
     let mut text = vec![0u8; 1 << 16];
     let done = in_callback_of(frame.run_id(), || {
-        // SAFETY: the arrays live through the call; the trampoline takes Python's lock itself.
+        // SAFETY: `set_trampoline` alone stores there. The arrays live through the call, and the
+        // trampoline takes Python's lock itself.
         unsafe {
-            trampoline(
+            std::mem::transmute::<*mut c_void, Trampoline>(trampoline)(
                 callback,
                 in_place,
                 args.len() as c_int,
@@ -136,18 +136,12 @@ fn find_callback(frame: &Frame<'_>) -> Result<*mut c_void, Error> {
     }
 }
 
-fn arrays(buffers: &[*mut XLA_FFI_Buffer]) -> Vec<CallbackArray> {
-    let describe = |buffer: &*mut XLA_FFI_Buffer| {
-        // SAFETY: XLA passes valid buffers.
-        let buffer = unsafe { &**buffer };
-        // SAFETY: as above; `dims` has `rank` elements.
-        let dims = unsafe { slice(buffer.dims, buffer.rank as usize) };
-        CallbackArray {
-            dtype: buffer.dtype as c_int,
-            rank: dims.len() as c_int,
-            dims: dims.as_ptr(),
-            data: buffer.data,
-        }
+fn arrays(buffers: &[&XLA_FFI_Buffer]) -> Vec<CallbackArray> {
+    let describe = |buffer: &&XLA_FFI_Buffer| CallbackArray {
+        dtype: buffer.dtype as c_int,
+        rank: buffer.rank as c_int,
+        dims: dims(buffer).as_ptr(),
+        data: buffer.data,
     };
     buffers.iter().map(describe).collect()
 }

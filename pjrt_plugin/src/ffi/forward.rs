@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use parking_lot::Mutex;
 use pjrt_sys::*;
 
-use super::frame::{Frame, answer_metadata};
-use super::{Handler, register};
+use super::frame::Frame;
+use super::handler::{Handler, answer_metadata};
+use super::register;
 use crate::error::Error;
 
 /// How many targets can be forwarded.
@@ -69,14 +70,15 @@ pub fn register_waiting() -> Result<(), Error> {
 unsafe extern "C" fn forward<const SLOT: usize>(
     frame: *mut XLA_FFI_CallFrame,
 ) -> *mut XLA_FFI_Error {
-    // SAFETY: called by XLA.
+    // SAFETY: XLA passes a valid frame, and `register_foreign` alone stores targets, which are
+    // handlers.
     unsafe {
         if answer_metadata(frame) {
             return std::ptr::null_mut();
         }
         let target = TARGETS[SLOT].load(Ordering::Acquire);
         if target.is_null() {
-            return Frame(&*frame).error(
+            return Frame::new(&*frame).error(
                 "mpi_cuda: this FFI target has instantiate, prepare or initialize stages, which \
                  cannot be registered through PJRT",
             );

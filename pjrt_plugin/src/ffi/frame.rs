@@ -1,97 +1,72 @@
-//! Reading a call frame, and answering what XLA asks of every handler.
+//! A call frame, read by type: operands, results, attributes, and what XLA gives to a custom call.
 
 use std::ffi::{CString, c_void};
 
 use mpi_runtime::{Buffer, ElementType};
 use pjrt_sys::*;
 
-use crate::boundary::guarded;
 use crate::error::Error;
-use crate::inner::call::slice;
+use crate::inner::call::{new_args, slice};
 
 /// A call frame whose handler is to be executed.
-pub struct Frame<'a>(pub &'a XLA_FFI_CallFrame);
-
-/// Runs the body of a handler: answers the metadata query, catches panics, reports errors.
-///
-/// # Safety
-/// `frame` must be what XLA passed.
-pub unsafe fn handle(
-    frame: *mut XLA_FFI_CallFrame,
-    body: impl FnOnce(&Frame<'_>) -> Result<(), Error>,
-) -> *mut XLA_FFI_Error {
-    // SAFETY: XLA passes a valid frame.
-    unsafe {
-        if answer_metadata(frame) {
-            return std::ptr::null_mut();
-        }
-        let frame = Frame(&*frame);
-        match guarded(|| body(&frame)) {
-            Ok(()) => std::ptr::null_mut(),
-            Err(error) => frame.error(&error.to_string()),
-        }
-    }
+pub struct Frame<'a> {
+    raw: &'a XLA_FFI_CallFrame,
+    api: &'a XLA_FFI_Api,
+    /// Operands as XLA describes them.
+    pub args: &'a [&'a XLA_FFI_Buffer],
+    /// Results as XLA describes them.
+    pub rets: &'a [&'a XLA_FFI_Buffer],
 }
 
-/// XLA asks each handler for its API version before it accepts it; the right answer is the
-/// version of the frame itself, whatever headers we were built with.
-///
-/// # Safety
-/// `frame` must be what XLA passed.
-pub unsafe fn answer_metadata(frame: *mut XLA_FFI_CallFrame) -> bool {
-    // SAFETY: XLA passes a valid frame; a metadata extension has the layout of its type.
-    unsafe {
-        let extension = (*frame).extension_start;
-        if extension.is_null() || (*extension).type_ != XLA_FFI_Extension_Metadata {
-            return false;
+/// A function of XLA's table for custom calls.
+type Function<Args> = Option<unsafe extern "C" fn(*mut Args) -> *mut XLA_FFI_Error>;
+
+/// Calls a function of XLA's table, which gives something to a custom call, with these members of
+/// its arguments beside the context; has what it filled in.
+macro_rules! ask {
+    ($frame:ident, $function:ident, $what:expr, { $($member:ident: $value:expr),* }) => {
+        // SAFETY: the context is the frame's; what members point to outlives the call, and memory
+        // that is given back is from `allocate`.
+        unsafe {
+            $frame.ask($frame.api.$function, $what, |args| {
+                args.ctx = $frame.raw.ctx;
+                $(args.$member = $value;)*
+            })
         }
-        let metadata = (*extension.cast::<XLA_FFI_Metadata_Extension>()).metadata;
-        let version = &(*(*frame).api).api_version;
-        (*metadata).api_version.major_version = version.major_version;
-        (*metadata).api_version.minor_version = version.minor_version;
-        (*metadata).traits = 0;
-        true
-    }
+    };
 }
 
 impl<'a> Frame<'a> {
+    /// The typed frame.
+    ///
+    /// # Safety
+    /// `raw` must be what XLA passed to a handler that has said its version.
+    pub unsafe fn new(raw: &'a XLA_FFI_CallFrame) -> Frame<'a> {
+        // SAFETY: XLA's table and lists are valid during the call, and the lists have `size`
+        // elements, all of them buffers (XLA_FFI_ArgType, XLA_FFI_RetType).
+        unsafe {
+            Frame {
+                raw,
+                api: &*raw.api,
+                args: slice(raw.args.args.cast(), raw.args.size as usize),
+                rets: slice(raw.rets.rets.cast(), raw.rets.size as usize),
+            }
+        }
+    }
+
     /// Operand number `index`.
     pub fn arg(&self, index: usize) -> Option<Buffer<'a>> {
-        let args = &self.0.args;
-        // SAFETY: XLA's arrays have `size` elements; every argument is a buffer (XLA_FFI_ArgType).
-        unsafe {
-            slice(args.args, args.size as usize)
-                .get(index)
-                .map(|arg| read_buffer(*arg))
-        }
+        self.args.get(index).map(|buffer| array(buffer))
     }
 
     /// Result number `index`.
     pub fn ret(&self, index: usize) -> Option<Buffer<'a>> {
-        let rets = &self.0.rets;
-        // SAFETY: as for `arg`.
-        unsafe {
-            slice(rets.rets, rets.size as usize)
-                .get(index)
-                .map(|ret| read_buffer(*ret))
-        }
-    }
-
-    /// Operands as XLA describes them.
-    pub fn raw_args(&self) -> &'a [*mut XLA_FFI_Buffer] {
-        // SAFETY: as for `arg`.
-        unsafe { slice(self.0.args.args.cast(), self.0.args.size as usize) }
-    }
-
-    /// Results as XLA describes them.
-    pub fn raw_rets(&self) -> &'a [*mut XLA_FFI_Buffer] {
-        // SAFETY: as for `arg`.
-        unsafe { slice(self.0.rets.rets.cast(), self.0.rets.size as usize) }
+        self.rets.get(index).map(|buffer| array(buffer))
     }
 
     /// An integer attribute of any width.
     pub fn integer(&self, name: &str) -> Option<i64> {
-        let attrs = &self.0.attrs;
+        let attrs = &self.raw.attrs;
         let size = attrs.size as usize;
         // SAFETY: XLA's arrays have `size` elements; a scalar attribute is an XLA_FFI_Scalar whose
         // value has the width of its type.
@@ -116,127 +91,111 @@ impl<'a> Frame<'a> {
 
     /// The `launch_id` this program was executed with.
     pub fn run_id(&self) -> i64 {
-        let mut args: XLA_FFI_RunId_Get_Args = crate::inner::call::new_args();
-        args.ctx = self.0.ctx;
-        // SAFETY: a table of FFI 0.2 or newer has the function; the context is the frame's.
-        let error = unsafe {
-            (*self.0.api)
-                .XLA_FFI_RunId_Get
-                .map_or(std::ptr::null_mut(), |function| function(&mut args))
-        };
-        if error.is_null() { args.run_id } else { 0 }
+        ask!(self, XLA_FFI_RunId_Get, "a run id", {}).map_or(0, |args| args.run_id)
     }
 
     /// The stream in whose order this call is, of a GPU.
     pub fn stream(&self) -> Result<u64, Error> {
-        let mut args: XLA_FFI_Stream_Get_Args = crate::inner::call::new_args();
-        args.ctx = self.0.ctx;
-        // SAFETY: as for `run_id`.
-        let error = unsafe {
-            let get = (*self.0.api).XLA_FFI_Stream_Get;
-            get.ok_or_else(|| Error::internal("this XLA does not tell streams"))?(&mut args)
-        };
-        self.ok(error, "the stream").map(|()| args.stream as u64)
+        known(
+            self.api.XLA_FFI_Stream_Get,
+            "this XLA does not tell streams",
+        )?;
+        ask!(self, XLA_FFI_Stream_Get, "the stream", {}).map(|args| args.stream as u64)
     }
 
     /// The number of the device that this call is on.
     pub fn device(&self) -> Result<i32, Error> {
-        let mut args: XLA_FFI_DeviceOrdinal_Get_Args = crate::inner::call::new_args();
-        args.ctx = self.0.ctx;
-        // SAFETY: as for `run_id`.
-        let error = unsafe {
-            let get = (*self.0.api).XLA_FFI_DeviceOrdinal_Get;
-            get.ok_or_else(|| Error::internal("this XLA does not tell devices"))?(&mut args)
-        };
-        self.ok(error, "the device").map(|()| args.device_ordinal)
+        known(
+            self.api.XLA_FFI_DeviceOrdinal_Get,
+            "this XLA does not tell devices",
+        )?;
+        ask!(self, XLA_FFI_DeviceOrdinal_Get, "the device", {}).map(|args| args.device_ordinal)
     }
 
     /// Memory of the device, to be given back by [`Frame::free`].
     pub fn allocate(&self, bytes: usize) -> Result<*mut c_void, Error> {
-        let mut args: XLA_FFI_DeviceMemory_Allocate_Args = crate::inner::call::new_args();
-        (args.ctx, args.size, args.alignment) = (self.0.ctx, bytes, 16);
-        // SAFETY: as for `run_id`.
-        let error = unsafe {
-            let allocate = (*self.0.api).XLA_FFI_DeviceMemory_Allocate;
-            allocate.ok_or_else(|| Error::internal("this XLA gives no memory"))?(&mut args)
-        };
-        self.ok(error, "memory of the device").map(|()| args.data)
+        known(
+            self.api.XLA_FFI_DeviceMemory_Allocate,
+            "this XLA gives no memory",
+        )?;
+        let what = "memory of the device";
+        ask!(self, XLA_FFI_DeviceMemory_Allocate, what, { size: bytes, alignment: 16 })
+            .map(|args| args.data)
     }
 
-    /// Gives memory back; XLA uses it again for what comes into the stream later.
+    /// Gives memory of [`Frame::allocate`] back; XLA uses it again for what comes into the stream
+    /// later.
     pub fn free(&self, data: *mut c_void, bytes: usize) {
-        let mut args: XLA_FFI_DeviceMemory_Free_Args = crate::inner::call::new_args();
-        (args.ctx, args.size, args.data) = (self.0.ctx, bytes, data);
-        // SAFETY: as for `run_id`; the memory is from `allocate`.
-        unsafe {
-            if let Some(free) = (*self.0.api).XLA_FFI_DeviceMemory_Free {
-                // There is nobody to tell; XLA frees what is left with its client.
-                let _ = self.ok(free(&mut args), "");
-            }
-        }
-    }
-
-    fn ok(&self, error: *mut XLA_FFI_Error, what: &str) -> Result<(), Error> {
-        if error.is_null() {
-            return Ok(());
-        }
-        let mut destroy: XLA_FFI_Error_Destroy_Args = crate::inner::call::new_args();
-        destroy.error = error;
-        // SAFETY: an error of XLA's, which is ours to destroy.
-        unsafe {
-            if let Some(function) = (*self.0.api).XLA_FFI_Error_Destroy {
-                function(&mut destroy);
-            }
-        }
-        Err(Error::internal(format!(
-            "XLA does not give {what} to a custom call"
-        )))
+        // There is nobody to tell of a failure; XLA frees what is left with its client.
+        let _ = ask!(self, XLA_FFI_DeviceMemory_Free, "memory", { size: bytes, data: data });
     }
 
     /// What was attached to this execution under `type_id`; null if nothing was.
     pub fn user_data(&self, type_id: i64) -> *mut c_void {
         let mut id = XLA_FFI_TypeId { type_id };
-        let mut args: XLA_FFI_ExecutionContext_Get_Args = crate::inner::call::new_args();
-        args.ctx = self.0.ctx;
-        args.type_id = &mut id;
-        // SAFETY: as for `run_id`.
+        ask!(self, XLA_FFI_ExecutionContext_Get, "user data", { type_id: &mut id })
+            .map_or(std::ptr::null_mut(), |args| args.data)
+    }
+
+    /// Calls a function of XLA's table, which gives `what` to a custom call.
+    ///
+    /// # Safety
+    /// `fill` must make the arguments what the function asks for.
+    unsafe fn ask<Args>(
+        &self,
+        function: Function<Args>,
+        what: &str,
+        fill: impl FnOnce(&mut Args),
+    ) -> Result<Args, Error> {
+        let refused = || Error::internal(format!("XLA does not give {what} to a custom call"));
+        let mut args = new_args::<Args>();
+        fill(&mut args);
+        // SAFETY: `fill` has made the arguments right; an error is ours to destroy, once.
         unsafe {
-            let Some(function) = (*self.0.api).XLA_FFI_ExecutionContext_Get else {
-                return std::ptr::null_mut();
-            };
-            match self.ok(function(&mut args), "user data") {
-                Ok(()) => args.data,
-                Err(_) => std::ptr::null_mut(),
+            let error = function.ok_or_else(refused)?(&mut args);
+            if error.is_null() {
+                return Ok(args);
+            }
+            let mut destroy: XLA_FFI_Error_Destroy_Args = new_args();
+            destroy.error = error;
+            if let Some(function) = self.api.XLA_FFI_Error_Destroy {
+                function(&mut destroy);
             }
         }
+        Err(refused())
     }
 
     /// An FFI error with this text.
     pub fn error(&self, text: &str) -> *mut XLA_FFI_Error {
         let text = CString::new(text.replace('\0', " ")).unwrap_or_default();
-        let mut args: XLA_FFI_Error_Create_Args = crate::inner::call::new_args();
+        let mut args: XLA_FFI_Error_Create_Args = new_args();
         args.message = text.as_ptr();
         args.errc = XLA_FFI_Error_Code_INTERNAL;
-        // SAFETY: every table has the function; XLA copies the text.
-        unsafe {
-            (*self.0.api)
-                .XLA_FFI_Error_Create
-                .map_or(std::ptr::null_mut(), |function| function(&mut args))
-        }
+        let create = self.api.XLA_FFI_Error_Create;
+        // SAFETY: XLA copies the text.
+        create.map_or(std::ptr::null_mut(), |create| unsafe { create(&mut args) })
     }
 }
 
-/// # Safety
-/// `buffer` must be an `XLA_FFI_Buffer` that lives for `'a`.
-unsafe fn read_buffer<'a>(buffer: *const c_void) -> Buffer<'a> {
-    // SAFETY: as the caller promises; `dims` has `rank` elements.
-    unsafe {
-        let buffer = &*buffer.cast::<XLA_FFI_Buffer>();
-        Buffer {
-            data: buffer.data,
-            dtype: element_type(buffer.dtype),
-            shape: slice(buffer.dims, buffer.rank as usize),
-        }
+/// An older XLA lacks some functions.
+fn known<Args>(function: Function<Args>, otherwise: &str) -> Result<(), Error> {
+    match function {
+        Some(_) => Ok(()),
+        None => Err(Error::internal(otherwise)),
+    }
+}
+
+/// The dimensions of a buffer, outermost first.
+pub fn dims(buffer: &XLA_FFI_Buffer) -> &[i64] {
+    // SAFETY: XLA's buffers are valid during the call, and `dims` has `rank` elements.
+    unsafe { slice(buffer.dims, buffer.rank as usize) }
+}
+
+fn array(buffer: &XLA_FFI_Buffer) -> Buffer<'_> {
+    Buffer {
+        data: buffer.data,
+        dtype: element_type(buffer.dtype),
+        shape: dims(buffer),
     }
 }
 

@@ -1,9 +1,11 @@
 //! The XLA FFI side: our custom-call targets, JAX's host callbacks, and targets of other packages.
 
 pub mod callbacks;
+mod collective;
 mod collectives;
 mod forward;
 mod frame;
+mod handler;
 mod huge_pages;
 pub mod memory;
 mod operations;
@@ -24,9 +26,7 @@ use crate::inner::{extensions, on_gpu};
 use crate::launch::async_barrier;
 
 pub use forward::register_foreign;
-
-/// An FFI handler as XLA calls it (`xla/ffi/api/c_api.h`, XLA_FFI_Handler).
-pub type Handler = unsafe extern "C" fn(*mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error;
+pub use handler::Handler;
 
 /// Registers what the library itself brings, once.
 pub fn register_all() -> Result<(), Error> {
@@ -44,7 +44,7 @@ pub fn register_all() -> Result<(), Error> {
     for (name, handler) in collectives::HANDLERS {
         register(&format!("{}{name}", hlo_rewrite::TARGET_PREFIX), *handler)?;
     }
-    register(async_barrier::TARGET, operations::async_barrier)?;
+    register(async_barrier::TARGET, operations::ASYNC_BARRIER)?;
     // On GPUs JAX's own package has registered its own.
     if !on_gpu() {
         for (name, handler) in callbacks::HANDLERS {

@@ -7,10 +7,11 @@ use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
 use pjrt_sys::*;
 
-use super::Handler;
-use super::frame::{Frame, handle};
+use super::frame::Frame;
+use super::handler::{Handler, handler};
 use crate::error::Error;
 use crate::ffi::memory::Memory;
+use crate::launch::async_barrier;
 use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
 
@@ -20,60 +21,45 @@ const ATTRIBUTE_ANY: i64 = -1;
 const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 macro_rules! handlers {
-    (both: $($kind:ident),+; ours: $($own:ident),+) => {
-        /// The handler of every operation.
-        pub const HANDLERS: &[(Kind, Handler)] = &[
-            $((Kind::$kind, operation::<{ Kind::$kind as usize }>),)+
-            $((Kind::$own, operation::<{ Kind::$own as usize }>),)+
-        ];
-        /// Those of mpi4jax's targets.
-        pub const MPI4JAX_HANDLERS: &[(Kind, Handler)] =
-            &[$((Kind::$kind, mpi4jax_operation::<{ Kind::$kind as usize }>)),+];
+    ($dialect:ident: $($kind:ident),+) => {
+        &[$((
+            Kind::$kind,
+            handler(|frame: &Frame<'_>| execute(Kind::$kind, &Dialect::$dialect, frame)),
+        )),+]
     };
 }
 
-handlers!(
-    both: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
-    Sendrecv;
-    ours: Exscan, ReduceScatter, Isend, Irecv, Wait, WaitSend
+/// The handlers of our targets: one for each operation.
+pub const HANDLERS: &[(Kind, Handler)] = handlers!(
+    Ours: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
+    Sendrecv, Exscan, ReduceScatter, Isend, Irecv, Wait, WaitSend
 );
 
-unsafe extern "C" fn operation<const KIND: usize>(
-    frame: *mut XLA_FFI_CallFrame,
-) -> *mut XLA_FFI_Error {
-    // SAFETY: called by XLA.
-    unsafe {
-        handle(frame, |frame| {
-            execute(Kind::ALL[KIND], &Dialect::Ours, frame)
-        })
-    }
-}
+/// The handlers of mpi4jax's targets.
+pub const MPI4JAX_HANDLERS: &[(Kind, Handler)] = handlers!(
+    Mpi4jax: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter,
+    Send, Sendrecv
+);
 
-unsafe extern "C" fn mpi4jax_operation<const KIND: usize>(
-    frame: *mut XLA_FFI_CallFrame,
-) -> *mut XLA_FFI_Error {
-    // SAFETY: called by XLA.
-    unsafe {
-        handle(frame, |frame| {
-            execute(Kind::ALL[KIND], &Dialect::Mpi4jax, frame)
-        })
-    }
-}
+/// The handler of the async barrier's custom call; see [`crate::launch::async_barrier`].
+pub const ASYNC_BARRIER: Handler = handler(|frame: &Frame<'_>| {
+    async_barrier::wait_released(frame.run_id());
+    fill_tokens(frame, 0, &Memory::of(frame)?)
+});
 
 /// What mpi4jax's targets are on JAX's own CPU backend, where nothing of ours can serve them.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mpi_cuda_mpi4jax_elsewhere(
     frame: *mut XLA_FFI_CallFrame,
 ) -> *mut XLA_FFI_Error {
-    // SAFETY: called by XLA.
-    unsafe {
-        handle(frame, |_| {
-            Err(Error::internal(
-                "with JAX_PLATFORMS=mpi_cuda mpi4jax's operations run on the backend \
-                 mpi_cuda only; leave it out of JAX_PLATFORMS to run them on JAX's CPU backend",
-            ))
-        })
-    }
+    const REFUSE: Handler = handler(|_: &Frame<'_>| {
+        Err(Error::internal(
+            "with JAX_PLATFORMS=mpi_cuda mpi4jax's operations run on the backend mpi_cuda only; \
+             leave it out of JAX_PLATFORMS to run them on JAX's CPU backend",
+        ))
+    });
+    // SAFETY: XLA passes a valid frame.
+    unsafe { REFUSE(frame) }
 }
 
 /// Whose custom call it is.
@@ -125,17 +111,6 @@ impl Dialect {
                  which is none in this process; start Python with JAX_PLATFORMS=mpi_cuda set, so \
                  that mpi_cuda translates handles when programs are compiled"
             ))
-        })
-    }
-}
-
-/// The async barrier's custom call; see [`crate::launch::async_barrier`].
-pub unsafe extern "C" fn async_barrier(frame: *mut XLA_FFI_CallFrame) -> *mut XLA_FFI_Error {
-    // SAFETY: called by XLA.
-    unsafe {
-        handle(frame, |frame| {
-            crate::launch::async_barrier::wait_released(frame.run_id());
-            fill_tokens(frame, 0, &Memory::of(frame)?)
         })
     }
 }
@@ -247,12 +222,32 @@ fn small(value: i64, what: &str) -> Result<i32, Error> {
 
 /// Results after the data are tokens. XLA's own have no memory; ours are an `s32[]` with value 0.
 fn fill_tokens(frame: &Frame<'_>, first: usize, memory: &Memory<'_>) -> Result<(), Error> {
-    for (index, ret) in frame.raw_rets().iter().enumerate().skip(first) {
-        // SAFETY: XLA passes valid buffers.
-        let is_token = unsafe { (**ret).dtype == XLA_FFI_DataType_S32 && (**ret).rank == 0 };
+    for (index, ret) in frame.rets.iter().enumerate().skip(first) {
+        let is_token = ret.dtype == XLA_FFI_DataType_S32 && ret.rank == 0;
         if let Some(token) = frame.ret(index).filter(|_| is_token) {
             memory.write(&token, 0)?;
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ffi::targets;
+
+    #[test]
+    fn every_operation_has_a_handler() {
+        assert!(
+            Kind::ALL
+                .iter()
+                .all(|kind| HANDLERS.iter().any(|row| row.0 == *kind))
+        );
+        assert!(
+            MPI4JAX_HANDLERS
+                .iter()
+                .map(|row| row.0)
+                .eq(targets::MPI4JAX)
+        );
+    }
 }

@@ -37,7 +37,7 @@ pub unsafe fn ask<Args>(
 ) -> Result<Args, Error> {
     let mut args = new_args::<Args>();
     fill(&mut args);
-    // SAFETY: as the caller promises.
+    // SAFETY: `fill` has made the arguments right.
     unsafe { call(function, &mut args) }.map(|()| args)
 }
 
@@ -52,7 +52,7 @@ pub unsafe fn call<Args>(function: Function<Args>, args: *mut Args) -> Result<()
             std::any::type_name::<Args>()
         )));
     };
-    // SAFETY: the arguments are right, as the caller promises; the plugin gives its error away.
+    // SAFETY: the caller has made the arguments right; the plugin gives its error away.
     match unsafe { InnerError::new(function(args), api()) } {
         None => Ok(()),
         Some(error) => Err(Error::Inner(error)),
@@ -64,7 +64,7 @@ pub unsafe fn call<Args>(function: Function<Args>, args: *mut Args) -> Result<()
 /// # Safety
 /// `data` must be valid for `size` bytes for the lifetime chosen, or null.
 pub unsafe fn bytes<'a>(data: *const c_char, size: usize) -> &'a [u8] {
-    // SAFETY: as the caller promises.
+    // SAFETY: bytes have no alignment and no invalid values, and there are `size` of them.
     unsafe { slice(data.cast(), size) }
 }
 
@@ -76,6 +76,6 @@ pub unsafe fn slice<'a, T>(data: *const T, size: usize) -> &'a [T] {
     if data.is_null() || size == 0 {
         return &[];
     }
-    // SAFETY: as the caller promises.
+    // SAFETY: `data` is not null, so it is valid for `size` elements.
     unsafe { std::slice::from_raw_parts(data, size) }
 }

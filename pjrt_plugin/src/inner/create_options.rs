@@ -22,38 +22,34 @@ pub struct GivenOption<'a> {
 
 impl<'a> FromRaw<(*const PJRT_NamedValue, usize)> for Vec<GivenOption<'a>> {
     unsafe fn from_raw(list: (*const PJRT_NamedValue, usize)) -> Result<Self, Error> {
-        // SAFETY: the list and what it points to is valid while it is used, as the caller promises.
-        unsafe {
-            let options = slice(list.0, list.1).iter();
-            Ok(options.map(|option| read(option)).collect())
-        }
-    }
-}
-
-/// # Safety
-/// The option must be valid for `'a`.
-unsafe fn read<'a>(option: &PJRT_NamedValue) -> GivenOption<'a> {
-    let value = &option.__bindgen_anon_1;
-    // SAFETY: the union is read by its type, and texts have their lengths.
-    let (name, text, number) = unsafe {
-        let number = (option.type_ == PJRT_NamedValue_kInt64).then_some(value.int64_value);
-        let text = match option.type_ {
-            PJRT_NamedValue_kString => {
-                String::from_utf8_lossy(bytes(value.string_value, option.value_size)).into_owned()
+        let read = |option: &PJRT_NamedValue| {
+            let value = &option.__bindgen_anon_1;
+            let text = |data, size| {
+                // SAFETY: texts have their lengths, and are valid as the list is.
+                String::from_utf8_lossy(unsafe { bytes(data, size) }).into_owned()
+            };
+            // SAFETY: the union is read by its type.
+            let (number, written) = unsafe {
+                match option.type_ {
+                    PJRT_NamedValue_kString => (None, text(value.string_value, option.value_size)),
+                    PJRT_NamedValue_kInt64 => {
+                        (Some(value.int64_value), value.int64_value.to_string())
+                    }
+                    PJRT_NamedValue_kFloat => (None, value.float_value.to_string()),
+                    PJRT_NamedValue_kBool => (None, u8::from(value.bool_value).to_string()),
+                    _ => (None, String::new()),
+                }
+            };
+            GivenOption {
+                name: text(option.name, option.name_size),
+                text: written,
+                number,
+                raw: *option,
+                given: PhantomData,
             }
-            PJRT_NamedValue_kInt64 => value.int64_value.to_string(),
-            PJRT_NamedValue_kFloat => value.float_value.to_string(),
-            PJRT_NamedValue_kBool => u8::from(value.bool_value).to_string(),
-            _ => String::new(),
         };
-        (bytes(option.name, option.name_size), text, number)
-    };
-    GivenOption {
-        name: String::from_utf8_lossy(name).into_owned(),
-        text,
-        number,
-        raw: *option,
-        given: PhantomData,
+        // SAFETY: the list is as long as it says, and valid while it is used.
+        Ok(unsafe { slice(list.0, list.1) }.iter().map(read).collect())
     }
 }
 

@@ -16,7 +16,14 @@ use crate::error::Error;
 /// The arguments of `PJRT_LoadedExecutable_Execute` for one device.
 pub struct ExecuteArgs<'a> {
     raw: &'a mut PJRT_LoadedExecutable_Execute_Args,
-    executable: LoadedHandle,
+    /// What is launched.
+    pub executable: LoadedHandle,
+    /// The operands.
+    pub inputs: &'a [BufferHandle],
+    /// The execution context, which carries what the framework attaches to the launch.
+    pub context: Option<ContextHandle>,
+    /// The device, if the executable leaves it open.
+    pub device: Option<DeviceHandle>,
 }
 
 /// The event of a launch's end.
@@ -55,32 +62,20 @@ impl<'a> ExecuteArgs<'a> {
     pub unsafe fn new(
         raw: &'a mut PJRT_LoadedExecutable_Execute_Args,
     ) -> Result<ExecuteArgs<'a>, Error> {
-        // SAFETY: the executable lives through the call.
-        let executable = unsafe { LoadedHandle::from_raw(raw.executable) }?;
-        Ok(ExecuteArgs { raw, executable })
-    }
-
-    /// What is launched.
-    pub fn executable(&self) -> LoadedHandle {
-        self.executable
-    }
-
-    /// The operands.
-    pub fn inputs(&self) -> &[BufferHandle] {
-        // SAFETY: the one list has that many buffers, and a handle is a pointer to a live one.
-        unsafe { slice((*self.raw.argument_lists).cast(), self.raw.num_args) }
-    }
-
-    /// The execution context, which carries what the framework attaches to the launch.
-    pub fn context(&self) -> Option<ContextHandle> {
-        // SAFETY: the options are valid, and their context lives through the call.
-        unsafe { FromRaw::from_raw((*self.raw.options).context) }.ok()?
-    }
-
-    /// The device, if the executable leaves it open.
-    pub fn device(&self) -> Option<DeviceHandle> {
-        // SAFETY: the device lives as long as its client.
-        unsafe { FromRaw::from_raw(self.raw.execute_device) }.ok()?
+        // SAFETY: the handles live through the call, the one list has that many buffers, and a
+        // handle is a pointer to a live one.
+        unsafe {
+            Ok(ExecuteArgs {
+                executable: LoadedHandle::from_raw(raw.executable)?,
+                inputs: match raw.num_args {
+                    0 => &[],
+                    number => slice((*raw.argument_lists).cast(), number),
+                },
+                context: FromRaw::from_raw((*raw.options).context)?,
+                device: FromRaw::from_raw(raw.execute_device)?,
+                raw,
+            })
+        }
     }
 
     /// Whether the framework wants the event of the launch's end.

@@ -25,17 +25,16 @@ impl ExecuteOptions {
     /// # Safety
     /// `options` must be valid for its `struct_size`.
     pub unsafe fn borrow(options: *const PJRT_ExecuteOptions) -> ExecuteOptions {
-        // SAFETY: the first member is there, as the caller promises.
-        let size = unsafe { (*options).struct_size };
-        let words = size
-            .max(size_of::<PJRT_ExecuteOptions>())
-            .div_ceil(size_of::<u64>());
-        let mut copy = vec![0u64; words];
-        // SAFETY: the options are `size` bytes long, and the copy at least so.
-        unsafe {
+        // SAFETY: the size is the first member, which every version of the options has. The options
+        // are that long, and the copy at least so.
+        let copy = unsafe {
+            let size = (*options).struct_size;
+            let known = size.max(size_of::<PJRT_ExecuteOptions>());
+            let mut copy = vec![0u64; known.div_ceil(size_of::<u64>())];
             let target = copy.as_mut_ptr().cast::<u8>();
             std::ptr::copy_nonoverlapping(options.cast::<u8>(), target, size);
-        }
+            copy
+        };
         ExecuteOptions {
             words: copy,
             not_donatable: Vec::new(),

@@ -153,18 +153,19 @@ pub fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
 
 /// The folder of this very library.
 pub fn own_folder() -> PathBuf {
-    // SAFETY: zero is valid for this C struct.
-    let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
     let here: fn() -> PathBuf = own_folder;
-    // SAFETY: the address lies in this library, and `info` is writable.
-    let found = unsafe { libc::dladdr(here as *const libc::c_void, &mut info) };
-    if found == 0 || info.dli_fname.is_null() {
-        return PathBuf::from(".");
-    }
-    // SAFETY: dladdr filled in a NUL-terminated path.
-    let path = unsafe { CStr::from_ptr(info.dli_fname) }
-        .to_string_lossy()
-        .into_owned();
+    // SAFETY: zero is valid for this C struct, which dladdr fills in; the address lies in this
+    // library, and the path is NUL-terminated (dladdr(3)).
+    let path = unsafe {
+        let mut info: libc::Dl_info = std::mem::zeroed();
+        let found = libc::dladdr(here as *const libc::c_void, &mut info);
+        if found == 0 || info.dli_fname.is_null() {
+            return PathBuf::from(".");
+        }
+        CStr::from_ptr(info.dli_fname)
+            .to_string_lossy()
+            .into_owned()
+    };
     let path = std::fs::canonicalize(&path).unwrap_or_else(|_| PathBuf::from(path));
     path.parent()
         .map_or_else(|| PathBuf::from("."), Path::to_path_buf)

@@ -1,6 +1,6 @@
 //! The inner plugin as a loaded library: its function table, and what is known of it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::Library;
@@ -65,29 +65,24 @@ pub fn load(config: &Config) -> Result<&'static Inner, Error> {
     Ok(INNER.get_or_init(|| inner))
 }
 
-fn table_of(path: &std::path::Path) -> Result<&'static PJRT_Api, Error> {
+fn table_of(path: &Path) -> Result<&'static PJRT_Api, Error> {
     type GetPjrtApi = unsafe extern "C" fn() -> *const PJRT_Api;
+    let name = path.display();
     // SAFETY: loading runs the initialisers of an XLA plugin, which ask nothing of the process.
     let library = unsafe { Library::new(path) }.map_err(|error| {
-        Error::precondition(format!(
-            "cannot load the inner XLA plugin {}: {error}",
-            path.display()
-        ))
+        Error::precondition(format!("cannot load the inner XLA plugin {name}: {error}"))
     })?;
-    // SAFETY: the symbol has this type in every PJRT plugin, and takes nothing (`pjrt_c_api.h`).
+    // SAFETY: the symbol has this type in every PJRT plugin (`pjrt_c_api.h`), and takes nothing. A
+    // plugin's table is static, and its library stays loaded.
     let table = unsafe {
-        library
-            .get::<GetPjrtApi>(b"GetPjrtApi")
-            .map(|entry| entry())
+        let entry = library.get::<GetPjrtApi>(b"GetPjrtApi");
+        entry.map(|entry| entry().as_ref())
     };
-    let table = table.map_err(|error| {
-        Error::precondition(format!("{} is no PJRT plugin: {error}", path.display()))
-    })?;
+    let table =
+        table.map_err(|error| Error::precondition(format!("{name} is no PJRT plugin: {error}")))?;
     // The table and its functions are used until the process ends.
     std::mem::forget(library);
-    // SAFETY: a plugin's table is static, and its library stays loaded.
-    unsafe { table.as_ref() }
-        .ok_or_else(|| Error::precondition(format!("{} has no PJRT table", path.display())))
+    table.ok_or_else(|| Error::precondition(format!("{name} has no PJRT table")))
 }
 
 impl Inner {

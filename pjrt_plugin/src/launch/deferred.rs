@@ -33,7 +33,7 @@ pub fn is_needed(args: &ExecuteArgs<'_>, launches: usize) -> Result<bool, Error>
     if ticket::is_inside_launch() || crate::fork::is_child() || inflight_limit::wait_for(launches) {
         return Ok(false);
     }
-    if !args.has_transfers() && output_spec(args.executable()).is_some() {
+    if !args.has_transfers() && output_spec(args.executable).is_some() {
         return Ok(true);
     }
     match inflight_limit::wait_none_deferred_for(LONGEST_WAIT) {
@@ -72,7 +72,7 @@ pub fn defer(
     args: &mut ExecuteArgs<'_>,
     run: impl FnOnce(&mut ExecuteArgs<'_>, Vec<End>) -> Result<(), Error> + Send + 'static,
 ) -> Result<Option<EventHandle>, Error> {
-    let Some(output_spec) = output_spec(args.executable()) else {
+    let Some(output_spec) = output_spec(args.executable) else {
         return Err(Error::internal("a launch was deferred that cannot be"));
     };
     start_thread()?;
@@ -90,10 +90,10 @@ pub fn defer(
         args.give_event(event);
     }
     let launch = Launch {
-        executable: Kept::new(args.executable()),
-        device: args.device(),
+        executable: Kept::new(args.executable),
+        device: args.device,
         options: args.copy_options(),
-        inputs: args.inputs().to_vec(),
+        inputs: args.inputs.to_vec(),
         outputs: promised.outputs,
         ends: promised.ends,
         run: Box::new(run),

@@ -34,20 +34,20 @@ static COPIES: SideTable<Vec<(usize, Owned<LoadedHandle>)>> = SideTable::new();
 
 /// Runs a program to its end, with results on the framework's own client.
 pub fn execute(args: &mut ExecuteArgs<'_>, with_callbacks: bool) -> Result<(), Error> {
-    let (home, _) = clients::of_executable(args.executable())?;
+    let (home, _) = clients::of_executable(args.executable)?;
     let spare = choose(&home, with_callbacks)?;
     let _busy = with_callbacks.then(|| Busy(spare.clone()));
     let away = &spare.client;
-    let mut in_use = Vec::with_capacity(args.inputs().len());
-    let mut views = Vec::with_capacity(args.inputs().len());
-    for &buffer in args.inputs() {
+    let mut in_use = Vec::with_capacity(args.inputs.len());
+    let mut views = Vec::with_capacity(args.inputs.len());
+    for &buffer in args.inputs {
         buffer.wait_ready()?;
         in_use.extend(ExternalReference::new(buffer));
         views.push(buffer.view_on(away.handle, away.addressable[0], None)?);
     }
-    let (executable, num_outputs) = spare.load(args.executable())?;
+    let (executable, num_outputs) = spare.load(args.executable)?;
     let inputs: Vec<_> = views.iter().map(Owned::get).collect();
-    let device = args.device().map(|_| away.addressable[0]);
+    let device = args.device.map(|_| away.addressable[0]);
     let launch = OwnLaunch::like(args, executable, &inputs).on(device);
     let mut results: Vec<Option<Owned<BufferHandle>>> = (0..num_outputs).map(|_| None).collect();
     let event = launch.run(&mut results, |own| own.execute())?;

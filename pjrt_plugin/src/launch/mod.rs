@@ -35,7 +35,7 @@ pub use on_caller::launches_on_callers;
 
 /// Launches a program for the framework.
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
-    let program = executables::find(args.executable());
+    let program = executables::find(args.executable);
     if ticket::is_in_background() {
         return launch_in_background(args, program);
     }
@@ -57,7 +57,7 @@ pub fn finish_client(client: ClientHandle) {
 
 /// Launches a program with operations, under a ticket.
 fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result<(), Error> {
-    let context = args.context().map(Kept::new);
+    let context = args.context.map(Kept::new);
     let world = world_for_operations()?;
     let order = ticket::lock_order();
     let outer = ticket::callback_of();
@@ -85,7 +85,7 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
     let result = if deferred {
         defer(args, launch_id, completion)
     } else {
-        let barrier = (program.cheap && !on_caller).then(|| async_barrier::hold(args.executable()));
+        let barrier = (program.cheap && !on_caller).then(|| async_barrier::hold(args.executable));
         let result = args.with_launch_id(launch_id, |args| launch(args, completion));
         drop(barrier);
         if on_caller && program.uniform.is_some() && world.size > 1 {
@@ -130,7 +130,7 @@ fn world_for_operations() -> Result<&'static World, Error> {
 
 /// Launches a program without operations, which may have callbacks.
 fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Error> {
-    let context = args.context().map(Kept::new);
+    let context = args.context.map(Kept::new);
     let several = world().is_some_and(|world| world.size > 1);
     let order = several.then(ticket::lock_order);
     let deferred = several && deferred::is_needed(args, 1)?;
@@ -221,5 +221,5 @@ fn launch(args: &mut ExecuteArgs<'_>, completion: Completion) -> Result<(), Erro
 
 /// Keeps the inputs of a launch.
 fn keep_inputs(args: &ExecuteArgs<'_>) -> Vec<Kept<BufferHandle>> {
-    args.inputs().iter().copied().map(Kept::new).collect()
+    args.inputs.iter().copied().map(Kept::new).collect()
 }

@@ -24,7 +24,7 @@ pub fn is_possible(world: &World, program: ProgramInfo, args: &ExecuteArgs<'_>) 
     !on_gpu()
         && WITH_CALLBACKS.load(Ordering::Acquire) == 0
         // With an error in an input XLA would run nothing, and the others would wait.
-        && args.inputs().iter().all(|input| input.has_content())
+        && args.inputs.iter().all(|input| input.has_content())
         && world.engine.all_have_arrived(uniform)
 }
 

@@ -19,7 +19,7 @@ impl<Args> Passed<'_, Args> {
     /// # Safety They must be valid for the function that they are named after, and for nobody else
     /// meanwhile.
     pub unsafe fn new(args: *mut Args) -> Result<Self, Error> {
-        // SAFETY: null or valid, as the caller promises.
+        // SAFETY: the framework lends the arguments to this call alone.
         let args = unsafe { args.as_mut() };
         args.map(Passed)
             .ok_or_else(|| Error::invalid("a null pointer in place of arguments"))
@@ -53,7 +53,7 @@ impl<Args> DerefMut for Passed<'_, Args> {
 
 impl FromRaw<(*const c_char, usize)> for &[u8] {
     unsafe fn from_raw(raw: (*const c_char, usize)) -> Result<Self, Error> {
-        // SAFETY: the bytes are valid while they are used, as the caller promises.
+        // SAFETY: the list is as long as it says, and valid while it is used.
         Ok(unsafe { bytes(raw.0, raw.1) })
     }
 }
@@ -63,7 +63,7 @@ impl FromRaw<(*const c_char, usize)> for &[u8] {
 /// ```text
 /// entry! {
 ///     /// `PJRT_X`
-///     pub fn x(args: PJRT_X_Args, buffer: BufferHandle; name: &[u8] = name, name_size) { … Ok(()) }
+///     pub fn x(args: PJRT_X_Args, buffer: BufferHandle; text: &[u8] = text, text_size) { … }
 /// }
 /// ```
 ///

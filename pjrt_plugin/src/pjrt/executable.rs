@@ -9,7 +9,9 @@ use crate::compile::{self, spmd};
 use crate::error::Error;
 use crate::inner::api;
 use crate::inner::call::bytes;
-use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned};
+use crate::inner::handles::{
+    ClientHandle, Destroy, ExecutableHandle, FromRaw, Handle, LoadedHandle, Owned,
+};
 use crate::inner::side_table;
 use crate::pjrt::entry::{Passed, entry};
 
@@ -34,9 +36,7 @@ entry! {
     /// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
     pub fn compile_ahead(args: PJRT_Compile_Args) {
         args.pass_on(api().PJRT_Compile)?;
-        // SAFETY: the inner plugin has just made it, and nobody else has it.
-        let compiled: Owned<ExecutableHandle> = unsafe { Owned::new(args.executable) }?;
-        args.executable = std::ptr::null_mut();
+        let compiled: Owned<ExecutableHandle> = take(&mut args.executable)?;
         compile::refuse_several_devices(compiled.get())?;
         args.executable = compiled.release().raw();
         Ok(())
@@ -98,9 +98,7 @@ entry! {
         let Some(spmd) = spmd::find(executable.address()) else {
             return args.pass_on(api().PJRT_Executable_OptimizedProgram);
         };
-        // SAFETY: the framework passes a program to fill in and, if it has a buffer, says how long
-        // that is.
-        unsafe { write_program(&mut *args.program, &spmd.optimized) }
+        write_program(&mut args, &spmd.optimized)
     }
 }
 
@@ -121,7 +119,7 @@ fn compile_inner(
 }
 
 /// Takes what the inner plugin has just made out of the arguments.
-fn take(place: &mut *mut PJRT_LoadedExecutable) -> Result<Owned<LoadedHandle>, Error> {
+fn take<H: Destroy + FromRaw<*mut Raw>, Raw>(place: &mut *mut Raw) -> Result<Owned<H>, Error> {
     let made = std::mem::replace(place, std::ptr::null_mut());
     // SAFETY: the inner plugin has just made it, and the framework has not got it.
     unsafe { Owned::new(made) }
@@ -145,23 +143,28 @@ fn overridden_options<'a>(args: &PJRT_Executable_DeserializeAndLoad_Args) -> &'a
     }
 }
 
-/// # Safety
-/// `program.code` must be null or valid for its size.
-unsafe fn write_program(program: &mut PJRT_Program, code: &[u8]) -> Result<(), Error> {
-    program.format = OPTIMIZED.as_ptr().cast();
-    program.format_size = OPTIMIZED.len();
-    if program.code.is_null() {
-        program.code_size = code.len();
-    } else if program.code_size < code.len() {
-        return Err(Error::invalid(format!(
-            "the optimized program has {} bytes, and the buffer {}",
-            code.len(),
-            program.code_size
-        )));
-    } else {
-        // SAFETY: the buffer is long enough.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr().cast::<c_char>(), program.code, code.len());
+/// Writes a program into the framework's, or its size if the framework has no buffer yet.
+fn write_program(
+    args: &mut Passed<'_, PJRT_Executable_OptimizedProgram_Args>,
+    code: &[u8],
+) -> Result<(), Error> {
+    // SAFETY: the framework passes a program to fill in and, if it has a buffer, says how long that
+    // is.
+    unsafe {
+        let program = &mut *args.program;
+        program.format = OPTIMIZED.as_ptr().cast();
+        program.format_size = OPTIMIZED.len();
+        if program.code.is_null() {
+            program.code_size = code.len();
+        } else if program.code_size < code.len() {
+            return Err(Error::invalid(format!(
+                "the optimized program has {} bytes, and the buffer {}",
+                code.len(),
+                program.code_size
+            )));
+        } else {
+            let code_chars = code.as_ptr().cast::<c_char>();
+            std::ptr::copy_nonoverlapping(code_chars, program.code, code.len());
         }
     }
     Ok(())

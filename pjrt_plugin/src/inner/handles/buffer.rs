@@ -8,19 +8,14 @@ use pjrt_sys::*;
 use super::{BufferHandle, ClientHandle, DeviceHandle, EventHandle, MemoryHandle, Owned};
 use crate::boundary;
 use crate::error::Error;
-use crate::inner::call::{ask, new_args};
-use crate::inner::library::api;
+use crate::inner::call::new_args;
 
 impl BufferHandle {
     /// An event that happens when the buffer has its content.
     pub fn ready_event(self) -> Result<Owned<EventHandle>, Error> {
-        // SAFETY: the buffer is live; the event is the caller's to destroy.
-        unsafe {
-            let args = ask(api().PJRT_Buffer_ReadyEvent, |args| {
-                args.buffer = self.raw();
-            })?;
-            Owned::new(args.event)
-        }
+        let args = ask!(PJRT_Buffer_ReadyEvent { buffer: self.raw() })?;
+        // SAFETY: the event is the caller's to destroy.
+        unsafe { Owned::new(args.event) }
     }
 
     /// Waits until it has its content.
@@ -36,8 +31,8 @@ impl BufferHandle {
 
     /// Deletes the content, and keeps the handle.
     pub fn delete(self) {
-        // SAFETY: the buffer is live. A failure would leave nothing to do.
-        let _ = unsafe { ask(api().PJRT_Buffer_Delete, |args| args.buffer = self.raw()) };
+        // A failure would leave nothing to do.
+        let _ = ask!(PJRT_Buffer_Delete { buffer: self.raw() });
     }
 
     /// The same memory, which must be ready, on a device of another client. `backing` is dropped
@@ -51,52 +46,41 @@ impl BufferHandle {
         let kept = backing.map_or(std::ptr::null_mut(), |backing| {
             Box::into_raw(Box::new(backing))
         });
-        // SAFETY: the handles are live, and what is read from the buffer lives as long as it. The
-        // memory lives until the view's callback.
-        let made = unsafe { self.create_view(client, device, kept.cast()) };
-        made.inspect_err(|_| {
-            // SAFETY: made above; no view refers to it.
-            unsafe { release(std::ptr::null_mut(), kept.cast()) };
-        })
+        self.create_view(client, device, kept.cast())
+            .inspect_err(|_| {
+                // SAFETY: made above; no view refers to it.
+                unsafe { release(std::ptr::null_mut(), kept.cast()) };
+            })
     }
 
-    /// # Safety
-    /// `kept` must be null or a box of an `Owned<BufferHandle>`.
-    unsafe fn create_view(
+    /// `kept` is for [`release`], once the view is gone.
+    fn create_view(
         self,
         client: ClientHandle,
         device: DeviceHandle,
         kept: *mut c_void,
     ) -> Result<Owned<BufferHandle>, Error> {
-        let api = api();
-        // SAFETY: the buffer and the client are live, the dimensions and the layout outlive the
-        // call, and the view is the caller's.
-        unsafe {
-            let element = ask(api.PJRT_Buffer_ElementType, |args| args.buffer = self.raw())?;
-            let dims = ask(api.PJRT_Buffer_Dimensions, |args| args.buffer = self.raw())?;
-            let memory = ask(api.PJRT_Buffer_OpaqueDeviceMemoryDataPointer, |args| {
-                args.buffer = self.raw();
-            })?;
-            let mut layout = ask(api.PJRT_Buffer_GetMemoryLayout, |args| {
-                args.buffer = self.raw();
-            })
-            .ok();
-            let view = ask(api.PJRT_Client_CreateViewOfDeviceBuffer, |args| {
-                args.client = client.raw();
-                args.device = device.raw();
-                args.device_buffer_ptr = memory.device_memory_ptr;
-                args.dims = dims.dims;
-                args.num_dims = dims.num_dims;
-                args.element_type = element.type_;
-                if let Some(layout) = &mut layout {
-                    args.layout = &mut layout.layout;
-                }
-                // The inner plugin calls it even if it is null.
-                args.on_delete_callback = Some(release);
-                args.on_delete_callback_arg = kept;
-            })?;
-            Owned::new(view.buffer)
-        }
+        // What is read from the buffer lives as long as it, and its memory until `release`.
+        let element = ask!(PJRT_Buffer_ElementType { buffer: self.raw() })?;
+        let dims = ask!(PJRT_Buffer_Dimensions { buffer: self.raw() })?;
+        let memory = ask!(PJRT_Buffer_OpaqueDeviceMemoryDataPointer { buffer: self.raw() })?;
+        let mut layout = ask!(PJRT_Buffer_GetMemoryLayout { buffer: self.raw() }).ok();
+        let view = ask!(PJRT_Client_CreateViewOfDeviceBuffer {
+            client: client.raw(),
+            device: device.raw(),
+            device_buffer_ptr: memory.device_memory_ptr,
+            dims: dims.dims,
+            num_dims: dims.num_dims,
+            element_type: element.type_,
+            layout: layout
+                .as_mut()
+                .map_or(std::ptr::null_mut(), |args| &mut args.layout),
+            // The inner plugin calls it even if it is null.
+            on_delete_callback: Some(release),
+            on_delete_callback_arg: kept,
+        })?;
+        // SAFETY: the view is the caller's.
+        unsafe { Owned::new(view.buffer) }
     }
 }
 
@@ -115,19 +99,20 @@ pub struct ExternalReference(BufferHandle);
 impl ExternalReference {
     /// None if the inner plugin cannot do that. The buffer must outlive it.
     pub fn new(buffer: BufferHandle) -> Option<ExternalReference> {
-        let increase = api().PJRT_Buffer_IncreaseExternalReferenceCount;
-        // SAFETY: the buffer is live.
-        unsafe { ask(increase, |args| args.buffer = buffer.raw()) }
-            .ok()
-            .map(|_| ExternalReference(buffer))
+        ask!(PJRT_Buffer_IncreaseExternalReferenceCount {
+            buffer: buffer.raw()
+        })
+        .ok()
+        .map(|_| ExternalReference(buffer))
     }
 }
 
 impl Drop for ExternalReference {
     fn drop(&mut self) {
-        let decrease = api().PJRT_Buffer_DecreaseExternalReferenceCount;
-        // SAFETY: the buffer is live, and was increased by `new`.
-        let _ = unsafe { ask(decrease, |args| args.buffer = self.0.raw()) };
+        // A failure would leave nothing to do.
+        let _ = ask!(PJRT_Buffer_DecreaseExternalReferenceCount {
+            buffer: self.0.raw()
+        });
     }
 }
 
@@ -171,20 +156,17 @@ impl ClientHandle {
         let mut layout = new_args::<PJRT_Buffer_MemoryLayout>();
         layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
         layout.__bindgen_anon_1.tiled = tiled;
-        // SAFETY: live handles, and dimensions and a layout that outlive the call; the buffer is
-        // the caller's.
-        let (buffer, callback) = unsafe {
-            let args = ask(api().PJRT_Client_CreateAliasBuffer, |args| {
-                args.client = self.raw();
-                args.memory = shape.memory.raw();
-                args.shape_element_type = shape.element_type;
-                args.shape_dims = shape.dims.as_ptr();
-                args.shape_num_dims = shape.dims.len();
-                args.shape_layout = &mut layout;
-            })?;
-            (Owned::new(args.alias_buffer)?, args.fulfill_alias_buffer_cb)
-        };
-        let callback = NonNull::new(callback)
+        let args = ask!(PJRT_Client_CreateAliasBuffer {
+            client: self.raw(),
+            memory: shape.memory.raw(),
+            shape_element_type: shape.element_type,
+            shape_dims: shape.dims.as_ptr(),
+            shape_num_dims: shape.dims.len(),
+            shape_layout: &mut layout,
+        })?;
+        // SAFETY: the buffer is the caller's.
+        let buffer = unsafe { Owned::new(args.alias_buffer) }?;
+        let callback = NonNull::new(args.fulfill_alias_buffer_cb)
             .ok_or_else(|| Error::internal("an alias buffer that nobody can fill"))?;
         let client = self;
         Ok((buffer, AliasFiller { client, callback }))
@@ -194,21 +176,19 @@ impl ClientHandle {
 impl AliasFiller {
     /// The alias buffer becomes the buffer, which need not be ready, or carries the error.
     pub fn fill(self, content: Result<BufferHandle, &str>) {
-        // SAFETY: live handles and a text that outlives the call; the callback is used once. If
-        // that fails (as it says for every error passed on), the alias buffer carries the error.
-        let _ = unsafe {
-            ask(api().PJRT_Client_FulfillAliasBuffer, |args| {
-                args.client = self.client.raw();
-                args.fulfill_alias_buffer_cb = self.callback.as_ptr();
-                match content {
-                    Ok(buffer) => args.buffer = buffer.raw(),
-                    Err(message) => {
-                        args.status_code = PJRT_Error_Code_INTERNAL;
-                        args.error_message = message.as_ptr().cast();
-                        args.error_message_size = message.len();
-                    }
-                }
-            })
+        let (buffer, code, message) = match content {
+            Ok(buffer) => (buffer.raw(), 0, ""),
+            Err(message) => (std::ptr::null_mut(), PJRT_Error_Code_INTERNAL, message),
         };
+        // The callback is used once. If that fails (as it says for every error passed on), the
+        // alias buffer carries the error.
+        let _ = ask!(PJRT_Client_FulfillAliasBuffer {
+            client: self.client.raw(),
+            fulfill_alias_buffer_cb: self.callback.as_ptr(),
+            buffer: buffer,
+            status_code: code,
+            error_message: message.as_ptr().cast(),
+            error_message_size: message.len(),
+        });
     }
 }

@@ -2,13 +2,10 @@
 
 use pjrt_sys::*;
 
-use super::{
-    BufferHandle, ClientHandle, Destroy, DeviceHandle, EventHandle, FromRaw, LoadedHandle, Owned,
-};
+use super::{BufferHandle, ClientHandle, DeviceHandle, EventHandle, FromRaw, LoadedHandle, Owned};
 use crate::error::Error;
-use crate::inner::call::{ask, new_args, slice};
+use crate::inner::call::{new_args, slice};
 use crate::inner::create_options::{GivenOption, Value, raw_options};
-use crate::inner::library::api;
 
 /// An array of the host's.
 pub struct HostArray<'a> {
@@ -24,24 +21,21 @@ impl ClientHandle {
     /// A new client of the inner plugin.
     pub fn create(given: &[GivenOption<'_>], own: &[(&str, Value)]) -> Result<ClientHandle, Error> {
         let options = raw_options(given, own);
-        // SAFETY: the options outlive the call, and the inner plugin copies them.
-        unsafe {
-            let args = ask(api().PJRT_Client_Create, |args| {
-                args.create_options = options.as_ptr();
-                args.num_options = options.len();
-            })?;
-            ClientHandle::from_raw(args.client)
-        }
+        let args = ask!(PJRT_Client_Create {
+            create_options: options.as_ptr(),
+            num_options: options.len(),
+        })?;
+        // SAFETY: the inner plugin has made it, and it lives until somebody destroys it.
+        unsafe { ClientHandle::from_raw(args.client) }
     }
 
     /// Its devices, those of other ranks too.
     pub fn devices(self) -> Result<Vec<DeviceHandle>, Error> {
-        // SAFETY: the client is live, and its list of devices lives as long.
+        let args = ask!(PJRT_Client_Devices { client: self.raw() })?;
+        // SAFETY: the list and its devices live as long as the client.
         unsafe {
-            let args = ask(api().PJRT_Client_Devices, |args| args.client = self.raw())?;
-            let devices = slice(args.devices, args.num_devices);
+            let devices = slice(args.devices, args.num_devices).iter();
             devices
-                .iter()
                 .map(|&device| DeviceHandle::from_raw(device))
                 .collect()
         }
@@ -59,17 +53,14 @@ impl ClientHandle {
         program.code_size = code.len();
         program.format = format.as_ptr().cast();
         program.format_size = format.len();
-        // SAFETY: the client is live; the inner plugin copies the program and the options. The
-        // executable is the caller's.
-        unsafe {
-            let args = ask(api().PJRT_Client_Compile, |args| {
-                args.client = self.raw();
-                args.program = &program;
-                args.compile_options = options.as_ptr().cast();
-                args.compile_options_size = options.len();
-            })?;
-            Owned::new(args.executable)
-        }
+        let args = ask!(PJRT_Client_Compile {
+            client: self.raw(),
+            program: &program,
+            compile_options: options.as_ptr().cast(),
+            compile_options_size: options.len(),
+        })?;
+        // SAFETY: the executable is the caller's.
+        unsafe { Owned::new(args.executable) }
     }
 
     /// Copies an array to a device.
@@ -78,21 +69,18 @@ impl ClientHandle {
         device: DeviceHandle,
         array: &HostArray<'_>,
     ) -> Result<Owned<BufferHandle>, Error> {
-        // SAFETY: live handles; the array is copied during the call. The buffer and the event are
-        // the caller's.
+        let args = ask!(PJRT_Client_BufferFromHostBuffer {
+            client: self.raw(),
+            device: device.raw(),
+            data: array.data.as_ptr().cast(),
+            type_: array.element_type,
+            dims: array.dims.as_ptr(),
+            num_dims: array.dims.len(),
+            host_buffer_semantics: PJRT_HostBufferSemantics_kImmutableOnlyDuringCall,
+        })?;
+        // SAFETY: the buffer and the event are the caller's; the array was copied.
         unsafe {
-            let args = ask(api().PJRT_Client_BufferFromHostBuffer, |args| {
-                args.client = self.raw();
-                args.device = device.raw();
-                args.data = array.data.as_ptr().cast();
-                args.type_ = array.element_type;
-                args.dims = array.dims.as_ptr();
-                args.num_dims = array.dims.len();
-                args.host_buffer_semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
-            })?;
-            if let Ok(event) = EventHandle::from_raw(args.done_with_host_buffer) {
-                event.destroy();
-            }
+            drop(Owned::<EventHandle>::new(args.done_with_host_buffer));
             Owned::new(args.buffer)
         }
     }

@@ -7,37 +7,30 @@ use pjrt_sys::*;
 use super::EventHandle;
 use crate::boundary;
 use crate::error::{Error, InnerError};
-use crate::inner::call::ask;
 use crate::inner::library::api;
 
 impl EventHandle {
     /// Waits for the event, and has its error.
     pub fn wait(self) -> Result<(), Error> {
-        // SAFETY: the event is live.
-        unsafe { ask(api().PJRT_Event_Await, |args| args.event = self.raw()) }.map(drop)
+        ask!(PJRT_Event_Await { event: self.raw() }).map(drop)
     }
 
     /// Whether it has happened, without an error.
     pub fn has_succeeded(self) -> bool {
-        // SAFETY: the event is live; its error may be asked for once it is ready.
-        unsafe {
-            ask(api().PJRT_Event_IsReady, |args| args.event = self.raw())
-                .is_ok_and(|args| args.is_ready)
-                && ask(api().PJRT_Event_Error, |args| args.event = self.raw()).is_ok()
-        }
+        let ready = ask!(PJRT_Event_IsReady { event: self.raw() });
+        // The error may be asked for once it is ready.
+        ready.is_ok_and(|args| args.is_ready)
+            && ask!(PJRT_Event_Error { event: self.raw() }).is_ok()
     }
 
     /// Calls `then` once the event has happened, on any thread; at once if it cannot be watched.
     pub fn on_ready<F: FnOnce(Result<(), Error>) + Send + 'static>(self, then: F) {
         let then = Box::into_raw(Box::new(then));
-        // SAFETY: the event is live; the callback gets a box of the type that it reads.
-        let watched = unsafe {
-            ask(api().PJRT_Event_OnReady, |args| {
-                args.event = self.raw();
-                args.callback = Some(is_ready::<F>);
-                args.user_arg = then.cast();
-            })
-        };
+        let watched = ask!(PJRT_Event_OnReady {
+            event: self.raw(),
+            callback: Some(is_ready::<F>),
+            user_arg: then.cast(),
+        });
         if let Err(error) = watched {
             // SAFETY: made above; a callback that could not be set is not called.
             (unsafe { Box::from_raw(then) })(Err(error));

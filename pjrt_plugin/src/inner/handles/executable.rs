@@ -4,21 +4,20 @@ use pjrt_sys::*;
 
 use super::{ClientHandle, DeviceHandle, ExecutableHandle, FromRaw, LoadedHandle, Owned};
 use crate::error::Error;
-use crate::inner::call::{ask, bytes, new_args, slice};
+use crate::inner::call::{bytes, new_args, slice};
 use crate::inner::layouts;
-use crate::inner::library::api;
 
 impl LoadedHandle {
     /// The first of the devices that it is loaded on.
     pub fn device(self) -> Result<Option<DeviceHandle>, Error> {
-        // SAFETY: the executable is live, and its list of devices lives as long.
+        let args = ask!(PJRT_LoadedExecutable_AddressableDevices {
+            executable: self.raw()
+        })?;
+        // SAFETY: the list and its devices live as long as the executable.
         unsafe {
-            let args = ask(api().PJRT_LoadedExecutable_AddressableDevices, |args| {
-                args.executable = self.raw();
-            })?;
             let devices = slice(args.addressable_devices, args.num_addressable_devices);
-            devices
-                .first()
+            let first = devices.first();
+            first
                 .map(|&device| DeviceHandle::from_raw(device))
                 .transpose()
         }
@@ -26,13 +25,11 @@ impl LoadedHandle {
 
     /// The executable behind it.
     pub fn executable(self) -> Result<Owned<ExecutableHandle>, Error> {
-        // SAFETY: the loaded executable is live; the one got from it is the caller's.
-        unsafe {
-            let args = ask(api().PJRT_LoadedExecutable_GetExecutable, |args| {
-                args.loaded_executable = self.raw();
-            })?;
-            Owned::new(args.executable)
-        }
+        let args = ask!(PJRT_LoadedExecutable_GetExecutable {
+            loaded_executable: self.raw()
+        })?;
+        // SAFETY: the executable is the caller's.
+        unsafe { Owned::new(args.executable) }
     }
 }
 
@@ -51,35 +48,36 @@ pub struct Output {
 impl ExecutableHandle {
     /// Number of partitions.
     pub fn partitions(self) -> Result<usize, Error> {
-        let function = api().PJRT_Executable_NumPartitions;
-        // SAFETY: the executable is live.
-        unsafe { ask(function, |args| args.executable = self.raw()) }
-            .map(|args| args.num_partitions)
+        ask!(PJRT_Executable_NumPartitions {
+            executable: self.raw()
+        })
+        .map(|args| args.num_partitions)
     }
 
     /// Number of replicas.
     pub fn replicas(self) -> Result<usize, Error> {
-        let function = api().PJRT_Executable_NumReplicas;
-        // SAFETY: the executable is live.
-        unsafe { ask(function, |args| args.executable = self.raw()) }.map(|args| args.num_replicas)
+        ask!(PJRT_Executable_NumReplicas {
+            executable: self.raw()
+        })
+        .map(|args| args.num_replicas)
     }
 
     /// Number of results.
     pub fn num_outputs(self) -> Result<usize, Error> {
-        let function = api().PJRT_Executable_NumOutputs;
-        // SAFETY: the executable is live.
-        unsafe { ask(function, |args| args.executable = self.raw()) }.map(|args| args.num_outputs)
+        ask!(PJRT_Executable_NumOutputs {
+            executable: self.raw()
+        })
+        .map(|args| args.num_outputs)
     }
 
     /// How many floating-point operations it takes; none if the inner plugin does not know.
     pub fn flops(self) -> Option<f32> {
-        // SAFETY: the executable is live, and its properties live as long; the value is read by its
-        // type.
+        let cost = ask!(PJRT_Executable_GetCostAnalysis {
+            executable: self.raw()
+        })
+        .ok()?;
+        // SAFETY: the properties live as long as the executable; the value is read by its type.
         unsafe {
-            let cost = ask(api().PJRT_Executable_GetCostAnalysis, |args| {
-                args.executable = self.raw();
-            })
-            .ok()?;
             slice(cost.properties, cost.num_properties)
                 .iter()
                 .find(|property| {
@@ -92,38 +90,34 @@ impl ExecutableHandle {
 
     /// The partitioned, optimized program.
     pub fn optimized_program(self) -> Result<Vec<u8>, Error> {
-        let optimized = api().PJRT_Executable_OptimizedProgram;
         let mut program = new_args::<PJRT_Program>();
-        // SAFETY: the executable is live; the first call asks for the size, and the second fills
-        // that many bytes.
-        unsafe {
-            ask(optimized, |args| {
-                args.executable = self.raw();
-                args.program = &mut program;
-            })?;
-            let mut code = vec![0u8; program.code_size];
-            program.code = code.as_mut_ptr().cast();
-            ask(optimized, |args| {
-                args.executable = self.raw();
-                args.program = &mut program;
-            })?;
-            Ok(code)
-        }
+        // The first call asks for the size, and the second fills that many bytes.
+        ask!(PJRT_Executable_OptimizedProgram {
+            executable: self.raw(),
+            program: &mut program,
+        })?;
+        let mut code = vec![0u8; program.code_size];
+        program.code = code.as_mut_ptr().cast();
+        ask!(PJRT_Executable_OptimizedProgram {
+            executable: self.raw(),
+            program: &mut program,
+        })?;
+        Ok(code)
     }
 
     /// A copy, loaded on another client.
     pub fn copy_to(self, client: ClientHandle) -> Result<Owned<LoadedHandle>, Error> {
-        // SAFETY: live handles; the serialized bytes live until the deleter is called, which is
-        // once. The copy is the caller's.
+        let serialized = ask!(PJRT_Executable_Serialize {
+            executable: self.raw()
+        })?;
+        let loaded = ask!(PJRT_Executable_DeserializeAndLoad {
+            client: client.raw(),
+            serialized_executable: serialized.serialized_bytes,
+            serialized_executable_size: serialized.serialized_bytes_size,
+        });
+        // SAFETY: the bytes live until the deleter is called, which is once. The copy is the
+        // caller's.
         unsafe {
-            let serialized = ask(api().PJRT_Executable_Serialize, |args| {
-                args.executable = self.raw();
-            })?;
-            let loaded = ask(api().PJRT_Executable_DeserializeAndLoad, |args| {
-                args.client = client.raw();
-                args.serialized_executable = serialized.serialized_bytes;
-                args.serialized_executable_size = serialized.serialized_bytes_size;
-            });
             if let Some(delete) = serialized.serialized_executable_deleter {
                 delete(serialized.serialized_executable);
             }
@@ -133,21 +127,20 @@ impl ExecutableHandle {
 
     /// Its results.
     pub fn outputs(self) -> Result<Vec<Output>, Error> {
-        let api = api();
         // XLA:CPU has no layouts for a program with a token.
         let mut orders = layouts::of_outputs(self).unwrap_or_default();
-        // SAFETY: the executable is live, and so are its lists, whose lengths are as given.
+        let types = ask!(PJRT_Executable_OutputElementTypes {
+            executable: self.raw()
+        })?;
+        let dims = ask!(PJRT_Executable_OutputDimensions {
+            executable: self.raw()
+        })?;
+        let kinds = ask!(PJRT_Executable_OutputMemoryKinds {
+            executable: self.raw()
+        });
+        // SAFETY: the lists live as long as the executable, and are as long as it says.
         unsafe {
-            let types = ask(api.PJRT_Executable_OutputElementTypes, |args| {
-                args.executable = self.raw();
-            })?;
-            let dims = ask(api.PJRT_Executable_OutputDimensions, |args| {
-                args.executable = self.raw();
-            })?;
-            let kinds = ask(api.PJRT_Executable_OutputMemoryKinds, |args| {
-                args.executable = self.raw();
-            })
-            .map(|args| {
+            let kinds = kinds.map(|args| {
                 let texts = slice(args.memory_kinds, args.num_outputs).iter();
                 let sizes = slice(args.memory_kind_sizes, args.num_outputs);
                 let kinds = texts.zip(sizes).map(|(&text, &size)| bytes(text, size));

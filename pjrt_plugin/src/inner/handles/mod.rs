@@ -6,6 +6,20 @@
 //! [`Owned`], or it is kept (`launch/keep_alive.rs`). The methods rely on that; a handle is not
 //! used after `destroy`.
 
+/// Calls a function of the inner plugin with these members of its arguments, and has what it filled
+/// in.
+macro_rules! ask {
+    ($function:ident { $($member:ident: $value:expr),* $(,)? }) => {
+        // SAFETY: handles are live, see the top of this module; lists and texts are as long as is
+        // said beside them, and outlive the call.
+        unsafe {
+            $crate::inner::call::ask($crate::inner::library::api().$function, |args| {
+                $(args.$member = $value;)*
+            })
+        }
+    };
+}
+
 mod buffer;
 mod client;
 mod device;
@@ -20,8 +34,6 @@ pub use buffer::{AliasFiller, BufferShape, ExternalReference};
 pub use client::HostArray;
 pub use executable::Output;
 
-use super::call::ask;
-use super::library::api;
 use crate::error::Error;
 
 /// What a C member of arguments becomes.
@@ -109,8 +121,8 @@ macro_rules! destroyed {
     ($($name:ident: $function:ident($member:ident);)+) => {$(
         impl Destroy for $name {
             fn destroy(self) {
-                // SAFETY: the handle is live, and whoever destroys it is the last to use it.
-                let _ = unsafe { ask(api().$function, |args| args.$member = self.raw()) };
+                // Whoever destroys it is the last to use it.
+                let _ = ask!($function { $member: self.raw() });
             }
         }
     )+};

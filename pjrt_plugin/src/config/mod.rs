@@ -1,0 +1,171 @@
+//! The configuration: one typed struct, read once from the environment and the create options.
+//!
+//! Every variable is declared in [`VARIABLES`]; `docs/configuration.md` is checked against it.
+
+#![forbid(unsafe_code)]
+
+mod settings;
+mod variables;
+
+use mpi_runtime::transfer::choice::Asked;
+
+use crate::error::Error;
+
+pub use settings::{Config, Device, Log, MAX_WORLD, Pretend, Topology};
+pub use variables::{VARIABLES, Variable};
+
+/// mpi4jax's variable, which `MPI_CUDA_TRANSFER` wins over.
+const MPI4JAX_TRANSFER: &str = "MPI4JAX_USE_CUDA_MPI";
+
+impl Config {
+    /// Reads every variable through `get`, which returns create options before the environment.
+    ///
+    /// # Errors
+    /// If a value is not understood; the text has the values that are.
+    pub fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Config, Error> {
+        let get = |name: &str| get(name).filter(|text| !text.is_empty());
+        let mut config = Config::default();
+        for variable in VARIABLES {
+            let mut given = get(variable.name);
+            if let (None, Some(old)) = (&given, variable.old_name) {
+                given = get(old);
+                if given.is_some() {
+                    let name = variable.name;
+                    config
+                        .warnings
+                        .push(format!("{old} is now called {name}: use that name"));
+                }
+            }
+            if let Some(text) = given {
+                (variable.read)(&mut config, &text).ok_or_else(|| wrong(variable, &text))?;
+            }
+        }
+        if get("MPI_CUDA_TRANSFER").is_none()
+            && let Some(text) = get(MPI4JAX_TRANSFER)
+        {
+            (config.transfer, config.transfer_warning) = Asked::from_mpi4jax(&text);
+        }
+        Ok(config)
+    }
+}
+
+fn wrong(variable: &Variable, value: &str) -> Error {
+    let Variable {
+        name,
+        values,
+        meaning,
+        ..
+    } = variable;
+    Error::invalid(format!(
+        "{name}={value} is not understood; it takes: {values} ({meaning})"
+    ))
+}
+
+/// The name under which a create option sets `variable`.
+pub fn create_option(variable: &str) -> String {
+    variable.trim_start_matches("MPI_CUDA_").to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Result<Config, String> {
+        let variables: Vec<(String, String)> = variables
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
+        Config::read(&|name| {
+            variables
+                .iter()
+                .find(|(key, _)| key == name)
+                .map(|(_, value)| value.clone())
+        })
+        .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults() {
+        let config = read(&[]).unwrap();
+        assert_eq!(
+            (config.device, config.topology),
+            (Device::Auto, Topology::Global)
+        );
+        assert_eq!(config.warn_after, Duration::from_secs(60));
+        assert!(!config.singleton && config.keep_memory);
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_the_right_ones() {
+        for variable in VARIABLES
+            .iter()
+            .filter(|variable| !variable.values.starts_with("path"))
+        {
+            let text = read(&[(variable.name, "nonsense")]).unwrap_err();
+            assert!(
+                text.contains(variable.name) && text.contains(variable.values),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_first_value_is_the_default() {
+        for variable in VARIABLES {
+            let first = variable.values.split(", ").next().unwrap();
+            // A path, a number of ranks and an MPI have no default.
+            if ["path", "ranks", "openmpi"].contains(&first) {
+                continue;
+            }
+            let config = read(&[(variable.name, first)]).unwrap();
+            let default = read(&[]).unwrap();
+            assert_eq!(
+                format!("{config:?}"),
+                format!("{default:?}"),
+                "{}",
+                variable.name
+            );
+        }
+    }
+
+    #[test]
+    fn old_names_are_read_with_a_warning() {
+        let config = read(&[("MPI_CUDA_OUTBOX", "0"), ("MPI_CUDA_PROOF_DIR", "there")]).unwrap();
+        assert!(!config.shm_ring);
+        assert_eq!(config.probe_dir, Some(PathBuf::from("there")));
+        assert!(config.warnings[0].contains("MPI_CUDA_SHM_RING"));
+        assert!(config.warnings[1].contains("MPI_CUDA_PROBE_DIR"));
+        let new = read(&[("MPI_CUDA_SHM_RING", "1"), ("MPI_CUDA_OUTBOX", "0")]).unwrap();
+        assert!(new.shm_ring && new.warnings.is_empty());
+    }
+
+    #[test]
+    fn our_variable_wins_over_mpi4jaxs() {
+        let transfer = |variables: &[(&str, &str)]| read(variables).unwrap().transfer;
+        assert_eq!(transfer(&[]), Asked::Auto);
+        assert_eq!(transfer(&[("MPI4JAX_USE_CUDA_MPI", "on")]), Asked::Direct);
+        assert_eq!(transfer(&[("MPI4JAX_USE_CUDA_MPI", "0")]), Asked::Staged);
+        let both = [
+            ("MPI4JAX_USE_CUDA_MPI", "1"),
+            ("MPI_CUDA_TRANSFER", "staged"),
+        ];
+        assert_eq!(transfer(&both), Asked::Staged);
+        let unclear = read(&[("MPI4JAX_USE_CUDA_MPI", "yes")]).unwrap();
+        assert!(unclear.transfer == Asked::Staged && unclear.transfer_warning.is_some());
+    }
+
+    #[test]
+    fn every_variable_is_documented() {
+        let page = include_str!("../../../docs/configuration.md");
+        for variable in VARIABLES {
+            assert!(
+                page.contains(variable.name),
+                "{} is not in docs/configuration.md",
+                variable.name
+            );
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! What a user can set, as typed values with their defaults.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mpi_runtime::mpi::family::Family;
+use mpi_runtime::transfer::choice::Asked;
+
+/// Largest world; the inner CPU client holds about 1.3 threads for every device of the world.
+pub const MAX_WORLD: i32 = 1024;
+
+/// What MPI surely takes in one call: some products of it still fit a C `int`.
+pub const LARGEST_PART: i64 = 1 << 30;
+
+/// Which XLA plugin to wrap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Device {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// Which devices the framework sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Topology {
+    Global,
+    Local,
+}
+
+/// What to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum Log {
+    Warn,
+    Info,
+    Debug,
+}
+
+/// Whether the host's memory is taken for a device's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Pretend {
+    Nothing,
+    Device,
+    /// One whose memory MPI reads and writes by itself.
+    DeviceThatMpiKnows,
+}
+
+/// Everything a user can set.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Config {
+    pub device: Device,
+    pub inner_plugin: Option<PathBuf>,
+    pub topology: Topology,
+    pub mpi: Option<Family>,
+    pub shim_dir: Option<PathBuf>,
+    pub singleton: bool,
+    pub warn_after: Duration,
+    pub log: Log,
+    pub keep_memory: bool,
+    pub huge_pages: bool,
+    pub part_bytes: i64,
+    pub transfer: Asked,
+    /// What mpi4jax's variable said, if that was not clear.
+    pub transfer_warning: Option<String>,
+    pub chunk_bytes: usize,
+    pub shm_ring: bool,
+    pub probe_dir: Option<PathBuf>,
+    pub probe: bool,
+    pub pretend_device: Pretend,
+    pub recompile: bool,
+    pub pretend_size: Option<i32>,
+    /// What the user should hear of the variables set.
+    pub warnings: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            device: Device::Auto,
+            inner_plugin: None,
+            topology: Topology::Global,
+            mpi: None,
+            shim_dir: None,
+            singleton: false,
+            warn_after: Duration::from_secs(60),
+            log: Log::Warn,
+            keep_memory: true,
+            huge_pages: true,
+            part_bytes: LARGEST_PART,
+            transfer: Asked::Auto,
+            transfer_warning: None,
+            chunk_bytes: 1 << 20,
+            shm_ring: true,
+            probe_dir: None,
+            probe: false,
+            pretend_device: Pretend::Nothing,
+            recompile: false,
+            pretend_size: None,
+            warnings: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! The table of variables: the name of each, the values it takes, what it does, and how it is read.
+
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use mpi_runtime::mpi::family::Family;
+use mpi_runtime::transfer::choice::Asked;
+
+use super::settings::{Config, Device, LARGEST_PART, Log, Pretend, Topology};
+
+/// A variable of ours: its name, the values it takes, what it does, and how it is read.
+pub struct Variable {
+    /// Name in the environment; the create option is the same in lower case without `MPI_CUDA_`.
+    pub name: &'static str,
+    /// A name that is still read, with a warning.
+    pub old_name: Option<&'static str>,
+    /// Values it takes; the first is the default.
+    pub values: &'static str,
+    /// What it does.
+    pub meaning: &'static str,
+    /// Puts a value into the configuration; none if it is not understood.
+    pub read: fn(&mut Config, &str) -> Option<()>,
+}
+
+/// All variables this library reads.
+pub const VARIABLES: &[Variable] = &[
+    Variable {
+        name: "MPI_CUDA_DEVICE",
+        old_name: None,
+        values: "auto, cpu, cuda",
+        meaning: "which XLA plugin to wrap",
+        read: |config, text| {
+            set(
+                &mut config.device,
+                one_of(
+                    &[
+                        ("auto", Device::Auto),
+                        ("cpu", Device::Cpu),
+                        ("cuda", Device::Cuda),
+                    ],
+                    text,
+                ),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_INNER_PLUGIN",
+        old_name: None,
+        values: "path",
+        meaning: "the XLA plugin to wrap, as a file",
+        read: |config, text| set(&mut config.inner_plugin, Some(Some(PathBuf::from(text)))),
+    },
+    Variable {
+        name: "MPI_CUDA_TOPOLOGY",
+        old_name: None,
+        values: "global, local",
+        meaning: "show all ranks' devices, or only this rank's",
+        read: |config, text| {
+            set(
+                &mut config.topology,
+                one_of(
+                    &[("global", Topology::Global), ("local", Topology::Local)],
+                    text,
+                ),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_MPI",
+        old_name: None,
+        values: "openmpi, mpich",
+        meaning: "which MPI, where neither the process nor the launcher says",
+        read: |config, text| set(&mut config.mpi, Family::from_name(text).map(Some)),
+    },
+    Variable {
+        name: "MPI_CUDA_SHIM_DIR",
+        old_name: None,
+        values: "path",
+        meaning: "folder of the MPI shims; default: beside the plugin",
+        read: |config, text| set(&mut config.shim_dir, Some(Some(PathBuf::from(text)))),
+    },
+    Variable {
+        name: "MPI_CUDA_SINGLETON",
+        old_name: None,
+        values: "0, 1",
+        meaning: "allow separate worlds of size 1 under a launcher of several",
+        read: |config, text| set(&mut config.singleton, flag(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_WARN_AFTER",
+        old_name: None,
+        values: "60, seconds",
+        meaning: "print an operation that waits longer than this",
+        read: |config, text| set(&mut config.warn_after, seconds(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_LOG",
+        old_name: None,
+        values: "warn, info, debug",
+        meaning: "what to print to standard error",
+        read: |config, text| {
+            set(
+                &mut config.log,
+                one_of(
+                    &[
+                        ("warn", Log::Warn),
+                        ("info", Log::Info),
+                        ("debug", Log::Debug),
+                    ],
+                    text,
+                ),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_KEEP_MEMORY",
+        old_name: None,
+        values: "1, 0",
+        meaning: "keep freed memory in the process, which spares page faults",
+        read: |config, text| set(&mut config.keep_memory, flag(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_HUGE_PAGES",
+        old_name: None,
+        values: "1, 0",
+        meaning: "put messages into huge pages, which spares looking up their pages",
+        read: |config, text| set(&mut config.huge_pages, flag(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_PART_BYTES",
+        old_name: None,
+        values: "1073741824, bytes from 64",
+        meaning: "larger collectives go in parts of this size; the same on all ranks",
+        read: |config, text| set(&mut config.part_bytes, number(text, 64..=LARGEST_PART)),
+    },
+    Variable {
+        name: "MPI_CUDA_TRANSFER",
+        old_name: None,
+        values: "auto, direct, staged",
+        meaning: "how data in GPU memory reach MPI; on CPU devices without effect",
+        read: |config, text| {
+            set(
+                &mut config.transfer,
+                one_of(
+                    &[
+                        ("auto", Asked::Auto),
+                        ("direct", Asked::Direct),
+                        ("staged", Asked::Staged),
+                    ],
+                    text,
+                ),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_CHUNK_BYTES",
+        old_name: None,
+        values: "1048576, bytes from 4096",
+        meaning: "staging cuts data in GPU memory into chunks of this size; the same on all ranks",
+        read: |config, text| {
+            // Whole elements of every dtype.
+            let whole = |bytes: &usize| bytes.is_multiple_of(16);
+            set(
+                &mut config.chunk_bytes,
+                number(text, 4096..=1 << 30).filter(whole),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_SHM_RING",
+        old_name: Some("MPI_CUDA_OUTBOX"),
+        values: "1, 0",
+        meaning: "staged messages of more than a chunk between ranks of a node go through memory \
+                  that they share, and not through MPI",
+        read: |config, text| set(&mut config.shm_ring, flag(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_PROBE_DIR",
+        old_name: Some("MPI_CUDA_PROOF_DIR"),
+        values: "path",
+        meaning: "folder for what `python -m mpi_cuda probe` finds out; default: ~/.cache/mpi_cuda",
+        read: |config, text| set(&mut config.probe_dir, Some(Some(PathBuf::from(text)))),
+    },
+    Variable {
+        name: "MPI_CUDA_PROBE",
+        old_name: None,
+        values: "0, 1",
+        meaning: "set by `python -m mpi_cuda probe`: transfer directly, to see whether it works",
+        read: |config, text| set(&mut config.probe, flag(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_PRETEND_DEVICE",
+        old_name: None,
+        values: "0, 1, aware",
+        meaning: "tests only: treat arrays as if they lay in the memory of a slow device; aware: \
+                  one that MPI knows",
+        read: |config, text| {
+            set(
+                &mut config.pretend_device,
+                one_of(
+                    &[
+                        ("0", Pretend::Nothing),
+                        ("1", Pretend::Device),
+                        ("aware", Pretend::DeviceThatMpiKnows),
+                    ],
+                    text,
+                ),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_RECOMPILE",
+        old_name: None,
+        values: "0, 1",
+        meaning: "tests only: compile each optimized program again as it is, like those rewritten",
+        read: |config, text| set(&mut config.recompile, flag(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_PRETEND_SIZE",
+        old_name: None,
+        values: "ranks",
+        meaning: "tests only: show a world of this size without starting it",
+        read: |config, text| {
+            set(
+                &mut config.pretend_size,
+                number(text, 1..=i32::MAX).map(Some),
+            )
+        },
+    },
+];
+
+/// Puts a value that was understood in its place.
+fn set<T>(place: &mut T, value: Option<T>) -> Option<()> {
+    *place = value?;
+    Some(())
+}
+
+fn one_of<T: Copy>(choices: &[(&str, T)], text: &str) -> Option<T> {
+    let chosen = choices.iter().find(|(name, _)| *name == text);
+    chosen.map(|(_, value)| *value)
+}
+
+fn flag(text: &str) -> Option<bool> {
+    one_of(&[("0", false), ("1", true)], text)
+}
+
+fn number<T: FromStr + PartialOrd>(text: &str, range: RangeInclusive<T>) -> Option<T> {
+    text.parse().ok().filter(|number| range.contains(number))
+}
+
+fn seconds(text: &str) -> Option<Duration> {
+    let duration = Duration::try_from_secs_f64(text.parse().ok()?).ok()?;
+    (!duration.is_zero()).then_some(duration)
+}
