@@ -12,7 +12,7 @@ use crate::ffi::targets::{CALLBACK_MARK, OLD_UNIFORM_MARK, UNIFORM_MARK, has_ope
 use crate::search::{contains, find};
 
 /// Above these a launch takes long enough that a caller would rather not wait for it; the same for
-/// operations in `python/mpi_cuda/_uniform.py`.
+/// operations in `_jax_patches/uniform.py`.
 const LONGEST: u64 = 10_000;
 const LARGEST: u64 = 16 << 20;
 

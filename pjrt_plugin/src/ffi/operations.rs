@@ -97,7 +97,7 @@ impl Dialect {
     }
 
     /// The communicator's number. Of mpi4jax's calls it is one too, since its handles are
-    /// translated when a program is lowered (`python/mpi_cuda/_mpi4jax.py`); a handle that got here
+    /// translated when a program is lowered (`_bridge/mpi4jax.py`); a handle that got here
     /// must be known.
     fn communicator(&self, attribute: i64, world: &World) -> Result<i64, Error> {
         let known = &world.engine.communicators;

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use pjrt_sys::*;
 
 use super::call::{bytes, new_args, slice};
-use super::handles::FromRaw;
+use super::handles::handle::FromRaw;
 use crate::error::Error;
 
 /// An option that the framework gives, which is valid while it creates a client.

@@ -3,7 +3,7 @@
 
 use super::call::{ask, bytes, slice};
 use super::extensions;
-use super::handles::ExecutableHandle;
+use super::handles::handle::ExecutableHandle;
 use crate::error::Error;
 
 /// The order of the dimensions of each result, the fastest varying first; none if all are

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 
 use pjrt_sys::*;
 
-use super::{BufferHandle, ClientHandle, DeviceHandle, EventHandle, MemoryHandle, Owned};
+use super::handle::{BufferHandle, ClientHandle, DeviceHandle, EventHandle, MemoryHandle, Owned};
 use crate::boundary;
 use crate::error::Error;
 use crate::inner::call::new_args;

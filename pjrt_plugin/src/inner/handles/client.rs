@@ -2,7 +2,9 @@
 
 use pjrt_sys::*;
 
-use super::{BufferHandle, ClientHandle, DeviceHandle, EventHandle, FromRaw, LoadedHandle, Owned};
+use super::handle::{
+    BufferHandle, ClientHandle, DeviceHandle, EventHandle, FromRaw, LoadedHandle, Owned,
+};
 use crate::error::Error;
 use crate::inner::call::{new_args, slice};
 use crate::inner::create_options::{GivenOption, Value, raw_options};

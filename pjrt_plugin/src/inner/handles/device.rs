@@ -1,6 +1,6 @@
 //! Devices and memories.
 
-use super::{DeviceHandle, FromRaw, MemoryHandle};
+use super::handle::{DeviceHandle, FromRaw, MemoryHandle};
 use crate::error::Error;
 use crate::inner::call::{bytes, slice};
 

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use pjrt_sys::*;
 
-use super::EventHandle;
+use super::handle::EventHandle;
 use crate::boundary;
 use crate::error::{Error, InnerError};
 use crate::inner::library::api;

@@ -2,7 +2,7 @@
 
 use pjrt_sys::*;
 
-use super::{ClientHandle, DeviceHandle, ExecutableHandle, FromRaw, LoadedHandle, Owned};
+use super::handle::{ClientHandle, DeviceHandle, ExecutableHandle, FromRaw, LoadedHandle, Owned};
 use crate::error::Error;
 use crate::inner::call::{bytes, new_args, slice};
 use crate::inner::layouts;
