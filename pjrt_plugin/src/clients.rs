@@ -9,8 +9,7 @@ use parking_lot::RwLock;
 
 use crate::config::Log;
 use crate::error::Error;
-use crate::inner::create_options::GivenOption;
-use crate::inner::create_options::Value;
+use crate::inner::create_options::{GivenOption, Value};
 use crate::inner::handles::{ClientHandle, DeviceHandle, Handle, LoadedHandle, MemoryHandle};
 use crate::inner::{cuda_options, on_gpu};
 use crate::plugin::{config, world};

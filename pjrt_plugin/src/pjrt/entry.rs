@@ -16,7 +16,8 @@ pub struct Passed<'a, Args>(&'a mut Args);
 impl<Args> Passed<'_, Args> {
     /// The arguments behind `args`.
     ///
-    /// # Safety They must be valid for the function that they are named after, and for nobody else
+    /// # Safety
+    /// They must be valid for the function that they are named after, and for nobody else
     /// meanwhile.
     pub unsafe fn new(args: *mut Args) -> Result<Self, Error> {
         // SAFETY: the framework lends the arguments to this call alone.
