@@ -179,8 +179,10 @@ void mpi_cuda_set_trampoline(mpi_cuda_trampoline trampoline);
 int mpi_cuda_on_gpu(void);
 
 /* For `python -m mpi_cuda probe` (MPI_CUDA_PROBE=1). Both are collective over the ranks of the job,
- * and return -1 on error. Turns to the next way to give MPI device memory: 0 arrays as they are, 1
- * copies, 2 none is left. */
+ * and return -1 on error.
+ *
+ * Turns to the next way to give MPI device memory: 0 arrays as they are, 1 copies, 2 none is
+ * left. */
 int mpi_cuda_probe_next(void);
 /* What came of it on this rank: NULL if all data were right, else what was wrong. 1 if it works on
  * all ranks, 0 if not; it is kept for later jobs with this MPI, driver and plugin. */
