@@ -34,11 +34,13 @@ impl Buffer<'_> {
     };
 
     /// Number of elements.
+    #[inline]
     pub fn elements(&self) -> i64 {
         self.shape.iter().product()
     }
 
     /// Size in bytes, for dtypes that MPI moves as whole bytes.
+    #[inline]
     pub fn bytes(&self) -> usize {
         self.elements() as usize * self.dtype.size()
     }
@@ -51,6 +53,7 @@ impl Buffer<'_> {
     }
 
     /// Writes zeros from byte `start` to the end.
+    #[inline]
     pub(crate) fn clear_from(&self, start: usize) {
         let length = self.bytes() - start;
         if length > 0 {

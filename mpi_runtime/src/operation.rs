@@ -67,6 +67,7 @@ impl<'a> Operation<'a> {
     ///
     /// # Errors
     /// If it does not fit, or is shorter than it may be.
+    #[inline]
     pub fn missing(&self, source: i32, tag: i32, bytes: usize) -> Result<usize, Failure> {
         let expected = self.recv.bytes();
         let may_be_shorter = self.source == PROC_NULL || self.status != 0;

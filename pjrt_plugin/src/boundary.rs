@@ -17,6 +17,7 @@ pub fn pjrt(body: impl FnOnce() -> Result<(), Error>) -> *mut PJRT_Error {
 }
 
 /// Runs a body; a panic becomes an error.
+#[inline]
 pub fn guarded<T>(body: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Error::panicked(&*panic)))
 }

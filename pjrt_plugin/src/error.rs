@@ -13,6 +13,9 @@ use mpi_runtime::OperationError;
 use parking_lot::Mutex;
 use pjrt_sys::*;
 
+/// What our errors begin with, among the many texts that a user's program prints.
+pub const PREFIX: &str = "mpi_cuda: ";
+
 /// An error on its way to the framework.
 #[derive(Debug)]
 pub enum Error {
@@ -72,7 +75,13 @@ impl Error {
 
     /// A message of ours begins with our name, among the many that a user's program prints.
     fn own(code: PJRT_Error_Code, message: impl fmt::Display) -> Error {
-        Error::verbatim(code, format!("mpi_cuda: {message}"))
+        Error::verbatim(code, format!("{PREFIX}{message}"))
+    }
+
+    /// What it says, without our name: for a line or a text that begins with it.
+    pub fn bare(&self) -> String {
+        let text = self.to_string();
+        text.strip_prefix(PREFIX).unwrap_or(&text).to_owned()
     }
 
     /// The pointer to return to the framework, which destroys it.

@@ -36,7 +36,7 @@ pub fn load() -> Result<&'static Config, Error> {
     if let Some(config) = CONFIG.get() {
         return Ok(config);
     }
-    let config = Config::read(&|name| std::env::var(name).ok())?;
+    let config = Config::read(&[&|name| std::env::var(name).ok()])?;
     library::load(&config)?;
     if config.keep_memory {
         keep_memory();
@@ -46,14 +46,12 @@ pub fn load() -> Result<&'static Config, Error> {
 
 /// The configuration with create options over the environment.
 pub fn config_with(options: &[(String, String)]) -> Result<Config, Error> {
-    Config::read(&|name| {
+    let given = |name: &str| {
         let option = create_option(name);
-        options
-            .iter()
-            .find(|(key, _)| *key == option)
-            .map(|(_, value)| value.clone())
-            .or_else(|| std::env::var(name).ok())
-    })
+        let found = options.iter().find(|(key, _)| *key == option);
+        found.map(|(_, value)| value.clone())
+    };
+    Config::read(&[&given, &|name| std::env::var(name).ok()])
 }
 
 /// The world, if it was started.
@@ -182,8 +180,8 @@ pub fn probe_results(config: &Config) -> ProbeResults {
 
 /// Large results come from freshly mapped pages otherwise, whose faults cost more than the message
 /// (docs/measurements.md). One arena: those of other threads are made of heaps of 64 MiB, which
-/// glibc maps and unmaps with every large result. No `M_TOP_PAD`: it made every small program
-/// slower.
+/// glibc maps and unmaps with every large result. No `M_TOP_PAD`: with it every small program
+/// is slower (`docs/decisions.md`).
 fn keep_memory() {
     const THRESHOLD: libc::c_int = 1 << 30;
     // SAFETY: mallopt only sets parameters of glibc's allocator (mallopt(3)).

@@ -46,10 +46,7 @@ def code_of(file: Path) -> str:
     def blank(found: re.Match[str]) -> str:
         return re.sub(r"[^\n]", " ", found[0])
 
-    code = STRING_OR_COMMENT.sub(blank, file.read_text())
-    return re.sub(
-        r"#\[cfg\(test\)\]\s*(pub(\(\w+\))? )?mod \w+\s*(;|\{.*\Z)", "", code, flags=re.DOTALL
-    )
+    return TESTS.sub("", STRING_OR_COMMENT.sub(blank, file.read_text()))
 
 
 def module_of(file: Path, source: Path) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ use crate::code::SUCCESS;
 /// Bytes of the blocks of which [`whole`] makes a datatype.
 const BLOCK: i64 = 1 << 30;
 
+#[inline]
 pub(crate) fn datatype(datatype: Datatype) -> ffi::MPI_Datatype {
     // SAFETY: constants of the linked MPI.
     unsafe {
@@ -40,6 +41,7 @@ pub(crate) struct Elements {
 }
 
 impl Elements {
+    #[inline]
     pub(crate) fn new(count: i64, element: Datatype) -> Result<Elements, c_int> {
         let Ok(count) = c_int::try_from(count) else {
             let made = whole(count, element)?;

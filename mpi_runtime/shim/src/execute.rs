@@ -12,6 +12,7 @@ use crate::large;
 use crate::messages::exchange;
 
 /// Executes `op`, whose buffers may be used again on return; returns MPI's code.
+#[inline]
 pub(crate) fn execute(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
     *received = ShimReceived {
         source: -1,

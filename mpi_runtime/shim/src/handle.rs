@@ -23,6 +23,7 @@ pub(crate) fn comm_to_bits(comm: ffi::MPI_Comm) -> u64 {
     to_bits(comm)
 }
 
+#[inline]
 pub(crate) fn comm_from_bits(bits: u64) -> ffi::MPI_Comm {
     from_bits(bits)
 }

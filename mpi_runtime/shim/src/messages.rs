@@ -21,20 +21,21 @@ pub(crate) fn exchange(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
         Err(code) => return code,
     };
     let (count, datatype) = (sent.count, sent.datatype);
+    let (sends, receives) = (op.kind.sends(), op.kind.receives());
     let (dest, tag, comm) = (rank(op.dest), op.send_tag, comm_from_bits(op.comm));
-    if !op.kind.receives() && !yielding() {
+    if !receives && !yielding() {
         // SAFETY: the operand of a checked operation holds its elements.
         return unsafe { ffi::MPI_Send(op.send, count, datatype, dest, tag, comm) };
     }
     // SAFETY: a constant of the linked MPI.
     let mut sending = unsafe { ffi::RSMPI_REQUEST_NULL };
-    if op.kind.sends() {
+    if sends {
         attempt! {
             // SAFETY: as above; the operand outlives the request, which is waited for below.
             unsafe { ffi::MPI_Isend(op.send, count, datatype, dest, tag, comm, &mut sending) };
         };
     }
-    let receiving = if op.kind.receives() {
+    let receiving = if receives {
         receive(op, received)
     } else {
         SUCCESS
@@ -125,6 +126,7 @@ fn receive(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
 }
 
 /// Bytes of the message that a probe has found.
+#[inline]
 pub(crate) fn length(status: &ffi::MPI_Status) -> Result<i64, c_int> {
     let mut length: ffi::MPI_Count = 0;
     // SAFETY: a status that MPI filled in.

@@ -18,6 +18,7 @@ pub(crate) static YIELDING: AtomicBool = AtomicBool::new(false);
 const SPINS: u32 = 64;
 
 /// Whether to give up the core while waiting.
+#[inline]
 pub(crate) fn yielding() -> bool {
     YIELDING.load(Ordering::Relaxed)
 }
@@ -26,6 +27,7 @@ pub(crate) fn yielding() -> bool {
 ///
 /// # Safety
 /// The request must be live or null.
+#[inline]
 pub(crate) unsafe fn wait(request: &mut ffi::MPI_Request, status: &mut ffi::MPI_Status) -> c_int {
     if !yielding() {
         // SAFETY: the request is live or null, as this function demands.

@@ -108,92 +108,176 @@ kinds! {
     WaitSend = "wait_send", End, All, No, [];
 }
 
+/// A set of kinds, a bit for each: asked on the path of every operation, where the table is not.
+#[derive(Clone, Copy)]
+struct Set(u32);
+
+impl Set {
+    /// The kinds that MPI executes like that.
+    const fn executed(execution: Execution) -> Set {
+        let (mut set, mut kind) = (0, 0);
+        while kind < TABLE.len() {
+            set |= ((TABLE[kind].execution as u32 == execution as u32) as u32) << kind;
+            kind += 1;
+        }
+        Set(set)
+    }
+
+    /// The kinds with a trait.
+    const fn with(wanted: Trait) -> Set {
+        let (mut set, mut kind) = (0, 0);
+        while kind < TABLE.len() {
+            set |= ((TABLE[kind].traits & wanted as u8 != 0) as u32) << kind;
+            kind += 1;
+        }
+        Set(set)
+    }
+
+    /// The kinds of which an array is used on the root, or on the others.
+    const fn used(result: bool, is_root: bool) -> Set {
+        let (mut set, mut kind) = (0, 0);
+        while kind < TABLE.len() {
+            let row = &TABLE[kind];
+            let ranks = if result { row.result } else { row.operand };
+            set |= (ranks.have(is_root) as u32) << kind;
+            kind += 1;
+        }
+        Set(set)
+    }
+
+    const fn or(self, other: Set) -> Set {
+        Set(self.0 | other.0)
+    }
+
+    const fn differs(self, other: Set) -> Set {
+        Set(self.0 ^ other.0)
+    }
+
+    #[inline]
+    const fn has(self, kind: Kind) -> bool {
+        self.0 >> kind as u32 & 1 != 0
+    }
+}
+
+/// The kinds that use an array on the root, and on the others.
+const READ_BY_ROOT: Set = Set::used(false, true);
+const READ_BY_OTHERS: Set = Set::used(false, false);
+const WRITTEN_BY_ROOT: Set = Set::used(true, true);
+const WRITTEN_BY_OTHERS: Set = Set::used(true, false);
+
 impl Kind {
-    const fn row(self) -> &'static Row {
-        &TABLE[self as usize]
-    }
-
-    const fn has(self, wanted: Trait) -> bool {
-        self.row().traits & wanted as u8 != 0
-    }
-
     /// Lower-case name, as users write it.
     pub const fn name(self) -> &'static str {
-        self.row().name
+        TABLE[self as usize].name
     }
 
     /// All ranks of the communicator take part.
+    #[inline]
     pub const fn is_collective(self) -> bool {
-        matches!(self.row().execution, Execution::Collective)
+        const SET: Set = Set::executed(Execution::Collective);
+        SET.has(self)
     }
 
     /// It is a message between two ranks, from its start to its end.
+    #[inline]
     pub const fn is_message(self) -> bool {
-        matches!(self.row().execution, Execution::Message)
+        const SET: Set = Set::executed(Execution::Message);
+        SET.has(self)
     }
 
     /// It starts a message, which another operation ends.
+    #[inline]
     pub const fn is_start(self) -> bool {
-        matches!(self.row().execution, Execution::Start)
+        const SET: Set = Set::executed(Execution::Start);
+        SET.has(self)
     }
 
     /// It waits for a message that was started.
+    #[inline]
     pub const fn is_end(self) -> bool {
-        matches!(self.row().execution, Execution::End)
+        const SET: Set = Set::executed(Execution::End);
+        SET.has(self)
     }
 
     /// It sends a message, whose receiver is `dest`.
+    #[inline]
     pub const fn sends(self) -> bool {
-        self.has(Trait::Sends)
+        const SET: Set = Set::with(Trait::Sends);
+        SET.has(self)
     }
 
     /// It receives a message, whose sender is `source`.
+    #[inline]
     pub const fn receives(self) -> bool {
-        self.has(Trait::Receives)
+        const SET: Set = Set::with(Trait::Receives);
+        SET.has(self)
     }
 
     /// It waits for a message and receives it.
+    #[inline]
     pub const fn is_receive(self) -> bool {
         self.is_message() && self.receives()
     }
 
     /// It combines the operands of the ranks by a reduction.
+    #[inline]
     pub const fn reduces(self) -> bool {
-        self.has(Trait::Reduces)
+        const SET: Set = Set::with(Trait::Reduces);
+        SET.has(self)
     }
 
     /// Its operand or its result has a block for each rank.
+    #[inline]
     pub const fn has_blocks(self) -> bool {
-        self.has(Trait::Blocks)
+        const SET: Set = Set::with(Trait::Blocks);
+        SET.has(self)
     }
 
     /// One rank differs from the others.
+    #[inline]
     pub const fn has_root(self) -> bool {
-        !matches!(self.row().operand, Ranks::No | Ranks::All)
-            || !matches!(self.row().result, Ranks::No | Ranks::All)
+        const SET: Set = READ_BY_ROOT
+            .differs(READ_BY_OTHERS)
+            .or(WRITTEN_BY_ROOT.differs(WRITTEN_BY_OTHERS));
+        SET.has(self)
     }
 
     /// Some rank passes an operand.
+    #[inline]
     pub const fn has_operand(self) -> bool {
-        !matches!(self.row().operand, Ranks::No)
+        const SET: Set = READ_BY_ROOT.or(READ_BY_OTHERS);
+        SET.has(self)
     }
 
     /// Some rank gets a result.
+    #[inline]
     pub const fn has_result(self) -> bool {
-        !matches!(self.row().result, Ranks::No)
+        const SET: Set = WRITTEN_BY_ROOT.or(WRITTEN_BY_OTHERS);
+        SET.has(self)
     }
 
     /// Whether it reads the operand of a rank.
+    #[inline]
     pub const fn reads(self, is_root: bool) -> bool {
-        self.row().operand.have(is_root)
+        if is_root {
+            READ_BY_ROOT.has(self)
+        } else {
+            READ_BY_OTHERS.has(self)
+        }
     }
 
     /// Whether it writes the result of a rank.
+    #[inline]
     pub const fn writes(self, is_root: bool) -> bool {
-        self.row().result.have(is_root)
+        if is_root {
+            WRITTEN_BY_ROOT.has(self)
+        } else {
+            WRITTEN_BY_OTHERS.has(self)
+        }
     }
 
     /// Whether the result of a rank is its operand, where it has one: MPI writes nothing there.
+    #[inline]
     pub const fn returns_operand(self, is_root: bool) -> bool {
         self.has_result() && !self.writes(is_root)
     }

@@ -29,7 +29,7 @@ pub struct Cuda {
 // SAFETY: a context may be used by every thread that makes it current (CUDA Driver API, "Context
 // Management").
 unsafe impl Send for Cuda {}
-// SAFETY: as above.
+// SAFETY: as for `Send`.
 unsafe impl Sync for Cuda {}
 
 /// What there is of CUDA in this machine.
@@ -232,7 +232,7 @@ impl Device for Cuda {
     }
 
     fn wait(&self, stream: Stream, event: &Event) -> Result<(), DeviceError> {
-        // SAFETY: as above.
+        // SAFETY: an event of ours that is not destroyed, and a live stream.
         self.call("cuStreamWaitEvent", || unsafe {
             sys::cuStreamWaitEvent(stream_of(stream), event_of(event), 0)
         })
@@ -241,7 +241,7 @@ impl Device for Cuda {
     fn has_passed(&self, event: &Event) -> Result<bool, DeviceError> {
         let mut result = cudaError_enum::CUDA_SUCCESS;
         self.call("cuEventQuery", || {
-            // SAFETY: as above.
+            // SAFETY: an event of ours that is not destroyed.
             result = unsafe { sys::cuEventQuery(event_of(event)) };
             match result {
                 cudaError_enum::CUDA_ERROR_NOT_READY => cudaError_enum::CUDA_SUCCESS,

@@ -326,7 +326,7 @@ impl Device for Simulated {
             Box::new(move || {
                 std::thread::sleep(delay);
                 match own {
-                    // SAFETY: as below.
+                    // SAFETY: memory of the host is valid until now, as the caller promised.
                     Some(memory) => unsafe { what.within(&mut memory.lock()) },
                     // SAFETY: both are memory of the host that is valid until now, as the caller
                     // promised.

@@ -12,6 +12,7 @@ use crate::mpi::communicators::Communicator;
 use crate::operation::{Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
+#[inline]
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failure> {
     if comm.freed {
         return Err("the communicator has been freed".into());
@@ -49,7 +50,8 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
     }
     (shim.count, shim.recv_count) = counts(op, comm)?;
     let is_root = comm.rank == op.root;
-    // A null receive buffer tells the shim that this rank is the root of a broadcast.
+    // MPI writes nothing there. In a broadcast the null pointer also tells the shim that this rank
+    // is the root.
     if !op.kind.writes(is_root) {
         shim.recv = std::ptr::null_mut();
     }

@@ -1,4 +1,5 @@
-//! Collectives: the groups of ranks they run in, and the start of their programs.
+//! Collectives of programs for several devices: the groups of ranks they run in, and the start of
+//! those programs.
 
 #![forbid(unsafe_code)]
 
@@ -17,7 +18,7 @@ use crate::mpi::shim::Shim;
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::Operation;
 
-/// Tag of messages between the devices of collectives.
+/// Tag of messages between the devices of XLA's collectives.
 pub const TAG: i32 = 1;
 /// Tags of the first run of a program: what a rank is about to run, and the verdict.
 const ARRIVAL_TAG: i32 = 2;
@@ -42,7 +43,7 @@ pub(crate) struct CollectiveContext<'a> {
     pub(crate) rank: i32,
 }
 
-/// A program with collectives.
+/// A program with collectives of XLA's.
 #[derive(Debug)]
 pub struct CollectiveSequence {
     /// Hash of its sequence of collectives.
@@ -137,7 +138,7 @@ impl ReplicaGroups {
         Ok(Some(row))
     }
 
-    /// Begins a launch of `program` in its turn: waits, asleep, for the other ranks where one may
+    /// Begins a launch of `program` in its turn: waits, with backoff, for the other ranks where one may
     /// still be compiling. They must be about to run the same sequence of collectives.
     ///
     /// Where all ranks of the world run the program (then `launch` is its number), and see each
@@ -305,7 +306,7 @@ fn described(arrival: &[u8]) -> String {
     words_or(Some(&String::from_utf8_lossy(text)))
 }
 
-/// Messages between ranks that wait asleep.
+/// Messages between ranks that wait with backoff.
 struct Post<'a> {
     pending: &'a PendingTable,
     shim: &'a Shim,

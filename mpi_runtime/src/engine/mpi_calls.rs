@@ -55,6 +55,7 @@ impl MpiCalls {
     }
 
     /// Executes what is a whole to MPI, and checks what has come.
+    #[inline]
     fn complete(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
         let _pending = self.pending.enter(op, comm.name);
         let received = self.perform(op, comm)?;
@@ -71,7 +72,7 @@ impl MpiCalls {
         if self.shim.is_none() {
             return single_rank::execute(op).map(|()| ShimReceived::default());
         }
-        let marks = result_canary::place(op, comm);
+        let canary = result_canary::place(op, comm);
         let received = self.call(op, comm, &shim_op)?;
         if op.kind.returns_operand(comm.rank == op.root) {
             single_rank::copy_through(op);
@@ -79,8 +80,8 @@ impl MpiCalls {
         if op.kind == Kind::Exscan && comm.rank == 0 {
             single_rank::nothing_before(op);
         }
-        if let Some(marks) = marks {
-            marks.check(op)?;
+        if let Some(canary) = canary {
+            canary.check(op)?;
         }
         Ok(received)
     }
@@ -98,6 +99,7 @@ impl MpiCalls {
     }
 
     /// Calls MPI. Nothing here touches the arrays.
+    #[inline]
     pub(super) fn call(
         &self,
         op: &Operation<'_>,

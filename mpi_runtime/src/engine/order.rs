@@ -57,6 +57,7 @@ impl Order {
     }
 
     /// Waits until every launch before `ticket` has ended. Unknown tickets do not wait.
+    #[inline]
     pub fn wait_turn(&self, ticket: Ticket) {
         let mut state = self.state.lock();
         while state.in_flight.front() != Some(&ticket) && state.in_flight.contains(&ticket) {

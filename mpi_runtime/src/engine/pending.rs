@@ -36,6 +36,7 @@ pub struct Pending<'a> {
 
 impl PendingTable {
     /// Enters an operation on the communicator called `comm`.
+    #[inline]
     pub fn enter(&self, operation: &Operation<'_>, comm: &'static str) -> Pending<'_> {
         let bare = operation.without_arrays();
         let mut rows = self.rows.lock();

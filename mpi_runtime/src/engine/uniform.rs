@@ -46,6 +46,7 @@ pub(super) struct Histories {
 impl Histories {
     /// Adds an operation on the communicator numbered `op.comm`, where `rank` is this process's
     /// rank.
+    #[inline]
     pub(super) fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
         match op.comm {
             WORLD => self.world.add(op, rank, received),
@@ -90,6 +91,7 @@ impl History {
         (program.mark(self.position.load(Ordering::Relaxed)), balance)
     }
 
+    #[inline]
     fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
         if op.kind.is_collective() {
             self.position.fetch_add(1, Ordering::Relaxed);

@@ -14,7 +14,7 @@ pub const DEFAULT: i64 = 1;
 /// `COMM_SELF`, through a private duplicate.
 pub const SELF: i64 = 2;
 
-/// What collectives use: a third private duplicate of `COMM_WORLD`.
+/// What XLA's own collectives use: a third private duplicate of `COMM_WORLD`.
 pub const COLLECTIVES: i64 = 3;
 
 /// The communicators that always exist.

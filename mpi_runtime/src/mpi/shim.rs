@@ -254,7 +254,8 @@ impl Shim {
     /// Executes an operation; the only call here that waits on a peer after start.
     pub fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
         let mut received = ShimReceived::default();
-        // SAFETY: `check::prepare` made `op` from buffers that outlive this call.
+        // SAFETY: whoever made `op` (`check::prepare`, `AllRanks`, `Post`) made it from buffers that
+        // outlive this call.
         self.check(in_call(|| unsafe { (self.api.execute)(op, &mut received) }))?;
         Ok(received)
     }
@@ -276,7 +277,7 @@ impl Shim {
     /// Takes the message that `op` would receive out of the queue, if one is there.
     pub fn take(&self, op: &ShimOp) -> Result<Option<Message>, MpiError> {
         let (mut found, mut message) = (0, Message::default());
-        // SAFETY: `check::prepare` made `op`; its communicator is live.
+        // SAFETY: whoever made `op` (`check::prepare`, `Post`) took a live communicator.
         self.check(in_call(|| unsafe {
             (self.api.take)(op, &mut found, &mut message.envelope, &mut message.handle)
         }))?;
@@ -354,14 +355,20 @@ impl Shim {
         }
     }
 
+    #[inline]
     fn check(&self, code: c_int) -> Result<(), MpiError> {
-        if code == 0 {
-            return Ok(());
+        match code {
+            0 => Ok(()),
+            _ => Err(self.error(code)),
         }
+    }
+
+    #[cold]
+    fn error(&self, code: c_int) -> MpiError {
         // SAFETY: `text` passes a buffer with its capacity.
-        Err(MpiError(text(|buffer, capacity| unsafe {
+        MpiError(text(|buffer, capacity| unsafe {
             (self.api.error_string)(code, buffer, capacity);
-        })))
+        }))
     }
 }
 

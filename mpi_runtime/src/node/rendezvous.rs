@@ -146,7 +146,7 @@ impl Rendezvous {
         own.launch.store(launch, Ordering::Release);
     }
 
-    /// Waits, asleep, until all ranks have begun launch number `launch`.
+    /// Waits, with backoff, until all ranks have begun launch number `launch`.
     pub fn wait_begun(&self, launch: u64) {
         let has_begun = |rank| self.begun(rank).launch.load(Ordering::Acquire) >= launch;
         backoff::until(|| (0..self.size).all(has_begun).then_some(()));

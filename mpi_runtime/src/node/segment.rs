@@ -57,9 +57,9 @@ impl SegmentName {
 /// They must have no other fields.
 pub(crate) unsafe trait Atomics {}
 
-// SAFETY: it is one.
+// SAFETY: an atomic number, of which every value is valid.
 unsafe impl Atomics for AtomicU64 {}
-// SAFETY: it is one.
+// SAFETY: an atomic number, of which every value is valid.
 unsafe impl Atomics for AtomicU8 {}
 
 impl Segment {

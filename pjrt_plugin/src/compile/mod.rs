@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use mpi_runtime::log;
 
 use crate::compile::contents::Contents;
-use crate::compile::spmd::Place;
+use crate::compile::spmd::RunsOn;
 use crate::config::Log;
 use crate::error::Error;
 use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned};
@@ -35,25 +35,25 @@ pub fn compile(
     let place = spmd::place(client, options);
     let start = Instant::now();
     let first_options = match &place {
-        Place::Several(options) if on_gpu() => options.tuned_alone()?,
-        Place::Several(options) => options.without_code()?,
+        RunsOn::Several(options) if on_gpu() => options.tuned_alone()?,
+        RunsOn::Several(options) => options.without_code()?,
         _ => Vec::new(),
     };
     let whole = inner(&first_options).map_err(with_remedy)?;
     let first = start.elapsed();
     match place {
-        Place::Here if config().recompile => {
+        RunsOn::Here if config().recompile => {
             let again = spmd::recompile(client, whole, options)?;
             log::line("compiled an optimized program again as it is");
             note(again, contents)
         }
-        Place::Here => note(whole, contents),
-        Place::Elsewhere(_) if contents.operations => Err(elsewhere()),
-        Place::Elsewhere(options) => {
+        RunsOn::Here => note(whole, contents),
+        RunsOn::Elsewhere(_) if contents.operations => Err(elsewhere()),
+        RunsOn::Elsewhere(options) => {
             spmd::note_elsewhere(whole.get(), &options, contents.callbacks)?;
             Ok(whole)
         }
-        Place::Several(options) => {
+        RunsOn::Several(options) => {
             let (own, rewritten) = spmd::specialise(client, whole, &options, contents.callbacks)?;
             contents.merge(rewritten);
             log_times(start.elapsed(), first);
@@ -111,7 +111,7 @@ pub fn load(
     }
     let loaded = inner()?;
     if !options.is_empty()
-        && let Place::Elsewhere(options) = spmd::place(client, options)
+        && let RunsOn::Elsewhere(options) = spmd::place(client, options)
     {
         spmd::note_elsewhere(loaded.get(), &options, contents.callbacks)?;
         return Ok(loaded);

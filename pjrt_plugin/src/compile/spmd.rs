@@ -65,7 +65,7 @@ impl From<Refused> for Error {
 }
 
 /// Where a program is to run.
-pub enum Place {
+pub enum RunsOn {
     /// On this rank's device alone, as far as we can read.
     Here,
     /// On devices of other ranks alone.
@@ -75,20 +75,20 @@ pub enum Place {
 }
 
 /// Where a program with these serialized options is to run.
-pub fn place(client: ClientHandle, serialized: &[u8]) -> Place {
+pub fn place(client: ClientHandle, serialized: &[u8]) -> RunsOn {
     // What we cannot read is for the inner plugin to refuse.
     let (Ok(options), Some(client)) = (Options::read(serialized), clients::find(client)) else {
-        return Place::Here;
+        return RunsOn::Here;
     };
     match options.devices() {
         Ok(devices)
             if !devices.ids().contains(&i64::from(client.rank))
                 && (options.is_assigned() || !options.is_for_one()) =>
         {
-            Place::Elsewhere(Box::new(options))
+            RunsOn::Elsewhere(Box::new(options))
         }
-        _ if options.is_for_one() => Place::Here,
-        _ => Place::Several(Box::new(options)),
+        _ if options.is_for_one() => RunsOn::Here,
+        _ => RunsOn::Several(Box::new(options)),
     }
 }
 
@@ -184,14 +184,14 @@ pub fn deserialize(
         options
     };
     let loaded = match place(client, given) {
-        Place::Several(options) => load(client, envelope.optimized, &options, envelope.callbacks)?,
-        Place::Elsewhere(options) => {
+        RunsOn::Several(options) => load(client, envelope.optimized, &options, envelope.callbacks)?,
+        RunsOn::Elsewhere(options) => {
             let module = hlo_rewrite::module_of(&envelope.optimized)?;
             let loaded = compile_module(client, &module, &options.without_passes()?)?;
             note_elsewhere(loaded.get(), &options, envelope.callbacks)?;
             (loaded, Contents::default())
         }
-        Place::Here => {
+        RunsOn::Here => {
             return Err(Error::invalid(
                 "a program for several devices cannot be loaded for one: give the options that it \
                  was compiled with, or none",

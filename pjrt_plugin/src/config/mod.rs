@@ -11,42 +11,49 @@ use mpi_runtime::transfer::choice::Asked;
 
 use crate::error::Error;
 
-pub use settings::{Config, Device, Log, MAX_WORLD, Pretend, Topology};
+pub use settings::{Config, DeviceKind, Log, MAX_WORLD, Pretend, Topology};
 pub use variables::{VARIABLES, Variable};
 
 /// mpi4jax's variable, which `MPI_CUDA_TRANSFER` wins over.
 const MPI4JAX_TRANSFER: &str = "MPI4JAX_USE_CUDA_MPI";
 
+/// Where values come from, by the name of their variable: the create options, or the environment.
+type Source<'a> = dyn Fn(&str) -> Option<String> + 'a;
+
 impl Config {
-    /// Reads every variable through `get`, which returns create options before the environment.
+    /// Reads every variable through `sources`, of which an earlier one wins: the create options
+    /// before the environment.
     ///
     /// # Errors
     /// If a value is not understood; the text has the values that are.
-    pub fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Config, Error> {
-        let get = |name: &str| get(name).filter(|text| !text.is_empty());
+    pub fn read(sources: &[&Source]) -> Result<Config, Error> {
         let mut config = Config::default();
         for variable in VARIABLES {
-            let mut given = get(variable.name);
-            if let (None, Some(old)) = (&given, variable.old_name) {
-                given = get(old);
-                if given.is_some() {
-                    let name = variable.name;
-                    config
-                        .warnings
-                        .push(format!("{old} is now called {name}: use that name"));
-                }
-            }
-            if let Some(text) = given {
-                (variable.read)(&mut config, &text).ok_or_else(|| wrong(variable, &text))?;
+            let names = || std::iter::once(variable.name).chain(variable.old_name);
+            let given = sources
+                .iter()
+                .find_map(|source| names().find_map(|name| Some((name, given(source, name)?))));
+            let Some((name, text)) = given else { continue };
+            (variable.read)(&mut config, &text).ok_or_else(|| wrong(variable, &text))?;
+            if name != variable.name {
+                let new = variable.name;
+                let warning = format!("{name} is now called {new}: use that name");
+                config.warnings.push(warning);
             }
         }
-        if get("MPI_CUDA_TRANSFER").is_none()
-            && let Some(text) = get(MPI4JAX_TRANSFER)
+        let from_any = |name| sources.iter().find_map(|source| given(source, name));
+        if from_any("MPI_CUDA_TRANSFER").is_none()
+            && let Some(text) = from_any(MPI4JAX_TRANSFER)
         {
             (config.transfer, config.transfer_warning) = Asked::from_mpi4jax(&text);
         }
         Ok(config)
     }
+}
+
+/// The value of `name` in a source; an empty one is none.
+fn given(source: &Source, name: &str) -> Option<String> {
+    source(name).filter(|text| !text.is_empty())
 }
 
 fn wrong(variable: &Variable, value: &str) -> Error {
@@ -78,12 +85,12 @@ mod tests {
             .iter()
             .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
             .collect();
-        Config::read(&|name| {
+        Config::read(&[&|name| {
             variables
                 .iter()
                 .find(|(key, _)| key == name)
                 .map(|(_, value)| value.clone())
-        })
+        }])
         .map_err(|error| error.to_string())
     }
 
@@ -92,7 +99,7 @@ mod tests {
         let config = read(&[]).unwrap();
         assert_eq!(
             (config.device, config.topology),
-            (Device::Auto, Topology::Global)
+            (DeviceKind::Auto, Topology::Global)
         );
         assert_eq!(config.warn_after, Duration::from_secs(60));
         assert!(!config.singleton && config.keep_memory);
@@ -140,6 +147,11 @@ mod tests {
         assert!(config.warnings[1].contains("MPI_CUDA_PROBE_DIR"));
         let new = read(&[("MPI_CUDA_SHM_RING", "1"), ("MPI_CUDA_OUTBOX", "0")]).unwrap();
         assert!(new.shm_ring && new.warnings.is_empty());
+        // A create option wins, under whichever name.
+        let option = |name: &str| (name == "MPI_CUDA_OUTBOX").then(|| "0".to_owned());
+        let variable = |name: &str| (name == "MPI_CUDA_SHM_RING").then(|| "1".to_owned());
+        let both = Config::read(&[&option, &variable]).unwrap();
+        assert!(!both.shm_ring && both.warnings.len() == 1);
     }
 
     #[test]

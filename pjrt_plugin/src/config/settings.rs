@@ -15,7 +15,7 @@ pub const LARGEST_PART: i64 = 1 << 30;
 /// Which XLA plugin to wrap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Device {
+pub enum DeviceKind {
     Auto,
     Cpu,
     Cuda,
@@ -52,7 +52,7 @@ pub enum Pretend {
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct Config {
-    pub device: Device,
+    pub device: DeviceKind,
     pub inner_plugin: Option<PathBuf>,
     pub topology: Topology,
     pub mpi: Option<Family>,
@@ -80,7 +80,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Config {
         Config {
-            device: Device::Auto,
+            device: DeviceKind::Auto,
             inner_plugin: None,
             topology: Topology::Global,
             mpi: None,

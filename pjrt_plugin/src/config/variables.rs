@@ -8,7 +8,7 @@ use std::time::Duration;
 use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::Asked;
 
-use super::settings::{Config, Device, LARGEST_PART, Log, Pretend, Topology};
+use super::settings::{Config, DeviceKind, LARGEST_PART, Log, Pretend, Topology};
 
 /// A variable of ours: its name, the values it takes, what it does, and how it is read.
 pub struct Variable {
@@ -36,9 +36,9 @@ pub const VARIABLES: &[Variable] = &[
                 &mut config.device,
                 one_of(
                     &[
-                        ("auto", Device::Auto),
-                        ("cpu", Device::Cpu),
-                        ("cuda", Device::Cuda),
+                        ("auto", DeviceKind::Auto),
+                        ("cpu", DeviceKind::Cpu),
+                        ("cuda", DeviceKind::Cuda),
                     ],
                     text,
                 ),

@@ -1,4 +1,4 @@
-//! Handlers of collectives, which `hlo_rewrite` puts into partitioned programs.
+//! Handlers of XLA's collectives, which `hlo_rewrite` puts into partitioned programs.
 
 use std::sync::atomic::Ordering;
 

@@ -55,16 +55,19 @@ impl<'a> Frame<'a> {
     }
 
     /// Operand number `index`.
+    #[inline]
     pub fn arg(&self, index: usize) -> Option<Buffer<'a>> {
         self.args.get(index).map(|buffer| array(buffer))
     }
 
     /// Result number `index`.
+    #[inline]
     pub fn ret(&self, index: usize) -> Option<Buffer<'a>> {
         self.rets.get(index).map(|buffer| array(buffer))
     }
 
     /// An integer attribute of any width.
+    #[inline]
     pub fn integer(&self, name: &str) -> Option<i64> {
         let attrs = &self.raw.attrs;
         let size = attrs.size as usize;
@@ -90,6 +93,7 @@ impl<'a> Frame<'a> {
     }
 
     /// The `launch_id` this program was executed with.
+    #[inline]
     pub fn run_id(&self) -> i64 {
         ask!(self, XLA_FFI_RunId_Get, "a run id", {}).map_or(0, |args| args.run_id)
     }

@@ -104,6 +104,7 @@ pub struct Memory<'a> {
 
 impl<'a> Memory<'a> {
     /// That of `frame`.
+    #[inline]
     pub fn of(frame: &'a Frame<'a>) -> Result<Memory<'a>, Error> {
         let device = if on_gpu() {
             let staged = Staged::of_gpu(frame)?;

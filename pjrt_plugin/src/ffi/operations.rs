@@ -199,6 +199,7 @@ fn destination_name(kind: Kind) -> &'static str {
     if kind.sends() { "dest" } else { "root" }
 }
 
+#[inline]
 fn rank(attribute: i64, (any, null): (i64, i64), may_be_any: bool) -> Result<i32, Error> {
     match attribute {
         rank if rank == any && may_be_any => Ok(ANY),

@@ -23,13 +23,13 @@ pub fn options(
     size: i32,
     given: &[String],
     world: &World,
-    say: bool,
+    verbose: bool,
 ) -> Result<Vec<(&'static str, Value)>, Error> {
     let Found::Devices { count, .. } = cuda::find() else {
         return Err(Error::internal("the CUDA devices are gone"));
     };
     let mut options = choose(rank, size, Node::of(world, count), given);
-    if say {
+    if verbose {
         log::line(&format!("rank {rank}: CUDA client with {options:?}"));
     }
     if let Some((_, Value::List(devices))) = options.iter().find(|(n, _)| *n == "visible_devices") {

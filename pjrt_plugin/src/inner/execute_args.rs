@@ -126,21 +126,21 @@ impl<'a> ExecuteArgs<'a> {
             self.raw.device_complete_events = &mut event;
         }
         let result = self.pass_on();
-        // SAFETY: on success the inner plugin filled in an event.
-        let made = result.map(|()| unsafe { *self.raw.device_complete_events });
-        if !shared {
-            self.raw.device_complete_events = std::ptr::null_mut();
-        }
-        // SAFETY: the framework destroys its event no sooner than it has got it; the other is ours.
-        unsafe {
-            match made? {
+        // SAFETY: on success the inner plugin filled in an event. The framework destroys its own no
+        // sooner than it has got it; the other is ours.
+        let made = result.and_then(|()| unsafe {
+            match *self.raw.device_complete_events {
                 event if shared => EventHandle::from_raw(event).map(EndEvent::Shared),
                 event => Owned::new(event).map(EndEvent::Own),
             }
+        });
+        if !shared {
+            self.raw.device_complete_events = std::ptr::null_mut();
         }
+        made
     }
 
-    /// Gives the results to whoever launches, in order.
+    /// Gives the results to whoever launches, in order: as many as the executable says it has.
     pub fn give_results(&mut self, results: impl IntoIterator<Item = BufferHandle>) {
         for (index, result) in results.into_iter().enumerate() {
             // SAFETY: the one list has room for every result of the executable.

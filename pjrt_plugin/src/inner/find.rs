@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use mpi_runtime::device::cuda::{self, Found};
 
-use crate::config::{Config, Device};
+use crate::config::{Config, DeviceKind};
 use crate::error::Error;
 
 /// Where wheels put their plugin, below `site-packages`, and under which name beside our file.
 struct Wheel {
-    device: Device,
+    device: DeviceKind,
     package: &'static str,
     in_site_packages: &'static str,
 }
@@ -19,45 +19,45 @@ const WHEELS: &[Wheel] = &[
     // The file that JAX's own package uses: what that registers (callbacks, linear algebra) is
     // there then.
     Wheel {
-        device: Device::Cuda,
+        device: DeviceKind::Cuda,
         package: "jax-cuda13-pjrt",
         in_site_packages: "jax_plugins/xla_cuda13/xla_cuda_plugin.so",
     },
     Wheel {
-        device: Device::Cuda,
+        device: DeviceKind::Cuda,
         package: "jax-cuda12-pjrt",
         in_site_packages: "jax_plugins/xla_cuda12/xla_cuda_plugin.so",
     },
     Wheel {
-        device: Device::Cuda,
+        device: DeviceKind::Cuda,
         package: "xla-cuda13-pjrt",
         in_site_packages: "xla_plugins/xla_cuda13_pjrt/xla_gpu_pjrt.so",
     },
     Wheel {
-        device: Device::Cuda,
+        device: DeviceKind::Cuda,
         package: "xla-cuda12-pjrt",
         in_site_packages: "xla_plugins/xla_cuda12_pjrt/xla_gpu_pjrt.so",
     },
     Wheel {
-        device: Device::Cpu,
+        device: DeviceKind::Cpu,
         package: "xla-cpu-pjrt",
         in_site_packages: "xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so",
     },
 ];
 
 /// What the inner plugin's devices are to be, and why.
-pub fn choose(config: &Config) -> Result<(Device, String), Error> {
+pub fn choose(config: &Config) -> Result<(DeviceKind, String), Error> {
     Ok(match config.device {
         // Of a file that the user names nobody knows what it is for.
-        Device::Auto if config.inner_plugin.is_some() => (
-            Device::Cpu,
+        DeviceKind::Auto if config.inner_plugin.is_some() => (
+            DeviceKind::Cpu,
             "MPI_CUDA_INNER_PLUGIN without MPI_CUDA_DEVICE".into(),
         ),
-        Device::Auto => automatic(&cuda::find(), || find(config, Device::Cuda)),
-        Device::Cpu => (Device::Cpu, "as asked for".into()),
-        Device::Cuda => {
+        DeviceKind::Auto => automatic(&cuda::find(), || find(config, DeviceKind::Cuda)),
+        DeviceKind::Cpu => (DeviceKind::Cpu, "as asked for".into()),
+        DeviceKind::Cuda => {
             refuse_without_gpu()?;
-            (Device::Cuda, "as asked for".into())
+            (DeviceKind::Cuda, "as asked for".into())
         }
     })
 }
@@ -85,25 +85,28 @@ fn missing(found: &Found) -> Option<String> {
 }
 
 /// GPUs where there are a driver, a device and a plugin; which, and why.
-fn automatic(found: &Found, plugin: impl FnOnce() -> Result<PathBuf, Error>) -> (Device, String) {
+fn automatic(
+    found: &Found,
+    plugin: impl FnOnce() -> Result<PathBuf, Error>,
+) -> (DeviceKind, String) {
     match missing(found) {
-        Some(missing) => (Device::Cpu, missing),
+        Some(missing) => (DeviceKind::Cpu, missing),
         None => match plugin() {
             Ok(_) => (
-                Device::Cuda,
+                DeviceKind::Cuda,
                 "a driver, a device and a plugin are there".into(),
             ),
             Err(_) => {
                 let wheels = "jax-cuda13-pjrt or jax-cuda12-pjrt";
                 let reason = format!("there are GPUs, but no plugin for them; install {wheels}");
-                (Device::Cpu, reason)
+                (DeviceKind::Cpu, reason)
             }
         },
     }
 }
 
 /// The environment first, then beside our own file, then the site-packages we lie in.
-pub fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
+pub fn find(config: &Config, device: DeviceKind) -> Result<PathBuf, Error> {
     if let Some(path) = &config.inner_plugin {
         if path.is_file() {
             return Ok(path.clone());
@@ -115,7 +118,7 @@ pub fn find(config: &Config, device: Device) -> Result<PathBuf, Error> {
     }
     // Where Python finds its packages (`python/mpi_cuda/_library.py`).
     let variable = match device {
-        Device::Cuda => "MPI_CUDA_PLUGIN_CUDA",
+        DeviceKind::Cuda => "MPI_CUDA_PLUGIN_CUDA",
         _ => "MPI_CUDA_PLUGIN_CPU",
     };
     if let Some(path) = std::env::var_os(variable).map(PathBuf::from)
@@ -194,16 +197,19 @@ mod tests {
             count,
             version: 13000,
         };
-        assert_eq!(automatic(&devices(2), here).0, Device::Cuda);
+        assert_eq!(automatic(&devices(2), here).0, DeviceKind::Cuda);
         for (found, text) in [
             (devices(0), "CUDA_VISIBLE_DEVICES"),
             (Found::NoDriver, "no CUDA driver"),
             (Found::Broken("error 999".into()), "error 999"),
         ] {
             let (device, reason) = automatic(&found, here);
-            assert!(device == Device::Cpu && reason.contains(text), "{reason}");
+            assert!(
+                device == DeviceKind::Cpu && reason.contains(text),
+                "{reason}"
+            );
         }
         let (device, reason) = automatic(&devices(1), none);
-        assert!(device == Device::Cpu && reason.contains("install jax-cuda13-pjrt"));
+        assert!(device == DeviceKind::Cpu && reason.contains("install jax-cuda13-pjrt"));
     }
 }

@@ -7,7 +7,7 @@ use libloading::Library;
 use pjrt_sys::PJRT_Api;
 
 use super::find::{choose, find, silence_logs};
-use crate::config::{Config, Device};
+use crate::config::{Config, DeviceKind};
 use crate::error::Error;
 
 /// The loaded inner plugin.
@@ -16,7 +16,7 @@ pub struct Inner {
     /// The file it was loaded from.
     pub path: PathBuf,
     /// What its devices are.
-    pub device: Device,
+    pub device: DeviceKind,
     /// Why these.
     pub reason: String,
 }
@@ -45,7 +45,7 @@ pub fn api() -> &'static PJRT_Api {
 
 /// Whether the inner plugin's devices are GPUs.
 pub fn on_gpu() -> bool {
-    inner().device == Device::Cuda
+    inner().device == DeviceKind::Cuda
 }
 
 /// Loads the plugin that `config` asks for, once.

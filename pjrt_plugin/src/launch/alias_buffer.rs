@@ -70,7 +70,10 @@ impl AliasBuffer {
 
 impl Drop for AliasBuffer {
     fn drop(&mut self) {
-        self.settle(Err("mpi_cuda: the launch that computes this was given up"));
+        if self.filler.is_some() {
+            let error = Error::internal("the launch that computes this was given up");
+            self.settle(Err(&error.to_string()));
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use mpi_runtime::log;
 use parking_lot::{Condvar, Mutex};
 use pjrt_sys::{PJRT_Buffer_Type_F32, PJRT_ExecuteOptions};
 
@@ -80,7 +81,10 @@ pub fn hold(executable: LoadedHandle) -> Option<Hold> {
     let queued = clients::of_executable(executable).and_then(|(client, _)| queue(&client));
     queued
         .map_err(|error| {
-            eprintln!("mpi_cuda: small programs may block the calling thread: {error}");
+            log::line(&format!(
+                "small programs may block the calling thread: {}",
+                error.bare()
+            ));
         })
         .ok()
 }

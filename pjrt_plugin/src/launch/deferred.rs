@@ -76,15 +76,15 @@ pub fn defer(
         return Err(Error::internal("a launch was deferred that cannot be"));
     };
     start_thread()?;
-    let mut promised = AliasResults::default();
-    let event = match promised.make(&output_spec, args.wants_event()) {
+    let mut aliased = AliasResults::default();
+    let event = match aliased.make(&output_spec, args.wants_event()) {
         Ok(event) => event,
         Err(error) => {
-            promised.results.into_iter().for_each(give_up);
+            aliased.results.into_iter().for_each(give_up);
             return Err(error);
         }
     };
-    args.give_results(promised.results);
+    args.give_results(aliased.results);
     let handle = event.as_ref().map(Owned::get);
     if let Some(event) = event {
         args.give_event(event);
@@ -94,8 +94,8 @@ pub fn defer(
         device: args.device,
         options: args.copy_options(),
         inputs: args.inputs.to_vec(),
-        outputs: promised.outputs,
-        ends: promised.ends,
+        outputs: aliased.outputs,
+        ends: aliased.ends,
         run: Box::new(run),
         counted: inflight_limit::Deferred::new(),
     };
@@ -113,7 +113,7 @@ struct AliasResults {
 }
 
 impl AliasResults {
-    /// Promises the results and, if asked, the event of the end.
+    /// Makes the results and, if asked, the event of the end.
     fn make(
         &mut self,
         output_spec: &OutputSpec,
@@ -192,7 +192,7 @@ impl Launch {
     }
 }
 
-/// What promising the results of an executable takes.
+/// What making alias buffers for the results of an executable takes.
 struct OutputSpec {
     client: ClientHandle,
     device: DeviceHandle,
@@ -204,7 +204,7 @@ struct OutputSpec {
 /// By loaded executable; `None` if its results cannot be alias buffers.
 static OUTPUT_SPECS: SideTable<Option<Arc<OutputSpec>>> = SideTable::new();
 
-/// What promising the results of `executable` takes; `None` if that cannot be.
+/// What making alias buffers for the results of `executable` takes; `None` if that cannot be.
 fn output_spec(executable: LoadedHandle) -> Option<Arc<OutputSpec>> {
     if let Some(known) = OUTPUT_SPECS.get(executable.address()) {
         return known;

@@ -8,7 +8,7 @@ use mpi_runtime::World;
 use pjrt_sys::*;
 
 use crate::clients;
-use crate::config::{Config, Device, MAX_WORLD, Topology};
+use crate::config::{Config, DeviceKind, MAX_WORLD, Topology};
 use crate::error::Error;
 use crate::ffi::{self, memory};
 use crate::inner::call::bytes;
@@ -122,7 +122,7 @@ fn refuse_late_choice(config: &Config) -> Result<(), Error> {
         .as_ref()
         .is_some_and(|path| *path != loaded.path);
     let other_device = match config.device {
-        Device::Auto => false,
+        DeviceKind::Auto => false,
         asked => asked != loaded.device,
     };
     if other_file || other_device {

@@ -5,22 +5,21 @@ use std::ops::{Deref, DerefMut};
 
 use crate::error::Error;
 use crate::inner::call::{Function, bytes, call};
-use crate::inner::handles::FromRaw;
+use crate::inner::handles::{Destroy, FromRaw, Owned};
 
 /// Arguments of a PJRT function that the framework has passed.
 ///
-/// They are what the function asks for, and so they stay: whoever changes a member gives it a value
-/// that the function takes too.
+/// They are valid for that function. Whoever changes a member must keep them so.
 pub struct Passed<'a, Args>(&'a mut Args);
 
 impl<Args> Passed<'_, Args> {
     /// The arguments behind `args`.
     ///
     /// # Safety
-    /// They must be valid for the function that they are named after, and for nobody else
+    /// They must be valid for the function that they are named after, and nobody else may use them
     /// meanwhile.
     pub unsafe fn new(args: *mut Args) -> Result<Self, Error> {
-        // SAFETY: the framework lends the arguments to this call alone.
+        // SAFETY: null, or valid and ours alone, as this function demands.
         let args = unsafe { args.as_mut() };
         args.map(Passed)
             .ok_or_else(|| Error::invalid("a null pointer in place of arguments"))
@@ -30,6 +29,18 @@ impl<Args> Passed<'_, Args> {
     pub fn pass_on(&mut self, function: Function<Args>) -> Result<(), Error> {
         // SAFETY: valid arguments, see `new`; each type of arguments is of one function.
         unsafe { call(function, self.0) }
+    }
+
+    /// Passes the call on, and takes what the inner plugin has made out of `member`.
+    pub fn make<H: Destroy + FromRaw<*mut Raw>, Raw>(
+        &mut self,
+        function: Function<Args>,
+        member: impl FnOnce(&mut Args) -> &mut *mut Raw,
+    ) -> Result<Owned<H>, Error> {
+        self.pass_on(function)?;
+        let made = std::mem::replace(member(self.0), std::ptr::null_mut());
+        // SAFETY: the inner plugin has just made it, and the framework has not got it.
+        unsafe { Owned::new(made) }
     }
 
     /// The arguments as the framework passed them, for a typed borrow.

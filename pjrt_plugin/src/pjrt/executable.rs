@@ -9,9 +9,7 @@ use crate::compile::{self, spmd};
 use crate::error::Error;
 use crate::inner::api;
 use crate::inner::call::bytes;
-use crate::inner::handles::{
-    ClientHandle, Destroy, ExecutableHandle, FromRaw, Handle, LoadedHandle, Owned,
-};
+use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned};
 use crate::inner::side_table;
 use crate::pjrt::entry::{Passed, entry};
 
@@ -35,8 +33,8 @@ entry! {
 
     /// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
     pub fn compile_ahead(args: PJRT_Compile_Args) {
-        args.pass_on(api().PJRT_Compile)?;
-        let compiled: Owned<ExecutableHandle> = take(&mut args.executable)?;
+        let compiled: Owned<ExecutableHandle> =
+            args.make(api().PJRT_Compile, |args| &mut args.executable)?;
         compile::refuse_several_devices(compiled.get())?;
         args.executable = compiled.release().raw();
         Ok(())
@@ -47,10 +45,12 @@ entry! {
         args: PJRT_Executable_DeserializeAndLoad_Args, client: ClientHandle;
         serialized: &[u8] = serialized_executable, serialized_executable_size
     ) {
-        let options = overridden_options(&args);
+        // SAFETY: the framework passes valid arguments, with options that outlive the call.
+        let options = unsafe { overridden_options(args.get()) };
         let loaded = compile::load(client, serialized, options, || {
-            args.pass_on(api().PJRT_Executable_DeserializeAndLoad)?;
-            take(&mut args.loaded_executable)
+            args.make(api().PJRT_Executable_DeserializeAndLoad, |args| {
+                &mut args.loaded_executable
+            })
         })?;
         args.loaded_executable = loaded.release().raw();
         Ok(())
@@ -112,26 +112,20 @@ fn compile_inner(
         args.compile_options = options.as_ptr().cast();
         args.compile_options_size = options.len();
     }
-    let compiled = args.pass_on(api().PJRT_Client_Compile);
+    let compiled = args.make(api().PJRT_Client_Compile, |args| &mut args.executable);
     (args.compile_options, args.compile_options_size) = given;
-    compiled?;
-    take(&mut args.executable)
-}
-
-/// Takes what the inner plugin has just made out of the arguments.
-fn take<H: Destroy + FromRaw<*mut Raw>, Raw>(place: &mut *mut Raw) -> Result<Owned<H>, Error> {
-    let made = std::mem::replace(place, std::ptr::null_mut());
-    // SAFETY: the inner plugin has just made it, and the framework has not got it.
-    unsafe { Owned::new(made) }
+    compiled
 }
 
 /// The options that replace those in a serialized program; empty if there are none.
-fn overridden_options<'a>(args: &PJRT_Executable_DeserializeAndLoad_Args) -> &'a [u8] {
+///
+/// # Safety
+/// `args` must be valid for its `struct_size`, and the options for the lifetime chosen.
+unsafe fn overridden_options<'a>(args: *const PJRT_Executable_DeserializeAndLoad_Args) -> &'a [u8] {
     type Args = PJRT_Executable_DeserializeAndLoad_Args;
     const END: usize =
         std::mem::offset_of!(Args, overridden_serialized_compile_options_size) + size_of::<usize>();
-    let args = std::ptr::from_ref(args);
-    // SAFETY: the arguments are valid for their size; older frameworks have no such options.
+    // SAFETY: only what the size covers is read; older frameworks have no such options.
     unsafe {
         if (*args).struct_size < END {
             return &[];

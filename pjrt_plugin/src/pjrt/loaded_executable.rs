@@ -32,7 +32,8 @@ entry! {
         args.pass_on(api().PJRT_LoadedExecutable_Destroy)
     }
 
-    /// `PJRT_LoadedExecutable_GetExecutable`: it is known what is known of the loaded one.
+    /// `PJRT_LoadedExecutable_GetExecutable`: what is known of the loaded executable is known of
+    /// this one too.
     pub fn get_executable(
         args: PJRT_LoadedExecutable_GetExecutable_Args, loaded_executable: LoadedHandle
     ) {

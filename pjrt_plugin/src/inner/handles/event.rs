@@ -23,7 +23,8 @@ impl EventHandle {
             && ask!(PJRT_Event_Error { event: self.raw() }).is_ok()
     }
 
-    /// Calls `then` once the event has happened, on any thread; at once if it cannot be watched.
+    /// Calls `then` once the event has happened, on any thread. Waits for it here if it cannot be
+    /// watched, since what `then` lets go of is in use until the event.
     pub fn on_ready<F: FnOnce(Result<(), Error>) + Send + 'static>(self, then: F) {
         let then = Box::into_raw(Box::new(then));
         let watched = ask!(PJRT_Event_OnReady {
@@ -31,9 +32,9 @@ impl EventHandle {
             callback: Some(is_ready::<F>),
             user_arg: then.cast(),
         });
-        if let Err(error) = watched {
+        if watched.is_err() {
             // SAFETY: made above; a callback that could not be set is not called.
-            (unsafe { Box::from_raw(then) })(Err(error));
+            (unsafe { Box::from_raw(then) })(self.wait());
         }
     }
 }
