@@ -138,8 +138,8 @@ impl ReplicaGroups {
         Ok(Some(row))
     }
 
-    /// Begins a launch of `program` in its turn: waits, with backoff, for the other ranks where one may
-    /// still be compiling. They must be about to run the same sequence of collectives.
+    /// Begins a launch of `program` in its turn: waits, with backoff, for the other ranks where one
+    /// may still be compiling. They must be about to run the same sequence of collectives.
     ///
     /// Where all ranks of the world run the program (then `launch` is its number), and see each
     /// other in shared memory, each shows what it begins; at the `first` launch of this very

@@ -121,9 +121,9 @@ impl Engine {
         self.groups.know(number, members);
     }
 
-    /// Begins the launch `ticket` of `program`, once it is its turn: waits, with backoff, for other ranks
-    /// that may still be compiling, and checks that they are about to run the same sequence of
-    /// collectives. `first` says that this very program has not run here.
+    /// Begins the launch `ticket` of `program`, once it is its turn: waits, with backoff, for other
+    /// ranks that may still be compiling, and checks that they are about to run the same sequence
+    /// of collectives. `first` says that this very program has not run here.
     pub fn begin_collectives(
         &self,
         ticket: Ticket,

@@ -254,8 +254,8 @@ impl Shim {
     /// Executes an operation; the only call here that waits on a peer after start.
     pub fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
         let mut received = ShimReceived::default();
-        // SAFETY: whoever made `op` (`check::prepare`, `AllRanks`, `Post`) made it from buffers that
-        // outlive this call.
+        // SAFETY: whoever made `op` (`check::prepare`, `AllRanks`, `Post`) made it from buffers
+        // that outlive this call.
         self.check(in_call(|| unsafe { (self.api.execute)(op, &mut received) }))?;
         Ok(received)
     }
