@@ -83,11 +83,21 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     Ok(WORLD.get_or_init(|| world))
 }
 
+/// Logs what the user should hear of the variables and create options set, once, on rank 0.
+pub fn warn(world: &World, config: &Config) {
+    static WARNED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut warned = WARNED.lock();
+    for warning in config.warnings.iter().filter(|_| world.rank == 0) {
+        if !warned.contains(warning) {
+            log::line(warning);
+            warned.push(warning.clone());
+        }
+    }
+}
+
 /// Logs what was joined.
 fn log_world(world: &World, config: &Config) {
-    for warning in config.warnings.iter().filter(|_| world.rank == 0) {
-        log::line(warning);
-    }
+    warn(world, config);
     if config.log >= Log::Info {
         let inner = inner();
         let (major, minor) = inner.version();

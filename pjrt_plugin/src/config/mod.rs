@@ -22,7 +22,7 @@ type Source<'a> = dyn Fn(&str) -> Option<String> + 'a;
 
 impl Config {
     /// Reads every variable through `sources`, of which an earlier one wins: the create options
-    /// before the environment.
+    /// before the environment. An empty value is the default.
     ///
     /// # Errors
     /// If a value is not understood; the text has the values that are.
@@ -32,16 +32,21 @@ impl Config {
             let names = || std::iter::once(variable.name).chain(variable.old_name);
             let given = sources
                 .iter()
-                .find_map(|source| names().find_map(|name| Some((name, given(source, name)?))));
-            let Some((name, text)) = given else { continue };
-            (variable.read)(&mut config, &text).ok_or_else(|| wrong(variable, &text))?;
+                .find_map(|source| names().find_map(|name| Some((name, source(name)?))));
+            let Some((name, text)) = given.filter(|(_, text)| !text.is_empty()) else {
+                continue;
+            };
+            (variable.read)(&mut config, &text).ok_or_else(|| wrong(variable, name, &text))?;
             if name != variable.name {
                 let new = variable.name;
                 let warning = format!("{name} is now called {new}: use that name");
                 config.warnings.push(warning);
             }
         }
-        let from_any = |name| sources.iter().find_map(|source| given(source, name));
+        let from_any = |name| {
+            let given = sources.iter().find_map(|source| source(name));
+            given.filter(|text| !text.is_empty())
+        };
         if from_any("MPI_CUDA_TRANSFER").is_none()
             && let Some(text) = from_any(MPI4JAX_TRANSFER)
         {
@@ -51,17 +56,10 @@ impl Config {
     }
 }
 
-/// The value of `name` in a source; an empty one is none.
-fn given(source: &Source, name: &str) -> Option<String> {
-    source(name).filter(|text| !text.is_empty())
-}
-
-fn wrong(variable: &Variable, value: &str) -> Error {
+/// The value of a variable that was given as `name` is not understood.
+fn wrong(variable: &Variable, name: &str, value: &str) -> Error {
     let Variable {
-        name,
-        values,
-        meaning,
-        ..
+        values, meaning, ..
     } = variable;
     Error::invalid(format!(
         "{name}={value} is not understood; it takes: {values} ({meaning})"
@@ -152,6 +150,14 @@ mod tests {
         let variable = |name: &str| (name == "MPI_CUDA_SHM_RING").then(|| "1".to_owned());
         let both = Config::read(&[&option, &variable]).unwrap();
         assert!(!both.shm_ring && both.warnings.len() == 1);
+        let empty = |name: &str| (name == "MPI_CUDA_SHM_RING").then(String::new);
+        let zero = |name: &str| (name == "MPI_CUDA_SHM_RING").then(|| "0".to_owned());
+        assert!(Config::read(&[&empty, &zero]).unwrap().shm_ring);
+        let text = read(&[("MPI_CUDA_OUTBOX", "x")]).unwrap_err();
+        assert!(
+            text.contains("MPI_CUDA_OUTBOX=x is not understood"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::inner::handles::ClientHandle;
 use crate::inner::{api, inner, xla_flags};
 use crate::launch;
 use crate::pjrt::entry::entry;
-use crate::plugin::{config_with, start_world};
+use crate::plugin::{config_with, start_world, warn};
 
 entry! {
     /// `PJRT_Client_Create`: collective over the ranks of the job.
@@ -70,6 +70,8 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<ClientHandle, Error> {
     refuse_late_choice(&config)?;
     xla_flags::check(&inner().path)?;
     let world = start_world(&config)?;
+    // The world may have been started before there were create options.
+    warn(world, &config);
     memory::start(&config, world)?;
     refuse_distributed(&given, world)?;
     let (rank, size) = match (config.topology, config.pretend_size) {
