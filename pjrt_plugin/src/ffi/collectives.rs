@@ -223,6 +223,15 @@ mod tests {
     use mpi_runtime::operation::REDUCTIONS;
 
     #[test]
+    fn every_target_of_a_rewritten_program_has_a_handler() {
+        let mut handled: Vec<_> = super::HANDLERS.iter().map(|row| row.0).collect();
+        let mut targets = hlo_rewrite::targets();
+        handled.sort_unstable();
+        targets.sort_unstable();
+        assert_eq!(handled, targets);
+    }
+
+    #[test]
     fn reductions_have_the_same_numbers_in_programs_and_in_the_engine() {
         let engine = REDUCTIONS.iter().map(|row| row.1);
         assert!(engine.eq(hlo_rewrite::REDUCTIONS));
