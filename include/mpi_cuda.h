@@ -135,6 +135,16 @@ int64_t mpi_cuda_status(void *status);
  * the same by an attribute mpi_cuda_reads_status = 1 of one of them. */
 void mpi_cuda_reads_status(void);
 
+/* Says in words what a sequence of operations is, by the hash that stands in a program's mark
+ * (mpi_cuda_uniform_...): errors of ranks that run different programs name it so. code is the same
+ * for sequences that differ only in how often their loops run, and other than 0. */
+void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
+
+/* Tells the other ranks of the communicator that this one has refused a collective, by its name
+ * ("scatter"), before it was launched, and why. Those that wait in such a collective fail with that
+ * text instead of waiting for ever. */
+void mpi_cuda_refuse(int64_t comm, const char *name, const char *words);
+
 /* Waits until everything dispatched so far has ended; -1 if an operation failed and nobody read
  * its error. */
 int mpi_cuda_wait(void);

@@ -121,6 +121,9 @@ macro_rules! element_types {
         pub enum ElementType { $($variant,)+ }
 
         impl ElementType {
+            /// Every element type, in the order of their numbers.
+            pub const ALL: &[ElementType] = &[$(ElementType::$variant,)+];
+
             /// numpy's name.
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)+ }

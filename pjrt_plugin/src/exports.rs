@@ -3,6 +3,9 @@
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
+use mpi_runtime::Kind;
+use mpi_runtime::engine::Launch;
+use mpi_runtime::node::process::is_main_thread;
 use pjrt_sys::PJRT_Api;
 
 use crate::boundary::quiet;
@@ -132,6 +135,48 @@ pub extern "C" fn mpi_cuda_status(address: *mut c_void) -> i64 {
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_reads_status() {
     quiet((), crate::ffi::status::next_reads);
+}
+
+/// Says in words what a sequence of operations is whose hash stands in the mark of a program.
+/// `code` is the same for sequences that differ only in how often their loops run.
+///
+/// # Safety
+/// `words` must be NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_describe(sequence: u64, code: u64, words: *const c_char) {
+    quiet((), || {
+        // SAFETY: the caller's words are NUL-terminated.
+        let words = unsafe { CStr::from_ptr(words) }.to_string_lossy();
+        if let Some(world) = world() {
+            world.engine.describe_sequence(sequence, code, &words);
+        }
+    });
+}
+
+/// Tells the other ranks that this one has refused a collective, by its name, before it was
+/// launched. `words` say why.
+///
+/// # Safety
+/// The texts must be NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_refuse(comm: i64, name: *const c_char, words: *const c_char) {
+    quiet((), || {
+        // SAFETY: the caller's texts are NUL-terminated.
+        let [name, words] = [name, words].map(|text| unsafe { CStr::from_ptr(text) });
+        let kinds = Kind::ALL.iter();
+        let mut named = kinds.filter(|kind| kind.name().as_bytes() == name.to_bytes());
+        if let (Some(world), Some(&kind)) = (world_of_this_process(), named.next())
+            && kind.is_collective()
+            && !launch::ticket::is_in_callback()
+        {
+            let words = words.to_string_lossy().into_owned();
+            let launch = Launch {
+                uniform: None,
+                by_main_thread: is_main_thread(),
+            };
+            world.engine.refuse(launch, comm, kind, words);
+        }
+    });
 }
 
 /// Waits until everything dispatched so far has ended; −1 if an operation failed unnoticed.

@@ -15,7 +15,13 @@ import jax
 
 from mpi_cuda import _library
 from mpi_cuda._jax_patches import jax_core
-from mpi_cuda._library import ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL, DEFAULT_NUMBER, SELF_NUMBER
+from mpi_cuda._library import (
+    ATTRIBUTE_ANY,
+    ATTRIBUTE_PROC_NULL,
+    DEFAULT_NUMBER,
+    REDUCTIONS,
+    SELF_NUMBER,
+)
 
 # What a negative number that is none of the two is reduced by.
 _NEGATIVE = 2**32
@@ -50,8 +56,7 @@ class Op(Constant):
         self.number = number
 
 
-_REDUCTIONS = ("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR", "BXOR")
-OPS = {name: Op(name, number) for number, name in enumerate(_REDUCTIONS)}
+OPS = {name: Op(name, number) for number, name in enumerate(REDUCTIONS)}
 
 
 @jax.tree_util.register_static
@@ -183,6 +188,22 @@ def _user_op(mpi: Any, op: Any) -> Op:
         known = Op("user-defined", number)
         _user_ops[handle] = op, known
     return known
+
+
+def tell_refusal(operation: str, comm: Any, error: Exception) -> None:
+    """Tells the other ranks of a communicator that this one has refused a collective.
+
+    Within a program that is being traced nobody is told: what the program would have executed
+    before is not known.
+    """
+    if not jax_core.is_outside_programs():
+        return
+    try:
+        where = resolve_comm(comm)
+    except (TypeError, ValueError, RuntimeError):
+        return
+    words = f"{type(error).__name__}: {error}"
+    _library.load().mpi_cuda_refuse(where.number, operation.encode(), words.encode())
 
 
 def _integer(operation: str, what: str, value: Any) -> int:

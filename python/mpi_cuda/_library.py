@@ -25,6 +25,8 @@ WHEELS = {
 # Attribute values of the custom calls.
 ATTRIBUTE_ANY = -1
 ATTRIBUTE_PROC_NULL = -2
+# Reductions in the order of their numbers; the user's own have larger ones.
+REDUCTIONS = ("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR", "BXOR")
 # Communicators that always exist.
 WORLD_NUMBER, DEFAULT_NUMBER, SELF_NUMBER = 0, 1, 2
 
@@ -82,6 +84,8 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_op": (ctypes.c_int64, [ctypes.c_uint64]),
         "mpi_cuda_status": (ctypes.c_int64, [ctypes.c_void_p]),
         "mpi_cuda_reads_status": (None, []),
+        "mpi_cuda_describe": (None, [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p]),
+        "mpi_cuda_refuse": (None, [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p]),
         "mpi_cuda_wait": (ctypes.c_int, []),
         "mpi_cuda_in_flight": (ctypes.c_int, []),
         "mpi_cuda_launches_on_callers": (ctypes.c_int, []),

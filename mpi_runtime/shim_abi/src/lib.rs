@@ -84,6 +84,23 @@ pub enum Reduction {
     User,
 }
 
+impl Reduction {
+    /// Every reduction, in the order of their numbers.
+    pub const ALL: &[Reduction] = &[
+        Reduction::Sum,
+        Reduction::Prod,
+        Reduction::Min,
+        Reduction::Max,
+        Reduction::Land,
+        Reduction::Lor,
+        Reduction::Lxor,
+        Reduction::Band,
+        Reduction::Bor,
+        Reduction::Bxor,
+        Reduction::User,
+    ];
+}
+
 /// One operation, ready for MPI: checked, its communicator a handle, its buffers host memory.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

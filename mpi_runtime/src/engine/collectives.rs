@@ -10,12 +10,12 @@ use mpi_shim_abi::{ANY, Kind, ShimOp};
 use parking_lot::Mutex;
 
 use crate::buffer::Buffer;
+use crate::engine::compare::Comparison;
 use crate::engine::pending::PendingTable;
 use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::backoff;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
 use crate::mpi::shim::Shim;
-use crate::node::rendezvous::Rendezvous;
 use crate::operation::Operation;
 
 /// Tag of messages between the devices of XLA's collectives.
@@ -28,8 +28,6 @@ const VERDICT_TAG: i32 = 3;
 #[derive(Default)]
 pub struct ReplicaGroups {
     members: Mutex<HashMap<i64, Vec<i32>>>,
-    /// Sequences of collectives that this rank has run, in words.
-    summaries: Mutex<HashMap<u64, String>>,
 }
 
 /// What the engine lends to collectives.
@@ -38,7 +36,7 @@ pub(crate) struct CollectiveContext<'a> {
     pub(crate) shim: Option<&'a Shim>,
     pub(crate) communicators: &'a Communicators,
     pub(crate) pending: &'a PendingTable,
-    pub(crate) rendezvous: Option<&'a Rendezvous>,
+    pub(crate) comparison: &'a Comparison,
     /// Rank in the world.
     pub(crate) rank: i32,
 }
@@ -141,61 +139,33 @@ impl ReplicaGroups {
     /// Begins a launch of `program` in its turn: waits, with backoff, for the other ranks where one
     /// may still be compiling. They must be about to run the same sequence of collectives.
     ///
-    /// Where all ranks of the world run the program (then `launch` is its number), and see each
-    /// other in shared memory, each shows what it begins; at the `first` launch of this very
-    /// program here this rank waits until it sees what all others have begun, and later it looks at
-    /// what is there. Else the ranks meet, by messages, at the first launch of a sequence: that is
-    /// the same on all of them, since it depends on nothing but the sequences that they have run
-    /// together.
+    /// Where all ranks of the world run the program, those of a node compare every launch in shared
+    /// memory. Ranks that do not see each other meet, by messages, at the first launch of a
+    /// sequence: that is the same on all of them, since it depends on nothing but the sequences
+    /// that they have run together.
     pub(crate) fn begin(
         &self,
         on: CollectiveContext<'_>,
         program: &CollectiveSequence,
-        launch: Option<u64>,
-        first: bool,
     ) -> Result<(), OperationError> {
+        if program.everybody {
+            let waiting = Operation {
+                comm: COLLECTIVES,
+                ..first_run(NOBODY)
+            };
+            let _pending = on.pending.enter(&waiting, "all ranks");
+            let words = || words_or(Some(&program.summary));
+            on.comparison
+                .launch(program.sequence, words)
+                .map_err(|reason| failed(on, program, reason))?;
+        }
         let new = !program.begun.load(Ordering::Relaxed);
-        match (launch, on.rendezvous) {
-            (Some(launch), Some(rendezvous)) => {
-                self.begin_in_sight(on, program, launch, rendezvous, first || new)?;
-            }
-            _ if new => meet(on, program)?,
-            _ => {}
+        let in_sight = program.everybody && on.comparison.sees_everybody(program.members.len());
+        if new && !in_sight {
+            meet(on, program)?;
         }
         program.begun.store(true, Ordering::Relaxed);
         Ok(())
-    }
-
-    fn begin_in_sight(
-        &self,
-        on: CollectiveContext<'_>,
-        program: &CollectiveSequence,
-        launch: u64,
-        rendezvous: &Rendezvous,
-        new: bool,
-    ) -> Result<(), OperationError> {
-        let own = program.sequence;
-        rendezvous.begin(launch, own, new.then_some(&program.summary));
-        let other = if new {
-            self.summaries.lock().insert(own, program.summary.clone());
-            let _pending = on.pending.enter(&first_run(NOBODY), "all ranks");
-            rendezvous.wait_begun(launch);
-            rendezvous.other_program(launch, own, rendezvous.ranks())
-        } else {
-            rendezvous.other_program(launch, own, rendezvous.neighbours())
-        };
-        let Some((rank, theirs)) = other else {
-            return Ok(());
-        };
-        let rank = rank as i32;
-        let words = rendezvous.words(rank as usize, launch);
-        let words = words.or_else(|| self.summaries.lock().get(&theirs).cloned());
-        let mut both = [
-            (on.rank, words_or(Some(&program.summary))),
-            (rank, words_or(words.as_deref())),
-        ];
-        both.sort_unstable();
-        Err(failed(on, program, verdict(&both).into()))
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod check;
 pub mod collectives;
+mod compare;
 mod freed_comms;
 mod identity;
 mod mpi_calls;
@@ -17,10 +18,13 @@ mod uniform;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use crate::device::Stream;
 use crate::engine::collectives::{CollectiveContext, CollectiveSequence, ReplicaGroups};
+use crate::engine::compare::Comparison;
+pub use crate::engine::compare::Launch;
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::{MpiCalls, done};
 use crate::engine::nonblocking::NonblockingMessages;
@@ -31,6 +35,7 @@ use crate::error::{Failure, OperationError};
 use crate::log;
 use crate::mpi::communicators::{Communicator, Communicators};
 use crate::mpi::shim::{self, Shim};
+use crate::node::board::Board;
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::Operation;
 use crate::transfer::direct::Direct;
@@ -123,20 +128,18 @@ impl Engine {
 
     /// Begins the launch `ticket` of `program`, once it is its turn: waits, with backoff, for other
     /// ranks that may still be compiling, and checks that they are about to run the same sequence
-    /// of collectives. `first` says that this very program has not run here.
+    /// of collectives.
     pub fn begin_collectives(
         &self,
         ticket: Ticket,
         program: &CollectiveSequence,
-        first: bool,
     ) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
-        let histories = &self.calls.histories;
-        let launch = program
-            .everybody
-            .then(|| histories.count_collective_launch());
+        if program.everybody {
+            self.calls.histories.count_collective_launch();
+        }
         self.groups
-            .begin(self.collective_context(), program, launch, first)
+            .begin(self.collective_context(), program)
             .inspect_err(|error| self.unread.lock().push(error.clone()))
     }
 
@@ -145,7 +148,7 @@ impl Engine {
             shim: self.calls.shim.as_ref(),
             communicators: &self.communicators,
             pending: &self.pending,
-            rendezvous: self.rendezvous.as_ref(),
+            comparison: &self.calls.comparison,
             rank: self.rank,
         }
     }
@@ -191,7 +194,7 @@ impl Engine {
         if comm.freed && self.freed_comms.are_used_by(op.comm, ticket) {
             comm.freed = false;
         }
-        self.run_at(place, op, &comm)
+        self.run_at(ticket, place, op, &comm)
             .map_err(|reason| OperationError {
                 operation: op.to_string(),
                 rank: comm.rank,
@@ -221,16 +224,17 @@ impl Engine {
 
     fn run_at(
         &self,
+        ticket: Ticket,
         place: Place<'_>,
         op: &Operation<'_>,
         comm: &Communicator,
     ) -> Result<(), Failure> {
         let calls = &self.calls;
         match place {
-            Place::Host => calls.execute(op, comm),
+            Place::Host => calls.execute(ticket, op, comm),
             Place::Direct(direct, main) => {
-                check::prepare(op, comm)?;
                 let _pending = self.pending.enter(op, comm.name);
+                self.prepare_whole(ticket, op, comm)?;
                 let mut perform = |op: &Operation<'_>| {
                     let shim_op = check::prepare(op, comm)?;
                     calls.call(op, comm, &shim_op).map(done)
@@ -242,12 +246,76 @@ impl Engine {
                 let pending = (!op.kind.is_end()).then(|| self.pending.enter(op, comm.name));
                 if pending.is_some() {
                     // As a whole, so that nothing begins that cannot end.
-                    check::prepare(op, comm)?;
+                    self.prepare_whole(ticket, op, comm)?;
                 }
                 let done = staging.execute(op, comm, main, &mut calls.on(op.comm, comm))?;
                 calls.say_received(op, done)
             }
         }
+    }
+
+    /// Checks an operation of which MPI will see parts.
+    fn prepare_whole(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<(), Failure> {
+        let prepared = if op.kind.is_collective() {
+            self.calls.prepare_collective(ticket, op, comm)
+        } else {
+            check::prepare(op, comm)
+        };
+        prepared.map(drop)
+    }
+
+    /// The ranks of this node compare what they do on this board; in a world of `size` ranks.
+    pub(crate) fn compare_on(&mut self, board: Arc<Board>, size: i32) {
+        self.calls.comparison = Comparison::new(board, size);
+    }
+
+    /// Says that this rank executes nothing more, to those that wait for it.
+    pub fn leave(&self) {
+        if let Some(board) = self.calls.comparison.board() {
+            board.leave();
+        }
+    }
+
+    /// Notes what is known of the launch that has taken `ticket`, before it begins.
+    pub fn note_launch(&self, ticket: Ticket, launch: Launch) {
+        self.calls.comparison.note(ticket, launch);
+    }
+
+    /// Tells the other ranks that this one has refused a collective of that kind on `comm`, before
+    /// it was launched: once the launches so far have ended, on a thread of its own. `words` say
+    /// why. Otherwise they would wait for ever.
+    pub fn refuse(&'static self, launch: Launch, comm: i64, kind: Kind, words: String) {
+        let Some(comm_row) = self.communicators.get(comm).filter(|row| row.size > 1) else {
+            return;
+        };
+        let ticket = self.issue_ticket();
+        self.note_launch(ticket, launch);
+        let told = std::thread::Builder::new()
+            .name("mpi_cuda refusal".into())
+            .spawn(move || {
+                self.order.wait_turn(ticket);
+                let members = || {
+                    let shim = self.calls.shim.as_ref()?;
+                    shim.comm_members(comm_row.handle, comm_row.size).ok()
+                };
+                let comparison = &self.calls.comparison;
+                comparison.refuse(ticket, comm, kind, &words, members);
+                self.retire(ticket);
+            });
+        if told.is_err() {
+            self.retire(ticket);
+        }
+    }
+
+    /// Says in words what the sequence of a [`UniformProgram`] is; `code` is the same for those
+    /// that differ only in how often their loops run.
+    pub fn describe_sequence(&self, sequence: u64, code: u64, words: &str) {
+        self.calls.comparison.describe(sequence, code, words);
     }
 
     /// Ends all messages that were started, and says which of them nobody has waited for. Last,
@@ -271,6 +339,7 @@ impl Engine {
 
     /// Ends a launch; without this, later launches wait forever.
     pub fn retire(&self, ticket: Ticket) {
+        self.calls.comparison.forget(ticket);
         self.order.retire(ticket);
         // Nobody else has used these communicators.
         for comm in self.freed_comms.let_go(ticket) {
@@ -367,6 +436,7 @@ impl Engine {
                 .keep(number, handle, || self.order.not_ended());
         }
         self.communicators.free(number);
+        self.calls.comparison.free(number);
         executing
     }
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::buffer::Buffer;
+use crate::engine::compare::Comparison;
 use crate::engine::nonblocking::NonblockingMessages;
+use crate::engine::order::Ticket;
 use crate::engine::pending::PendingTable;
 use crate::engine::uniform::Histories;
 use crate::engine::{check, result_canary, single_rank};
@@ -22,6 +24,7 @@ pub(super) struct MpiCalls {
     /// Messages whose start and end are separate; none without MPI.
     pub(super) nonblocking: Option<NonblockingMessages>,
     pub(super) histories: Histories,
+    pub(super) comparison: Comparison,
     pending: Arc<PendingTable>,
 }
 
@@ -32,6 +35,7 @@ impl MpiCalls {
             shim,
             nonblocking: shim.map(NonblockingMessages::new),
             histories: Histories::default(),
+            comparison: Comparison::default(),
             pending,
         }
     }
@@ -45,13 +49,42 @@ impl MpiCalls {
         }
     }
 
-    /// Executes an operation on memory of the host.
-    pub(super) fn execute(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
+    /// Executes an operation of the launch `ticket` on memory of the host.
+    pub(super) fn execute(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<(), Failure> {
         match op.kind {
             kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
             kind if kind.is_start() => self.start_message(op, comm),
+            kind if kind.is_collective() => {
+                let _pending = self.pending.enter(op, comm.name);
+                let shim_op = self.prepare_collective(ticket, op, comm)?;
+                self.perform_prepared(op, comm, &shim_op).map(drop)
+            }
             _ => self.complete(op, comm),
         }
+    }
+
+    /// Checks a collective of the launch `ticket`, and compares it with what the other ranks are
+    /// about to do. Once for the whole collective, in whatever parts MPI sees it.
+    #[inline]
+    pub(super) fn prepare_collective(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<ShimOp, Failure> {
+        let prepared = check::prepare(op, comm);
+        let members = || {
+            let shim = self.shim.as_ref()?;
+            shim.comm_members(comm.handle, comm.size).ok()
+        };
+        let comparison = &self.comparison;
+        comparison.operation(ticket, op, comm, &prepared, members)?;
+        prepared
     }
 
     /// Executes what is a whole to MPI, and checks what has come.
@@ -69,11 +102,21 @@ impl MpiCalls {
         comm: &Communicator,
     ) -> Result<ShimReceived, Failure> {
         let shim_op = check::prepare(op, comm)?;
+        self.perform_prepared(op, comm, &shim_op)
+    }
+
+    #[inline]
+    fn perform_prepared(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+        shim_op: &ShimOp,
+    ) -> Result<ShimReceived, Failure> {
         if self.shim.is_none() {
             return single_rank::execute(op).map(|()| ShimReceived::default());
         }
         let canary = result_canary::place(op, comm);
-        let received = self.call(op, comm, &shim_op)?;
+        let received = self.call(op, comm, shim_op)?;
         if op.kind.returns_operand(comm.rank == op.root) {
             single_rank::copy_through(op);
         }

@@ -55,10 +55,9 @@ impl Histories {
         }
     }
 
-    /// A launch with collectives that all ranks run has begun; its number, the same everywhere.
-    pub(super) fn count_collective_launch(&self) -> u64 {
-        let before = self.collectives.position.fetch_add(1, Ordering::Relaxed);
-        before + 1
+    /// A launch with collectives that all ranks run has begun.
+    pub(super) fn count_collective_launch(&self) {
+        self.collectives.position.fetch_add(1, Ordering::Relaxed);
     }
 
     /// That of the communicator of a program.

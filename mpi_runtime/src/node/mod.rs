@@ -1,5 +1,9 @@
 //! Memory that the ranks of a node share.
 
+pub(crate) mod bell;
+pub mod board;
+pub(crate) mod patience;
+pub mod process;
 pub mod rendezvous;
 pub mod segment;
 pub mod shm_ring;

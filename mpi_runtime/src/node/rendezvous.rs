@@ -8,7 +8,6 @@ use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::mpi::backoff;
 use crate::node::segment::{Atomics, Segment, SegmentName};
 
 /// How long a rank looks for the others before it takes the slower way; about what that way costs.
@@ -18,8 +17,6 @@ const PATIENCE: Duration = Duration::from_micros(200);
 const MARKS: usize = 16;
 /// One rank's marks, on cache lines of its own.
 const STRIDE: usize = MARKS * size_of::<Arrival>();
-/// Bytes of the words that a rank leaves for the others.
-const WORDS: usize = 512;
 /// Who looked in vain does not look again before the clock shows the next multiple of this, in
 /// nanoseconds: all ranks then begin again at the same moment, and so at the same launch. Each
 /// further failure doubles it.
@@ -53,24 +50,9 @@ impl Arrival {
     }
 }
 
-/// What one rank has begun: after the marks of all, likewise.
-#[repr(C, align(64))]
-struct Begun {
-    /// Number of the last launch.
-    launch: AtomicU64,
-    /// Number of the launch of which `words` are.
-    described: AtomicU64,
-    /// What the last launches run, each in the place of its number.
-    programs: [Arrival; MARKS],
-    words: [AtomicU64; WORDS / size_of::<u64>()],
-}
-
-// SAFETY: it has atomics, and arrays of them.
-unsafe impl Atomics for Begun {}
-
 /// What all ranks take of the memory.
 fn bytes(size: usize) -> usize {
-    size * (STRIDE + size_of::<Begun>())
+    size * STRIDE
 }
 
 fn name(number: u64) -> SegmentName {
@@ -121,77 +103,6 @@ impl Rendezvous {
         assert!(rank < self.size);
         let index = rank * MARKS + mark as usize % MARKS;
         self.segment.atomics(index * size_of::<Arrival>())
-    }
-
-    fn begun(&self, rank: usize) -> &Begun {
-        assert!(rank < self.size);
-        self.segment
-            .atomics(self.size * STRIDE + rank * size_of::<Begun>())
-    }
-
-    /// Says that this rank has begun launch number `launch`, which runs `program`; `words` tell of
-    /// it.
-    pub fn begin(&self, launch: u64, program: u64, words: Option<&str>) {
-        let own = self.begun(self.rank);
-        if let Some(words) = words {
-            own.described.store(0, Ordering::SeqCst);
-            let mut text = words.bytes().chain(std::iter::repeat(0));
-            for word in &own.words {
-                let bytes = std::array::from_fn(|_| text.next().unwrap_or(0));
-                word.store(u64::from_le_bytes(bytes), Ordering::SeqCst);
-            }
-            own.described.store(launch, Ordering::SeqCst);
-        }
-        own.programs[launch as usize % MARKS].write(launch, program);
-        own.launch.store(launch, Ordering::Release);
-    }
-
-    /// Waits, with backoff, until all ranks have begun launch number `launch`.
-    pub fn wait_begun(&self, launch: u64) {
-        let has_begun = |rank| self.begun(rank).launch.load(Ordering::Acquire) >= launch;
-        backoff::until(|| (0..self.size).all(has_begun).then_some(()));
-    }
-
-    /// The first of `ranks` of which this rank sees that its launch number `launch` runs something
-    /// other than `program`, and what.
-    pub fn other_program(
-        &self,
-        launch: u64,
-        program: u64,
-        ranks: impl IntoIterator<Item = usize>,
-    ) -> Option<(usize, u64)> {
-        ranks.into_iter().find_map(|rank| {
-            let theirs = self.begun(rank).programs[launch as usize % MARKS].read(launch)?;
-            (theirs != program).then_some((rank, theirs))
-        })
-    }
-
-    /// All ranks that share the memory.
-    pub fn ranks(&self) -> std::ops::Range<usize> {
-        0..self.size
-    }
-
-    /// The ranks beside this one: of ranks that differ, two are beside each other.
-    pub fn neighbours(&self) -> [usize; 2] {
-        [
-            (self.rank + self.size - 1) % self.size,
-            (self.rank + 1) % self.size,
-        ]
-    }
-
-    /// The words that `rank` has left of launch number `launch`.
-    pub fn words(&self, rank: usize, launch: u64) -> Option<String> {
-        let begun = self.begun(rank);
-        let is_there = || begun.described.load(Ordering::SeqCst) == launch;
-        if !is_there() {
-            return None;
-        }
-        let words = begun.words.iter();
-        let bytes: Vec<u8> = words
-            .flat_map(|word| word.load(Ordering::SeqCst).to_le_bytes())
-            .take_while(|&byte| byte != 0)
-            .collect();
-        is_there().then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if

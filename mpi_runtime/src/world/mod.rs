@@ -67,6 +67,9 @@ impl World {
         shim.configure(agreed.oversubscribed, options.part_bytes);
         let shared = share::share_memory(&ranks, options, &agreed)?;
         engine.rendezvous = shared.rendezvous;
+        if let Some(board) = shared.board {
+            engine.compare_on(board, joined.size);
+        }
         child::mark(launched);
         Ok(World {
             rank: joined.rank,
@@ -149,6 +152,7 @@ impl World {
     /// Waits for everything dispatched and, if we initialised MPI, finalizes it. Call once, last.
     pub fn shutdown(&self) {
         self.engine.wait_idle();
+        self.engine.leave();
         let Some(shim) = &self.shim else { return };
         if shim.state() == MpiState::Running {
             self.engine.finish_messages();

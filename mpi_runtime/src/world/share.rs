@@ -5,6 +5,8 @@
 use std::sync::Arc;
 
 use crate::error::StartError;
+use crate::node::board::Board;
+use crate::node::patience;
 use crate::node::rendezvous::Rendezvous;
 use crate::node::segment;
 use crate::node::shm_rings::ShmRings;
@@ -18,6 +20,8 @@ pub(super) struct SharedMemory {
     pub(super) shm_rings: Option<Arc<ShmRings>>,
     /// If all ranks are on this node.
     pub(super) rendezvous: Option<Rendezvous>,
+    /// If the ranks of every node share memory.
+    pub(super) board: Option<Arc<Board>>,
 }
 
 /// Makes it. Collective.
@@ -43,9 +47,15 @@ pub(super) fn share_memory(
         true if size > 1 => share_rendezvous(ranks)?,
         _ => None,
     };
+    patience::configure(agreed.oversubscribed);
+    let board = match size {
+        1 => None,
+        _ => share_board(ranks, agreed.node_size)?.map(Arc::new),
+    };
     Ok(SharedMemory {
         shm_rings,
         rendezvous,
+        board,
     })
 }
 
@@ -62,6 +72,24 @@ fn share_rendezvous(ranks: &AllRanks<'_>) -> Result<Option<Rendezvous>, StartErr
         rendezvous.unlink();
     }
     Ok(rendezvous.ok().filter(|_| !failed))
+}
+
+/// What the ranks of a node show each other, or none if those of some node cannot share memory.
+fn share_board(ranks: &AllRanks<'_>, node_size: i32) -> Result<Option<Board>, StartError> {
+    let (rank, size) = (ranks.comm.rank as usize, ranks.comm.size as usize);
+    let own = if rank == 0 { segment::new_number() } else { 0 };
+    let number = ranks.most(own)?;
+    let mut board = Board::make(number, rank, size);
+    ranks.most(0)?;
+    let seen = board.as_mut().map_or(0, |board| {
+        board.open();
+        board.ranks()
+    });
+    let failed = ranks.most(u64::from(seen != node_size as usize))? != 0;
+    if let Ok(board) = &board {
+        board.unlink();
+    }
+    Ok(board.ok().filter(|_| !failed))
 }
 
 /// The rings of this node's ranks; a rank makes one for messages in parts of `chunk` bytes, if any.

@@ -1,7 +1,5 @@
 //! Handlers of XLA's collectives, which `hlo_rewrite` puts into partitioned programs.
 
-use std::sync::atomic::Ordering;
-
 use mpi_runtime::mpi::communicators::COLLECTIVES;
 use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Ticket};
 
@@ -33,10 +31,9 @@ fn begin(frame: &Frame<'_>) -> Result<(), Error> {
         world().ok_or_else(|| Error::internal("a program ran before the world was started"))?;
     let program = replica_groups::program(attribute(frame, "program")?)?;
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
-    let again = program.ran.swap(true, Ordering::Relaxed);
     world
         .engine
-        .begin_collectives(ticket, &program.sequence, !again)
+        .begin_collectives(ticket, &program)
         .map_err(Error::from)
 }
 

@@ -2,7 +2,6 @@
 //! are hashes of the content, so a program that comes from a cache finds the same.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
 
 use hlo_rewrite::{DeviceTable, Rewritten};
@@ -36,20 +35,11 @@ pub enum Part {
     None,
 }
 
-/// A program, and whether this process has run it. Two may have the same sequence of collectives,
-/// which is all that ranks compare: what else is in them may depend on the rank.
-pub struct CollectiveProgram {
-    /// What the ranks compare.
-    pub sequence: Arc<CollectiveSequence>,
-    /// It has begun here before.
-    pub ran: AtomicBool,
-}
-
 #[derive(Default)]
 struct Known {
     parts: HashMap<i64, Part>,
     /// By identity.
-    programs: HashMap<i64, Arc<CollectiveProgram>>,
+    programs: HashMap<i64, Arc<CollectiveSequence>>,
     /// By the sequence of collectives.
     sequences: HashMap<u64, Arc<CollectiveSequence>>,
 }
@@ -87,12 +77,7 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
         .entry(rewritten.sequence)
         .or_insert_with(|| Arc::new(program()))
         .clone();
-    known.programs.entry(rewritten.identity).or_insert_with(|| {
-        Arc::new(CollectiveProgram {
-            sequence,
-            ran: AtomicBool::new(false),
-        })
-    });
+    known.programs.entry(rewritten.identity).or_insert(sequence);
     Ok(())
 }
 
@@ -135,7 +120,7 @@ pub fn part(number: i64) -> Result<Part, Error> {
 }
 
 /// The program with that number.
-pub fn program(number: i64) -> Result<Arc<CollectiveProgram>, Error> {
+pub fn program(number: i64) -> Result<Arc<CollectiveSequence>, Error> {
     KNOWN.read().programs.get(&number).cloned().ok_or_else(|| {
         Error::internal(format!(
             "a collective is of program {number}, which is not loaded here"

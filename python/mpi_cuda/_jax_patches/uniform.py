@@ -17,7 +17,13 @@ import numpy as np
 from mpi_cuda import _library
 from mpi_cuda._jax_patches import jaxprs
 from mpi_cuda._jax_patches.patch import Patch
-from mpi_cuda._library import ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL, DEFAULT_NUMBER, WORLD_NUMBER
+from mpi_cuda._library import (
+    ATTRIBUTE_ANY,
+    ATTRIBUTE_PROC_NULL,
+    DEFAULT_NUMBER,
+    REDUCTIONS,
+    WORLD_NUMBER,
+)
 
 PATCHES = (
     Patch(
@@ -39,6 +45,7 @@ _CALLS = ("jit", "closed_call", "core_call", "remat2", "custom_jvp_call", "custo
 # Above these a launch takes long enough that a caller would rather not wait for it.
 _LONGEST = 10_000
 _LARGEST = 16 << 20
+_LONGEST_WORDS = 400
 
 _pending = threading.local()
 
@@ -69,6 +76,9 @@ class _Found:
             self.bytes += times * var.aval.size * var.aval.dtype.itemsize
         if name in ("send", "recv", "isend", "irecv", "wait", "wait_send"):
             raise _Different
+        if attributes.get("op", 0) not in range(len(REDUCTIONS)):
+            # The user's have other numbers on other ranks.
+            raise _Different
         if name == "sendrecv":
             tag, recvtag = attributes["tag"], attributes["recvtag"]
             if attributes["source"] == ATTRIBUTE_ANY or recvtag not in (tag, ATTRIBUTE_ANY):
@@ -82,7 +92,16 @@ class _Found:
                     self.balance += sign * _hash((self.exchanges, source, dest))
             self.exchanges += 1
             attributes = {"tag": tag, "recvtag": recvtag}
-        return name, sorted(attributes.items())
+        return name, sorted(attributes.items()), _same_everywhere(name, eqn)
+
+
+def _same_everywhere(name: str, eqn: Any) -> tuple[str, int] | None:
+    """dtype and number of elements that an operation has on every rank."""
+    if name in ("barrier", "sendrecv"):
+        return None
+    # The root of a scatter passes more, and that of a gather gets more.
+    arrays = eqn.outvars if name == "scatter" else eqn.invars
+    return (str(arrays[0].aval.dtype), arrays[0].aval.size)
 
 
 def _hash(value: Any) -> int:
@@ -111,6 +130,28 @@ def _sequence(jaxpr: Any, found: _Found, times: int) -> list[Any]:
     return sequence
 
 
+def _code(sequence: list[Any]) -> list[Any]:
+    """The sequence without the lengths of its loops."""
+    is_loop = [isinstance(item[0], int) for item in sequence]
+    return [_code(item[1]) if loop else item for item, loop in zip(sequence, is_loop, strict=True)]
+
+
+def _words(sequence: list[Any]) -> str:
+    """`4 times (allreduce of 3 float32 with SUM), barrier`"""
+    said = []
+    for item in sequence:
+        if isinstance(item[0], int):
+            said.append(f"{item[0]} times ({_words(item[1])})" if item[0] > 1 else _words(item[1]))
+            continue
+        name, attributes, array = item
+        known = dict(attributes)
+        words = name if array is None else f"{name} of {array[1]} {array[0]}"
+        if "op" in known:
+            words += f" with {REDUCTIONS[known['op']]}"
+        said.append(words + (f" with root {known['root']}" if "root" in known else ""))
+    return ", ".join(words for words in said if words)
+
+
 def mark(jaxpr: Any, effect: Any) -> str | None:
     """The attribute's name, or None if the ranks may differ. `effect` is that of operations."""
     found = _Found(effect, _library.start().rank)
@@ -122,7 +163,10 @@ def mark(jaxpr: Any, effect: Any) -> str | None:
         return None
     if found.operations > _LONGEST or found.bytes > _LARGEST:
         return None
-    name = f"mpi_cuda_uniform_{found.comms.pop()}_{_hash(sequence):016x}"
+    number = _hash(sequence)
+    words = _words(sequence)[:_LONGEST_WORDS].encode()
+    _library.load().mpi_cuda_describe(number, _hash(_code(sequence)), words)
+    name = f"mpi_cuda_uniform_{found.comms.pop()}_{number:016x}"
     return f"{name}_{found.balance % 2**64:016x}" if found.exchanges else name
 
 

@@ -32,44 +32,6 @@ fn who_is_not_free_does_not_arrive() {
 }
 
 #[test]
-fn who_waits_for_all_to_begin_waits_for_the_last() {
-    let ranks = three();
-    ranks[0].begin(3, 0, None);
-    ranks[1].begin(4, 0, None);
-    std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| ranks[0].wait_begun(3));
-        std::thread::sleep(Duration::from_millis(5));
-        assert!(!waiting.is_finished());
-        ranks[2].begin(3, 0, None);
-    });
-    ranks[2].wait_begun(3);
-}
-
-#[test]
-fn another_program_is_seen_where_it_begins() {
-    let ranks = three();
-    for launch in 1..40 {
-        ranks[0].begin(launch, 7, None);
-        ranks[1].begin(launch, 7, None);
-    }
-    ranks[2].begin(39, 8, Some("all-reduce of 2 \u{b5}s"));
-    let see = |rank: usize, launch| ranks[rank].other_program(launch, 7, ranks[rank].ranks());
-    assert_eq!(see(0, 39), Some((2, 8)));
-    assert_eq!(
-        ranks[1].other_program(39, 7, ranks[1].neighbours()),
-        Some((2, 8))
-    );
-    assert_eq!(
-        ranks[2].other_program(39, 8, ranks[2].neighbours()),
-        Some((1, 7))
-    );
-    // What nobody has begun, and what is overwritten, is not seen.
-    assert_eq!((see(0, 40), see(2, 3)), (None, None));
-    assert_eq!(ranks[0].words(2, 39).unwrap(), "all-reduce of 2 \u{b5}s");
-    assert_eq!((ranks[0].words(1, 39), ranks[0].words(2, 38)), (None, None));
-}
-
-#[test]
 fn nobody_meets_those_who_have_not_come() {
     let ranks = three();
     assert!(!meet(&ranks[0], 5));

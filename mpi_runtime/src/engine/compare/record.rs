@@ -1,0 +1,243 @@
+//! What a rank says of the step that it is about to take, in a few numbers that every rank
+//! understands.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use mpi_shim_abi::{Kind, Reduction, ShimOp};
+
+use crate::buffer::ElementType;
+use crate::node::board::RECORD;
+use crate::operation::{Operation, reduction_name};
+
+/// A step of a rank on one communicator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Record {
+    /// A collective.
+    Operation(Compared),
+    /// A launch of a program that is one fixed sequence of collectives.
+    Launch(Sequence),
+    /// A collective that this rank has refused before it communicated.
+    Refused(Kind),
+}
+
+/// A fixed sequence of collectives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sequence {
+    pub(super) hash: u64,
+    /// The same, but for how often its loops run; 0 if that is not known.
+    pub(super) code: u64,
+    /// It begins with one of this kind, where only one is first.
+    pub(super) first: Option<Kind>,
+}
+
+/// What must be the same on all ranks of a collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Compared {
+    kind: Kind,
+    dtype: ElementType,
+    reduction: Option<Reduction>,
+    root: i32,
+    /// Elements, of one rank where each has a block.
+    count: i64,
+}
+
+impl Compared {
+    #[inline]
+    pub(super) fn new(op: &Operation<'_>, shim_op: &ShimOp) -> Compared {
+        let described = if op.kind.has_operand() {
+            &op.send
+        } else {
+            &op.recv
+        };
+        Compared {
+            kind: op.kind,
+            dtype: described.dtype,
+            reduction: op.reduction,
+            root: if op.kind.has_root() { op.root } else { 0 },
+            count: shim_op.count.max(shim_op.recv_count),
+        }
+    }
+}
+
+const OPERATION: u64 = 1;
+const LAUNCH: u64 = 2;
+const REFUSED: u64 = 3;
+
+impl Record {
+    /// As it stands in shared memory: what it is and the numbers of kind, dtype and reduction (0
+    /// for none) in the bytes of the first, then root, and count or hash.
+    #[inline]
+    pub(super) fn words(self) -> [u64; RECORD] {
+        match self {
+            Record::Operation(own) => {
+                let reduction = own.reduction.map_or(0, |reduction| reduction as u64 + 1);
+                let first =
+                    OPERATION | (own.kind as u64) << 8 | (own.dtype as u64) << 16 | reduction << 24;
+                [first, own.root as u64, own.count as u64, 0]
+            }
+            Record::Launch(own) => {
+                let first = own.first.map_or(0, |kind| kind as u64 + 1);
+                [LAUNCH | first << 8, own.code, own.hash, 0]
+            }
+            Record::Refused(kind) => [REFUSED | (kind as u64) << 8, 0, 0, 0],
+        }
+    }
+
+    /// Whether these are those of a launch.
+    #[inline]
+    pub(super) fn is_launch(words: &[u64; RECORD]) -> bool {
+        words[0] & 0xff == LAUNCH
+    }
+
+    /// Whether two launches run the same code, but differently.
+    pub(super) fn clash(one: &[u64; RECORD], other: &[u64; RECORD]) -> bool {
+        one[1] != 0 && one[1] == other[1] && one[2] != other[2]
+    }
+
+    #[inline]
+    pub(super) fn is_refusal(words: &[u64; RECORD]) -> bool {
+        words[0] & 0xff == REFUSED
+    }
+
+    /// The kind of the collective that this begins with, if that is one.
+    pub(super) fn kind(&self) -> Option<Kind> {
+        match self {
+            Record::Operation(own) => Some(own.kind),
+            Record::Launch(sequence) => sequence.first,
+            Record::Refused(kind) => Some(*kind),
+        }
+    }
+
+    /// From what another rank has written.
+    fn from_words(words: &[u64; RECORD]) -> Option<Record> {
+        let byte = |index: u32| (words[0] >> (8 * index)) as u8 as usize;
+        let kind = Kind::ALL.get(byte(1)).copied();
+        Some(match byte(0) as u64 {
+            OPERATION => Record::Operation(Compared {
+                kind: kind?,
+                dtype: *ElementType::ALL.get(byte(2))?,
+                reduction: match byte(3) {
+                    0 => None,
+                    number => Some(Reduction::ALL.get(number - 1).copied()?),
+                },
+                root: words[1] as i32,
+                count: words[2] as i64,
+            }),
+            LAUNCH => Record::Launch(Sequence {
+                hash: words[2],
+                code: words[1],
+                first: match byte(1) {
+                    0 => None,
+                    number => Some(Kind::ALL.get(number - 1).copied()?),
+                },
+            }),
+            REFUSED => Record::Refused(kind?),
+            _ => return None,
+        })
+    }
+
+    /// Says what another rank has written.
+    pub(super) fn describe(words: &[u64; RECORD]) -> String {
+        match Record::from_words(words) {
+            Some(record) => record.to_string(),
+            None => "something that this rank does not know".into(),
+        }
+    }
+}
+
+impl fmt::Display for Record {
+    /// `allreduce of 3 float32 with SUM`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Record::Operation(own) => {
+                write!(f, "{}", own.kind.name())?;
+                if own.kind != Kind::Barrier {
+                    write!(f, " of {} {}", own.count, own.dtype.name())?;
+                }
+                if let Some(reduction) = own.reduction {
+                    write!(f, " with {}", reduction_name(reduction))?;
+                }
+                if own.kind.has_root() {
+                    write!(f, " with root {}", own.root)?;
+                }
+                Ok(())
+            }
+            Record::Launch(..) => f.write_str("another sequence of operations"),
+            Record::Refused(kind) => write!(f, "{}, which it refused", kind.name()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn operation(kind: Kind, reduction: Option<Reduction>) -> Record {
+        Record::Operation(Compared {
+            kind,
+            dtype: ElementType::BF16,
+            reduction,
+            root: 3,
+            count: 1 << 40,
+        })
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_read() {
+        let reductions = Reduction::ALL.iter().copied().map(Some);
+        for reduction in reductions.chain([None]) {
+            for &kind in Kind::ALL {
+                let own = operation(kind, reduction);
+                assert_eq!(Record::from_words(&own.words()), Some(own));
+            }
+        }
+        let launch = |first| {
+            Record::Launch(Sequence {
+                hash: u64::MAX,
+                code: 3,
+                first,
+            })
+        };
+        for record in [
+            launch(None),
+            launch(Some(Kind::Scatter)),
+            Record::Refused(Kind::Scatter),
+        ] {
+            assert_eq!(Record::from_words(&record.words()), Some(record));
+        }
+        assert!(Record::is_launch(&launch(None).words()));
+        let words = |hash, code| {
+            Record::Launch(Sequence {
+                hash,
+                code,
+                first: None,
+            })
+            .words()
+        };
+        assert!(Record::clash(&words(1, 5), &words(2, 5)));
+        for other in [words(1, 5), words(2, 6), words(2, 0)] {
+            assert!(!Record::clash(&words(1, 5), &other));
+        }
+        assert!(!Record::clash(&words(1, 0), &words(2, 0)));
+        assert!(Record::is_refusal(&Record::Refused(Kind::Scatter).words()));
+        for garbage in [0, 9, OPERATION | 0xff << 8, OPERATION | 0xff << 16] {
+            assert_eq!(Record::from_words(&[garbage, 0, 0, 0]), None);
+        }
+    }
+
+    #[test]
+    fn a_record_describes_itself() {
+        let text = |record: Record| Record::describe(&record.words());
+        assert_eq!(
+            text(operation(Kind::Reduce, Some(Reduction::Max))),
+            "reduce of 1099511627776 bfloat16 with MAX with root 3"
+        );
+        assert_eq!(text(operation(Kind::Barrier, None)), "barrier");
+        assert_eq!(
+            text(Record::Refused(Kind::Scatter)),
+            "scatter, which it refused"
+        );
+    }
+}

@@ -1,0 +1,349 @@
+//! Ranks as threads, each with a board of its own.
+
+use std::sync::Barrier;
+
+use mpi_shim_abi::{Kind, Reduction};
+
+use super::*;
+use crate::buffer::{Buffer, ElementType};
+use crate::engine::check;
+use crate::node::segment::new_number;
+
+const RANKS: usize = 3;
+
+fn boards() -> Vec<Arc<Board>> {
+    let number = new_number();
+    let mut boards: Vec<_> = (0..RANKS)
+        .map(|rank| Board::make(number, rank, RANKS).unwrap())
+        .collect();
+    boards.iter_mut().for_each(Board::open);
+    boards.iter().for_each(Board::unlink);
+    boards.into_iter().map(Arc::new).collect()
+}
+
+/// One rank: its comparison, and the launch that it is in.
+struct Rank {
+    comparison: Comparison,
+    rank: i32,
+    launch: u32,
+}
+
+impl Rank {
+    fn comm(&self) -> Communicator {
+        Communicator {
+            name: "test",
+            handle: 0,
+            user_handle: 0,
+            rank: self.rank,
+            size: RANKS as i32,
+            freed: false,
+        }
+    }
+
+    /// Executes a collective on `comm`: what is said against it.
+    fn run(&self, comm: i64, op: Operation<'_>) -> Result<(), String> {
+        let prepared = check::prepare(&op, &self.comm());
+        let members = || Some((0..RANKS as i32).collect());
+        let ticket = Ticket(self.launch);
+        let op = Operation { comm, ..op };
+        let compared = self
+            .comparison
+            .operation(ticket, &op, &self.comm(), &prepared, members);
+        compared
+            .and(prepared.map(drop))
+            .map_err(|reason| reason.to_string())
+    }
+
+    fn allreduce(&self, count: i64, reduction: Reduction) -> Result<(), String> {
+        let shape = [count];
+        let x = Buffer {
+            dtype: ElementType::F32,
+            shape: &shape,
+            ..Buffer::NONE
+        };
+        let op = Operation::new(Kind::Allreduce, WORLD, x, x);
+        self.run(
+            WORLD,
+            Operation {
+                reduction: Some(reduction),
+                ..op
+            },
+        )
+    }
+
+    fn barrier(&self) -> Result<(), String> {
+        let op = Operation::new(Kind::Barrier, WORLD, Buffer::NONE, Buffer::NONE);
+        self.run(WORLD, op)
+    }
+
+    /// Begins a launch of a fixed sequence, if it is one.
+    fn launches(&mut self, sequence: Option<u64>) {
+        self.comparison.forget(Ticket(self.launch));
+        self.launch += 1;
+        let uniform = sequence.map(|sequence| UniformProgram {
+            comm: WORLD,
+            sequence,
+            balance: None,
+        });
+        let launch = Launch {
+            uniform,
+            by_main_thread: true,
+        };
+        self.comparison.note(Ticket(self.launch), launch);
+    }
+}
+
+/// What each rank gets from `program`.
+fn on_all<T: Send>(program: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
+    let program = &program;
+    let ended = Barrier::new(RANKS);
+    std::thread::scope(|scope| {
+        let ranks = boards().into_iter().enumerate().map(|(rank, board)| {
+            let ended = &ended;
+            scope.spawn(move || {
+                let comparison = Comparison::new(board.clone(), RANKS as i32);
+                let mut rank = Rank {
+                    comparison,
+                    rank: rank as i32,
+                    launch: 0,
+                };
+                rank.launches(None);
+                let result = program(&mut rank);
+                board.leave();
+                ended.wait();
+                result
+            })
+        });
+        let ranks: Vec<_> = ranks.collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn ranks_that_do_the_same_go_on() {
+    let results = on_all(|rank| {
+        for round in 0..200 {
+            rank.allreduce(round, Reduction::Sum)?;
+            rank.barrier()?;
+        }
+        Ok::<_, String>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn ranks_that_differ_hear_what_each_does_and_may_go_on() {
+    let results = on_all(|rank| {
+        let error = match rank.rank {
+            0 => rank.barrier(),
+            _ => rank.allreduce(3, Reduction::Sum),
+        };
+        rank.allreduce(4, Reduction::Max)?;
+        Ok::<_, String>(error.unwrap_err())
+    });
+    for result in results {
+        let text = result.unwrap();
+        let both = "Rank 0: barrier. Ranks 1-2: allreduce of float32[3] with SUM. All";
+        assert!(text.contains(both), "{text}");
+    }
+}
+
+#[test]
+fn counts_and_reductions_are_compared() {
+    for differ in [1, 2] {
+        let results = on_all(|rank| match (rank.rank, differ) {
+            (2, 1) => rank.allreduce(5, Reduction::Sum),
+            (2, 2) => rank.allreduce(4, Reduction::Prod),
+            _ => rank.allreduce(4, Reduction::Sum),
+        });
+        assert!(results.iter().all(Result::is_err), "{results:?}");
+    }
+}
+
+#[test]
+fn a_refusal_reaches_the_others_and_waits_for_nobody() {
+    let results = on_all(|rank| {
+        // There is no SUM of so few bits.
+        let refused = Buffer {
+            dtype: ElementType::Other,
+            ..Buffer::NONE
+        };
+        let op = Operation::new(Kind::Bcast, WORLD, refused, refused);
+        let error = match rank.rank {
+            1 => rank.run(WORLD, op),
+            _ => rank.barrier(),
+        };
+        for _ in 0..10 {
+            rank.barrier()?;
+        }
+        Ok::<_, String>(error.unwrap_err())
+    });
+    for (rank, result) in results.into_iter().enumerate() {
+        let text = result.unwrap();
+        assert!(text.contains("not supported"), "{text}");
+        assert!(rank == 1 || text.contains("which it refused"), "{text}");
+    }
+}
+
+impl Rank {
+    /// Refuses a barrier before it is launched.
+    fn refuses_barrier(&self) {
+        let members = || Some((0..RANKS as i32).collect());
+        let comparison = &self.comparison;
+        comparison.refuse(Ticket(self.launch), WORLD, Kind::Barrier, "no", members);
+    }
+}
+
+#[test]
+fn what_is_refused_before_its_launch_reaches_those_that_execute_it() {
+    let results = on_all(|rank| {
+        let mut refused = Vec::new();
+        for round in 0..20 {
+            rank.launches(None);
+            match rank.rank {
+                1 => rank.refuses_barrier(),
+                _ => refused.push(rank.barrier().unwrap_err()),
+            }
+            if round % 2 == 0 {
+                rank.launches(Some(round));
+            }
+            rank.allreduce(3, Reduction::Sum)?;
+            if round % 3 == 0 {
+                rank.launches(None);
+                rank.barrier()?;
+            }
+        }
+        Ok::<_, String>(refused)
+    });
+    for (rank, result) in results.into_iter().enumerate() {
+        let refused = result.unwrap();
+        assert_eq!(refused.len(), if rank == 1 { 0 } else { 20 });
+        let text = "rank 1 has refused it: no";
+        assert!(refused.iter().all(|words| words == text), "{refused:?}");
+    }
+}
+
+#[test]
+fn who_tries_again_meets_those_who_try_again() {
+    let results = on_all(|rank| {
+        for _ in 0..20 {
+            match rank.rank {
+                1 => rank.refuses_barrier(),
+                _ => drop(rank.barrier().unwrap_err()),
+            }
+            rank.barrier()?;
+        }
+        Ok::<_, String>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn what_all_refuse_or_nobody_else_wants_is_nobodys_error() {
+    let results = on_all(|rank| {
+        for round in 0..20 {
+            for _ in 0..round % 4 {
+                rank.refuses_barrier();
+            }
+            rank.barrier()?;
+            if rank.rank == round % 3 {
+                rank.refuses_barrier();
+            }
+            rank.allreduce(3, Reduction::Sum)?;
+        }
+        Ok::<_, String>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn launches_of_the_same_sequence_are_compared_once() {
+    let results = on_all(|rank| {
+        rank.launches(Some(7));
+        // Only one is compared, so that these differ goes unseen.
+        rank.allreduce(3, Reduction::Sum)?;
+        rank.allreduce(4 + i64::from(rank.rank), Reduction::Sum)?;
+        rank.launches(None);
+        Ok::<_, String>(rank.allreduce(4 + i64::from(rank.rank), Reduction::Sum))
+    });
+    for result in results {
+        assert!(result.unwrap().is_err());
+    }
+}
+
+#[test]
+fn launches_of_the_same_code_that_differ_fail() {
+    let results = on_all(|rank| {
+        for hash in 7..9 {
+            rank.comparison.describe(hash, 5, &format!("loop {hash}"));
+        }
+        rank.launches(Some(if rank.rank == 2 { 8 } else { 7 }));
+        let error = rank.barrier().unwrap_err();
+        rank.launches(Some(9));
+        rank.barrier()?;
+        Ok::<_, String>(error)
+    });
+    for result in results {
+        let text = result.unwrap();
+        let both = "different programs. Ranks 0-1: loop 7. Rank 2: loop 8. All";
+        assert!(text.contains(both), "{text}");
+    }
+}
+
+#[test]
+fn the_same_operations_from_different_programs_match() {
+    let results = on_all(|rank| {
+        for round in 0..50 {
+            // Two operations each: in one program, in another that is compared one by one, or in
+            // two programs.
+            rank.launches((rank.rank == 0).then_some(round));
+            rank.allreduce(3, Reduction::Sum)?;
+            if rank.rank == 2 {
+                rank.launches(None);
+            }
+            rank.allreduce(4, Reduction::Sum)?;
+        }
+        Ok::<_, String>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn who_waits_for_a_rank_that_has_left_hears_of_it() {
+    let results = on_all(|rank| match rank.rank {
+        0 => {
+            rank.comparison.board().unwrap().leave();
+            Err("left".into())
+        }
+        _ => {
+            let first = rank.barrier();
+            assert_eq!(first, rank.barrier());
+            first
+        }
+    });
+    for result in &results[1..] {
+        let text = result.as_ref().unwrap_err();
+        assert!(
+            text.contains("rank 0, which") && text.contains("has ended"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_users_communicator_is_compared_where_the_main_thread_uses_it() {
+    let results = on_all(|rank| {
+        let shape = [rank.rank.into()];
+        let x = Buffer {
+            shape: &shape,
+            ..Buffer::NONE
+        };
+        let gather = || rank.run(1 << 61, Operation::new(Kind::Bcast, 0, x, x));
+        let main = gather();
+        rank.comparison.free(1 << 61);
+        (main, rank.barrier())
+    });
+    for (main, barrier) in results {
+        assert!(main.is_err() && barrier.is_ok());
+    }
+}

@@ -1,0 +1,339 @@
+//! The board: what each rank of a node shows the others, in memory that all of them have. Each
+//! rank writes to a segment of its own and reads those of the others, so nothing is sent.
+//!
+//! A board has lanes, one for each communicator. In its lane a rank leaves records of what it is
+//! about to do, numbered from 1 on, in a ring. What they mean is the business of
+//! `engine/compare/`.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use crate::node::bell::Bell;
+use crate::node::process::Process;
+use crate::node::segment::{Atomics, Segment, SegmentName};
+
+/// Lanes of a rank.
+pub(crate) const LANES: usize = 128;
+/// Records that a lane keeps. A rank writes one only after it has seen those of all others before,
+/// and two at most without an answer, so none is overwritten before it is read.
+const RING: u64 = 8;
+/// Numbers in a record.
+pub(crate) const RECORD: usize = 4;
+/// Texts that a rank keeps, and the bytes of one.
+const TEXTS: u64 = 16;
+const TEXT: usize = 504;
+
+/// Bits of the number of a record; those above say how often it was replaced.
+const EPOCHS: u32 = 48;
+
+/// Which record, and which of those that have replaced it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RecordNumber {
+    /// From 1 on.
+    pub(crate) number: u64,
+    pub(crate) epoch: u64,
+}
+
+impl RecordNumber {
+    fn whole(self) -> u64 {
+        self.number | self.epoch << EPOCHS
+    }
+}
+
+/// A record on a cache line of its own; its number is written last.
+#[repr(C, align(64))]
+struct Slot {
+    number: AtomicU64,
+    words: [AtomicU64; RECORD],
+}
+
+#[repr(C, align(64))]
+struct Lane {
+    /// The channel that it belongs to; 0 if it is free.
+    channel: AtomicU64,
+    /// How many notes the rank has left here, and the last of them.
+    notes: AtomicU64,
+    note: AtomicU64,
+    slots: [Slot; RING as usize],
+}
+
+/// Words for people; the key says what of, and is written last.
+#[repr(C)]
+struct Text {
+    key: AtomicU64,
+    bytes: [AtomicU64; TEXT / size_of::<u64>()],
+}
+
+/// What a rank shows.
+#[repr(C)]
+struct Shown {
+    /// Other than 0 once the rank has left, or is about to.
+    left: AtomicU64,
+    /// Its process, by [`Process`].
+    process: [AtomicU64; 3],
+    /// Rung when there is something new for those that sleep.
+    bell: Bell,
+    texts: [Text; TEXTS as usize],
+    lanes: [Lane; LANES],
+}
+
+// SAFETY: it has atomics, arrays of them, and structs of them.
+unsafe impl Atomics for Shown {}
+
+/// The boards of the ranks of this node that share memory with this one.
+pub struct Board {
+    number: u64,
+    rank: usize,
+    /// By rank in the world; its own among them, if it could be made.
+    all: Vec<Option<Segment>>,
+}
+
+impl Board {
+    /// Makes the board of `rank`. All ranks of `size` call this with the same number, then, when
+    /// all have, [`Board::open`], and then [`Board::unlink`].
+    pub fn make(number: u64, rank: usize, size: usize) -> io::Result<Board> {
+        let mut all: Vec<_> = (0..size).map(|_| None).collect();
+        let own = Segment::create(name(number, rank), size_of::<Shown>(), |_| true)?;
+        let shown = own.atomics::<Shown>(0);
+        for (word, value) in shown.process.iter().zip(Process::own().words()) {
+            word.store(value, Ordering::SeqCst);
+        }
+        all[rank] = Some(own);
+        Ok(Board { number, rank, all })
+    }
+
+    /// Maps those of the other ranks of this node.
+    pub fn open(&mut self) {
+        for rank in (0..self.all.len()).filter(|&rank| rank != self.rank) {
+            let fits = |bytes| bytes == size_of::<Shown>();
+            self.all[rank] = Segment::open(name(self.number, rank), fits).ok();
+        }
+    }
+
+    /// Takes the name of the own one away, once all ranks have mapped it.
+    pub fn unlink(&self) {
+        if let Some(own) = &self.all[self.rank] {
+            own.unlink();
+        }
+    }
+
+    /// This rank, in the world.
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Whether this rank sees that one.
+    pub(crate) fn sees(&self, rank: usize) -> bool {
+        self.all.get(rank).is_some_and(Option::is_some)
+    }
+
+    /// How many ranks this one sees, itself among them.
+    pub fn ranks(&self) -> usize {
+        self.all.iter().flatten().count()
+    }
+
+    fn of(&self, rank: usize) -> &Shown {
+        match &self.all[rank] {
+            Some(segment) => segment.atomics(0),
+            None => unreachable!("callers ask for ranks that this one sees"),
+        }
+    }
+
+    /// Takes a free lane for `channel`, which is not 0, from `first` on.
+    pub(crate) fn take_lane(&self, channel: u64, first: usize) -> Option<usize> {
+        let lanes = &self.of(self.rank).lanes;
+        let free = |lane: &usize| {
+            let owner = &lanes[*lane].channel;
+            let taken = owner.compare_exchange(0, channel, Ordering::SeqCst, Ordering::SeqCst);
+            taken.is_ok()
+        };
+        let lane = (first..LANES).find(free)?;
+        self.of(self.rank).bell.ring();
+        Some(lane)
+    }
+
+    /// Gives a lane back. The ranks of a communicator free it together, so none of them still reads
+    /// there when the lane is taken again.
+    pub(crate) fn free_lane(&self, lane: usize) {
+        let lane = &self.of(self.rank).lanes[lane];
+        for slot in &lane.slots {
+            slot.number.store(0, Ordering::SeqCst);
+        }
+        lane.notes.store(0, Ordering::SeqCst);
+        lane.channel.store(0, Ordering::SeqCst);
+    }
+
+    /// The lane that `rank` has for `channel`.
+    pub(crate) fn find_lane(&self, rank: usize, channel: u64) -> Option<usize> {
+        let lanes = &self.of(rank).lanes;
+        lanes
+            .iter()
+            .position(|lane| lane.channel.load(Ordering::SeqCst) == channel)
+    }
+
+    /// Leaves a note in a lane of this rank's, beside its records.
+    pub(crate) fn leave_note(&self, lane: usize, note: u64) {
+        let own = self.of(self.rank);
+        own.lanes[lane].note.store(note, Ordering::SeqCst);
+        own.lanes[lane].notes.fetch_add(1, Ordering::SeqCst);
+        own.bell.ring();
+    }
+
+    /// How many notes `rank` has left in a lane, and the last of them.
+    #[inline]
+    pub(crate) fn notes(&self, rank: usize, lane: usize) -> (u64, u64) {
+        let lane = &self.of(rank).lanes[lane];
+        let notes = lane.notes.load(Ordering::SeqCst);
+        (notes, lane.note.load(Ordering::SeqCst))
+    }
+
+    /// Leaves record `number` in a lane of this rank's; one that it has left before is replaced.
+    #[inline]
+    pub(crate) fn write(&self, lane: usize, number: RecordNumber, record: [u64; RECORD]) {
+        let own = self.of(self.rank);
+        let slot = &own.lanes[lane].slots[(number.number % RING) as usize];
+        let number = number.whole();
+        if number >> EPOCHS != 0 {
+            // Nobody takes the new words for those of the old record.
+            slot.number.store(0, Ordering::SeqCst);
+        }
+        for (word, value) in slot.words.iter().zip(record) {
+            word.store(value, Ordering::Relaxed);
+        }
+        // After the words for those that look, and before the bell looks for those that sleep.
+        slot.number.store(number, Ordering::SeqCst);
+        own.bell.ring_if_heard();
+    }
+
+    /// Record `number` in a lane of `rank`, once it is there.
+    #[inline]
+    pub(crate) fn read(
+        &self,
+        rank: usize,
+        lane: usize,
+        number: RecordNumber,
+    ) -> Option<[u64; RECORD]> {
+        let slot = &self.of(rank).lanes[lane].slots[(number.number % RING) as usize];
+        let number = number.whole();
+        if slot.number.load(Ordering::Acquire) != number {
+            return None;
+        }
+        let record = std::array::from_fn(|word| slot.words[word].load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        (slot.number.load(Ordering::Relaxed) == number).then_some(record)
+    }
+
+    /// Leaves words about something that other ranks know by `key`, which is not 0.
+    pub(crate) fn write_text(&self, key: u64, text: &str) {
+        let own = self.of(self.rank);
+        let place = &own.texts[(key % TEXTS) as usize];
+        place.key.store(0, Ordering::SeqCst);
+        let mut bytes = text.bytes().chain(std::iter::repeat(0));
+        for word in &place.bytes {
+            let next = std::array::from_fn(|_| bytes.next().unwrap_or(0));
+            word.store(u64::from_le_bytes(next), Ordering::SeqCst);
+        }
+        place.key.store(key, Ordering::SeqCst);
+        own.bell.ring();
+    }
+
+    /// The words that `rank` has left under `key`.
+    pub(crate) fn text(&self, rank: usize, key: u64) -> Option<String> {
+        let place = &self.of(rank).texts[(key % TEXTS) as usize];
+        let is_there = || place.key.load(Ordering::SeqCst) == key;
+        if !is_there() {
+            return None;
+        }
+        let bytes: Vec<u8> = place
+            .bytes
+            .iter()
+            .flat_map(|word| word.load(Ordering::SeqCst).to_le_bytes())
+            .take_while(|&byte| byte != 0)
+            .collect();
+        is_there().then(|| String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// What rings when `rank` has something new to show.
+    pub(crate) fn bell(&self, rank: usize) -> &Bell {
+        &self.of(rank).bell
+    }
+
+    /// Says that this rank leaves: it will write no more records.
+    pub fn leave(&self) {
+        if self.sees(self.rank) {
+            let own = self.of(self.rank);
+            own.left.store(1, Ordering::SeqCst);
+            own.bell.ring();
+        }
+    }
+
+    /// Why `rank` will show nothing new, if so.
+    pub(crate) fn gone(&self, rank: usize) -> Option<&'static str> {
+        let shown = self.of(rank);
+        if shown.left.load(Ordering::SeqCst) != 0 {
+            return Some("has ended its program");
+        }
+        let words = [0, 1, 2].map(|word| shown.process[word].load(Ordering::SeqCst));
+        let is_gone = !Process::from_words(words).is_alive();
+        is_gone.then_some("has died")
+    }
+}
+
+fn name(number: u64, rank: usize) -> SegmentName {
+    SegmentName {
+        number,
+        rank: Some(rank),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::segment::new_number;
+
+    fn pair() -> [Board; 2] {
+        let number = new_number();
+        let mut both = [0, 1].map(|rank| Board::make(number, rank, 3).unwrap());
+        both.iter_mut().for_each(Board::open);
+        both.iter().for_each(Board::unlink);
+        both
+    }
+
+    #[test]
+    fn a_rank_reads_what_another_has_written_and_nothing_else() {
+        let [first, second] = pair();
+        assert!(first.sees(0) && first.sees(1) && !first.sees(2));
+        let lane = second.take_lane(9, 0).unwrap();
+        assert_eq!(second.take_lane(8, 0), Some(lane + 1));
+        assert_eq!(first.find_lane(1, 9), Some(lane));
+        assert_eq!(first.find_lane(1, 7), None);
+        let at = |number, epoch| RecordNumber { number, epoch };
+        assert_eq!(first.read(1, lane, at(1, 0)), None);
+        second.write(lane, at(1, 0), [1, 2, 3, 4]);
+        assert_eq!(first.read(1, lane, at(1, 0)), Some([1, 2, 3, 4]));
+        assert_eq!(first.read(1, lane, at(1 + RING, 0)), None);
+        second.leave_note(lane, 44);
+        assert_eq!(first.notes(1, lane), (1, 44));
+        second.write(lane, at(1, 1), [5, 6, 7, 8]);
+        assert_eq!(first.read(1, lane, at(1, 0)), None);
+        assert_eq!(first.read(1, lane, at(1, 1)), Some([5, 6, 7, 8]));
+        second.write_text(33, "allreduce");
+        assert_eq!(first.text(1, 33).as_deref(), Some("allreduce"));
+        assert_eq!(first.text(1, 34), None);
+        assert_eq!(first.text(1, 33 + TEXTS), None);
+        second.write_text(3, &"x".repeat(2 * TEXT));
+        assert_eq!(first.text(1, 3).unwrap().len(), TEXT);
+    }
+
+    #[test]
+    fn who_has_left_is_gone() {
+        let [first, second] = pair();
+        assert_eq!(first.gone(1), None);
+        second.leave();
+        assert_eq!(first.gone(1), Some("has ended its program"));
+        let shown = first.of(1);
+        shown.left.store(0, Ordering::SeqCst);
+        shown.process[1].store(1, Ordering::SeqCst);
+        assert_eq!(first.gone(1), Some("has died"));
+    }
+}

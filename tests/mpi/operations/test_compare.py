@@ -1,0 +1,190 @@
+"""Ranks that differ in a collective all get an exception that names what each of them does.
+
+These are the inputs for which MPI gives wrong numbers, hangs or corrupts memory (`docs/checks.md`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import mpi_cuda as m
+from mpi_cuda import notoken as nt
+
+RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
+FIRST = RANK == 0
+X = jnp.arange(3.0)
+
+
+def check_all_right() -> None:
+    """The ranks are at the same place again, and the numbers are right."""
+    total = SIZE * (SIZE - 1) / 2
+    np.testing.assert_array_equal(nt.allreduce(jnp.full(5, float(RANK)), m.SUM), np.full(5, total))
+    np.testing.assert_array_equal(nt.bcast(jnp.full(2, RANK), SIZE - 1), np.full(2, SIZE - 1))
+
+
+def check_refused(program: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(Exception, match="different") as raised:
+        jax.block_until_ready(program())
+    text = str(raised.value)
+    assert "Rank 0: " in text, text
+    for word in words:
+        assert re.search(word, text), text
+    check_all_right()
+
+
+def both_ways(operation: Callable[[Any], Any], x: Any) -> list[Callable[[], Any]]:
+    """Called as it is, in a program, and in a program that may depend on data."""
+
+    def depends(x: Any) -> Any:
+        return jax.lax.cond(x.ravel()[0] < 1000, operation, lambda x: operation(x + x), x)
+
+    return [
+        lambda: operation(x),
+        lambda: jax.jit(lambda x: operation(x * 1))(x),
+        lambda: jax.jit(depends)(x),
+    ]
+
+
+def test_reductions() -> None:
+    for program in both_ways(lambda x: nt.allreduce(x, m.SUM if FIRST else m.MAX), X + RANK):
+        check_refused(program, "SUM", "MAX")
+    for kind in (nt.scan, nt.exscan, lambda x, op: nt.reduce(x, op, 0)):
+        check_refused(lambda kind=kind: kind(X, m.SUM if FIRST else m.MIN), "SUM", "MIN")
+
+
+def test_roots() -> None:
+    wide = jnp.arange(3.0 * SIZE).reshape(SIZE, 3)
+    root = 0 if FIRST else 1
+    for program in both_ways(lambda x: nt.bcast(x, root), X + 10 * RANK):
+        check_refused(program, "root 0", "root 1")
+    check_refused(lambda: nt.gather(X, root), "gather", "root 0", "root 1")
+    check_refused(lambda: nt.reduce(X, m.SUM, root), "reduce", "root 0", "root 1")
+    check_refused(lambda: nt.scatter(wide if RANK == root else X, root), "root 0", "root 1")
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [("int32", "float32"), ("int8", "int32"), ("float16", "float32"), ("int16", "bfloat16")],
+)
+def test_dtypes(dtypes: tuple[str, str]) -> None:
+    dtype = dtypes[0 if FIRST else 1]
+    flat, wide = jnp.ones(4, dtype), jnp.ones((SIZE, 4), dtype)
+    for program in both_ways(lambda x: nt.allreduce(x, m.SUM), flat):
+        check_refused(program, *dtypes)
+    for call in (
+        lambda: nt.bcast(flat, 0),
+        lambda: nt.allgather(flat),
+        lambda: nt.gather(flat, 0),
+        lambda: nt.alltoall(wide),
+        lambda: nt.scatter(wide if FIRST else flat, 0),
+        lambda: nt.reduce_scatter(wide, m.SUM),
+        lambda: nt.scan(flat, m.SUM),
+    ):
+        check_refused(call, *dtypes)
+
+
+@pytest.mark.parametrize("lengths", [(4, 5), (40000, 50000), (1, 1 << 20)])
+def test_lengths(lengths: tuple[int, int]) -> None:
+    length = lengths[0 if FIRST else 1]
+    names = [rf"of float32\[{length}\]|of {length} float32" for length in lengths]
+    for program in both_ways(lambda x: nt.allreduce(x, m.SUM), jnp.ones(length)):
+        check_refused(program, *names)
+    check_refused(lambda: nt.bcast(jnp.ones(length), 0), *names)
+    check_refused(lambda: nt.allgather(jnp.ones(length)), *names)
+
+
+def test_operations_in_another_order() -> None:
+    def swapped() -> None:
+        if FIRST:
+            nt.allreduce(X, m.SUM).block_until_ready()
+            nt.bcast(X, 0).block_until_ready()
+        else:
+            nt.bcast(X, 0).block_until_ready()
+            nt.allreduce(X, m.SUM).block_until_ready()
+
+    with pytest.raises(Exception, match=r"Rank 0: allreduce .* bcast"):
+        swapped()
+    # The first of both has failed on all ranks, so these are still beside each other.
+    check_all_right()
+
+
+def test_loops_of_different_lengths() -> None:
+    rounds = 2 if FIRST else 4
+
+    def program(x: jax.Array) -> jax.Array:
+        x = jax.lax.fori_loop(0, rounds, lambda _, x: nt.allreduce(x, m.SUM) / SIZE, x)
+        return nt.allreduce(x.reshape(3, 1), m.SUM)
+
+    check_refused(lambda: jax.jit(program)(X), "2 times", "4 times")
+
+
+def test_a_missing_operation() -> None:
+    def program(x: jax.Array) -> jax.Array:
+        if FIRST:
+            m.barrier()
+        return nt.allgather(x)
+
+    check_refused(lambda: jax.jit(program)(X), "barrier", "allgather")
+
+
+def test_what_the_root_refuses_before_it_communicates() -> None:
+    wrong = jnp.ones((SIZE + 1, 3)) if FIRST else X
+    for _ in range(3):
+        with pytest.raises(Exception, match=rf"(^|ValueError: )Scatter input .*{SIZE + 1}"):
+            nt.scatter(wrong, 0).block_until_ready()
+        check_all_right()
+    # All ranks refuse alike, and nobody is told of it.
+    for _ in range(3):
+        with pytest.raises(ValueError, match="root"):
+            nt.bcast(X, SIZE)
+    check_all_right()
+    # The root goes on with something else.
+    if FIRST:
+        with pytest.raises(TypeError):
+            nt.allreduce(X, "SUM")
+    else:
+        with pytest.raises(Exception, match=r"rank 0 has refused it: TypeError: op must be"):
+            nt.allreduce(X, m.SUM).block_until_ready()
+    check_all_right()
+
+
+def test_communicators_of_the_user() -> None:
+    comm = MPI.COMM_WORLD.Dup()
+    half = MPI.COMM_WORLD.Split(RANK // 2)
+    check_refused(lambda: nt.allreduce(X, m.SUM if FIRST else m.MAX, comm=comm), "SUM", "MAX")
+    np.testing.assert_allclose(nt.allreduce(X, m.SUM, comm=comm), X * SIZE)
+    # Only the ranks of the communicator hear of it.
+    if half.size == 2:
+        with pytest.raises(Exception, match=r"Rank 0: bcast.*Rank 1: barrier"):
+            if half.rank == 0:
+                nt.bcast(X, 0, comm=half).block_until_ready()
+            else:
+                jax.block_until_ready(m.barrier(comm=half))
+                jax.effects_barrier()
+    check_all_right()
+    half.Free()
+    comm.Free()
+
+
+def test_ranks_may_put_the_same_operations_into_different_programs() -> None:
+    def first(x: jax.Array) -> jax.Array:
+        return nt.allreduce(x, m.SUM)
+
+    def second(x: jax.Array) -> jax.Array:
+        return jax.lax.cond(x[0] >= 0, lambda x: nt.bcast(x, 0), lambda x: x, x)
+
+    for _ in range(3):
+        if FIRST:
+            y = jax.jit(lambda x: second(first(x)))(X)
+        else:
+            y = jax.jit(second)(jax.jit(first)(X))
+        np.testing.assert_allclose(y, X * SIZE)
+    check_all_right()
