@@ -87,20 +87,27 @@ class _JoinAfter:
 
 
 def _join() -> None:
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    # Alone: the package imports jax, which reads variables that the program may still set.
-    name = "mpi_cuda._library"
-    folder = os.path.dirname(os.path.abspath(__file__))
-    spec = spec_from_file_location(name, os.path.join(folder, "mpi_cuda", "_library.py"))
-    if name not in sys.modules and spec is not None and spec.loader is not None:
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
     try:
-        sys.modules[name].start()
+        # How a rank ends is installed when it joins.
+        _alone("_lifecycle")
+        _alone("_library").start()
     except Exception:
         # Whoever creates the backend hears of it.
         pass
+
+
+def _alone(module):  # type: ignore[no-untyped-def]
+    """A module of the package without the package, which imports jax; that reads variables that the
+    program may still set."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    name = f"mpi_cuda.{module}"
+    if name not in sys.modules:
+        folder = os.path.dirname(os.path.abspath(__file__))
+        spec = spec_from_file_location(name, os.path.join(folder, "mpi_cuda", f"{module}.py"))
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def _launched() -> bool:

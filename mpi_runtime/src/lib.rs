@@ -13,6 +13,7 @@ pub mod log;
 pub mod mpi;
 pub mod node;
 pub mod operation;
+pub mod ranks;
 pub mod transfer;
 pub mod world;
 

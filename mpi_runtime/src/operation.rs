@@ -192,18 +192,6 @@ impl fmt::Display for Operation<'_> {
     }
 }
 
-/// Ranks in increasing order, in few words: `0-1023`, `0, 2-5`.
-pub(crate) fn rank_list(ranks: &[i32]) -> String {
-    let runs = ranks.chunk_by(|rank, next| rank + 1 == *next);
-    let runs: Vec<_> = runs
-        .map(|run| match run {
-            [first, .., last] => format!("{first}-{last}"),
-            run => run[0].to_string(),
-        })
-        .collect();
-    runs.join(", ")
-}
-
 struct PeerWords(i32);
 struct TagWords(i32);
 

@@ -14,7 +14,7 @@ use crate::ffi::callbacks::{self, Trampoline};
 use crate::ffi::{self, Handler};
 use crate::inner::on_gpu;
 use crate::launch;
-use crate::plugin::{load, start_world, world};
+use crate::plugin::{config, load, start_world, world};
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
@@ -216,6 +216,16 @@ pub extern "C" fn mpi_cuda_abort(code: c_int) {
     quiet((), || {
         if let Some(world) = world_of_this_process() {
             world.abort(code);
+        }
+    });
+}
+
+/// This rank has come to its end: from now on it waits for others for a bounded time only.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_ending() {
+    quiet((), || {
+        if let Some(world) = world_of_this_process() {
+            world.watch_end(config().exit_timeout);
         }
     });
 }

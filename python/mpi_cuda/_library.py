@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -90,6 +91,7 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_in_flight": (ctypes.c_int, []),
         "mpi_cuda_launches_on_callers": (ctypes.c_int, []),
         "mpi_cuda_abort": (None, [ctypes.c_int]),
+        "mpi_cuda_ending": (None, []),
         "mpi_cuda_shutdown": (None, []),
         "mpi_cuda_register_ffi_target": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_void_p]),
         "mpi_cuda_set_trampoline": (None, [ctypes.c_void_p]),
@@ -121,6 +123,8 @@ def start() -> World:
         raise RuntimeError(last_error())
     if mark := _c_environment(RANK_MARK):
         os.environ[RANK_MARK] = mark
+    # By its name, which does not import the package if mpi_cuda_startup has loaded it alone.
+    importlib.import_module("mpi_cuda._lifecycle").install()
     return World(rank.value, size.value, (family.value or b"none").decode())
 
 

@@ -4,6 +4,9 @@ Python does not tell its exit handlers why it exits. An uncaught exception leave
 (set before `sys.excepthook` runs, whoever's that is). `SystemExit` leaves nothing, so the built-in
 class is replaced by a subclass that notices when it is dropped with no Python frame below: then
 the interpreter itself took it, and nobody caught it.
+
+Installed when the world is joined, which may come before JAX is imported: so nothing is imported
+here that imports JAX.
 """
 
 from __future__ import annotations
@@ -15,13 +18,10 @@ import os
 import sys
 from typing import Any, NoReturn
 
-import jax
-
-from mpi_cuda import _library
-
-_failed = False
 _installed = False
 _process = os.getpid()
+#: The status that a `SystemExit` asked for which nobody caught.
+_asked = 0
 _BuiltinExit = builtins.SystemExit
 
 
@@ -30,21 +30,23 @@ class _ObservedExit(_BuiltinExit):
     __qualname__ = "SystemExit"
 
     def __del__(self) -> None:
-        global _failed
+        global _asked
         # While Python runs code, a frame is below this one; then somebody has caught it.
         if self.code not in (None, 0) and sys._getframe().f_back is None:
-            _failed = True
+            # As Python itself: a number is the status, of which the system keeps 8 bits.
+            _asked = (self.code & 0xFF or 1) if isinstance(self.code, int) else 1
 
 
 def install() -> None:
-    """Installs the exit handlers, once."""
+    """Installs the exit handlers. Again, they come before those that were installed since: Python
+    calls the last first, and JAX's must find the world as it was."""
     global _installed, _process
-    if _installed:
-        return
-    _installed, _process = True, os.getpid()
-    builtins.SystemExit = _ObservedExit  # type: ignore[misc]
-    sys.exit = _exit
+    atexit.unregister(_at_exit)
     atexit.register(_at_exit)
+    if not _installed:
+        _installed, _process = True, os.getpid()
+        builtins.SystemExit = _ObservedExit  # type: ignore[misc]
+        sys.exit = _exit
 
 
 def _exit(status: Any = None, /) -> NoReturn:
@@ -52,27 +54,56 @@ def _exit(status: Any = None, /) -> NoReturn:
     raise builtins.SystemExit(status)
 
 
-def _uncaught() -> bool:
-    interactive = hasattr(sys, "ps1")
-    return _failed or (not interactive and getattr(sys, "last_value", None) is not None)
+def _status() -> int:
+    """That of this process: not 0 after an exception that nobody caught."""
+    uncaught = getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")
+    return _asked or int(uncaught)
 
 
 def _at_exit() -> None:
-    library, world = _library.load(), _library.started()
-    # A forked child inherits the handlers, and must leave the parent's MPI alone.
-    if world is None or os.getpid() != _process:
+    if os.getpid() != _process:
+        _leave_child()
+    # By its name: importing it would import the package, and so JAX.
+    library_module = sys.modules["mpi_cuda._library"]
+    library, world = library_module.load(), library_module.started()
+    if world is None:
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if _uncaught():
+    _flush()
+    if status := _status():
         if world.size > 1:
-            library.mpi_cuda_abort(1)
+            library.mpi_cuda_abort(status)
         return
+    library.mpi_cuda_ending()
     if library.mpi_cuda_wait():
-        print(_library.last_error(), file=sys.stderr, flush=True)
+        _say(library_module.last_error())
         library.mpi_cuda_abort(1)
     # Programs with callbacks need Python to end. Their errors are JAX's to report, at its own exit.
-    with contextlib.suppress(Exception):
-        jax.effects_barrier()
+    if jax := sys.modules.get("jax"):
+        with contextlib.suppress(Exception):
+            jax.effects_barrier()
     library.mpi_cuda_set_trampoline(None)
     library.mpi_cuda_shutdown()
+
+
+def _leave_child() -> NoReturn:
+    """Leaves a forked child, which has the rank's MPI and XLA's clients but none of their threads:
+    whatever waits for those threads, as destructors do, would wait for ever."""
+    if logging := sys.modules.get("logging"):
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+    _flush()
+    os._exit(_status())
+
+
+def _flush() -> None:
+    """Writes out what was printed. The streams may be closed, or anything else."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr or sys.__stderr__, flush=True)
+    except Exception:
+        os.write(2, f"{text}\n".encode())

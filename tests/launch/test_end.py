@@ -146,3 +146,124 @@ FINALIZED = """if True:
 def test_mpi_is_finalized_while_a_message_is_awaited(mpi: str) -> None:
     result = job(mpi, FINALIZED)
     assert twice("True", result), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("ending", ["sys.exit(3)", "raise SystemExit(3)", "exit(3 + 256)"])
+def test_the_status_of_the_job_is_that_of_the_exit(mpi: str, ending: str) -> None:
+    code = f"""if True:
+        import sys, jax.numpy as jnp, mpi_cuda as m
+        m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+        if m.COMM_WORLD.rank == 0:
+            {ending}
+        m.recv(jnp.ones(3), 0)[0].block_until_ready()
+    """
+    result = job(mpi, code)
+    assert result.returncode == 3, result
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize(
+    "last",
+    [
+        "sys.stdout = None",
+        "sys.stdout = sys.stderr = None",
+        "sys.stdout.close()",
+        "sys.stderr.close()",
+    ],
+)
+def test_a_good_job_ends_well_whatever_its_streams_are(mpi: str, last: str) -> None:
+    code = f"""if True:
+        import sys, jax.numpy as jnp, mpi_cuda as m
+        assert m.allreduce(jnp.float32(1), m.SUM)[0] == 2
+        print("fine")
+        sys.stdout.flush()
+        {last}
+    """
+    result = job(mpi, code)
+    assert result.returncode == 0 and twice("fine", result), result
+
+
+FORKED = """if True:
+    import logging, os, sys, jax, jax.numpy as jnp, mpi_cuda as m
+    x = m.allreduce(jnp.ones(1000), m.SUM)[0].block_until_ready()
+    native = jax.jit(lambda x: x @ x)(x).block_until_ready()
+    child = os.fork()
+    if child == 0:
+        print("child", flush=False)
+        ending = sys.argv[1]
+        if ending == "exit":
+            sys.exit(7)
+        if ending == "message":
+            sys.exit("a message")
+        if ending == "raise":
+            raise ValueError("in the child")
+        if ending == "release":
+            del x, native
+            import gc
+            gc.collect()
+    else:
+        wanted = {"exit": 7, "message": 1, "raise": 1}.get(sys.argv[1], 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == wanted, status
+        assert m.allreduce(jnp.float32(1), m.SUM)[0] == 2
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("ending", ["exit", "message", "raise", "release", "end"])
+def test_a_forked_child_leaves_with_its_own_status(mpi: str, ending: str) -> None:
+    result = job(mpi, FORKED, ending, limit=30)
+    assert result.returncode == 0 and twice("child", result), result
+    if ending == "raise":
+        assert result.stderr.count("ValueError: in the child") == 2, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("mistake", ["dest=np.int64(1 << 40)", "missing", "tag=np.int64(-7)"])
+def test_an_error_before_the_operation_that_nobody_reads(mpi: str, mistake: str) -> None:
+    """As a program without our Python functions may have it."""
+    if mistake == "missing":
+        call = 'jax.ffi.ffi_call("mpi_cuda_allreduce", (), has_side_effect=True)(x)'
+    else:
+        result = "jax.ShapeDtypeStruct((), jnp.int32)"
+        call = f'jax.ffi.ffi_call("mpi_cuda_send", {result}, has_side_effect=True)(x, {mistake})'
+    code = f"""if True:
+        import jax, jax.numpy as jnp, numpy as np, mpi_cuda as m
+        m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+        jax.jit(lambda x: [{call}, x][1] + 1)(jnp.ones(3))
+    """
+    result = job(mpi, code)
+    assert result.returncode == 1 and "mpi_cuda" in result.stderr, result
+
+
+NOT_RECEIVED = """if True:
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    rank = m.COMM_WORLD.rank
+    if rank == 0:
+        m.send(jnp.ones(1 << 20), 1, tag=5)
+    else:
+        import time
+        time.sleep(2)
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_at_its_end_does_not_wait_for_ever(mpi: str) -> None:
+    result = job(mpi, NOT_RECEIVED, MPI_CUDA_EXIT_TIMEOUT="3")
+    assert result.returncode == 1, result
+    assert "rank 0 has come to its end and has waited longer than 3 s" in result.stderr
+    assert "in send of float32[1048576] to rank 1 with tag 5" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_with_nothing_left_to_do_waits_for_the_others(mpi: str) -> None:
+    code = """if True:
+        import time, jax.numpy as jnp, mpi_cuda as m
+        m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+        if m.COMM_WORLD.rank == 0:
+            time.sleep(4)
+            print("worked")
+    """
+    result = job(mpi, code, MPI_CUDA_EXIT_TIMEOUT="1")
+    assert result.returncode == 0 and result.stdout == "worked\n", result

@@ -15,6 +15,7 @@ mod code;
 mod collective;
 mod datatype;
 mod execute;
+mod extremum;
 mod handle;
 mod large;
 mod messages;

@@ -2,7 +2,7 @@
 //! what users of JAX expect.
 //!
 //! - float16 and bfloat16, which MPI does not know: in float32, one rounding per step.
-//! - MIN and MAX of real numbers pass NaN on, as `jnp.minimum` does; MPI leaves it open.
+//! - MIN and MAX of real numbers, whose order MPI leaves open: see [`crate::extremum`].
 //! - bool: SUM is OR and PROD is AND, as in numpy; MPI has only the logical ones.
 //! - MPICH 4.0 compares unsigned integers as if they were signed: MAX of 1 and 128 in `uint8` is 1.
 //!   Each such reduction is tried once on this rank alone, and replaced if it fails.
@@ -17,6 +17,7 @@ use mpi_shim_abi::{Datatype, Reduction};
 
 use crate::code::SUCCESS;
 use crate::datatype::datatype;
+use crate::extremum::Real;
 
 type Function = unsafe extern "C" fn(*mut c_void, *mut c_void, *mut c_int, *mut ffi::MPI_Datatype);
 
@@ -115,11 +116,8 @@ macro_rules! float {
                 match reduction {
                     Reduction::Sum => each(left, right, |a, b| a + b),
                     Reduction::Prod => each(left, right, |a, b| a * b),
-                    // A comparison with NaN is false, so that a NaN on either side is kept.
-                    Reduction::Max => each(left, right, |a, b| {
-                        if a > b || a.is_nan() { a } else { b }
-                    }),
-                    _ => each(left, right, |a, b| if a < b || a.is_nan() { a } else { b }),
+                    Reduction::Max => Self::extremum::<true>(left, right),
+                    _ => Self::extremum::<false>(left, right),
                 }
             }
             chosen!();
@@ -131,6 +129,11 @@ float!(f32, f64);
 
 impl Element for f16 {
     fn combine(reduction: Reduction, left: &[f16], right: &mut [f16]) {
+        match reduction {
+            Reduction::Max => return Self::extremum::<true>(left, right),
+            Reduction::Min => return Self::extremum::<false>(left, right),
+            _ => {}
+        }
         const BLOCK: usize = 512;
         let (mut a, mut b) = ([0.0f32; BLOCK], [0.0f32; BLOCK]);
         for (left, right) in left.chunks(BLOCK).zip(right.chunks_mut(BLOCK)) {
@@ -172,8 +175,8 @@ fn combine_bf16(reduction: Reduction, left: &[bf16], right: &mut [bf16]) {
     match reduction {
         Reduction::Sum => in_f32(left, right, |a, b| a + b),
         Reduction::Prod => in_f32(left, right, |a, b| a * b),
-        Reduction::Max => in_f32(left, right, |a, b| if a > b || a.is_nan() { a } else { b }),
-        _ => in_f32(left, right, |a, b| if a < b || a.is_nan() { a } else { b }),
+        Reduction::Max => bf16::extremum::<true>(left, right),
+        _ => bf16::extremum::<false>(left, right),
     }
 }
 
@@ -318,6 +321,9 @@ mod tests {
             let left = [f32::NAN, 1.0, 2.0];
             let mut right = [3.0, f32::NAN, 1.0];
             f32::combine(reduction, &left, &mut right);
+            assert!(right[0].is_nan() && right[1].is_nan() && !right[2].is_nan());
+            let mut right = [3.0, f32::NAN, 1.0].map(bf16::from_f32);
+            bf16::combine(reduction, &left.map(bf16::from_f32), &mut right);
             assert!(right[0].is_nan() && right[1].is_nan() && !right[2].is_nan());
         }
     }

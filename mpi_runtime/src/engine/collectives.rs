@@ -17,6 +17,7 @@ use crate::mpi::backoff;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
 use crate::mpi::shim::Shim;
 use crate::operation::Operation;
+use crate::ranks::Ranks;
 
 /// Tag of messages between the devices of XLA's collectives.
 pub const TAG: i32 = 1;
@@ -94,7 +95,7 @@ impl ReplicaGroups {
         let Some(world) = everybody else {
             return Ok(None);
         };
-        let name: &'static str = String::leak(format!("the ranks {members:?}"));
+        let name: &'static str = String::leak(format!("the ranks {}", Ranks(&members)));
         let position = members.iter().position(|&rank| rank == on.rank);
         let failed = |reason: Failure| OperationError {
             operation: op.to_string(),
@@ -177,7 +178,7 @@ fn failed(
     OperationError {
         operation: "the start of a program".into(),
         rank: on.rank,
-        comm: format!("the ranks {:?}", program.members),
+        comm: format!("the ranks {}", Ranks(&program.members)),
         size: program.members.len() as i32,
         reason,
     }

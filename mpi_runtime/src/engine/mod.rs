@@ -53,7 +53,7 @@ pub struct Engine {
     /// The replica groups of collectives.
     groups: ReplicaGroups,
     /// Errors of operations that nobody may have read yet.
-    unread: Mutex<Vec<OperationError>>,
+    unread: Mutex<Vec<String>>,
     rank: i32,
     /// Say for each operation what served it.
     verbose: bool,
@@ -140,7 +140,7 @@ impl Engine {
         }
         self.groups
             .begin(self.collective_context(), program)
-            .inspect_err(|error| self.unread.lock().push(error.clone()))
+            .inspect_err(|error| self.note_unread(&error.to_string()))
     }
 
     fn collective_context(&self) -> CollectiveContext<'_> {
@@ -168,7 +168,7 @@ impl Engine {
         if let Some(start) = start {
             self.log(ticket, op, start.elapsed(), result.is_ok());
         }
-        result.inspect_err(|error| self.unread.lock().push(error.clone()))
+        result.inspect_err(|error| self.note_unread(&error.to_string()))
     }
 
     fn log(&self, ticket: Ticket, op: &Operation<'_>, time: Duration, done: bool) {
@@ -362,13 +362,26 @@ impl Engine {
         self.order.wait_idle();
     }
 
+    /// The operations that have waited longer than that, in words.
+    pub(crate) fn waiting_longer_than(&self, age: Duration) -> Vec<String> {
+        self.pending.longer_than(age)
+    }
+
     /// Number of launches that have not ended.
     pub fn in_flight(&self) -> usize {
         self.order.in_flight()
     }
 
+    /// Notes an error of an operation, which somebody may still read.
+    pub fn note_unread(&self, error: &str) {
+        let mut unread = self.unread.lock();
+        if !unread.iter().any(|known| error.contains(known.as_str())) {
+            unread.push(error.to_owned());
+        }
+    }
+
     /// The first error nobody has read; forgets all of them.
-    pub fn take_unread_error(&self) -> Option<OperationError> {
+    pub fn take_unread_error(&self) -> Option<String> {
         let mut unread = self.unread.lock();
         let first = unread.first().cloned();
         unread.clear();
@@ -379,7 +392,7 @@ impl Engine {
     pub fn mark_read(&self, text: &str) {
         let mut unread = self.unread.lock();
         if !unread.is_empty() {
-            unread.retain(|error| !text.contains(&error.to_string()));
+            unread.retain(|error| !text.contains(error.as_str()));
         }
     }
 

@@ -75,13 +75,28 @@ impl PendingTable {
                 continue;
             }
             row.warned = true;
-            let mut operation: Operation<'_> = row.operation;
-            operation.send.shape = &row.send_shape;
-            operation.recv.shape = &row.recv_shape;
-            let seconds = since.elapsed().as_secs_f64();
-            texts.push(format!("{operation} on {} for {seconds:.0} s", row.comm));
+            texts.push(row.words(since));
         }
         texts
+    }
+
+    /// Descriptions of all operations older than `age`.
+    pub fn longer_than(&self, age: Duration) -> Vec<String> {
+        let rows = self.rows.lock();
+        let old = |row: &PendingRow| row.since.filter(|since| since.elapsed() >= age);
+        rows.iter()
+            .filter_map(|row| Some(row.words(old(row)?)))
+            .collect()
+    }
+}
+
+impl PendingRow {
+    fn words(&self, since: Instant) -> String {
+        let mut operation: Operation<'_> = self.operation;
+        operation.send.shape = &self.send_shape;
+        operation.recv.shape = &self.recv_shape;
+        let seconds = since.elapsed().as_secs_f64();
+        format!("{operation} on {} for {seconds:.0} s", self.comm)
     }
 }
 
@@ -135,6 +150,8 @@ mod tests {
             ["recv into float64[5] from rank 3 with tag ANY_TAG on COMM_WORLD for 0 s"]
         );
         assert!(table.overdue(Duration::ZERO).is_empty());
+        assert_eq!(table.longer_than(Duration::ZERO), text);
+        assert!(table.longer_than(Duration::from_secs(60)).is_empty());
         drop(pending);
         assert!(table.rows.lock()[0].since.is_none());
     }

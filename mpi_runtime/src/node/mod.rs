@@ -2,6 +2,7 @@
 
 pub(crate) mod bell;
 pub mod board;
+pub(crate) mod own_file;
 pub(crate) mod patience;
 pub mod process;
 pub mod rendezvous;

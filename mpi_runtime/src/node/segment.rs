@@ -1,23 +1,36 @@
 //! A segment of memory that ranks of a node share: a file in `/dev/shm`, which one rank makes, the
 //! others map by its name, and nobody finds any more once all have mapped it.
+//!
+//! Its name cannot be guessed, and it is opened only if it is this user's. The rank that made it
+//! holds it (flock(2)) as long as it has its name. So one that nobody holds was left by a rank that
+//! was killed, and [`sweep`] removes it.
 
-use std::fs::{self, File, OpenOptions};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::time::{Duration, SystemTime};
 
 use memmap2::MmapRaw;
+use parking_lot::Mutex;
+
+use crate::node::own_file;
+
+/// Where the memory is.
+const FOLDER: &str = "/dev/shm";
+/// How the names of all segments begin.
+const PREFIX: &str = "mpi_cuda.";
+/// A segment that is younger may be one that its rank does not hold yet.
+const YOUNG: Duration = Duration::from_secs(10);
 
 /// A mapped segment. It loses its name, at the latest, with the rank that made it.
 pub(crate) struct Segment {
     memory: MmapRaw,
     name: SegmentName,
-    /// It was made here, and still has its name.
-    is_named: AtomicBool,
+    /// The file, held, if it was made here and still has its name.
+    named: Mutex<Option<File>>,
 }
 
 /// What a segment is called.
@@ -29,20 +42,16 @@ pub(crate) struct SegmentName {
     pub(crate) rank: Option<usize>,
 }
 
-/// A number that no other process names memory by. Never 0.
+/// A number to name memory by, which nobody can guess. Never 0.
 pub fn new_number() -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (std::process::id(), SystemTime::now()).hash(&mut hasher);
-    hasher.finish().max(1)
+    own_file::random()
 }
 
 impl SegmentName {
     fn path(self) -> PathBuf {
         let SegmentName { number, rank } = self;
-        match rank {
-            Some(rank) => format!("/dev/shm/mpi_cuda.{number:016x}.{rank}").into(),
-            None => format!("/dev/shm/mpi_cuda.{number:016x}").into(),
-        }
+        let of_rank = rank.map_or(String::new(), |rank| format!(".{rank}"));
+        Path::new(FOLDER).join(format!("{PREFIX}{number:016x}{of_rank}"))
     }
 
     #[cfg(test)]
@@ -69,9 +78,8 @@ impl Segment {
         bytes: usize,
         enough: impl FnOnce(u64) -> bool,
     ) -> io::Result<Segment> {
-        let mut options = OpenOptions::new();
-        let options = options.read(true).write(true).create_new(true).mode(0o600);
-        let file = options.open(name.path())?;
+        let file = own_file::create(&name.path())?;
+        own_file::hold(&file);
         let made = Self::reserve(&file, bytes, enough).and_then(|()| MmapRaw::map_raw(&file));
         if made.is_err() {
             remove(name);
@@ -79,7 +87,7 @@ impl Segment {
         Ok(Segment {
             memory: made?,
             name,
-            is_named: AtomicBool::new(true),
+            named: Mutex::new(Some(file)),
         })
     }
 
@@ -98,10 +106,7 @@ impl Segment {
 
     /// Maps the segment that another rank has made, if its size `fits`.
     pub(crate) fn open(name: SegmentName, fits: impl FnOnce(usize) -> bool) -> io::Result<Segment> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(name.path())?;
+        let file = own_file::open(&name.path(), true)?;
         let memory = MmapRaw::map_raw(&file)?;
         if !fits(memory.len()) {
             return Err(io::ErrorKind::InvalidData.into());
@@ -109,14 +114,15 @@ impl Segment {
         Ok(Segment {
             memory,
             name,
-            is_named: AtomicBool::new(false),
+            named: Mutex::new(None),
         })
     }
 
     /// Takes the name away, once everybody has mapped it; of the rank that made it.
     pub(crate) fn unlink(&self) {
-        if self.is_named.swap(false, Ordering::Relaxed) {
+        if let Some(file) = self.named.lock().take() {
             remove(self.name);
+            drop(file);
         }
     }
 
@@ -147,6 +153,53 @@ impl Drop for Segment {
     }
 }
 
+/// Removes the segments that ranks of this user left behind when they were killed.
+pub fn sweep() {
+    sweep_older(YOUNG);
+}
+
+fn sweep_older(age: Duration) {
+    let Ok(entries) = fs::read_dir(FOLDER) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if entry.file_name().to_str().is_some_and(is_a_segment) {
+            // What cannot be removed is another user's, or is used.
+            let _ = remove_if_left(&entry.path(), age);
+        }
+    }
+}
+
+/// Whether a file of this name is a segment.
+fn is_a_segment(file: &str) -> bool {
+    let Some(rest) = file.strip_prefix(PREFIX) else {
+        return false;
+    };
+    let (number, rank) = rest.split_once('.').unwrap_or((rest, "0"));
+    let hexadecimal = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    number.len() == 16
+        && number.bytes().all(hexadecimal)
+        && !rank.is_empty()
+        && rank.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+fn remove_if_left(path: &Path, age: Duration) -> io::Result<()> {
+    let file = own_file::open(path, false)?;
+    let about = file.metadata()?;
+    let made = about.modified()?;
+    let is_old = SystemTime::now()
+        .duration_since(made)
+        .is_ok_and(|time| time >= age);
+    if !is_old || !own_file::hold(&file) {
+        return Ok(());
+    }
+    let now = fs::symlink_metadata(path)?;
+    if (now.dev(), now.ino()) == (about.dev(), about.ino()) {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
 fn remove(name: SegmentName) {
     // Nothing is lost but tidiness if it cannot be removed.
     let _ = fs::remove_file(name.path());
@@ -165,6 +218,8 @@ fn bytes_left(file: &File) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     #[test]
@@ -194,5 +249,50 @@ mod tests {
         assert!(Segment::create(name, 4096, |left| left == 0).is_err());
         assert!(Segment::create(name, 1 << 60, |_| true).is_err());
         assert!(!name.exists());
+    }
+
+    #[test]
+    fn only_what_nobody_holds_is_swept() {
+        let name = || SegmentName {
+            number: new_number(),
+            rank: Some(3),
+        };
+        let used = Segment::create(name(), 4096, |_| true).unwrap();
+        // As a rank leaves it that was killed: a file that nobody holds.
+        let left = name();
+        drop(own_file::create(&left.path()).unwrap());
+        sweep();
+        assert!(left.exists(), "it is young");
+        sweep_older(Duration::ZERO);
+        assert!(!left.exists() && used.name.exists());
+    }
+
+    #[test]
+    fn other_files_are_no_segments() {
+        for name in ["mpi_cuda.0123456789abcdef", "mpi_cuda.0123456789abcdef.17"] {
+            assert!(is_a_segment(name), "{name}");
+        }
+        for name in [
+            "mpi_cuda.0123456789abcde",
+            "mpi_cuda.0123456789ABCDEF",
+            "mpi_cuda.0123456789abcdef.",
+            "mpi_cuda.0123456789abcdef.x",
+            "mpi_cuda.0123456789abcdef.1.2",
+            "mpi_cuda",
+        ] {
+            assert!(!is_a_segment(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_symbolic_link_is_not_opened() {
+        let (made, link) = (new_number(), new_number());
+        let [made, link] = [made, link].map(|number| SegmentName { number, rank: None });
+        let segment = Segment::create(made, 4096, |_| true).unwrap();
+        std::os::unix::fs::symlink(made.path(), link.path()).unwrap();
+        assert!(Segment::open(link, |_| true).is_err());
+        assert!(Segment::create(link, 4096, |_| true).is_err());
+        fs::remove_file(link.path()).unwrap();
+        drop(segment);
     }
 }

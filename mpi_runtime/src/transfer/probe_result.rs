@@ -3,10 +3,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::{fs, io};
 
+use crate::node::own_file;
 use crate::transfer::choice::{ProbeResult, Through};
 
 /// How the texts of a failure and of an attempt begin.
@@ -35,20 +37,28 @@ impl ProbeResults {
 
     /// What is known of `mpi`, the library in words.
     pub fn read(&self, mpi: &str) -> ProbeResult {
-        self.state(mpi)
-            .map_or(ProbeResult::None, |state| parse(&state))
+        match self.state(mpi) {
+            Ok(state) => state.map_or(ProbeResult::None, |state| parse(&state)),
+            // It would decide what memory MPI is given.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => ProbeResult::Fails(
+                format!("{error}: it is not trusted; remove it and run the probe again"),
+            ),
+            Err(_) => ProbeResult::None,
+        }
     }
 
     /// What was being tried in a job that has not reported.
     pub fn unfinished(&self, mpi: &str) -> Option<String> {
-        Some(self.state(mpi)?.strip_prefix(TRYING)?.to_owned())
+        let state = self.state(mpi).ok()??;
+        Some(state.strip_prefix(TRYING)?.to_owned())
     }
 
-    fn state(&self, mpi: &str) -> Option<String> {
+    fn state(&self, mpi: &str) -> io::Result<Option<String>> {
         let key = self.key(mpi);
-        let text = fs::read_to_string(self.file(&key)).ok()?;
-        let (of, state) = text.split_once('\n')?;
-        (of == key).then(|| state.trim_end().to_owned())
+        let mut text = String::new();
+        own_file::open(&self.file(&key), false)?.read_to_string(&mut text)?;
+        let of_this = text.split_once('\n').filter(|(of, _)| *of == key);
+        Ok(of_this.map(|(_, state)| state.trim_end().to_owned()))
     }
 
     /// Keeps what is known: `arrays`, `copies`, `failed: WHY`, or `trying arrays` before an attempt
@@ -64,10 +74,9 @@ impl ProbeResults {
         let key = self.key(mpi);
         let file = self.file(&key);
         // Ranks of several nodes may have one number.
-        let random = RandomState::new().hash_one(std::process::id());
-        let unfinished = file.with_extension(format!("{random:x}"));
+        let unfinished = file.with_extension(format!("{:x}", own_file::random()));
         fs::create_dir_all(&self.folder)?;
-        fs::write(&unfinished, format!("{key}\n{state}\n"))?;
+        own_file::create(&unfinished)?.write_all(format!("{key}\n{state}\n").as_bytes())?;
         fs::rename(unfinished, file)
     }
 }
@@ -88,6 +97,9 @@ fn parse(state: &str) -> ProbeResult {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -126,6 +138,14 @@ mod tests {
         let file = here.file(&here.key("Open MPI 5.0.7"));
         fs::write(&file, "Open MPI 4\narrays\n").unwrap();
         assert_eq!(here.read("Open MPI 5.0.7"), ProbeResult::None);
+        // A file that others may write to decides nothing.
+        here.write("Open MPI 5.0.7", "arrays").unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
+        let read = here.read("Open MPI 5.0.7");
+        assert!(matches!(read, ProbeResult::Fails(why) if why.contains("other users")));
+        here.write("Open MPI 5.0.7", "arrays").unwrap();
+        let works = ProbeResult::Works(Through::Arrays);
+        assert_eq!(here.read("Open MPI 5.0.7"), works);
         fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -2,6 +2,7 @@
 
 mod agree;
 mod child;
+mod end;
 mod join;
 mod options;
 mod output;

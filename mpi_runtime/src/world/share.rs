@@ -31,6 +31,9 @@ pub(super) fn share_memory(
     agreed: &Agreed,
 ) -> Result<SharedMemory, StartError> {
     let size = ranks.comm.size;
+    if agreed.node_rank == 0 {
+        segment::sweep();
+    }
     let stages = agreed
         .transfer
         .as_ref()

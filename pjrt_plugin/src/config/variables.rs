@@ -96,6 +96,19 @@ pub const VARIABLES: &[Variable] = &[
         read: |config, text| set(&mut config.warn_after, seconds(text)),
     },
     Variable {
+        name: "MPI_CUDA_EXIT_TIMEOUT",
+        old_name: None,
+        values: "90, seconds, 0",
+        meaning: "end the job if a rank at its end waits longer than this for others; 0: never",
+        read: |config, text| {
+            let never = (text == "0").then_some(None);
+            set(
+                &mut config.exit_timeout,
+                never.or_else(|| seconds(text).map(Some)),
+            )
+        },
+    },
+    Variable {
         name: "MPI_CUDA_LOG",
         old_name: None,
         values: "warn, info, debug",

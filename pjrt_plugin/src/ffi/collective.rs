@@ -12,6 +12,7 @@ use super::handler::{Handler, handler};
 use crate::error::Error;
 use crate::ffi::memory::Memory;
 use crate::ffi::replica_groups::{self, Part};
+use crate::launch::completion::noted;
 use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
 
@@ -35,21 +36,23 @@ pub const fn collective<F>(body: F) -> Handler
 where
     F: Fn(&Collective<'_>) -> Result<(), Error> + Copy,
 {
-    handler(move |frame: &Frame<'_>| {
-        let world = world()
-            .ok_or_else(|| Error::internal("a collective ran before the world was started"))?;
-        let collective = Collective {
-            frame,
-            world,
-            ticket: ticket_of(frame.run_id()).unwrap_or(Ticket(0)),
-            operands: frame.args.len().saturating_sub(1),
-            results: frame.rets.len().saturating_sub(1),
-            part: replica_groups::part(attribute(frame, "table")?)?,
-            memory: Memory::of(frame)?,
-        };
-        refuse_narrow(frame)?;
-        body(&collective)
-    })
+    handler(move |frame: &Frame<'_>| noted(of(frame).and_then(|collective| body(&collective))))
+}
+
+fn of<'a>(frame: &'a Frame<'a>) -> Result<Collective<'a>, Error> {
+    let world =
+        world().ok_or_else(|| Error::internal("a collective ran before the world was started"))?;
+    let collective = Collective {
+        frame,
+        world,
+        ticket: ticket_of(frame.run_id()).unwrap_or(Ticket(0)),
+        operands: frame.args.len().saturating_sub(1),
+        results: frame.rets.len().saturating_sub(1),
+        part: replica_groups::part(attribute(frame, "table")?)?,
+        memory: Memory::of(frame)?,
+    };
+    refuse_narrow(frame)?;
+    Ok(collective)
 }
 
 /// Elements of less than 8 bits may share bytes, so nothing here may move them by their number.

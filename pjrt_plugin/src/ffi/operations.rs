@@ -12,6 +12,7 @@ use super::handler::{Handler, handler};
 use crate::error::Error;
 use crate::ffi::memory::Memory;
 use crate::launch::async_barrier;
+use crate::launch::completion::noted;
 use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
 
@@ -24,7 +25,7 @@ macro_rules! handlers {
     ($dialect:ident: $($kind:ident),+) => {
         &[$((
             Kind::$kind,
-            handler(|frame: &Frame<'_>| execute(Kind::$kind, &Dialect::$dialect, frame)),
+            handler(|frame: &Frame<'_>| noted(execute(Kind::$kind, &Dialect::$dialect, frame))),
         )),+]
     };
 }

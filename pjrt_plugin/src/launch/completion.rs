@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::error::Error;
 use crate::inner::handles::{BufferHandle, ContextHandle, EventHandle, Handle};
 use crate::launch::alias_buffer::End;
 use crate::launch::inflight_limit::InFlightSlot;
@@ -90,6 +91,15 @@ pub fn as_completion(callback: impl FnOnce()) {
     let outer = IN_COMPLETION.replace(true);
     callback();
     IN_COMPLETION.set(outer);
+}
+
+/// Notes that an operation failed, also before the engine saw it, until somebody reads the error.
+pub fn noted(result: Result<(), Error>) -> Result<(), Error> {
+    result.inspect_err(|error| {
+        if let Some(world) = world() {
+            world.engine.note_unread(&error.to_string());
+        }
+    })
 }
 
 /// The framework has read the message of an error of the inner plugin.

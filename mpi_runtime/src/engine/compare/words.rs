@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::operation::rank_list;
+use crate::ranks::Ranks;
 
 /// Different things that an error names.
 const MOST: usize = 6;
@@ -26,7 +26,7 @@ pub(super) fn differ(what: &str, mut all: Vec<(i32, String)>) -> String {
     let mut text = what.to_owned();
     for (ranks, words) in groups {
         let who = if ranks.len() == 1 { "Rank" } else { "Ranks" };
-        text += &format!(". {who} {}: {words}", rank_list(&ranks));
+        text += &format!(". {who} {}: {words}", Ranks(&ranks));
     }
     if left_out > 0 {
         text += &format!(". {left_out} more differ from all of these");
