@@ -121,6 +121,8 @@ macro_rules! element_types {
         pub enum ElementType { $($variant,)+ }
 
         impl ElementType {
+            /// Every type, in the order of their numbers.
+            pub const ALL: &[ElementType] = &[$(Self::$variant,)+];
             /// numpy's name.
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)+ }

@@ -10,6 +10,7 @@ mod share;
 use std::sync::Arc;
 
 use crate::engine::Engine;
+use crate::engine::recorder::{About, clock, file};
 use crate::error::{MpiError, StartError};
 use crate::log;
 use crate::mpi::communicators::{Communicator, DEFAULT, NAMES};
@@ -68,6 +69,13 @@ impl World {
         let shared = share::share_memory(&ranks, options, &agreed)?;
         engine.rendezvous = shared.rendezvous;
         child::mark(launched);
+        let about = About {
+            rank: joined.rank,
+            size: joined.size,
+            job: agreed.job,
+            library: joined.library.clone(),
+        };
+        file::start(&about, options.record.as_ref());
         Ok(World {
             rank: joined.rank,
             size: joined.size,
@@ -98,6 +106,13 @@ impl World {
     /// A world of size 1 without MPI.
     fn single_rank(options: &WorldOptions) -> World {
         let engine = Engine::new(None, 0, options.engine());
+        let about = About {
+            rank: 0,
+            size: 1,
+            job: clock::first().wall,
+            library: "no MPI".into(),
+        };
+        file::start(&about, options.record.as_ref());
         for (name, number) in NAMES {
             engine.communicators.add(
                 number,
@@ -137,6 +152,7 @@ impl World {
 
     /// Ends the whole job, once the launcher has read what this rank printed.
     pub fn abort(&self, code: i32) -> ! {
+        file::abort(code);
         output::wait_until_read();
         if let Some(shim) = &self.shim
             && shim.state() == MpiState::Running
@@ -148,6 +164,11 @@ impl World {
 
     /// Waits for everything dispatched and, if we initialised MPI, finalizes it. Call once, last.
     pub fn shutdown(&self) {
+        self.finish();
+        file::finish();
+    }
+
+    fn finish(&self) {
         self.engine.wait_idle();
         let Some(shim) = &self.shim else { return };
         if shim.state() == MpiState::Running {

@@ -15,6 +15,7 @@ pub mod keep_alive;
 mod on_caller;
 pub mod ticket;
 
+use mpi_runtime::engine::recorder::RECORDER;
 use mpi_runtime::{Ticket, World};
 use pjrt_sys::PJRT_Error_Code_INTERNAL;
 
@@ -65,6 +66,7 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
     let launches = 1 + usize::from(program.cheap);
     let deferred = world.size > 1 && outer.is_none() && deferred::is_needed(args, launches)?;
     let ticket = outer.unwrap_or_else(|| world.engine.issue_ticket());
+    RECORDER.launch(ticket, program.name, args.call_location());
     // The outer launch retires the ticket of what its callbacks launch.
     let own = outer.is_none().then(|| TicketGuard(ticket));
     // Alone in the world nothing waits for a peer, and with everybody here nothing for long.
