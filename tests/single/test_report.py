@@ -162,7 +162,7 @@ def test_a_receive_waits_for_its_sender() -> None:
     other = message(0, 1, 0, 1, kind="recv", source=2, recv_tag=3)
     receive = message(0, 2, 1, 6, kind="recv", source=1, recv_tag=None)
     found = job(record(0, [other, receive]), record(1, [send]), record(2, []))
-    assert list(found.messages()) == [(send, receive)]
+    assert found.messages == [(send, receive)]
     assert receive.waited == 4
 
 

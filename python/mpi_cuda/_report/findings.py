@@ -53,12 +53,8 @@ def _is_seen_by_all(job: Job, matched: Matched) -> bool:
     first = min(one.start for one in come)
     for rank in matched.members - matched.by_rank.keys():
         record = job.records[rank]
-        known = [
-            operation.position
-            for operation in record.operations
-            if operation.collective and operation.comm.key == matched.comm.key
-        ]
-        was_forgotten = not record.is_whole and (not known or matched.position < min(known))
+        oldest = job.oldest.get((rank, matched.comm.key))
+        was_forgotten = not record.is_whole and (oldest is None or matched.position < oldest)
         # A rank that was killed may have written its record a little before.
         is_older = record.written < first
         if was_forgotten or is_older or everybody_came:
@@ -165,11 +161,10 @@ def waits_for(job: Job, operation: Operation) -> list[int]:
         members = job.members[operation.comm.key]
         everybody = operation.comm.size == job.size
         absent = set(job.missing) if everybody else set()
+        matched = job.at.get((operation.comm.key, operation.position))
         begun = {
             one.rank
-            for matched in job.collectives
-            if matched.comm.key == operation.comm.key and matched.position == operation.position
-            for one in matched.by_rank.values()
+            for one in (matched.by_rank.values() if matched else [])
             if one.signature == operation.signature
         }
         return sorted((members | absent) - begun - {operation.rank})

@@ -66,6 +66,15 @@ class Job:
             is_everybody = sizes[key] == self.size or key[0] in ALL_RANKS
             self.members[key] = frozenset(self.records if is_everybody else ranks)
         self.collectives = self._match()
+        #: The first place that a rank still knows, by rank and communicator.
+        self.oldest: dict[tuple[int, CommKey], int] = {}
+        for operation in self.operations():
+            if operation.collective:
+                place = operation.rank, operation.comm.key
+                before = self.oldest.get(place, operation.position)
+                self.oldest[place] = min(before, operation.position)
+        self.at = {(one.comm.key, one.position): one for one in self.collectives}
+        self.messages = list(self._match_messages())
         self._fill_waiting()
 
     @property
@@ -110,37 +119,32 @@ class Job:
                 if operation.waited is None and operation.kind in SYNCHRONOUS:
                     until = last if operation.end is None else min(last, operation.end)
                     operation.waited = max(0.0, until - operation.start)
-        for send, receive in self.messages():
+        for send, receive in self.messages:
             if receive.waited is None and receive.end is not None:
                 until = min(send.start, receive.end)
                 receive.waited = max(0.0, until - receive.start)
 
-    def messages(self) -> Iterator[tuple[Operation, Operation]]:
+    def _match_messages(self) -> Iterator[tuple[Operation, Operation]]:
         """What was sent and where it was received, if nothing of either rank is forgotten."""
-        sent: dict[tuple[object, ...], collections.deque[Operation]]
-        sent = collections.defaultdict(collections.deque)
+        # By communicator, sender and receiver; then by tag.
+        sent: dict[tuple[object, ...], dict[int, collections.deque[Operation]]] = {}
         whole = [record for record in self.records.values() if record.is_whole]
-        ranks = {record.rank for record in whole}
         operations = [operation for record in whole for operation in record.operations]
         for operation in operations:
-            if "sends" in operation.traits and not operation.failed:
+            if operation.starts_message and not operation.failed:
                 to = self.world_rank(operation.comm, operation.peer)
-                way = (operation.comm.key, operation.rank, to, operation.send_tag)
-                sent[way].append(operation)
+                way = sent.setdefault((operation.comm.key, operation.rank, to), {})
+                way.setdefault(operation.send_tag, collections.deque()).append(operation)
         for operation in operations:
             source = self.world_rank(operation.comm, operation.source)
-            if "receives" not in operation.traits or source not in ranks:
+            if not operation.ends_message or operation.failed or source is None:
                 continue
-            ways = [
-                way
-                for way in sent
-                if way[:3] == (operation.comm.key, source, operation.rank)
-                and operation.recv_tag in (None, way[3])
-                and sent[way]
+            way = sent.get((operation.comm.key, source, operation.rank), {})
+            waiting = [
+                queue for tag, queue in way.items() if queue and operation.recv_tag in (None, tag)
             ]
-            if ways and not operation.failed and operation.kind != "irecv":
-                first = min(ways, key=lambda way: sent[way][0].number)
-                yield sent[first].popleft(), operation
+            if waiting:
+                yield min(waiting, key=lambda queue: queue[0].number).popleft(), operation
 
 
 def load(folder: Path) -> Job:

@@ -3,6 +3,7 @@ waited for."""
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def write(job: Job, path: Path) -> None:
             if one.kind != "begin"
         ]
         axes.broken_barh(spans, (rank - 0.4, 0.8), color="0.85")
+    bars = collections.defaultdict(list)
     for rank, (operation, start, duration) in waited_for:
-        span = (start - origin, duration)
-        axes.broken_barh([span], (operation.rank - 0.4, 0.8), color=colours(rank % 10))
+        bars[operation.rank, rank % 10].append((start - origin, duration))
+    for (row, colour), spans in bars.items():
+        axes.broken_barh(spans, (row - 0.4, 0.8), color=colours(colour))
     shown = sorted({rank for rank, _ in waited_for})
     handles = [
         Patch(color=colours(rank % 10), label=f"waits for rank {rank}") for rank in shown[:10]
@@ -76,7 +79,7 @@ def _waited_for(job: Job) -> list[tuple[int, tuple[Operation, float, float]]]:
                 and waits
             ):
                 found.append((last.rank, (operation, operation.start, waits)))
-    for send, receive in job.messages():
+    for send, receive in job.messages:
         if receive.waited:
             found.append((send.rank, (receive, receive.start, receive.waited)))
     for operation in job.operations():

@@ -22,6 +22,8 @@ _SELF = 2
 #: Those of all ranks, in their order.
 ALL_RANKS = (0, 1, 3)
 NO_REDUCTION = 255
+#: Flags: an operation of mpi4jax's; a wait that knows the message that it waits for.
+_FOREIGN, _STARTED = 1, 2
 #: The peer of a message that goes nowhere.
 NOBODY = -1
 
@@ -50,7 +52,7 @@ class Comm:
         return self.number != _SELF and self.size != 1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True, eq=False)
 class Operation:
     """An operation of one rank; times are seconds since 1970, by the clock of rank 0's node."""
 
@@ -88,16 +90,25 @@ class Operation:
         return "collective" in self.traits
 
     @property
+    def starts_message(self) -> bool:
+        """It sends a message, which nothing before has sent."""
+        return "sends" in self.traits and self.kind != "wait_send"
+
+    @property
+    def ends_message(self) -> bool:
+        """It receives a message."""
+        return "receives" in self.traits and self.kind != "irecv"
+
+    @property
     def count(self) -> int:
         """Elements that ranks must agree on."""
-        return (
-            self.received if "operand" not in self.traits or self.kind == "scatter" else self.sent
-        )
+        by_result = "operand" not in self.traits or self.kind in ("scatter", "wait")
+        return self.received if by_result else self.sent
 
     @property
     def bytes(self) -> int:
         """Of its operand, or of its result if it has none."""
-        return self.count * self.item_size if self.kind not in ("begin", "barrier") else 0
+        return self.count * self.item_size if self.dtype else 0
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -113,7 +124,7 @@ class Operation:
         if self.kind == "begin":
             return f"the start of a program with {self.text or 'no collectives'}"
         words = [self.kind]
-        if {"operand", "result"} & self.traits and self.dtype and not self.kind.startswith("wait"):
+        if {"operand", "result"} & self.traits and self.dtype:
             words.append(f"of {self.count} {self.dtype}")
         if self.reduction:
             words.append(f"with {self.reduction}")
@@ -249,7 +260,10 @@ class _Reader:
         about, launch = self.about, launches.get(ticket)
         begins = kind == about["begin"]
         name, *traits = ["begin", "collective"] if begins else about["kinds"][kind]
-        dtype, item_size = about["dtypes"][dtype if "operand" in traits else result]
+        if flags & _STARTED:
+            traits.append("sends" if name == "wait_send" else "receives")
+        by_result = "operand" not in traits or name == "wait"
+        dtype, item_size = about["dtypes"][result if by_result else dtype]
         return Operation(
             rank=about["rank"],
             number=number,
@@ -261,7 +275,7 @@ class _Reader:
             end=self.time(end) if end else None,
             waited=waited * self.rate / 1e9 if waited else None,
             reduction="" if reduction == NO_REDUCTION else self._reduction(reduction),
-            dtype="" if name in ("begin", "barrier") else dtype,
+            dtype="" if name in ("begin", "barrier", "wait_send") else dtype,
             item_size=item_size,
             sent=sent,
             received=received,
@@ -275,7 +289,7 @@ class _Reader:
             location=launch.location if launch else "",
             failed=bool(failed),
             text=self.text(text),
-            foreign=bool(flags & 1),
+            foreign=bool(flags & _FOREIGN),
         )
 
     def _reduction(self, number: int) -> str:

@@ -38,7 +38,7 @@ def _events(job: Job) -> Iterator[dict[str, Any]]:
             }
         for operation in record.operations:
             yield from _slices(operation, tracks[operation.comm.key], origin, record.written)
-    for number, (send, receive) in enumerate(job.messages()):
+    for number, (send, receive) in enumerate(job.messages):
         for phase, one, moment in (("s", send, send.start), ("f", receive, receive.end)):
             if moment is None:
                 continue

@@ -117,7 +117,7 @@ pub struct Entry {
     /// Tags of what is sent and received.
     pub tags: AtomicU64,
     /// From the lowest byte: kind, reduction (255: none), dtype of the operand, of the result, and
-    /// the flag [`FOREIGN`].
+    /// flags.
     pub what: AtomicU64,
     /// Number of a text: why it failed, or the program that begins.
     pub text: AtomicU64,
@@ -127,8 +127,10 @@ pub struct Entry {
     pub number_again: AtomicU64,
 }
 
-/// An operation of mpi4jax's.
+/// Flag: an operation of mpi4jax's.
 pub const FOREIGN: u64 = 1 << 32;
+/// Flag: a wait, whose ranks and tags are those of the message that it waits for.
+pub const STARTED: u64 = 1 << 33;
 
 macro_rules! words {
     ($($kind:ident { $($field:ident: $of:expr),+ $(,)? })+) => {

@@ -10,7 +10,7 @@ use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use super::clock::{Moment, Ticks};
-use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, Record};
+use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, Record, STARTED};
 use super::system;
 use super::texts::Texts;
 use crate::engine::collectives::CollectiveSequence;
@@ -162,6 +162,19 @@ impl Recorder {
     /// The number of a text that entries have; 0 is none.
     pub fn text(&self, text: &[u8]) -> u32 {
         self.texts.number(&self.record, text)
+    }
+
+    /// The operation that this thread executes waits for the message that `started` has started.
+    pub fn waits_for(&self, started: &Operation<'_>) {
+        let number = CURRENT.get();
+        let entry = self.entry(number);
+        if number != 0 && entry.number.load(Ordering::Relaxed) == number {
+            let ranks = pair(started.dest, started.source);
+            let tags = pair(started.send_tag, started.recv_tag);
+            entry.ranks.store(ranks, Ordering::Relaxed);
+            entry.tags.store(tags, Ordering::Relaxed);
+            entry.what.fetch_or(STARTED, Ordering::Relaxed);
+        }
     }
 
     /// The operation that this thread executes has waited for other ranks, since `start`.

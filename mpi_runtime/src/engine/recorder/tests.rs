@@ -221,3 +221,22 @@ fn the_description_fits_and_is_json() {
         text.len()
     );
 }
+
+#[test]
+fn a_wait_says_what_it_waits_for() {
+    let recorder = recorder();
+    let started = Operation {
+        source: 1,
+        recv_tag: 9,
+        ..Operation::new(Kind::Irecv, 1, array(&[2]), array(&[]))
+    };
+    let wait = Operation::new(Kind::Wait, 1, array(&[]), array(&[2]));
+    let running = recorder.begin(Ticket(1), &wait, communicator);
+    recorder.waits_for(&started);
+    running.end(&Ok(()));
+    recorder.waits_for(&wait);
+    let entry = recorder.entry(1);
+    assert_eq!(load(&entry.ranks), pair(0, 1));
+    assert_eq!(load(&entry.tags), pair(0, 9));
+    assert_eq!(load(&entry.what) & STARTED, STARTED);
+}
