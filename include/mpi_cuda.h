@@ -155,6 +155,10 @@ int mpi_cuda_in_flight(void);
 /* Number of launches so far that ran on the calling thread, since all ranks had arrived. */
 int mpi_cuda_launches_on_callers(void);
 
+/* Writes the record of this rank's last operations, which `python -m mpi_cuda report` reads, to a
+ * file; NULL: to that in MPI_CUDA_RECORD_DIR. */
+int mpi_cuda_write_record(const char *path);
+
 /* Ends the whole job with a non-zero status, once the launcher has read what this rank printed
  * (half a second at most). */
 void mpi_cuda_abort(int code);

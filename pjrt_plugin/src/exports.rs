@@ -1,10 +1,13 @@
 //! The exported functions beside `GetPjrtApi`; documented in `include/mpi_cuda.h`.
 
 use std::cell::RefCell;
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use mpi_runtime::Kind;
 use mpi_runtime::engine::Launch;
+use mpi_runtime::engine::recorder::file;
 use mpi_runtime::node::process::is_main_thread;
 use pjrt_sys::PJRT_Api;
 
@@ -208,6 +211,31 @@ pub extern "C" fn mpi_cuda_in_flight() -> c_int {
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_launches_on_callers() -> c_int {
     quiet(0, || launch::launches_on_callers() as c_int)
+}
+
+/// Writes the record of this rank's last operations to a file, or, for null, to that in
+/// `MPI_CUDA_RECORD_DIR`; -1 on error.
+///
+/// # Safety
+/// `path` must be null or a C string.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_write_record(path: *const c_char) -> c_int {
+    quiet(-1, || {
+        if world_of_this_process().is_none() {
+            return fail(Error::precondition("call mpi_cuda_start first"));
+        }
+        // SAFETY: the caller's text is NUL-terminated, if there is one.
+        let path = (!path.is_null()).then(|| unsafe { CStr::from_ptr(path) });
+        let path = path.map(|path| Path::new(OsStr::from_bytes(path.to_bytes())));
+        file::write_to(path).map_or_else(
+            |error| {
+                fail(Error::invalid(format!(
+                    "the record cannot be written: {error}"
+                )))
+            },
+            |()| 0,
+        )
+    })
 }
 
 /// Ends the whole job with a non-zero status, once the launcher has read what this rank printed.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use mpi_runtime::device::cuda::{self, Found};
+use mpi_runtime::engine::recorder::file::RecordOptions;
 use mpi_runtime::log;
 use mpi_runtime::transfer::choice::{Asked, Aware, Through};
 use mpi_runtime::transfer::probe_result::ProbeResults;
@@ -76,6 +77,10 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),
         verbose: config.log >= Log::Debug,
+        record: config.record_dir.clone().map(|folder| RecordOptions {
+            folder,
+            keep: config.record,
+        }),
     };
     let world = World::start(&options).map_err(Error::precondition)?;
     log_world(&world, config);

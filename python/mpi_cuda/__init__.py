@@ -6,6 +6,7 @@ tokens; those of `mpi_cuda.notoken` do without. Importing this package initialis
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from mpi_cuda import _derivatives, _jax_patches, experimental, notoken  # noqa: F401
@@ -63,6 +64,20 @@ def has_cuda_support() -> bool:
     return bool(_library.load().mpi_cuda_on_gpu())
 
 
+def write_record(path: str | os.PathLike[str] | None = None) -> None:
+    """Writes the record of this rank's last operations, which `python -m mpi_cuda report` reads.
+
+    Args:
+      path: the file; by default this rank's in `MPI_CUDA_RECORD_DIR`, which then stays.
+
+    Raises:
+      RuntimeError: it cannot be written, or no file is named and the variable is not set.
+    """
+    name = None if path is None else os.fsencode(path)
+    if _library.load().mpi_cuda_write_record(name):
+        raise RuntimeError(_library.last_error())
+
+
 def has_sycl_support() -> bool:
     """Whether this build communicates SYCL arrays; mpi4jax's name, and it does not."""
     return False
@@ -109,4 +124,5 @@ __all__ = [
     "send",
     "sendrecv",
     "wait",
+    "write_record",
 ]

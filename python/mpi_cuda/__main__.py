@@ -1,4 +1,6 @@
-"""`mpirun -n 2 python -m mpi_cuda probe`: whether MPI can be given the memory of this job's GPUs.
+"""`python -m mpi_cuda report DIR`: what the ranks of a job were doing (`_report`).
+
+`mpirun -n 2 python -m mpi_cuda probe`: whether MPI can be given the memory of this job's GPUs.
 
 Tries it with arrays that XLA itself allocated, first as they are and then through copies on the
 device, and keeps what came of it for later jobs with this MPI, driver and plugin
@@ -102,10 +104,14 @@ def probe() -> int:
 
 def main() -> int:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m mpi_cuda", description=__doc__)
-    parser.add_argument("command", choices=["probe"], help="what to do")
-    parser.parse_args()
-    return probe()
+    from mpi_cuda import _report
+
+    parser = argparse.ArgumentParser(prog="python -m mpi_cuda")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("probe", help="whether MPI can be given the memory of this job's GPUs")
+    _report.add_arguments(commands.add_parser("report", help="what the ranks of a job were doing"))
+    arguments = parser.parse_args()
+    return _report.run(arguments) if arguments.command == "report" else probe()
 
 
 if __name__ == "__main__":

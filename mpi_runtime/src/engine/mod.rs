@@ -11,6 +11,7 @@ mod mpi_calls;
 mod nonblocking;
 pub mod order;
 mod pending;
+pub mod recorder;
 mod result_canary;
 mod single_rank;
 mod uniform;
@@ -30,6 +31,7 @@ use crate::engine::mpi_calls::{MpiCalls, done};
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::PendingTable;
+use crate::engine::recorder::RECORDER;
 pub use crate::engine::uniform::UniformProgram;
 use crate::error::{Failure, OperationError};
 use crate::log;
@@ -138,9 +140,10 @@ impl Engine {
         if program.everybody {
             self.calls.histories.count_collective_launch();
         }
-        self.groups
-            .begin(self.collective_context(), program)
-            .inspect_err(|error| self.note_unread(&error.to_string()))
+        let recording = RECORDER.begin_program(ticket, program);
+        let result = self.groups.begin(self.collective_context(), program);
+        recording.end(&result);
+        result.inspect_err(|error| self.note_unread(&error.to_string()))
     }
 
     fn collective_context(&self) -> CollectiveContext<'_> {
@@ -164,7 +167,9 @@ impl Engine {
     ) -> Result<(), OperationError> {
         self.order.wait_turn(ticket);
         let start = self.verbose.then(Instant::now);
+        let recording = RECORDER.begin(ticket, op, || self.communicators.get(op.comm));
         let result = self.run(ticket, op, place);
+        recording.end(&result);
         if let Some(start) = start {
             self.log(ticket, op, start.elapsed(), result.is_ok());
         }

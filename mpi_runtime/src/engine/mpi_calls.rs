@@ -9,6 +9,7 @@ use crate::engine::compare::Comparison;
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::Ticket;
 use crate::engine::pending::PendingTable;
+use crate::engine::recorder::RECORDER;
 use crate::engine::uniform::Histories;
 use crate::engine::{check, result_canary, single_rank};
 use crate::error::Failure;
@@ -209,6 +210,7 @@ impl MpiCalls {
         };
         let (mut started, shape) = nonblocking.find(number)?;
         started.send.shape = &shape;
+        RECORDER.waits_for(&started);
         let _pending = self.pending.enter(&started, comm.name);
         let about = |failure: Failure| Failure::from(format!("{started}: {failure}"));
         if (op.kind == Kind::WaitSend) != started.kind.sends() {

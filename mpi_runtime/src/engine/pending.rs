@@ -4,10 +4,11 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::engine::recorder::clock::Ticks;
 use crate::log;
 use crate::operation::Operation;
 
@@ -20,7 +21,7 @@ pub struct PendingTable {
 
 struct PendingRow {
     /// When the operation started; none in a free row.
-    since: Option<Instant>,
+    since: Option<Ticks>,
     warned: bool,
     operation: Operation<'static>,
     send_shape: Vec<i64>,
@@ -55,7 +56,7 @@ impl PendingTable {
                 rows.len() - 1
             });
         let entry = &mut rows[row];
-        entry.since = Some(Instant::now());
+        entry.since = Some(Ticks::now());
         entry.warned = false;
         entry.operation = bare;
         entry.comm = comm;
@@ -91,7 +92,7 @@ impl PendingTable {
 }
 
 impl PendingRow {
-    fn words(&self, since: Instant) -> String {
+    fn words(&self, since: Ticks) -> String {
         let mut operation: Operation<'_> = self.operation;
         operation.send.shape = &self.send_shape;
         operation.recv.shape = &self.recv_shape;

@@ -5,6 +5,7 @@
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
+use crate::engine::recorder::clock;
 use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::Communicator;
 use crate::mpi::shim::Shim;
@@ -19,6 +20,8 @@ pub(super) struct Agreed {
     /// There are more ranks than cores on some node.
     pub(super) oversubscribed: bool,
     pub(super) transfer: Option<Choice>,
+    /// The last rank's start in nanoseconds since 1970, which names the job.
+    pub(super) job: u64,
 }
 
 /// Agrees, or says what differs. Collective.
@@ -47,6 +50,7 @@ pub(super) fn agree(
         transfer: device
             .map(|device| agree_on_transfer(ranks, device, &joined.library))
             .transpose()?,
+        job: ranks.most(clock::first().wall)?,
     })
 }
 

@@ -11,6 +11,7 @@ mod share;
 use std::sync::Arc;
 
 use crate::engine::Engine;
+use crate::engine::recorder::{About, clock, file};
 use crate::error::{MpiError, StartError};
 use crate::log;
 use crate::mpi::communicators::{Communicator, DEFAULT, NAMES};
@@ -72,6 +73,13 @@ impl World {
             engine.compare_on(board, joined.size);
         }
         child::mark(launched);
+        let about = About {
+            rank: joined.rank,
+            size: joined.size,
+            job: agreed.job,
+            library: joined.library.clone(),
+        };
+        file::start(&about, options.record.as_ref());
         Ok(World {
             rank: joined.rank,
             size: joined.size,
@@ -102,6 +110,13 @@ impl World {
     /// A world of size 1 without MPI.
     fn single_rank(options: &WorldOptions) -> World {
         let engine = Engine::new(None, 0, options.engine());
+        let about = About {
+            rank: 0,
+            size: 1,
+            job: clock::first().wall,
+            library: "no MPI".into(),
+        };
+        file::start(&about, options.record.as_ref());
         for (name, number) in NAMES {
             engine.communicators.add(
                 number,
@@ -141,6 +156,7 @@ impl World {
 
     /// Ends the whole job, once the launcher has read what this rank printed.
     pub fn abort(&self, code: i32) -> ! {
+        file::abort(code);
         output::wait_until_read();
         if let Some(shim) = &self.shim
             && shim.state() == MpiState::Running
@@ -152,6 +168,11 @@ impl World {
 
     /// Waits for everything dispatched and, if we initialised MPI, finalizes it. Call once, last.
     pub fn shutdown(&self) {
+        self.finish();
+        file::finish();
+    }
+
+    fn finish(&self) {
         self.engine.wait_idle();
         self.engine.leave();
         let Some(shim) = &self.shim else { return };

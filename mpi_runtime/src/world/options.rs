@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::engine::EngineOptions;
+use crate::engine::recorder::file::RecordOptions;
 use crate::mpi::family::Family;
 use crate::mpi::shim::Aware;
 use crate::transfer::choice::{Asked, Through};
@@ -24,6 +25,8 @@ pub struct WorldOptions {
     pub warn_after: Duration,
     /// `MPI_CUDA_PART_BYTES`.
     pub part_bytes: i64,
+    /// Where the last operations are written.
+    pub record: Option<RecordOptions>,
     /// For devices with memory of their own.
     pub device: Option<DeviceOptions>,
     /// `MPI_CUDA_LOG=debug`: say for each operation what served it.

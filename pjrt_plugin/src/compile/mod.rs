@@ -7,6 +7,7 @@ pub mod spmd;
 
 use std::time::{Duration, Instant};
 
+use mpi_runtime::engine::recorder::RECORDER;
 use mpi_runtime::log;
 
 use crate::compile::contents::Contents;
@@ -127,6 +128,7 @@ fn note(loaded: Owned<LoadedHandle>, contents: Contents) -> Result<Owned<LoadedH
     })?;
     if contents.operations || contents.callbacks {
         let program = ProgramInfo {
+            name: RECORDER.text(&handle.executable()?.get().name()),
             operations: contents.operations,
             callbacks: contents.callbacks,
             cheap,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mpi_runtime::engine::recorder::file::Keep;
 use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::Asked;
 
@@ -61,6 +62,8 @@ pub struct Config {
     pub warn_after: Duration,
     pub exit_timeout: Option<Duration>,
     pub log: Log,
+    pub record_dir: Option<PathBuf>,
+    pub record: Keep,
     pub keep_memory: bool,
     pub huge_pages: bool,
     pub part_bytes: i64,
@@ -90,6 +93,8 @@ impl Default for Config {
             warn_after: Duration::from_secs(60),
             exit_timeout: Some(Duration::from_secs(90)),
             log: Log::Warn,
+            record_dir: None,
+            record: Keep::Failures,
             keep_memory: true,
             huge_pages: true,
             part_bytes: LARGEST_PART,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use mpi_runtime::engine::recorder::file::Keep;
 use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::Asked;
 
@@ -122,6 +123,29 @@ pub const VARIABLES: &[Variable] = &[
                         ("info", Log::Info),
                         ("debug", Log::Debug),
                     ],
+                    text,
+                ),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_RECORD_DIR",
+        old_name: None,
+        values: "path",
+        meaning: "folder for the record of each rank's last operations, for `python -m mpi_cuda \
+                  report`",
+        read: |config, text| set(&mut config.record_dir, Some(Some(PathBuf::from(text)))),
+    },
+    Variable {
+        name: "MPI_CUDA_RECORD",
+        old_name: None,
+        values: "failure, always",
+        meaning: "which jobs leave their records: those that do not end well, or all",
+        read: |config, text| {
+            set(
+                &mut config.record,
+                one_of(
+                    &[("failure", Keep::Failures), ("always", Keep::Always)],
                     text,
                 ),
             )

@@ -1,7 +1,9 @@
 //! The arguments of a launch as a typed borrow: the framework's, and those of launches of our own.
 //! There is one device in each.
 
+use std::ffi::CStr;
 use std::marker::PhantomData;
+use std::mem::offset_of;
 
 use pjrt_sys::*;
 
@@ -88,6 +90,19 @@ impl<'a> ExecuteArgs<'a> {
         // SAFETY: the options are valid.
         let options = unsafe { &*self.raw.options };
         options.num_send_ops != 0 || options.num_recv_ops != 0 || options.num_tasks != 0
+    }
+
+    /// The line of the user's program that launches, where the framework says it.
+    pub fn call_location(&self) -> &[u8] {
+        const END: usize = offset_of!(PJRT_ExecuteOptions, call_location) + size_of::<usize>();
+        // SAFETY: the options are valid for their size, and a text in them is NUL-terminated.
+        unsafe {
+            let options = self.raw.options;
+            if (*options).struct_size < END || (*options).call_location.is_null() {
+                return &[];
+            }
+            CStr::from_ptr((*options).call_location).to_bytes()
+        }
     }
 
     /// The options with what they point to, except for the context; for launches without

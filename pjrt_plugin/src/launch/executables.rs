@@ -8,6 +8,8 @@ use crate::inner::side_table::SideTable;
 /// What we know of a loaded executable that has operations of ours or host callbacks.
 #[derive(Clone, Copy)]
 pub struct ProgramInfo {
+    /// Its name, as the recorder knows it.
+    pub name: u32,
     /// It has operations.
     pub operations: bool,
     /// It has host callbacks.

@@ -16,6 +16,7 @@ mod on_caller;
 pub mod ticket;
 
 use mpi_runtime::engine::Launch;
+use mpi_runtime::engine::recorder::RECORDER;
 use mpi_runtime::node::process::is_main_thread;
 use mpi_runtime::{Ticket, World};
 use pjrt_sys::PJRT_Error_Code_INTERNAL;
@@ -74,6 +75,7 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
         };
         world.engine.note_launch(ticket, launch);
     }
+    RECORDER.launch(ticket, program.name, args.call_location());
     // The outer launch retires the ticket of what its callbacks launch.
     let own = outer.is_none().then(|| TicketGuard(ticket));
     // Alone in the world nothing waits for a peer, and with everybody here nothing for long.

@@ -21,6 +21,8 @@ use mpi_shim_abi::Kind;
 
 use crate::engine::compare::record::Record;
 use crate::engine::compare::words;
+use crate::engine::recorder::RECORDER;
+use crate::engine::recorder::clock::Ticks;
 use crate::error::Failure;
 use crate::node::board::{Board, RECORD, RecordNumber};
 use crate::node::patience::Patience;
@@ -343,7 +345,10 @@ impl Channel {
                 Some((notes, note)) => Seen::Note(index, notes, note),
             });
         }
-        self.wait_long(board, index)
+        let start = Ticks::now();
+        let seen = self.wait_long(board, index);
+        RECORDER.waited(start);
+        seen
     }
 
     fn wait_long(&mut self, board: &Board, index: usize) -> Result<Seen, Failure> {

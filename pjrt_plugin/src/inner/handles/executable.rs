@@ -46,6 +46,18 @@ pub struct Output {
 }
 
 impl ExecutableHandle {
+    /// Its name; empty if the inner plugin does not know.
+    pub fn name(self) -> Vec<u8> {
+        let named = ask!(PJRT_Executable_Name {
+            executable: self.raw()
+        });
+        // SAFETY: the name lives as long as the executable.
+        named.map_or_else(
+            |_| Vec::new(),
+            |args| unsafe { bytes(args.executable_name, args.executable_name_size) }.to_vec(),
+        )
+    }
+
     /// Number of partitions.
     pub fn partitions(self) -> Result<usize, Error> {
         ask!(PJRT_Executable_NumPartitions {
