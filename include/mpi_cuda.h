@@ -145,6 +145,13 @@ void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
  * text instead of waiting for ever. */
 void mpi_cuda_refuse(int64_t comm, const char *name, const char *words);
 
+/* 1 if another rank of this node waits in an operation, 0 if not: who leaves now leaves it alone. */
+int mpi_cuda_is_awaited(void);
+
+/* Installs the function that says where the threads of Python are, for reports of jobs that wait:
+ * it writes at most capacity bytes to text, and returns how many. NULL removes it. */
+void mpi_cuda_set_where(size_t (*function)(char *text, size_t capacity));
+
 /* Waits until everything dispatched so far has ended; -1 if an operation failed and nobody read
  * its error. */
 int mpi_cuda_wait(void);

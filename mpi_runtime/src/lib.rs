@@ -3,7 +3,7 @@
 //!
 //! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it). The
 //! folders stand on each other in this order: [`mpi`] and [`device`] at the ground, then [`node`],
-//! [`transfer`], [`engine`], [`world`].
+//! [`transfer`], [`engine`], [`watch`], [`world`].
 
 pub mod buffer;
 pub mod device;
@@ -15,10 +15,11 @@ pub mod node;
 pub mod operation;
 pub mod ranks;
 pub mod transfer;
+pub mod watch;
 pub mod world;
 
 pub use buffer::{Buffer, ElementType};
-pub use engine::collectives::CollectiveSequence;
+pub use engine::collective_sequence::CollectiveSequence;
 pub use engine::order::Ticket;
 pub use engine::{Engine, Place, UniformProgram};
 pub use error::{OperationError, StartError};

@@ -9,6 +9,8 @@ use mpi_runtime::Kind;
 use mpi_runtime::engine::Launch;
 use mpi_runtime::engine::recorder::file;
 use mpi_runtime::node::process::is_main_thread;
+use mpi_runtime::watch::place;
+use parking_lot::Mutex;
 use pjrt_sys::PJRT_Api;
 
 use crate::boundary::quiet;
@@ -180,6 +182,37 @@ pub unsafe extern "C" fn mpi_cuda_refuse(comm: i64, name: *const c_char, words: 
             world.engine.refuse(launch, comm, kind, words);
         }
     });
+}
+
+/// Whether another rank of this node waits in an operation, which it has for a moment.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_is_awaited() -> c_int {
+    quiet(0, || {
+        world_of_this_process().map_or(0, |world| c_int::from(world.engine.is_awaited()))
+    })
+}
+
+/// Installs the function that says where the threads of Python are: it writes at most `capacity`
+/// bytes to `text`, and returns how many. Null removes it.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_set_where(function: Option<WhereInPython>) {
+    quiet((), || {
+        *WHERE_IN_PYTHON.lock() = function;
+        place::set_where(function.map(|_| where_in_python as place::Where));
+    });
+}
+
+/// See [`mpi_cuda_set_where`].
+pub type WhereInPython = extern "C" fn(text: *mut c_char, capacity: usize) -> usize;
+
+static WHERE_IN_PYTHON: Mutex<Option<WhereInPython>> = Mutex::new(None);
+
+fn where_in_python() -> Option<String> {
+    let function = (*WHERE_IN_PYTHON.lock())?;
+    let mut text = vec![0u8; 4 << 10];
+    let length = function(text.as_mut_ptr().cast(), text.len());
+    text.truncate(length);
+    Some(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// Waits until everything dispatched so far has ended; −1 if an operation failed unnoticed.

@@ -73,6 +73,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         shim_folders,
         singleton: config.singleton,
         warn_after: config.warn_after,
+        abort_after: config.abort_after,
         part_bytes: config.part_bytes,
         device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),

@@ -87,6 +87,8 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_reads_status": (None, []),
         "mpi_cuda_describe": (None, [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p]),
         "mpi_cuda_refuse": (None, [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p]),
+        "mpi_cuda_is_awaited": (ctypes.c_int, []),
+        "mpi_cuda_set_where": (None, [ctypes.c_void_p]),
         "mpi_cuda_wait": (ctypes.c_int, []),
         "mpi_cuda_in_flight": (ctypes.c_int, []),
         "mpi_cuda_launches_on_callers": (ctypes.c_int, []),
@@ -126,6 +128,7 @@ def start() -> World:
         os.environ[RANK_MARK] = mark
     # By its name, which does not import the package if mpi_cuda_startup has loaded it alone.
     importlib.import_module("mpi_cuda._lifecycle").install()
+    importlib.import_module("mpi_cuda._where").install(load())
     return World(rank.value, size.value, (family.value or b"none").decode())
 
 

@@ -47,11 +47,27 @@ def install() -> None:
         _installed, _process = True, os.getpid()
         builtins.SystemExit = _ObservedExit  # type: ignore[misc]
         sys.exit = _exit
+        os._exit = _leave  # type: ignore[assignment]
 
 
 def _exit(status: Any = None, /) -> NoReturn:
     """Exit the interpreter by raising SystemExit(status)."""
     raise builtins.SystemExit(status)
+
+
+_system_exit = os._exit
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit to the system with specified status, without normal exit processing."""
+    if os.getpid() == _process:
+        # By its name: importing it would import the package, and so JAX.
+        library = sys.modules["mpi_cuda._library"].load()
+        if not status and library.mpi_cuda_is_awaited():
+            # A launcher may take the job's other ranks down with it, and call that a success.
+            _say("mpi_cuda: this rank leaves by os._exit(0) while others wait for it")
+            library.mpi_cuda_abort(1)
+    _system_exit(status)
 
 
 def _status() -> int:
@@ -82,6 +98,7 @@ def _at_exit() -> None:
         with contextlib.suppress(Exception):
             jax.effects_barrier()
     library.mpi_cuda_set_trampoline(None)
+    library.mpi_cuda_set_where(None)
     library.mpi_cuda_shutdown()
 
 
@@ -92,7 +109,7 @@ def _leave_child() -> NoReturn:
         with contextlib.suppress(Exception):
             logging.shutdown()
     _flush()
-    os._exit(_status())
+    _system_exit(_status())
 
 
 def _flush() -> None:

@@ -27,6 +27,8 @@ FOREIGN = {
     "_addressof": "mpi4py documents it",
     "_handleof": "mpi4py documents it",
     "_sizeof": "mpi4py documents it",
+    "_current_frames": "Python documents it",
+    "_exit": "Python documents it",
     "_getframe": "Python documents it",
     "_cuda_mpi_setup_done": "mpi4jax's (`docs/compatibility.md`)",
 }

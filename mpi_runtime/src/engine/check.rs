@@ -173,6 +173,7 @@ mod tests {
         user_handle: 5,
         rank: 1,
         size: 4,
+        members: &[],
         freed: false,
     };
 

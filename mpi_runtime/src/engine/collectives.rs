@@ -4,14 +4,15 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
-use mpi_shim_abi::{ANY, Kind, ShimOp};
+use mpi_shim_abi::{Kind, ShimOp};
 use parking_lot::Mutex;
 
 use crate::buffer::Buffer;
+use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::compare::Comparison;
-use crate::engine::pending::PendingTable;
+use crate::engine::pending::{Pending, PendingTable};
 use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::backoff;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
@@ -40,39 +41,6 @@ pub(crate) struct CollectiveContext<'a> {
     pub(crate) comparison: &'a Comparison,
     /// Rank in the world.
     pub(crate) rank: i32,
-}
-
-/// A program with collectives of XLA's.
-#[derive(Debug)]
-pub struct CollectiveSequence {
-    /// Hash of its sequence of collectives.
-    pub sequence: u64,
-    /// The sequence in words.
-    pub summary: String,
-    /// The ranks that run it.
-    pub members: Vec<i32>,
-    /// All ranks of the world do.
-    pub everybody: bool,
-    /// Its first run has begun, everywhere.
-    begun: AtomicBool,
-}
-
-impl CollectiveSequence {
-    /// A program that has not run yet.
-    pub fn new(
-        sequence: u64,
-        summary: String,
-        members: Vec<i32>,
-        world_size: i32,
-    ) -> CollectiveSequence {
-        CollectiveSequence {
-            sequence,
-            summary,
-            everybody: members.len() == world_size as usize,
-            members,
-            begun: AtomicBool::new(false),
-        }
-    }
 }
 
 impl ReplicaGroups {
@@ -120,7 +88,7 @@ impl ReplicaGroups {
             let Some(shim) = on.shim else {
                 return Err(failed("it needs an MPI, and none was found".into()));
             };
-            let _pending = on.pending.enter(op, name);
+            let _pending = on.pending.enter(op, &world);
             // Made one after the other by each rank, in the order of their program.
             shim.comm_create_group(world.handle, &members, TAG)
                 .map_err(|error| failed(error.into()))?
@@ -131,6 +99,7 @@ impl ReplicaGroups {
             user_handle: u64::MAX,
             rank: position as i32,
             size: members.len() as i32,
+            members: Vec::leak(members),
             freed: false,
         };
         on.communicators.add(op.comm, row);
@@ -150,11 +119,7 @@ impl ReplicaGroups {
         program: &CollectiveSequence,
     ) -> Result<(), OperationError> {
         if program.everybody {
-            let waiting = Operation {
-                comm: COLLECTIVES,
-                ..first_run(NOBODY)
-            };
-            let _pending = on.pending.enter(&waiting, "all ranks");
+            let _pending = wait_for_all(on, program);
             let words = || words_or(Some(&program.summary));
             on.comparison
                 .launch(program.sequence, words)
@@ -178,7 +143,7 @@ fn failed(
     OperationError {
         operation: "the start of a program".into(),
         rank: on.rank,
-        comm: format!("the ranks {}", Ranks(&program.members)),
+        comm: format!("the ranks {}", Ranks(program.members)),
         size: program.members.len() as i32,
         reason,
     }
@@ -188,7 +153,7 @@ fn failed(
 /// same.
 fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), OperationError> {
     // The same one in every program with the same members, in whatever order.
-    let mut members = program.members.clone();
+    let mut members = program.members.to_vec();
     members.sort_unstable();
     let (Some(shim), [first, others @ ..]) = (on.shim, &members[..]) else {
         return Ok(());
@@ -201,11 +166,8 @@ fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), O
         .communicators
         .get(COLLECTIVES)
         .map_or(0, |row| row.handle);
-    let post = Post {
-        pending: on.pending,
-        shim,
-        comm,
-    };
+    let post = Post { shim, comm };
+    let _pending = wait_for_all(on, program);
     let own = arrival(program);
     let verdict = if *first == on.rank {
         let mut verdict = String::new();
@@ -252,17 +214,25 @@ fn words_or(words: Option<&str>) -> String {
     }
 }
 
-/// No one rank in particular.
-const NOBODY: i32 = ANY;
-
-/// What is waited for, for the table of pending operations.
-fn first_run(peer: i32) -> Operation<'static> {
-    Operation {
-        of: Some("a program's first run, which all its ranks must begin:"),
-        source: peer,
-        recv_tag: ARRIVAL_TAG,
-        ..Operation::new(Kind::Recv, COLLECTIVES, Buffer::NONE, Buffer::NONE)
-    }
+/// Enters that this rank waits for all ranks of a program to begin it.
+fn wait_for_all<'a>(on: CollectiveContext<'a>, program: &CollectiveSequence) -> Pending<'a> {
+    let barrier = Operation::new(Kind::Barrier, COLLECTIVES, Buffer::NONE, Buffer::NONE);
+    let members = program.members;
+    let comm = Communicator {
+        name: "all ranks",
+        handle: 0,
+        user_handle: u64::MAX,
+        rank: on.rank,
+        size: members.len() as i32,
+        members,
+        freed: false,
+    };
+    let name = format!(
+        "the start of a program ({}) that ranks {} must begin",
+        words_or(Some(&program.summary)),
+        Ranks(members)
+    );
+    on.pending.enter_named(&barrier, &comm, &name)
 }
 
 /// What a rank says of the program that it is about to run: the hash, then words.
@@ -279,7 +249,6 @@ fn described(arrival: &[u8]) -> String {
 
 /// Messages between ranks that wait with backoff.
 struct Post<'a> {
-    pending: &'a PendingTable,
     shim: &'a Shim,
     comm: u64,
 }
@@ -306,7 +275,6 @@ impl Post<'_> {
 
     fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
         let wanted = self.operation(Kind::Recv, peer, tag, &[]);
-        let _pending = self.pending.enter(&first_run(peer), "all ranks");
         let message = backoff::until(|| self.shim.take(&wanted).transpose())?;
         self.shim.receive_bytes(message)
     }

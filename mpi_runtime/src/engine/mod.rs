@@ -3,6 +3,7 @@
 //! waits on a peer.
 
 mod check;
+pub mod collective_sequence;
 pub mod collectives;
 mod compare;
 mod freed_comms;
@@ -10,7 +11,7 @@ mod identity;
 mod mpi_calls;
 mod nonblocking;
 pub mod order;
-mod pending;
+pub(crate) mod pending;
 pub mod recorder;
 mod result_canary;
 mod single_rank;
@@ -23,7 +24,8 @@ use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use crate::device::Stream;
-use crate::engine::collectives::{CollectiveContext, CollectiveSequence, ReplicaGroups};
+use crate::engine::collective_sequence::CollectiveSequence;
+use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
 use crate::engine::compare::Comparison;
 pub use crate::engine::compare::Launch;
 use crate::engine::freed_comms::FreedComms;
@@ -42,6 +44,9 @@ use crate::node::rendezvous::Rendezvous;
 use crate::operation::Operation;
 use crate::transfer::direct::Direct;
 use crate::transfer::staging::Staging;
+
+/// How long it takes until others see that an operation waits: the watch looks as often.
+const SHOWN: Duration = Duration::from_millis(150);
 
 /// Executes operations in order. One per process.
 pub struct Engine {
@@ -78,8 +83,6 @@ pub enum Place<'a> {
 /// How the engine reports.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
-    /// Operations that take longer are printed.
-    pub warn_after: Duration,
     /// Say for each operation what served it.
     pub verbose: bool,
 }
@@ -88,7 +91,6 @@ impl Engine {
     /// An engine over `shim`, or alone in the world.
     pub fn new(shim: Option<Shim>, rank: i32, options: EngineOptions) -> Engine {
         let pending = Arc::new(PendingTable::default());
-        pending::watch(&pending, rank, options.warn_after);
         Engine {
             calls: MpiCalls::new(shim, pending.clone()),
             communicators: Communicators::default(),
@@ -238,7 +240,7 @@ impl Engine {
         match place {
             Place::Host => calls.execute(ticket, op, comm),
             Place::Direct(direct, main) => {
-                let _pending = self.pending.enter(op, comm.name);
+                let _pending = self.pending.enter(op, comm);
                 self.prepare_whole(ticket, op, comm)?;
                 let mut perform = |op: &Operation<'_>| {
                     let shim_op = check::prepare(op, comm)?;
@@ -248,7 +250,7 @@ impl Engine {
             }
             Place::Staged(staging, main) => {
                 // More is known of a message in two halves where it is waited for, and said there.
-                let pending = (!op.kind.is_end()).then(|| self.pending.enter(op, comm.name));
+                let pending = (!op.kind.is_end()).then(|| self.pending.enter(op, comm));
                 if pending.is_some() {
                     // As a whole, so that nothing begins that cannot end.
                     self.prepare_whole(ticket, op, comm)?;
@@ -274,6 +276,36 @@ impl Engine {
         prepared.map(drop)
     }
 
+    /// Whether another rank of this node waits in an operation. It shows that after a moment, for
+    /// which this waits.
+    pub fn is_awaited(&self) -> bool {
+        let Some(board) = self.calls.comparison.board() else {
+            return false;
+        };
+        let awaited = || board.others().any(|rank| !board.waiting(rank).is_zero());
+        for _ in 0..SHOWN.as_millis() / 10 {
+            if awaited() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        awaited()
+    }
+
+    /// Whether messages are on their way whose end nobody waits for.
+    pub(crate) fn sends_in_background(&self) -> impl Fn() -> bool + Send + 'static {
+        let nonblocking = self.calls.nonblocking.clone();
+        move || {
+            let messages = nonblocking.as_ref();
+            messages.is_some_and(|messages| !messages.unfinished().is_empty())
+        }
+    }
+
+    /// What this rank waits for.
+    pub(crate) fn pending(&self) -> Arc<PendingTable> {
+        self.pending.clone()
+    }
+
     /// The ranks of this node compare what they do on this board; in a world of `size` ranks.
     pub(crate) fn compare_on(&mut self, board: Arc<Board>, size: i32) {
         self.calls.comparison = Comparison::new(board, size);
@@ -288,6 +320,7 @@ impl Engine {
 
     /// Notes what is known of the launch that has taken `ticket`, before it begins.
     pub fn note_launch(&self, ticket: Ticket, launch: Launch) {
+        self.pending.note_thread();
         self.calls.comparison.note(ticket, launch);
     }
 
@@ -427,6 +460,7 @@ impl Engine {
             user_handle: handle,
             rank,
             size,
+            members: Vec::leak(members.clone()),
             freed: false,
         };
         let number = self.communicators.add_users(&members, row);

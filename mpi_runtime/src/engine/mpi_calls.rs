@@ -61,7 +61,7 @@ impl MpiCalls {
             kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
             kind if kind.is_start() => self.start_message(op, comm),
             kind if kind.is_collective() => {
-                let _pending = self.pending.enter(op, comm.name);
+                let _pending = self.pending.enter(op, comm);
                 let shim_op = self.prepare_collective(ticket, op, comm)?;
                 self.perform_prepared(op, comm, &shim_op).map(drop)
             }
@@ -91,7 +91,7 @@ impl MpiCalls {
     /// Executes what is a whole to MPI, and checks what has come.
     #[inline]
     fn complete(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
-        let _pending = self.pending.enter(op, comm.name);
+        let _pending = self.pending.enter(op, comm);
         let received = self.perform(op, comm)?;
         check_received(op, &received)
     }
@@ -211,7 +211,7 @@ impl MpiCalls {
         let (mut started, shape) = nonblocking.find(number)?;
         started.send.shape = &shape;
         RECORDER.waits_for(&started);
-        let _pending = self.pending.enter(&started, comm.name);
+        let _pending = self.pending.enter(&started, comm);
         let about = |failure: Failure| Failure::from(format!("{started}: {failure}"));
         if (op.kind == Kind::WaitSend) != started.kind.sends() {
             return Err(about(
@@ -248,8 +248,7 @@ impl MpiCalls {
                 let mut operation: Operation<'_> = *operation;
                 operation.send.shape = shape;
                 let comm = communicators.get(operation.comm);
-                let name = comm.map_or("a communicator", |comm| comm.name);
-                self.pending.enter(&operation, name)
+                self.pending.enter(&operation, &comm.unwrap_or(UNKNOWN))
             })
             .collect();
         nonblocking.finish()
@@ -328,6 +327,17 @@ pub(super) fn done(received: ShimReceived) -> Done {
         bytes: usize::try_from(received.bytes).unwrap_or(0),
     }
 }
+
+/// Stands for a communicator that is not known any more.
+const UNKNOWN: Communicator = Communicator {
+    name: "a communicator",
+    handle: 0,
+    user_handle: u64::MAX,
+    rank: -1,
+    size: 0,
+    members: &[],
+    freed: true,
+};
 
 /// The number of a message to or from `PROC_NULL`.
 const TO_NOBODY: u32 = 0;

@@ -1,32 +1,55 @@
-//! The table of operations that have started and not ended, and the watch over it: an operation
-//! that takes longer than `MPI_CUDA_WARN_AFTER` seconds is printed, so that nothing hangs unsaid.
+//! The table of operations that have started and not ended, so that nothing hangs unsaid.
 
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use crate::engine::recorder::clock::Ticks;
-use crate::log;
+use crate::mpi::communicators::Communicator;
 use crate::operation::Operation;
 
 /// Operations now in progress; few (one per thread that executes). Rows are reused, so that
 /// entering an operation allocates nothing.
 #[derive(Default)]
 pub struct PendingTable {
-    rows: Mutex<Vec<PendingRow>>,
+    rows: Mutex<Rows>,
+    /// Threads that have launched operations.
+    threads: AtomicU64,
+}
+
+#[derive(Default)]
+struct Rows {
+    all: Vec<PendingRow>,
+    /// Operations that have ended.
+    done: u64,
+}
+
+/// An operation that has begun and not ended.
+pub struct Waiting {
+    /// It, without its arrays.
+    pub operation: Operation<'static>,
+    /// The ranks of its communicator in the world; none means all, in order.
+    pub members: &'static [i32],
+    /// It, in words.
+    pub words: String,
+    /// How long it has waited.
+    pub time: Duration,
 }
 
 struct PendingRow {
     /// When the operation started; none in a free row.
     since: Option<Ticks>,
-    warned: bool,
     operation: Operation<'static>,
     send_shape: Vec<i64>,
     recv_shape: Vec<i64>,
     comm: &'static str,
+    members: &'static [i32],
+    /// What is said of it instead of its operation.
+    named: String,
 }
 
 /// Takes its row out of the table when dropped.
@@ -36,92 +59,115 @@ pub struct Pending<'a> {
 }
 
 impl PendingTable {
-    /// Enters an operation on the communicator called `comm`.
+    /// The calling thread launches an operation.
+    pub fn note_thread(&self) {
+        thread_local! {
+            static NOTED: Cell<bool> = const { Cell::new(false) };
+        }
+        if !NOTED.replace(true) {
+            self.threads.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many threads have launched operations.
+    pub fn threads(&self) -> u64 {
+        self.threads.load(Ordering::Relaxed)
+    }
+
+    /// Enters an operation on a communicator.
     #[inline]
-    pub fn enter(&self, operation: &Operation<'_>, comm: &'static str) -> Pending<'_> {
+    pub fn enter(&self, operation: &Operation<'_>, comm: &Communicator) -> Pending<'_> {
+        self.enter_named(operation, comm, "")
+    }
+
+    /// Enters something that is waited for as an operation is, and called `name`.
+    pub fn enter_named(
+        &self,
+        operation: &Operation<'_>,
+        comm: &Communicator,
+        name: &str,
+    ) -> Pending<'_> {
         let bare = operation.without_arrays();
         let mut rows = self.rows.lock();
-        let row = rows
+        let all = &mut rows.all;
+        let row = all
             .iter()
             .position(|row| row.since.is_none())
             .unwrap_or_else(|| {
-                rows.push(PendingRow {
+                all.push(PendingRow {
                     since: None,
-                    warned: false,
                     operation: bare,
                     send_shape: Vec::new(),
                     recv_shape: Vec::new(),
-                    comm,
+                    comm: comm.name,
+                    members: comm.members,
+                    named: String::new(),
                 });
-                rows.len() - 1
+                all.len() - 1
             });
-        let entry = &mut rows[row];
+        let entry = &mut all[row];
         entry.since = Some(Ticks::now());
-        entry.warned = false;
         entry.operation = bare;
-        entry.comm = comm;
+        entry.comm = comm.name;
+        entry.members = comm.members;
         entry.send_shape.clear();
         entry.send_shape.extend_from_slice(operation.send.shape);
         entry.recv_shape.clear();
         entry.recv_shape.extend_from_slice(operation.recv.shape);
+        entry.named.clear();
+        entry.named.push_str(name);
         Pending { table: self, row }
     }
 
-    /// Descriptions of all operations older than `age` that were not yet described.
-    pub fn overdue(&self, age: Duration) -> Vec<String> {
-        let mut texts = Vec::new();
-        for row in self.rows.lock().iter_mut() {
-            let Some(since) = row.since else { continue };
-            if row.warned || since.elapsed() < age {
-                continue;
-            }
-            row.warned = true;
-            texts.push(row.words(since));
-        }
-        texts
+    /// What waits, and how many operations have ended.
+    pub fn waiting(&self) -> (Vec<Waiting>, u64) {
+        let rows = self.rows.lock();
+        let all = rows.all.iter();
+        let waiting = all.filter_map(|row| {
+            Some(Waiting {
+                operation: row.operation,
+                members: row.members,
+                words: row.words(),
+                time: row.since?.elapsed(),
+            })
+        });
+        (waiting.collect(), rows.done)
+    }
+
+    /// How long the oldest operation has waited, if any does.
+    pub fn longest(&self) -> Option<Duration> {
+        let rows = self.rows.lock();
+        let times = rows.all.iter().filter_map(|row| Some(row.since?.elapsed()));
+        times.max()
     }
 
     /// Descriptions of all operations older than `age`.
     pub fn longer_than(&self, age: Duration) -> Vec<String> {
-        let rows = self.rows.lock();
-        let old = |row: &PendingRow| row.since.filter(|since| since.elapsed() >= age);
-        rows.iter()
-            .filter_map(|row| Some(row.words(old(row)?)))
+        let (waiting, _) = self.waiting();
+        let old = waiting.into_iter().filter(|row| row.time >= age);
+        old.map(|row| format!("{} for {:.0} s", row.words, row.time.as_secs_f64()))
             .collect()
     }
 }
 
 impl PendingRow {
-    fn words(&self, since: Ticks) -> String {
+    fn words(&self) -> String {
+        if !self.named.is_empty() {
+            return self.named.clone();
+        }
         let mut operation: Operation<'_> = self.operation;
         operation.send.shape = &self.send_shape;
         operation.recv.shape = &self.recv_shape;
-        let seconds = since.elapsed().as_secs_f64();
-        format!("{operation} on {} for {seconds:.0} s", self.comm)
+        format!("{operation} on {}", self.comm)
     }
 }
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        self.table.rows.lock()[self.row].since = None;
+        let mut rows = self.table.rows.lock();
+        rows.all[self.row].since = None;
+        rows.done += 1;
     }
-}
-
-/// Starts the thread that prints overdue operations of `rank` to standard error.
-pub fn watch(table: &Arc<PendingTable>, rank: i32, warn_after: Duration) {
-    let table = Arc::downgrade(table);
-    let pause = (warn_after / 4).clamp(Duration::from_millis(50), Duration::from_secs(1));
-    let _ = std::thread::Builder::new()
-        .name("mpi_cuda watch".into())
-        .spawn(move || {
-            loop {
-                std::thread::sleep(pause);
-                let Some(table) = table.upgrade() else { return };
-                for text in table.overdue(warn_after) {
-                    log::line(&format!("rank {rank} is waiting in {text}"));
-                }
-            }
-        });
 }
 
 #[cfg(test)]
@@ -130,8 +176,18 @@ mod tests {
     use crate::buffer::{Buffer, ElementType};
     use mpi_shim_abi::Kind;
 
+    const WORLD: Communicator = Communicator {
+        name: "COMM_WORLD",
+        handle: 0,
+        user_handle: 0,
+        rank: 0,
+        size: 4,
+        members: &[],
+        freed: false,
+    };
+
     #[test]
-    fn an_overdue_operation_is_described_once() {
+    fn what_waits_is_described_until_it_ends() {
         let table = PendingTable::default();
         let shape = [5];
         let result = Buffer {
@@ -143,17 +199,22 @@ mod tests {
             source: 3,
             ..Operation::new(Kind::Recv, 0, Buffer::NONE, result)
         };
-        let pending = table.enter(&operation, "COMM_WORLD");
-        assert!(table.overdue(Duration::from_secs(60)).is_empty());
-        let text = table.overdue(Duration::ZERO);
+        let pending = table.enter(&operation, &WORLD);
+        assert!(table.longer_than(Duration::from_secs(60)).is_empty());
         assert_eq!(
-            text,
+            table.longer_than(Duration::ZERO),
             ["recv into float64[5] from rank 3 with tag ANY_TAG on COMM_WORLD for 0 s"]
         );
-        assert!(table.overdue(Duration::ZERO).is_empty());
-        assert_eq!(table.longer_than(Duration::ZERO), text);
-        assert!(table.longer_than(Duration::from_secs(60)).is_empty());
+        let named = table.enter_named(&operation, &WORLD, "a launch");
+        let (waiting, done) = table.waiting();
+        assert_eq!(
+            (waiting.len(), waiting[1].words.as_str(), done),
+            (2, "a launch", 0)
+        );
+        assert!(table.longest().is_some());
+        drop(named);
         drop(pending);
-        assert!(table.rows.lock()[0].since.is_none());
+        assert!(table.longest().is_none());
+        assert_eq!(table.waiting().1, 2);
     }
 }

@@ -100,6 +100,7 @@ mod tests {
         user_handle: 0,
         rank: 1,
         size: 3,
+        members: &[],
         freed: false,
     };
 

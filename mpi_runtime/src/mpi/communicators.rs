@@ -41,6 +41,8 @@ pub struct Communicator {
     pub rank: i32,
     /// Number of ranks.
     pub size: i32,
+    /// The ranks of its members in the world, in order; none means all.
+    pub members: &'static [i32],
     /// Freed by the user; its number is never used again.
     pub freed: bool,
 }
@@ -113,6 +115,7 @@ mod tests {
             user_handle,
             rank: 0,
             size: 1,
+            members: &[],
             freed: false,
         }
     }

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::time::Duration;
 
 use crate::node::bell::Bell;
 use crate::node::process::Process;
@@ -57,6 +58,20 @@ struct Lane {
     slots: [Slot; RING as usize],
 }
 
+/// Bytes that a rank may tell of what it does.
+const ANSWER: usize = 8 << 10;
+
+/// What a rank tells of what it does, to those that ask.
+#[repr(C)]
+struct Answer {
+    /// Raised by whoever asks.
+    question: AtomicU64,
+    answered: AtomicU64,
+    /// How long its operation has waited that has waited longest, in milliseconds.
+    waiting: AtomicU64,
+    bytes: [AtomicU64; ANSWER / size_of::<u64>()],
+}
+
 /// Words for people; the key says what of, and is written last.
 #[repr(C)]
 struct Text {
@@ -73,6 +88,7 @@ struct Shown {
     process: [AtomicU64; 3],
     /// Rung when there is something new for those that sleep.
     bell: Bell,
+    answer: Answer,
     texts: [Text; TEXTS as usize],
     lanes: [Lane; LANES],
 }
@@ -125,6 +141,11 @@ impl Board {
     /// Whether this rank sees that one.
     pub(crate) fn sees(&self, rank: usize) -> bool {
         self.all.get(rank).is_some_and(Option::is_some)
+    }
+
+    /// The other ranks that this one sees.
+    pub(crate) fn others(&self) -> impl Iterator<Item = usize> {
+        (0..self.all.len()).filter(|&rank| rank != self.rank && self.sees(rank))
     }
 
     /// How many ranks this one sees, itself among them.
@@ -228,11 +249,7 @@ impl Board {
         let own = self.of(self.rank);
         let place = &own.texts[(key % TEXTS) as usize];
         place.key.store(0, Ordering::SeqCst);
-        let mut bytes = text.bytes().chain(std::iter::repeat(0));
-        for word in &place.bytes {
-            let next = std::array::from_fn(|_| bytes.next().unwrap_or(0));
-            word.store(u64::from_le_bytes(next), Ordering::SeqCst);
-        }
+        store_text(&place.bytes, text);
         place.key.store(key, Ordering::SeqCst);
         own.bell.ring();
     }
@@ -244,13 +261,56 @@ impl Board {
         if !is_there() {
             return None;
         }
-        let bytes: Vec<u8> = place
-            .bytes
-            .iter()
-            .flat_map(|word| word.load(Ordering::SeqCst).to_le_bytes())
-            .take_while(|&byte| byte != 0)
-            .collect();
-        is_there().then(|| String::from_utf8_lossy(&bytes).into_owned())
+        let text = load_text(&place.bytes);
+        is_there().then_some(text)
+    }
+
+    /// Asks all ranks of the node what they do; the number of the question.
+    pub(crate) fn ask(&self) -> u64 {
+        let ranks = (0..self.all.len()).filter(|&rank| self.sees(rank));
+        let questions = ranks.map(|rank| &self.of(rank).answer.question);
+        let last = questions
+            .clone()
+            .map(|one| one.load(Ordering::SeqCst))
+            .max();
+        let question = last.unwrap_or_default() + 1;
+        questions.for_each(|one| {
+            one.fetch_max(question, Ordering::SeqCst);
+        });
+        question
+    }
+
+    /// The last question to this rank.
+    pub(crate) fn question(&self) -> u64 {
+        self.of(self.rank).answer.question.load(Ordering::SeqCst)
+    }
+
+    /// Answers it.
+    pub(crate) fn answer(&self, question: u64, text: &str) {
+        let own = &self.of(self.rank).answer;
+        own.answered.store(0, Ordering::SeqCst);
+        store_text(&own.bytes, text);
+        own.answered.store(question, Ordering::SeqCst);
+    }
+
+    /// What `rank` has answered to that question, or a later one.
+    pub(crate) fn answered(&self, rank: usize, question: u64) -> Option<String> {
+        let answer = &self.of(rank).answer;
+        let is_there = || answer.answered.load(Ordering::SeqCst) >= question;
+        is_there()
+            .then(|| load_text(&answer.bytes))
+            .filter(|_| is_there())
+    }
+
+    /// Shows how long the oldest operation of this rank has waited.
+    pub(crate) fn show_waiting(&self, time: Duration) {
+        let own = &self.of(self.rank).answer.waiting;
+        own.store(time.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// How long the oldest operation of `rank` has waited.
+    pub(crate) fn waiting(&self, rank: usize) -> Duration {
+        Duration::from_millis(self.of(rank).answer.waiting.load(Ordering::Relaxed))
     }
 
     /// What rings when `rank` has something new to show.
@@ -277,6 +337,24 @@ impl Board {
         let is_gone = !Process::from_words(words).is_alive();
         is_gone.then_some("has died")
     }
+}
+
+/// Writes a text, cut off where the place ends.
+fn store_text(place: &[AtomicU64], text: &str) {
+    let mut bytes = text.bytes().chain(std::iter::repeat(0));
+    for word in place {
+        let next = std::array::from_fn(|_| bytes.next().unwrap_or(0));
+        word.store(u64::from_le_bytes(next), Ordering::SeqCst);
+    }
+}
+
+fn load_text(place: &[AtomicU64]) -> String {
+    let bytes: Vec<u8> = place
+        .iter()
+        .flat_map(|word| word.load(Ordering::SeqCst).to_le_bytes())
+        .take_while(|&byte| byte != 0)
+        .collect();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn name(number: u64, rank: usize) -> SegmentName {

@@ -81,6 +81,7 @@ pub(super) fn duplicate(
             user_handle: of,
             rank,
             size,
+            members: &[],
             freed: false,
         };
         communicators.add(number, row);

@@ -20,6 +20,7 @@ use crate::mpi::launcher;
 use crate::mpi::shim::{MpiState, Shim};
 use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
+use crate::watch::Watch;
 use agree::AllRanks;
 pub use options::{DeviceOptions, WorldOptions};
 
@@ -69,6 +70,17 @@ impl World {
         shim.configure(agreed.oversubscribed, options.part_bytes);
         let shared = share::share_memory(&ranks, options, &agreed)?;
         engine.rendezvous = shared.rendezvous;
+        Watch {
+            pending: engine.pending(),
+            board: shared.board.clone(),
+            rank: joined.rank,
+            size: joined.size,
+            warn_after: options.warn_after,
+            abort_after: options.abort_after,
+            sends: Box::new(engine.sends_in_background()),
+            abort: Box::new(move |code| abort(Some(shim), code)),
+        }
+        .start();
         if let Some(board) = shared.board {
             engine.compare_on(board, joined.size);
         }
@@ -126,6 +138,7 @@ impl World {
                     user_handle: 0,
                     rank: 0,
                     size: 1,
+                    members: &[],
                     freed: false,
                 },
             );
@@ -156,14 +169,7 @@ impl World {
 
     /// Ends the whole job, once the launcher has read what this rank printed.
     pub fn abort(&self, code: i32) -> ! {
-        file::abort(code);
-        output::wait_until_read();
-        if let Some(shim) = &self.shim
-            && shim.state() == MpiState::Running
-        {
-            shim.abort(code);
-        }
-        std::process::exit(code)
+        abort(self.shim, code)
     }
 
     /// Waits for everything dispatched and, if we initialised MPI, finalizes it. Call once, last.
@@ -189,4 +195,16 @@ impl World {
             }
         }
     }
+}
+
+/// See [`World::abort`].
+fn abort(shim: Option<Shim>, code: i32) -> ! {
+    file::abort(code);
+    output::wait_until_read();
+    if let Some(shim) = shim
+        && shim.state() == MpiState::Running
+    {
+        shim.abort(code);
+    }
+    std::process::exit(code)
 }

@@ -23,6 +23,8 @@ pub struct WorldOptions {
     pub singleton: bool,
     /// `MPI_CUDA_WARN_AFTER`.
     pub warn_after: Duration,
+    /// `MPI_CUDA_ABORT_AFTER`.
+    pub abort_after: Option<Duration>,
     /// `MPI_CUDA_PART_BYTES`.
     pub part_bytes: i64,
     /// Where the last operations are written.
@@ -37,7 +39,6 @@ impl WorldOptions {
     /// Those of the engine.
     pub(super) fn engine(&self) -> EngineOptions {
         EngineOptions {
-            warn_after: self.warn_after,
             verbose: self.verbose,
         }
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use mpi_runtime::engine::recorder::RECORDER;
 use mpi_runtime::log;
+use mpi_runtime::watch::place;
 
 use crate::compile::contents::Contents;
 use crate::compile::spmd::RunsOn;
@@ -19,10 +20,22 @@ use crate::inner::{on_gpu, side_table};
 use crate::launch::async_barrier;
 use crate::launch::executables::{self, ProgramInfo};
 use crate::plugin::config;
+use crate::search::find;
 
 /// XLA runs a program with fewer floating-point operations on the calling thread
 /// (`xla/pjrt/cpu/cpu_client.cc`, `cheap_computation_`).
 const CHEAP_FLOPS: f32 = 1000.0;
+
+/// The name of a program of JAX's, as it stands in its module.
+fn name(program: &[u8]) -> String {
+    const JITTED: &[u8] = b"jit_";
+    let Some(start) = find(program, JITTED) else {
+        return "a program".into();
+    };
+    let name = program[start + JITTED.len()..].iter();
+    let name = name.take_while(|&&byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    name.map(|&byte| char::from(byte)).collect()
+}
 
 /// Compiles a program for the framework: `inner` has the inner plugin compile it, with other
 /// options than the framework's if they are not empty.
@@ -32,6 +45,7 @@ pub fn compile(
     options: &[u8],
     inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
+    let _activity = place::enter(format!("a compilation of {}", name(program)));
     let mut contents = Contents::of(program);
     let place = spmd::place(client, options);
     let start = Instant::now();

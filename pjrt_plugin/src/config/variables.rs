@@ -97,6 +97,19 @@ pub const VARIABLES: &[Variable] = &[
         read: |config, text| set(&mut config.warn_after, seconds(text)),
     },
     Variable {
+        name: "MPI_CUDA_ABORT_AFTER",
+        old_name: None,
+        values: "0, seconds",
+        meaning: "end the job if an operation waits longer than this; 0: never",
+        read: |config, text| {
+            let never = (text == "0").then_some(None);
+            set(
+                &mut config.abort_after,
+                never.or_else(|| seconds(text).map(Some)),
+            )
+        },
+    },
+    Variable {
         name: "MPI_CUDA_EXIT_TIMEOUT",
         old_name: None,
         values: "90, seconds, 0",

@@ -36,6 +36,7 @@ impl Rank {
             user_handle: 0,
             rank: self.rank,
             size: RANKS as i32,
+            members: &[],
             freed: false,
         }
     }

@@ -24,6 +24,7 @@ use memory::MessageMemory;
 use table::{MessageRow, MessageState, Posted, Shared, complete, taker};
 
 /// The messages of this process that were started and not waited for.
+#[derive(Clone)]
 pub struct NonblockingMessages {
     shared: Arc<Shared>,
 }

@@ -271,6 +271,7 @@ mod tests {
             user_handle: comm,
             rank: 0,
             size: 4,
+            members: &[],
             freed: false,
         };
         let posted = check::prepare(&operation, &communicator).unwrap();

@@ -13,7 +13,7 @@ use super::clock::{Moment, Ticks};
 use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, Record, STARTED};
 use super::system;
 use super::texts::Texts;
-use crate::engine::collectives::CollectiveSequence;
+use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::order::Ticket;
 use crate::error::OperationError;
 use crate::mpi::communicators::{COLLECTIVES, Communicator};
@@ -116,7 +116,7 @@ impl Recorder {
         let comm = if program.everybody {
             COLLECTIVES
         } else {
-            number_of(&program.members)
+            number_of(program.members)
         };
         let position = self.position(comm, true, || {
             Some(Communicator {
@@ -129,6 +129,7 @@ impl Recorder {
                 user_handle: 0,
                 rank: -1,
                 size: program.members.len() as i32,
+                members: &[],
                 freed: false,
             })
         });

@@ -26,6 +26,7 @@ fn communicator() -> Option<Communicator> {
         user_handle: 0,
         rank: 1,
         size: 2,
+        members: &[],
         freed: false,
     })
 }

@@ -351,6 +351,7 @@ pub(super) fn ranks_sharing<T: Send>(
                     user_handle: 0,
                     rank,
                     size,
+                    members: &[],
                     freed: false,
                 },
                 main: device.stream().unwrap(),

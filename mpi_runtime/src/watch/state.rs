@@ -1,0 +1,197 @@
+//! What a rank is doing, as it tells the others: what it waits for, and where it is otherwise.
+
+#![forbid(unsafe_code)]
+
+use mpi_shim_abi::{ANY, Kind, PROC_NULL};
+
+use crate::engine::pending::Waiting;
+
+/// What a rank tells.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct State {
+    /// Operations that it has finished: who waits for ever finishes none.
+    pub(super) done: u64,
+    /// While an operation waits, it may do something else that others wait for: it launches from
+    /// several threads, or sends in the background.
+    pub(super) others: bool,
+    pub(super) waits: Vec<Wait>,
+    /// Where the program is, in words.
+    pub(super) place: String,
+}
+
+/// An operation that has begun and not ended.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Wait {
+    pub(super) kind: Kind,
+    /// Number of its communicator.
+    pub(super) comm: i64,
+    /// The ranks of the communicator in the world; none means all, in order.
+    pub(super) members: Vec<i32>,
+    /// Ranks in the world; [`ANY`], or [`PROC_NULL`] for none.
+    pub(super) source: i32,
+    pub(super) dest: i32,
+    pub(super) send_tag: i32,
+    pub(super) recv_tag: i32,
+    pub(super) milliseconds: u64,
+    /// It, in words.
+    pub(super) words: String,
+}
+
+impl Wait {
+    pub(super) fn new(waiting: Waiting) -> Wait {
+        let op = &waiting.operation;
+        let in_world = |rank: i32| match usize::try_from(rank) {
+            Ok(place) if !waiting.members.is_empty() => {
+                waiting.members.get(place).copied().unwrap_or(rank)
+            }
+            _ => rank,
+        };
+        let no = |used: bool, rank: i32| if used { in_world(rank) } else { PROC_NULL };
+        Wait {
+            kind: op.kind,
+            comm: op.comm,
+            members: waiting.members.to_vec(),
+            source: no(op.kind.receives(), op.source),
+            dest: no(op.kind.sends(), op.dest),
+            send_tag: op.send_tag,
+            recv_tag: op.recv_tag,
+            milliseconds: waiting.time.as_millis() as u64,
+            words: waiting.words,
+        }
+    }
+
+    /// Whether that rank of the world is in its communicator.
+    pub(super) fn has(&self, rank: i32) -> bool {
+        self.members.is_empty() || self.members.contains(&rank)
+    }
+
+    /// Whether it may receive what `sender`, of rank `rank`, sends.
+    pub(super) fn accepts(&self, rank: i32, sender: &Wait) -> bool {
+        self.kind.receives()
+            && self.comm == sender.comm
+            && (self.source == ANY || self.source == rank)
+            && (self.recv_tag == ANY || self.recv_tag == sender.send_tag)
+    }
+}
+
+/// Between fields, and between operations: neither is in any text.
+const FIELD: char = '\u{1f}';
+const ROW: char = '\u{1e}';
+/// Operations that are told, and the letters of one.
+const MOST: usize = 8;
+const LONGEST: usize = 300;
+
+impl State {
+    /// As text.
+    pub(super) fn encode(&self) -> String {
+        let clean = |text: &str, longest: usize| -> String {
+            let letters = text
+                .chars()
+                .filter(|&letter| letter != FIELD && letter != ROW);
+            letters.take(longest).collect()
+        };
+        let mut text = format!("{}{FIELD}{}", self.done, self.others);
+        for wait in self.waits.iter().take(MOST) {
+            let members: Vec<String> = wait.members.iter().map(i32::to_string).collect();
+            let numbers = [
+                wait.kind as i64,
+                wait.comm,
+                wait.source.into(),
+                wait.dest.into(),
+                wait.send_tag.into(),
+                wait.recv_tag.into(),
+                wait.milliseconds as i64,
+            ];
+            text.push(ROW);
+            for number in numbers {
+                text += &format!("{number}{FIELD}");
+            }
+            text += &format!(
+                "{}{FIELD}{}",
+                members.join(","),
+                clean(&wait.words, LONGEST)
+            );
+        }
+        // Last, since it may be cut off.
+        text + &format!("{ROW}{}", clean(&self.place, usize::MAX))
+    }
+
+    /// From text; none if it is not whole.
+    pub(super) fn decode(text: &str) -> Option<State> {
+        let mut rows: Vec<&str> = text.split(ROW).collect();
+        let place = (rows.len() > 1).then(|| rows.pop())??.to_owned();
+        let (done, others) = rows.first()?.split_once(FIELD)?;
+        let waits = rows[1..].iter().map(|row| wait(row));
+        Some(State {
+            done: done.parse().ok()?,
+            others: others.parse().ok()?,
+            waits: waits.collect::<Option<_>>()?,
+            place,
+        })
+    }
+}
+
+fn wait(row: &str) -> Option<Wait> {
+    let fields: Vec<&str> = row.split(FIELD).collect();
+    let [numbers @ .., members, words] = &fields[..] else {
+        return None;
+    };
+    let numbers: Vec<i64> = numbers
+        .iter()
+        .map(|number| number.parse().ok())
+        .collect::<Option<_>>()?;
+    let [kind, comm, source, dest, send_tag, recv_tag, milliseconds] = numbers[..] else {
+        return None;
+    };
+    let members = members.split(',').filter(|member| !member.is_empty());
+    Some(Wait {
+        kind: *Kind::ALL.get(usize::try_from(kind).ok()?)?,
+        comm,
+        members: members
+            .map(|member| member.parse().ok())
+            .collect::<Option<_>>()?,
+        source: source.try_into().ok()?,
+        dest: dest.try_into().ok()?,
+        send_tag: send_tag.try_into().ok()?,
+        recv_tag: recv_tag.try_into().ok()?,
+        milliseconds: milliseconds.try_into().ok()?,
+        words: (*words).to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_is_what_is_heard() {
+        let wait = Wait {
+            kind: Kind::Sendrecv,
+            comm: 1 << 61,
+            members: vec![3, 0, 2],
+            source: ANY,
+            dest: PROC_NULL,
+            send_tag: 7,
+            recv_tag: ANY,
+            milliseconds: 12345,
+            words: "sendrecv of float32[3]".into(),
+        };
+        let barrier = Wait {
+            kind: Kind::Barrier,
+            members: Vec::new(),
+            ..wait.clone()
+        };
+        let state = State {
+            done: 9,
+            others: true,
+            waits: vec![wait, barrier],
+            place: "in Python\nat train.py:3".into(),
+        };
+        assert_eq!(State::decode(&state.encode()), Some(state));
+        let empty = State::default();
+        assert_eq!(State::decode(&empty.encode()), Some(empty));
+        for garbage in ["", "x", "1\u{1f}true", "1\u{1f}true\u{1e}3\u{1e}x"] {
+            assert_eq!(State::decode(garbage), None);
+        }
+    }
+}

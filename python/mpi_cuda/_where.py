@@ -1,0 +1,58 @@
+"""Where the threads of this process are in the user's code, for reports of jobs that wait."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from types import FrameType
+
+_SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t)
+# Folders of code that is not the user's.
+_OWN = os.path.dirname(os.path.abspath(__file__))
+_LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+_STANDARD = os.path.dirname(os.path.abspath(threading.__file__))
+
+
+def _is_users(file: str) -> bool:
+    if file.startswith("<") or file.startswith((_OWN, _STANDARD)):
+        return False
+    return not any(folder in file for folder in _LIBRARIES)
+
+
+def _line(frame: FrameType | None) -> str | None:
+    """The innermost line of the user's code, and what it calls if that is another's."""
+    called = None
+    while frame is not None:
+        code = frame.f_code
+        if _is_users(code.co_filename):
+            words = f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
+            return f"{words} (in {called})" if called else words
+        called = code.co_name
+        frame = frame.f_back
+    return None
+
+
+def where() -> str:
+    """A line for each thread that is in the user's code; the main thread first."""
+    frames = sys._current_frames()
+    main = threading.main_thread()
+    lines = []
+    for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
+        line = _line(frames.get(thread.ident or 0))
+        if line is not None:
+            lines.append(line if thread is main else f"thread {thread.name} at {line}")
+    return ", ".join(lines) or "at its end"
+
+
+@_SIGNATURE
+def _callback(text: int, capacity: int) -> int:
+    words = where().encode()[:capacity]
+    ctypes.memmove(text, words, len(words))
+    return len(words)
+
+
+def install(library: ctypes.CDLL) -> None:
+    """Tells the library whom to ask."""
+    library.mpi_cuda_set_where(_callback)

@@ -1,0 +1,136 @@
+"""Jobs that would wait for ever end, and say who waits for whom."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from jobs import MPIS, job
+
+STUCK = 35
+
+BEGIN = """if True:
+    import os, sys, threading, time
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    from mpi_cuda import notoken as nt
+    R, S, X = m.COMM_WORLD.rank, m.COMM_WORLD.size, jnp.ones(3)
+    nt.allreduce(X, m.SUM).block_until_ready()
+"""
+
+
+def run(mpi: str, code: str, ranks: int = 2, **variables: str) -> subprocess.CompletedProcess[str]:
+    lines = "".join(f"    {line}\n" for line in code.strip().splitlines())
+    return job(mpi, BEGIN + lines, ranks=ranks, **variables)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_circle_of_receives(mpi: str, ranks: int) -> None:
+    result = run(mpi, "nt.recv(X, (R + 1) % S).block_until_ready()", ranks)
+    circle = " waits for ".join(str(rank % ranks) for rank in range(ranks + 1))
+    assert result.returncode == STUCK, result.stderr
+    assert f"deadlock: {circle}." in result.stderr, result.stderr
+    for rank in range(ranks):
+        said = f"rank {rank} is waiting in recv into float32[3] from rank {(rank + 1) % ranks}"
+        assert said in result.stderr, result.stderr
+
+
+PROGRAMS = {
+    "a barrier against a receive": (
+        "m.barrier() if R == 0 else nt.recv(X, 0).block_until_ready()\njax.effects_barrier()",
+        "deadlock: 0 waits for 1 waits for 0",
+    ),
+    "a wrong tag": (
+        "if R == 0: nt.recv(X, 1, tag=3).block_until_ready()\n"
+        "if R == 1: nt.send(X, 0, tag=4); nt.recv(X, 0, tag=5).block_until_ready()",
+        "deadlock: 0 waits for 1 waits for 0",
+    ),
+    "a receive from a rank that has ended": (
+        "if R == 0: nt.recv(X, 1).block_until_ready()",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+    "a receive from anybody": (
+        "if R == 0: nt.recv(X).block_until_ready()",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+    "a missing collective": (
+        "if R == 0: nt.allreduce(X, m.SUM).block_until_ready()",
+        "rank 1, which this waits for, has ended its program",
+    ),
+    "a missing program": (
+        "add = jax.jit(lambda x: x.sum())\n"
+        "mesh = jax.make_mesh((S,), ('x',))\n"
+        "where = jax.NamedSharding(mesh, jax.P('x'))\n"
+        "x = jax.make_array_from_callback((S,), where, lambda i: jnp.ones(S)[i])\n"
+        "if R == 0: add(x).block_until_ready()",
+        "rank 1, which this waits for, has ended its program",
+    ),
+    "an exception in a thread": (
+        "if R == 0: nt.recv(X, 1).block_until_ready()\n"
+        "threading.Thread(target=lambda: 1 / 0).start()",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+    "a rank that leaves by os._exit": (
+        "if R == 0: nt.allreduce(X, m.SUM).block_until_ready()\ntime.sleep(1)\nos._exit(0)",
+        "this rank leaves by os._exit(0) while others wait for it",
+    ),
+    "a message that nobody receives": (
+        "if R == 0: nt.send(jnp.ones(1 << 22), 1)",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("mpi", MPIS)
+def test_what_never_ends_is_ended(mpi: str, program: str) -> None:
+    code, expected = PROGRAMS[program]
+    result = run(mpi, code)
+    assert result.returncode != 0 and expected in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_what_waits_is_reported_with_what_the_others_do(mpi: str) -> None:
+    code = """
+def busy():
+    time.sleep(3)
+
+if R == 0:
+    nt.allreduce(X, m.SUM).block_until_ready()
+else:
+    busy()
+    nt.allreduce(X, m.SUM).block_until_ready()
+"""
+    result = run(mpi, code, MPI_CUDA_WARN_AFTER="1")
+    assert result.returncode == 0, result.stderr
+    assert "rank 0 is waiting in allreduce of float32[3] with SUM" in result.stderr, result.stderr
+    # `python -c` has no file, so its lines are nobody's.
+    assert "rank 1 is in Python" in result.stderr, result.stderr
+    assert "deadlock" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_job_may_be_ended_after_a_time(mpi: str) -> None:
+    code = "nt.recv(X, 1).block_until_ready() if R == 0 else time.sleep(60)"
+    result = run(mpi, code, MPI_CUDA_ABORT_AFTER="2")
+    assert result.returncode == STUCK, result.stderr
+    assert "MPI_CUDA_ABORT_AFTER is 2: the job ends" in result.stderr, result.stderr
+    assert "rank 0 is waiting in recv into float32[3] from rank 1" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_long_messages_and_slow_ranks_are_no_deadlock(mpi: str) -> None:
+    code = """
+big = jnp.ones(1 << 26)
+for _ in range(3):
+    if R == 0:
+        nt.send(big, 1)
+        nt.recv(X, 1).block_until_ready()
+    else:
+        nt.recv(big, 0).block_until_ready()
+        time.sleep(3)
+        nt.send(X, 0)
+print("fine")
+"""
+    result = run(mpi, code, MPI_CUDA_WARN_AFTER="0.5")
+    assert result.returncode == 0 and result.stdout.count("fine") == 2, result.stderr
