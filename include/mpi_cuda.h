@@ -102,9 +102,9 @@ enum {
 /* ---------------------------------------------------------------------------------------------
  * Create options of PJRT_Client_Create. Each has the name of an environment variable in lower case
  * without MPI_CUDA_, and wins over it: topology, mpi, shim_dir, singleton, warn_after,
- * exit_timeout, log, part_bytes (docs/configuration.md). Values are strings, integers or booleans. Which inner plugin
- * is wrapped is decided when the library is asked for its table, by the environment; the options
- * device and inner_plugin are refused if they disagree.
+ * exit_timeout, log, part_bytes (docs/configuration.md). Values are strings, integers or booleans.
+ * Which inner plugin is wrapped is decided when the library is asked for its table, by the
+ * environment; the options device and inner_plugin are refused if they disagree.
  */
 
 /* ---------------------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ int mpi_cuda_write_record(const char *path);
  * (half a second at most). */
 void mpi_cuda_abort(int code);
 
-/* This rank has come to its end: if what it has launched waits longer than MPI_CUDA_EXIT_TIMEOUT for
- * other ranks from now on, that is printed and the job ends with an error. Call before the last
+/* This rank has come to its end: if what it has launched waits longer than MPI_CUDA_EXIT_TIMEOUT
+ * for other ranks from now on, that is printed and the job ends with an error. Call before the last
  * mpi_cuda_wait. */
 void mpi_cuda_ending(void);
 

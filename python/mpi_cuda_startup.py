@@ -56,11 +56,14 @@ class _Bridge:
 
 
 class _Mpi4py:
-    """Joins the world right after `mpi4py.MPI` has been imported."""
+    """Joins the world right after `mpi4py.MPI` has been imported. Refuses to import it with another
+    MPI than the one that was joined before, and where MPI could only end the process."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name != "mpi4py.MPI" or not _Bridge._selected() or not _launched():
+        if name != "mpi4py.MPI" or not _Bridge._selected():
+            return None
+        if not _launched() and not _without_pmi() and _joined() is None:
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
@@ -78,12 +81,50 @@ class _JoinAfter:
         self.loader = loader
 
     def create_module(self, spec):  # type: ignore[no-untyped-def]
+        # Before another MPI is loaded, where the file says which it is.
+        if library := _joined():
+            self._refuse(library.other_mpi(spec.origin))
         return self.loader.create_module(spec)
 
     def exec_module(self, module):  # type: ignore[no-untyped-def]
-        self.loader.exec_module(module)
-        if module.Is_initialized():
-            _join()
+        library = _joined()
+        if library is None:
+            if _without_pmi() and ".openmpi." in os.path.basename(module.__spec__.origin):
+                self._alone_or_not(module)
+            else:
+                self.loader.exec_module(module)
+            if module.Is_initialized():
+                _join()
+            return
+        rc = sys.modules["mpi4py"].rc
+        initialize, rc.initialize = rc.initialize, False
+        try:
+            self.loader.exec_module(module)
+        finally:
+            rc.initialize = initialize
+        self._refuse(library.other_mpi(module.__spec__.origin, module.Get_library_version()))
+
+    def _alone_or_not(self, module):  # type: ignore[no-untyped-def]
+        environment = os.environ
+        tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1" and environment.get("MPI_CUDA_SINGLETON") != "1":
+            raise ImportError(
+                f"srun started {tasks} tasks without a process management for MPI, so Open MPI "
+                "would end them: use srun --mpi=pmix (for MPICH --mpi=pmi2); MPI_CUDA_SINGLETON=1 "
+                f"runs {tasks} separate worlds of size 1 on purpose"
+            )
+        # By this variable Open MPI takes the task for a rank, and ends it if it finds no PMI.
+        nodes = environment.pop("SLURM_NODELIST", None)
+        try:
+            self.loader.exec_module(module)
+        finally:
+            if nodes is not None:
+                environment["SLURM_NODELIST"] = nodes
+
+    @staticmethod
+    def _refuse(wrong):  # type: ignore[no-untyped-def]
+        if wrong:
+            raise ImportError(wrong)
 
 
 def _join() -> None:
@@ -108,6 +149,22 @@ def _alone(module):  # type: ignore[no-untyped-def]
         sys.modules[name] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def _joined():  # type: ignore[no-untyped-def]
+    """The module that knows the world, if it was joined."""
+    library = sys.modules.get("mpi_cuda._library")
+    return library if library is not None and library.started() else None
+
+
+def _without_pmi() -> bool:
+    """Whether this is a task of srun's without what MPI finds other tasks by."""
+    environment = os.environ
+    step = environment.get("SLURM_STEP_ID", "")
+    # Steps from here up are no srun (slurm/slurm.h): a batch script, an interactive shell.
+    is_step = step.isdigit() and int(step) < 0xFFFFFFF0
+    by = ("PMIX_RANK", "PMI_RANK", "PMI_FD", "OMPI_COMM_WORLD_RANK")
+    return is_step and not any(name in environment for name in by)
 
 
 def _launched() -> bool:

@@ -71,6 +71,12 @@ pub enum StartError {
         library: String,
     },
     #[error(
+        "this process is one of {launched} that srun started without a process management for MPI, \
+         so Open MPI would end it: use `srun --mpi=pmix` (for MPICH `--mpi=pmi2`); \
+         MPI_CUDA_SINGLETON=1 runs {launched} separate worlds of size 1 on purpose"
+    )]
+    WithoutPmi { launched: usize },
+    #[error(
         "this process is one of {launched} by its launcher ({launcher}), but there is no MPI for \
          it: {reason}; run scripts/setup where that MPI is installed, or set MPI_CUDA_SHIM_DIR to \
          the folder of libmpi_cuda_shim_{family}.so; MPI_CUDA_SINGLETON=1 runs {launched} separate \

@@ -31,6 +31,7 @@ from mpi_cuda._operations import (
     send,
     sendrecv,
 )
+from mpi_cuda._stop import request_stop, stop_on, stop_requested
 
 __version__ = "0.1.0"
 
@@ -119,10 +120,13 @@ __all__ = [
     "recv",
     "reduce",
     "reduce_scatter",
+    "request_stop",
     "scan",
     "scatter",
     "send",
     "sendrecv",
+    "stop_on",
+    "stop_requested",
     "wait",
     "write_record",
 ]

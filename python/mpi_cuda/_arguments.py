@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import operator
 import sys
 from typing import Any
@@ -107,6 +108,13 @@ def _mpi() -> Any:
     return sys.modules.get("mpi4py.MPI")
 
 
+@functools.cache
+def _refuse_other_mpi(mpi: Any) -> None:
+    """Handles of another MPI mean nothing to ours."""
+    if wrong := _library.other_mpi(mpi.__file__, mpi.Get_library_version()):
+        raise RuntimeError(wrong)
+
+
 def world_comm(number: int) -> Comm:
     """One of the communicators that always exist."""
     world = _library.start()
@@ -135,6 +143,7 @@ def resolve_comm(comm: Any) -> Comm:
             f"comm must be an mpi4py Intracomm, an mpi_cuda communicator or None, got {comm!r}"
         )
     _library.start()
+    _refuse_other_mpi(mpi)
     handle = mpi._handleof(comm) & 0xFFFF_FFFF_FFFF_FFFF
     rank, size = ctypes.c_int(), ctypes.c_int()
     name = comm.Get_name() or "an unnamed communicator"
@@ -184,6 +193,7 @@ def _user_op(mpi: Any, op: Any) -> Op:
     # The handle of one that was freed may have become another's.
     if known is None or kept != op:
         _library.start()
+        _refuse_other_mpi(mpi)
         number = _library.load().mpi_cuda_op(handle & 0xFFFF_FFFF_FFFF_FFFF)
         known = Op("user-defined", number)
         _user_ops[handle] = op, known

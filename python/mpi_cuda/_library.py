@@ -145,6 +145,27 @@ def _c_environment(name: str) -> str | None:
     return None if value is None else value.decode()
 
 
+#: How files and versions name the families.
+_FAMILIES = {"openmpi": ("openmpi", "Open MPI"), "mpich": ("mpich", "MPICH")}
+
+
+def other_mpi(file: str, version: str = "") -> str | None:
+    """What is wrong with mpi4py's `MPI`, by its file and its version: None if its MPI is the one
+    that was joined, or that cannot be said."""
+    world = started()
+    own = world.family if world is not None else "none"
+    for family, (in_file, in_version) in _FAMILIES.items():
+        named = f".{in_file}." in os.path.basename(file) or in_version in version
+        if named and own not in ("none", family):
+            return (
+                f"mpi4py uses {in_version} ({file}), and mpi_cuda has joined the job with "
+                f"{_FAMILIES[own][1]}: one process can use only one. Unset MPI4PY_MPIABI and "
+                "MPI4PY_LIBMPI, set them to the MPI whose launcher started the job, or write "
+                "`from mpi4py import MPI` before the first use of JAX"
+            )
+    return None
+
+
 def is_ours(backend: Any) -> bool:
     """Whether a JAX backend is ours (`pjrt_plugin/src/compile/mod.rs`, platform_version)."""
     return "MPI ranks " in str(getattr(backend, "platform_version", ""))

@@ -267,3 +267,38 @@ def test_a_rank_with_nothing_left_to_do_waits_for_the_others(mpi: str) -> None:
     """
     result = job(mpi, code, MPI_CUDA_EXIT_TIMEOUT="1")
     assert result.returncode == 0 and result.stdout == "worked\n", result
+
+
+STOPPED = """if True:
+    import os, signal, time, jax, jax.numpy as jnp, mpi_cuda as m
+    from mpi_cuda import notoken as nt
+    m.stop_on(signal.SIGTERM, signal.SIGUSR2)
+    rank, half = m.COMM_WORLD.rank, jax.jit(lambda x: nt.allreduce(x, m.SUM) / 2)
+    x = jnp.float32(1)
+    for step in range(1000):
+        x = half(x)
+        if step == 20 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if m.stop_requested():
+            break
+    assert m.stop_requested() and x == 1
+    print(step)
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_all_ranks_stop_in_the_same_step(mpi: str) -> None:
+    result = job(mpi, STOPPED)
+    assert result.returncode == 0, result
+    assert twice("20", result) or twice("21", result), result
+
+
+def test_asking_inside_a_program_is_refused() -> None:
+    code = """if True:
+        import jax, jax.numpy as jnp, mpi_cuda as m
+        try:
+            jax.jit(lambda x: x + m.stop_requested())(jnp.ones(3))
+        except RuntimeError as error:
+            print("outside of jax.jit" in str(error) or error)
+    """
+    assert twice("True", job("openmpi", code))

@@ -244,3 +244,59 @@ ONE_ALONE = """if True:
 def test_a_rank_may_use_jax_while_others_wait_in_mpi4py(mpi: str, code: str) -> None:
     result = job(mpi, code, limit=30)
     assert result.returncode == 0, result.stderr
+
+
+BEFORE = """if True:
+    import sys, jax, jax.numpy as jnp, mpi_cuda as m
+    assert m.allreduce(jnp.float32(1), m.SUM)[0] == 2
+    for _ in range(2):
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            print("Open MPI" in str(error) and "MPICH" in str(error) or error)
+    assert m.allreduce(jnp.float32(1), m.SUM)[0] == 2
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_mpi4py_of_the_other_mpi_is_refused_after_the_start(mpi: str) -> None:
+    other = "mpich" if mpi == "openmpi" else "openmpi"
+    result = job(mpi, BEFORE, MPI4PY_MPIABI=other)
+    assert result.returncode == 0 and twice("TrueTrue", result), result
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_handles_of_another_mpi_are_refused(mpi: str) -> None:
+    """Where the module was imported past the check, as without our start-up file."""
+    code = """if True:
+        import types, jax, jax.numpy as jnp, mpi_cuda as m
+        from mpi4py import MPI
+        from mpi_cuda import _arguments
+        version = MPI.Get_library_version()
+        other = "MPICH Version: 4" if "Open MPI" in version else "Open MPI v4"
+        class Other:
+            def __getattr__(self, name):
+                return getattr(MPI, name)
+            Get_library_version = staticmethod(lambda: other)
+            __file__ = "/some/where/MPI.so"
+        import sys
+        sys.modules["mpi4py.MPI"] = Other()
+        try:
+            m.barrier(comm=MPI.COMM_WORLD)
+        except RuntimeError as error:
+            print("Open MPI" in str(error) and "MPICH" in str(error) or error)
+    """
+    result = job(mpi, code)
+    assert result.returncode == 0 and twice("True", result), result
+
+
+@pytest.mark.parametrize("first", ["from mpi4py import MPI", "pass"])
+def test_tasks_without_process_management_are_refused(first: str) -> None:
+    """What `srun --mpi=none -n 2` sets; `tests/slurm/run` tries it with Slurm itself."""
+    code = f"{first}\nimport jax\njax.devices()"
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_NODELIST": "n0"}
+    result = job(None, code, **slurm, SLURM_STEP_NUM_TASKS="2", SLURM_JOB_ID="1")
+    assert result.returncode != 0
+    assert "srun --mpi=pmix" in result.stderr and "--mpi=pmi2" in result.stderr, result.stderr
+    result = job(None, code, **slurm, SLURM_STEP_NUM_TASKS="1", SLURM_JOB_ID="1")
+    assert result.returncode == 0, result.stderr

@@ -13,6 +13,8 @@ pub struct Launched {
     pub size: usize,
     /// The MPI whose launcher it is, where that is certain.
     pub family: Option<Family>,
+    /// The environment has nothing by which an MPI finds its other ranks (PMI or PMIx).
+    pub without_pmi: bool,
     /// Names this very rank of this very job; a child process has its parent's.
     pub identity: String,
 }
@@ -37,6 +39,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
             launcher: "Open MPI's mpirun",
             size,
             family: Some(Family::OpenMpi),
+            without_pmi: false,
             identity: identity(&["PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK"]),
         });
     }
@@ -45,6 +48,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
             launcher: "a PMI launcher (MPICH's mpirun, or srun --mpi=pmi2)",
             size,
             family: Some(Family::Mpich),
+            without_pmi: false,
             identity: identity(&[
                 "SLURM_JOB_ID",
                 "SLURM_STEP_ID",
@@ -64,6 +68,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
             size,
             // srun --mpi=pmix serves Open MPI; Debian's MPICH does not speak PMIx.
             family: pmix.then_some(Family::OpenMpi),
+            without_pmi: !pmix && get("PMI_RANK").or_else(|| get("PMI_FD")).is_none(),
             identity: identity(&["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID"]),
         });
     }
@@ -72,6 +77,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
             launcher: "a PMIx launcher",
             size: number("PMIX_SIZE").unwrap_or(1),
             family: Some(Family::OpenMpi),
+            without_pmi: false,
             identity: identity(&["PMIX_NAMESPACE", "PMIX_RANK"]),
         });
     }
@@ -104,7 +110,9 @@ mod tests {
             ("PMIX_RANK", "1"),
         ];
         assert_eq!(detect_in(&srun).unwrap().family, Some(Family::OpenMpi));
-        assert_eq!(detect_in(&srun[..2]).unwrap().family, None);
+        let without = detect_in(&srun[..2]).unwrap();
+        assert!(without.family.is_none() && without.without_pmi);
+        assert!(!detect_in(&srun).unwrap().without_pmi && !hydra.without_pmi);
     }
 
     #[test]

@@ -5,10 +5,11 @@
 
 use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::{Communicator, Communicators, DEFAULT, NAMES, SELF};
-use crate::mpi::family;
+use crate::mpi::family::{self, Family};
 use crate::mpi::launcher::Launched;
 use crate::mpi::libraries;
 use crate::mpi::shim::{MpiState, Shim};
+use crate::world::environment;
 use crate::world::options::WorldOptions;
 
 /// This process in the world of its MPI.
@@ -30,7 +31,7 @@ pub(super) fn join(
     let library = shim.library_version();
     let owns_mpi = match shim.state() {
         MpiState::NotStarted => {
-            shim.init().map_err(mpi_error("MPI_Init_thread"))?;
+            init(shim, options, launched)?;
             true
         }
         MpiState::Running => false,
@@ -60,6 +61,23 @@ pub(super) fn join(
             thread_level,
             owns_mpi,
         }),
+    }
+}
+
+/// Initialises MPI.
+fn init(
+    shim: &Shim,
+    options: &WorldOptions,
+    launched: Option<&Launched>,
+) -> Result<(), StartError> {
+    let init = || shim.init().map_err(mpi_error("MPI_Init_thread"));
+    match launched.filter(|launched| launched.without_pmi && shim.family == Family::OpenMpi) {
+        Some(&Launched { size, .. }) if size > 1 && !options.singleton => {
+            Err(StartError::WithoutPmi { launched: size })
+        }
+        // It takes any task of Slurm's for a rank of a job, and ends it if it finds no PMI.
+        Some(_) => environment::without("SLURM_NODELIST", init),
+        None => init(),
     }
 }
 

@@ -3,6 +3,7 @@
 mod agree;
 mod child;
 mod end;
+mod environment;
 mod join;
 mod options;
 mod output;
