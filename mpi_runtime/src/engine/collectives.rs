@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use crate::buffer::Buffer;
 use crate::engine::compare::Comparison;
 use crate::engine::pending::PendingTable;
+use crate::engine::recorder::Program;
 use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::backoff;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
@@ -71,6 +72,16 @@ impl CollectiveSequence {
             everybody: members.len() == world_size as usize,
             members,
             begun: AtomicBool::new(false),
+        }
+    }
+
+    /// What the recorder keeps of it.
+    pub(crate) fn recorded(&self) -> Program<'_> {
+        Program {
+            sequence: self.sequence,
+            summary: &self.summary,
+            members: &self.members,
+            everybody: self.everybody,
         }
     }
 }
