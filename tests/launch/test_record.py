@@ -73,7 +73,9 @@ def test_a_rank_that_raises_and_one_that_waits(mpi: str, ranks: int, tmp_path: P
     assert all((tmp_path / name).stat().st_mode & 0o777 == 0o600 for name in names(ranks))
     text = report(tmp_path)
     assert f"{ranks} ranks on 1 node(s)" in text and "no rank diverged" in text
-    assert "ended the job with status 1" in of_rank(text, 1)
+    ending = of_rank(text, 1).splitlines()[0]
+    assert "ended the job with status 1" in ending
+    assert ending.endswith("ValueError: boom (<string>:11)"), text
     for rank in {*range(ranks)} - {1}:
         said = of_rank(text, rank)
         assert "in recv of 3 float32 from rank 1 with any tag, waiting for rank 1" in said, text

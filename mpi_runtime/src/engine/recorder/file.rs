@@ -164,6 +164,12 @@ fn keep_writing() {
     }
 }
 
+/// This rank has failed with status `code`, and `words` say why.
+pub fn failed(code: i32, words: &[u8]) {
+    RECORDER.why(words);
+    write(Reason::Abort, code);
+}
+
 /// This rank is about to end the job with status `code`.
 pub fn abort(code: i32) {
     if write(Reason::Abort, code) {

@@ -166,6 +166,12 @@ impl Recorder {
         self.record.header.launches.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Why this rank ends the job, in words.
+    pub fn why(&self, words: &[u8]) {
+        let words = u64::from(self.text(words));
+        self.record.header.why.store(words, Ordering::Relaxed);
+    }
+
     /// The number of a text that entries have; 0 is none.
     pub fn text(&self, text: &[u8]) -> u32 {
         self.texts.number(&self.record, text)
