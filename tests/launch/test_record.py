@@ -238,6 +238,18 @@ def test_a_timeline_and_a_picture(mpi: str, ranks: int, tmp_path: Path) -> None:
     assert len(arrows) == 10 and len(set(arrows)) == 5
 
 
+def test_the_file_is_whole_from_the_start(tmp_path: Path) -> None:
+    code = """if True:
+        import os, mpi_cuda as m
+        m.COMM_WORLD.rank
+        os._exit(3)
+    """
+    job(None, code, MPI_CUDA_RECORD_DIR=str(tmp_path))
+    text = report(tmp_path)
+    assert "was killed, or ended without a word" in of_rank(text, 0)
+    assert "had begun no operation" in of_rank(text, 0)
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = job("mpich", lines("print('done')"), MPI_CUDA_RECORD_DIR=str(tmp_path / "file"))
