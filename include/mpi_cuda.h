@@ -166,6 +166,9 @@ int mpi_cuda_launches_on_callers(void);
  * file; NULL: to that in MPI_CUDA_RECORD_DIR. */
 int mpi_cuda_write_record(const char *path);
 
+/* Records that this rank fails with that status, and why, for the same report. */
+void mpi_cuda_failed(int code, const char *words);
+
 /* Ends the whole job with a non-zero status, once the launcher has read what this rank printed
  * (half a second at most). */
 void mpi_cuda_abort(int code);

@@ -271,6 +271,20 @@ pub unsafe extern "C" fn mpi_cuda_write_record(path: *const c_char) -> c_int {
     })
 }
 
+/// Records that this rank fails with a status, and why.
+///
+/// # Safety
+/// `words` must be NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_failed(code: c_int, words: *const c_char) {
+    quiet((), || {
+        if world_of_this_process().is_some() {
+            // SAFETY: the caller's words are NUL-terminated.
+            file::failed(code, unsafe { CStr::from_ptr(words) }.to_bytes());
+        }
+    });
+}
+
 /// Ends the whole job with a non-zero status, once the launcher has read what this rank printed.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_abort(code: c_int) {

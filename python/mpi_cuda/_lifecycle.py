@@ -16,6 +16,7 @@ import builtins
 import contextlib
 import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 _installed = False
@@ -86,6 +87,7 @@ def _at_exit() -> None:
         return
     _flush()
     if status := _status():
+        library.mpi_cuda_failed(status, _why().encode(errors="replace"))
         if world.size > 1:
             library.mpi_cuda_abort(status)
         return
@@ -124,3 +126,21 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr or sys.__stderr__, flush=True)
     except Exception:
         os.write(2, f"{text}\n".encode())
+
+
+def _why() -> str:
+    """The exception that nobody caught, and the user's line that it comes from, as far as known."""
+    error = getattr(sys, "last_value", None)
+    if error is None:
+        return "it asked for that status"
+    words = type(error).__name__
+    # Its text is the user's code.
+    with contextlib.suppress(Exception):
+        words = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return words
+    others = ("site-packages", os.path.dirname(__file__))
+    own = [frame for frame in frames if not any(part in frame.filename for part in others)]
+    frame = (own or frames)[-1]
+    return f"{words} ({frame.filename}:{frame.lineno})"

@@ -4,6 +4,8 @@
 
 use std::sync::atomic::AtomicBool;
 
+use crate::engine::recorder::Program;
+
 /// A program with collectives of XLA's.
 #[derive(Debug)]
 pub struct CollectiveSequence {
@@ -34,6 +36,16 @@ impl CollectiveSequence {
             // A program lives as long as the process.
             members: Vec::leak(members),
             begun: AtomicBool::new(false),
+        }
+    }
+
+    /// What the recorder keeps of it.
+    pub(crate) fn recorded(&self) -> Program<'_> {
+        Program {
+            sequence: self.sequence,
+            summary: &self.summary,
+            members: self.members,
+            everybody: self.everybody,
         }
     }
 }

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
+use crate::buffer::Buffer;
 use crate::device::Stream;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
@@ -142,7 +143,7 @@ impl Engine {
         if program.everybody {
             self.calls.histories.count_collective_launch();
         }
-        let recording = RECORDER.begin_program(ticket, program);
+        let recording = RECORDER.begin_program(ticket, &program.recorded());
         let result = self.groups.begin(self.collective_context(), program);
         recording.end(&result);
         result.inspect_err(|error| self.note_unread(&error.to_string()))
@@ -342,7 +343,16 @@ impl Engine {
                     shim.comm_members(comm_row.handle, comm_row.size).ok()
                 };
                 let comparison = &self.calls.comparison;
+                let op = Operation::new(kind, comm, Buffer::NONE, Buffer::NONE);
+                let recording = RECORDER.begin(ticket, &op, || Some(comm_row));
                 comparison.refuse(ticket, comm, kind, &words, members);
+                recording.end(&Err(OperationError {
+                    operation: kind.name().into(),
+                    rank: comm_row.rank,
+                    comm: comm_row.name.to_owned(),
+                    size: comm_row.size,
+                    reason: words.into(),
+                }));
                 self.retire(ticket);
             });
         if told.is_err() {

@@ -102,9 +102,9 @@ def paces(job: Job) -> dict[int, Pace]:
     found = {rank: Pace() for rank in job.records}
     for matched in job.collectives:
         operations = list(matched.by_rank.values())
-        if not (matched.is_whole and matched.agrees and len(operations) > 1):
+        if not (matched.is_whole and matched.agrees and matched.synchronises):
             continue
-        if operations[0].kind not in SYNCHRONOUS:
+        if len(operations) < 2:
             continue
         *_, before, last = sorted(operations, key=lambda one: one.start)
         found[last.rank].last += 1

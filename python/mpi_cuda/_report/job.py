@@ -36,6 +36,12 @@ class Matched:
         return len({operation.signature for operation in self.by_rank.values()}) == 1
 
     @property
+    def synchronises(self) -> bool:
+        """Whether the ranks waited for the last of them: by its nature, or as they measured."""
+        operations = self.by_rank.values()
+        return any(one.kind in SYNCHRONOUS or one.waited for one in operations)
+
+    @property
     def last(self) -> Operation:
         """That of the rank that came last."""
         return max(self.by_rank.values(), key=lambda operation: operation.start)

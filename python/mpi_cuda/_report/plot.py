@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 
 from mpi_cuda._report import findings
-from mpi_cuda._report.job import SYNCHRONOUS, Job
+from mpi_cuda._report.job import Job
 from mpi_cuda._report.record import Operation
 
 
@@ -71,14 +71,9 @@ def _waited_for(job: Job) -> list[tuple[int, tuple[Operation, float, float]]]:
             if operation.end is None:
                 continue
             last = matched.last
-            waits = operation.waited or 0.0
-            if (
-                matched.is_whole
-                and operation.kind in SYNCHRONOUS
-                and last is not operation
-                and waits
-            ):
-                found.append((last.rank, (operation, operation.start, waits)))
+            if matched.is_whole and operation.waited and last is not operation:
+                waited = min(operation.waited, operation.end - operation.start)
+                found.append((last.rank, (operation, operation.start, waited)))
     for send, receive in job.messages:
         if receive.waited:
             found.append((send.rank, (receive, receive.start, receive.waited)))

@@ -12,7 +12,7 @@ from typing import Any
 
 MAGIC, VERSION = b"MPICUREC", 1
 # The names are those of the layout; `x` is what a reader needs not.
-_HEADER = struct.Struct("<8sII QQQQ Ii QQQ 48x")
+_HEADER = struct.Struct("<8sII QQQQ Ii QQQQ 40x")
 _COMM = struct.Struct("<QqQ iI QQ 16x")
 _LAUNCH = struct.Struct("<III4xQ 8x")
 _ENTRY = struct.Struct("<QQQQ qQQQ II ii ii BBBBB3x QQ 8x Q")
@@ -171,6 +171,8 @@ class Record:
     command: str = ""
     reason: str = "running"
     code: int = 0
+    #: Why it ended the job, if it said so.
+    why: str = ""
     written: float = 0.0
     #: Operations so far; the record has the last of them.
     total: int = 0
@@ -203,7 +205,7 @@ class _Reader:
             raise ValueError(f"it is of version {version}, or cut off; this reads {VERSION}")
         self.data = data
         first_ticks, first_wall, self.written_ticks, written_wall, *rest = rest
-        self.reason, self.code, self.total, _, _ = rest
+        self.reason, self.code, self.total, _, _, self.why = rest
         self.first_ticks, self.first_wall = first_ticks, first_wall
         ticks = max(1, self.written_ticks - first_ticks)
         self.rate = (written_wall - first_wall) / ticks
@@ -318,6 +320,7 @@ def read(path: Path) -> Record:
         **{name: about[name] for name in fields},
         reason=about["reasons"][reader.reason],
         code=reader.code,
+        why=reader.text(reader.why),
         written=reader.time(reader.written_ticks),
         total=reader.total,
         operations=reader.operations(),

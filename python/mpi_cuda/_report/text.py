@@ -108,7 +108,8 @@ def _at_the_end(job: Job) -> Iterator[str]:
 def _ending(record: Record) -> str:
     when = clock(record.written)
     if record.reason == "abort":
-        return f"ended the job with status {record.code} at {when}"
+        why = f": {record.why}" if record.why else ""
+        return f"ended the job with status {record.code} at {when}{why}"
     if record.reason == "signal":
         return f"was ended by {_signal_name(record.code)} at {when}"
     if record.reason == "end":

@@ -72,6 +72,7 @@ pub fn start(about: &About, options: Option<&RecordOptions>) {
 fn open(options: &RecordOptions, rank: i32) -> io::Result<()> {
     fs::create_dir_all(&options.folder)?;
     let path = options.folder.join(format!("rank-{rank:05}.record"));
+    RECORDER.mark(Reason::Running, 0);
     let file = write_whole(&RECORDER, &path)?;
     STAYS.store(options.keep == Keep::Always, Ordering::Relaxed);
     *PATH.lock() = Some(path);
@@ -162,6 +163,12 @@ fn keep_writing() {
             return;
         }
     }
+}
+
+/// This rank has failed with status `code`, and `words` say why.
+pub fn failed(code: i32, words: &[u8]) {
+    RECORDER.why(words);
+    write(Reason::Abort, code);
 }
 
 /// This rank is about to end the job with status `code`.

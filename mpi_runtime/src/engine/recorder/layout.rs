@@ -58,7 +58,9 @@ pub struct Header {
     pub launches: AtomicU64,
     /// Bytes of the texts.
     pub text_bytes: AtomicU64,
-    pub spare: [AtomicU64; 6],
+    /// Number of a text: why this rank ends the job.
+    pub why: AtomicU64,
+    pub spare: [AtomicU64; 5],
 }
 
 /// A communicator; 64 bytes.
@@ -155,7 +157,8 @@ words! {
     Header {
         magic: u64s(), version: u32s(), bytes: u32s(), first_ticks: u64s(), first_wall: u64s(),
         written_ticks: u64s(), written_wall: u64s(), reason: u32s(), code: u32s(),
-        operations: u64s(), launches: u64s(), text_bytes: u64s(), spare: [const { u64s() }; 6],
+        operations: u64s(), launches: u64s(), text_bytes: u64s(), why: u64s(),
+        spare: [const { u64s() }; 5],
     }
     CommRow {
         used: u64s(), number: u64s(), name: u64s(), rank: u32s(), size: u32s(),

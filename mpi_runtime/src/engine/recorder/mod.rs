@@ -16,4 +16,4 @@ mod system;
 mod texts;
 
 pub use about::About;
-pub use ring::{RECORDER, Recorder, Recording};
+pub use ring::{Program, RECORDER, Recorder, Recording};

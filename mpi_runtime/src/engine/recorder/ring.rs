@@ -13,7 +13,6 @@ use super::clock::{Moment, Ticks};
 use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, Record, STARTED};
 use super::system;
 use super::texts::Texts;
-use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::order::Ticket;
 use crate::error::OperationError;
 use crate::mpi::communicators::{COLLECTIVES, Communicator};
@@ -59,6 +58,18 @@ pub struct Recorder {
 pub struct Recording<'a> {
     recorder: &'a Recorder,
     number: u64,
+}
+
+/// A program for several devices.
+pub struct Program<'a> {
+    /// Hash of its sequence of collectives.
+    pub sequence: u64,
+    /// The sequence in words.
+    pub summary: &'a str,
+    /// The ranks that run it.
+    pub members: &'a [i32],
+    /// All ranks of the world do.
+    pub everybody: bool,
 }
 
 thread_local! {
@@ -112,19 +123,15 @@ impl Recorder {
     }
 
     /// The launch `ticket` of a program for several devices begins.
-    pub fn begin_program(&self, ticket: Ticket, program: &CollectiveSequence) -> Recording<'_> {
-        let comm = if program.everybody {
-            COLLECTIVES
+    pub fn begin_program(&self, ticket: Ticket, program: &Program<'_>) -> Recording<'_> {
+        let (comm, name) = if program.everybody {
+            (COLLECTIVES, "all ranks")
         } else {
-            number_of(program.members)
+            (number_of(program.members), "the ranks of a program")
         };
         let position = self.position(comm, true, || {
             Some(Communicator {
-                name: if program.everybody {
-                    "all ranks"
-                } else {
-                    "the ranks of a program"
-                },
+                name,
                 handle: 0,
                 user_handle: 0,
                 rank: -1,
@@ -133,17 +140,17 @@ impl Recorder {
                 freed: false,
             })
         });
-        let summary = program.summary.as_bytes();
+        let (sequence, summary) = (program.sequence, program.summary.as_bytes());
         self.enter(&Fields {
             ticket,
             comm,
             position,
-            sent: program.sequence,
+            sent: sequence,
             received: 0,
             ranks: 0,
             tags: 0,
             what: BEGIN | NO_REDUCTION << 8,
-            text: self.texts.of(&self.record, program.sequence, summary),
+            text: self.texts.of(&self.record, sequence, summary),
         })
     }
 
@@ -158,6 +165,12 @@ impl Recorder {
         row.ticks.store(Ticks::now().0, Ordering::Relaxed);
         row.ticket.store(ticket.0, Ordering::Release);
         self.record.header.launches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Why this rank ends the job, in words.
+    pub fn why(&self, words: &[u8]) {
+        let words = u64::from(self.text(words));
+        self.record.header.why.store(words, Ordering::Relaxed);
     }
 
     /// The number of a text that entries have; 0 is none.

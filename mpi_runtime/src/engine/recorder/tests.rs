@@ -186,13 +186,15 @@ fn what_ended_it_stays_the_reason() {
 fn the_ranks_of_a_program_have_the_same_number_on_all_of_them() {
     assert_eq!(number_of(&[2, 0]), number_of(&[0, 2]));
     assert!(number_of(&[0, 2]) < -1 && number_of(&[0, 2]) != number_of(&[0, 1]));
-    let program = |members: &[i32]| {
-        CollectiveSequence::new(9, "all-reduce f32[4] SUM".into(), members.to_vec(), 3)
-    };
     let recorder = recorder();
     for members in [&[0, 1, 2][..], &[0, 2], &[0, 1, 2]] {
-        let recording = recorder.begin_program(Ticket(1), &program(members));
-        recording.end(&Ok(()));
+        let program = Program {
+            sequence: 9,
+            summary: "all-reduce f32[4] SUM",
+            members,
+            everybody: members.len() == 3,
+        };
+        recorder.begin_program(Ticket(1), &program).end(&Ok(()));
     }
     assert_eq!(load(&recorder.entry(3).comm), COLLECTIVES as u64);
     assert_eq!(load(&recorder.entry(3).position), 2);
