@@ -306,6 +306,11 @@ impl Engine {
         first
     }
 
+    /// Notes an error that somebody should read.
+    pub fn add_unread(&self, error: OperationError) {
+        self.unread.lock().push(error);
+    }
+
     /// Somebody has read an error with this text.
     pub fn mark_read(&self, text: &str) {
         let mut unread = self.unread.lock();
