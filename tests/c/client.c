@@ -85,8 +85,10 @@ static PJRT_LoadedExecutable *compile(PJRT_Client *client, const char *text) {
   return args.executable;
 }
 
-static PJRT_Error *to_device(PJRT_Client *client, PJRT_Device *device, const float *data,
-                             PJRT_Buffer **buffer) {
+/* done happens when data may be changed or freed. */
+static PJRT_Error *share(PJRT_Client *client, PJRT_Device *device, const void *data,
+                         PJRT_HostBufferSemantics semantics, PJRT_Buffer **buffer,
+                         PJRT_Event **done) {
   static const int64_t dims[] = {4};
   PJRT_Client_BufferFromHostBuffer_Args args = {
       .struct_size = PJRT_Client_BufferFromHostBuffer_Args_STRUCT_SIZE};
@@ -95,13 +97,22 @@ static PJRT_Error *to_device(PJRT_Client *client, PJRT_Device *device, const flo
   args.type = PJRT_Buffer_Type_F32;
   args.dims = dims;
   args.num_dims = 1;
-  args.host_buffer_semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
+  args.host_buffer_semantics = semantics;
   args.device = device;
   PJRT_Error *error = api->PJRT_Client_BufferFromHostBuffer(&args);
+  *buffer = args.buffer;
+  *done = args.done_with_host_buffer;
+  return error;
+}
+
+static PJRT_Error *to_device(PJRT_Client *client, PJRT_Device *device, const float *data,
+                             PJRT_Buffer **buffer) {
+  PJRT_Event *done;
+  PJRT_Error *error = share(client, device, data,
+                            PJRT_HostBufferSemantics_kImmutableOnlyDuringCall, buffer, &done);
   if (error == NULL) {
     char text[256];
-    await_event(args.done_with_host_buffer, text, sizeof text);
-    *buffer = args.buffer;
+    await_event(done, text, sizeof text);
   }
   return error;
 }
@@ -149,6 +160,29 @@ static void run(PJRT_LoadedExecutable *executable, PJRT_Buffer *operand, float *
   if (output == NULL) return;
   read_buffer(output, result, error, capacity);
   destroy_buffer(output);
+}
+
+/* Every way to share memory of the host, wherever it begins. */
+static void share_all(PJRT_Client *client, PJRT_Device *device) {
+  static const size_t offsets[] = {0, 1, 16, 32, 48};
+  static const float data[] = {1, 2, 3, 4};
+  static _Alignas(64) unsigned char memory[128];
+  char error[1024];
+  int right = 0;
+  for (int semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
+       semantics <= PJRT_HostBufferSemantics_kMutableZeroCopy; semantics++)
+    for (size_t i = 0; i < sizeof offsets / sizeof *offsets; i++) {
+      float result[4] = {0};
+      PJRT_Buffer *buffer;
+      PJRT_Event *done;
+      memcpy(memory + offsets[i], data, sizeof data);
+      must(share(client, device, memory + offsets[i], semantics, &buffer, &done), "share");
+      read_buffer(buffer, result, error, sizeof error);
+      right += error[0] == 0 && memcmp(result, data, sizeof data) == 0;
+      destroy_buffer(buffer);
+      await_event(done, error, sizeof error);
+    }
+  check(right == 20, "memory of the host is shared in every way, wherever it begins");
 }
 
 /* Both ranks take the maximum of donated operands many times; rank 0 runs ahead of rank 1. */
@@ -366,6 +400,7 @@ int main(int argc, char **argv) {
       text, sizeof text);
   check(text[0] == 0 && result[0] == 2, "after errors all goes on");
 
+  share_all(client, own.addressable_devices[0]);
   donate(client, x);
 
   PJRT_Client_Destroy_Args destroy = {.struct_size = PJRT_Client_Destroy_Args_STRUCT_SIZE};
