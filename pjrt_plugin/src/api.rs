@@ -101,6 +101,13 @@ fn wrapped() -> *const PJRT_Api {
         PJRT_Buffer_Destroy = buffer::destroy,
         PJRT_Buffer_Delete = buffer::delete,
         PJRT_Buffer_IsDeleted = buffer::is_deleted,
+        PJRT_Buffer_ToHostBuffer = buffer::to_host_buffer,
+        PJRT_Buffer_CopyRawToHost = buffer::copy_raw_to_host,
+        PJRT_Buffer_UnsafePointer = buffer::unsafe_pointer,
+        PJRT_Buffer_OpaqueDeviceMemoryDataPointer = buffer::device_pointer,
+        PJRT_Buffer_ReadyEvent = buffer::ready_event,
+        PJRT_Buffer_IncreaseExternalReferenceCount = buffer::add_reference,
+        PJRT_Buffer_DecreaseExternalReferenceCount = buffer::remove_reference,
     }
     if let Some(inner) = slot(api, FOR_EACH_PAYLOAD) {
         let ours = error::for_each_payload as *const c_void;

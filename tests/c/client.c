@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <threads.h>
+#include <time.h>
 
 #include "mpi_cuda.h"
 #include "pjrt_c_api.h"
@@ -83,8 +85,10 @@ static PJRT_LoadedExecutable *compile(PJRT_Client *client, const char *text) {
   return args.executable;
 }
 
-static PJRT_Error *to_device(PJRT_Client *client, PJRT_Device *device, const float *data,
-                             PJRT_Buffer **buffer) {
+/* done happens when data may be changed or freed. */
+static PJRT_Error *share(PJRT_Client *client, PJRT_Device *device, const void *data,
+                         PJRT_HostBufferSemantics semantics, PJRT_Buffer **buffer,
+                         PJRT_Event **done) {
   static const int64_t dims[] = {4};
   PJRT_Client_BufferFromHostBuffer_Args args = {
       .struct_size = PJRT_Client_BufferFromHostBuffer_Args_STRUCT_SIZE};
@@ -93,20 +97,29 @@ static PJRT_Error *to_device(PJRT_Client *client, PJRT_Device *device, const flo
   args.type = PJRT_Buffer_Type_F32;
   args.dims = dims;
   args.num_dims = 1;
-  args.host_buffer_semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
+  args.host_buffer_semantics = semantics;
   args.device = device;
   PJRT_Error *error = api->PJRT_Client_BufferFromHostBuffer(&args);
+  *buffer = args.buffer;
+  *done = args.done_with_host_buffer;
+  return error;
+}
+
+static PJRT_Error *to_device(PJRT_Client *client, PJRT_Device *device, const float *data,
+                             PJRT_Buffer **buffer) {
+  PJRT_Event *done;
+  PJRT_Error *error = share(client, device, data,
+                            PJRT_HostBufferSemantics_kImmutableOnlyDuringCall, buffer, &done);
   if (error == NULL) {
     char text[256];
-    await_event(args.done_with_host_buffer, text, sizeof text);
-    *buffer = args.buffer;
+    await_event(done, text, sizeof text);
   }
   return error;
 }
 
-/* Runs a program of one operand and one result of f32[4]; error is empty on success. */
-static void run(PJRT_LoadedExecutable *executable, PJRT_Buffer *operand, float *result, char *error,
-                size_t capacity) {
+/* Launches a program of one operand and one result; NULL and an error if it is refused. */
+static PJRT_Buffer *launch(PJRT_LoadedExecutable *executable, PJRT_Buffer *operand, char *error,
+                           size_t capacity) {
   PJRT_ExecuteOptions options = {.struct_size = PJRT_ExecuteOptions_STRUCT_SIZE};
   PJRT_Buffer *const arguments[] = {operand};
   PJRT_Buffer *const *const argument_lists[] = {arguments};
@@ -120,16 +133,99 @@ static void run(PJRT_LoadedExecutable *executable, PJRT_Buffer *operand, float *
   args.num_devices = 1;
   args.num_args = 1;
   args.output_lists = output_lists;
-  if (take_error(api->PJRT_LoadedExecutable_Execute(&args), error, capacity)) return;
+  take_error(api->PJRT_LoadedExecutable_Execute(&args), error, capacity);
+  return outputs[0];
+}
+
+/* Reads a buffer of f32[4]; error is empty on success. */
+static void read_buffer(PJRT_Buffer *buffer, float *result, char *error, size_t capacity) {
   PJRT_Buffer_ToHostBuffer_Args copy = {.struct_size = PJRT_Buffer_ToHostBuffer_Args_STRUCT_SIZE};
-  copy.src = outputs[0];
+  copy.src = buffer;
   copy.dst = result;
   copy.dst_size = 4 * sizeof *result;
   if (!take_error(api->PJRT_Buffer_ToHostBuffer(&copy), error, capacity))
     await_event(copy.event, error, capacity);
+}
+
+static void destroy_buffer(PJRT_Buffer *buffer) {
   PJRT_Buffer_Destroy_Args destroy = {.struct_size = PJRT_Buffer_Destroy_Args_STRUCT_SIZE};
-  destroy.buffer = outputs[0];
+  destroy.buffer = buffer;
   must(api->PJRT_Buffer_Destroy(&destroy), "destroy buffer");
+}
+
+/* Runs a program of one operand and one result of f32[4]; error is empty on success. */
+static void run(PJRT_LoadedExecutable *executable, PJRT_Buffer *operand, float *result, char *error,
+                size_t capacity) {
+  PJRT_Buffer *output = launch(executable, operand, error, capacity);
+  if (output == NULL) return;
+  read_buffer(output, result, error, capacity);
+  destroy_buffer(output);
+}
+
+/* Every way to share memory of the host, wherever it begins. */
+static void share_all(PJRT_Client *client, PJRT_Device *device) {
+  static const size_t offsets[] = {0, 1, 16, 32, 48};
+  static const float data[] = {1, 2, 3, 4};
+  static _Alignas(64) unsigned char memory[128];
+  char error[1024];
+  int right = 0;
+  for (int semantics = PJRT_HostBufferSemantics_kImmutableOnlyDuringCall;
+       semantics <= PJRT_HostBufferSemantics_kMutableZeroCopy; semantics++)
+    for (size_t i = 0; i < sizeof offsets / sizeof *offsets; i++) {
+      float result[4] = {0};
+      PJRT_Buffer *buffer;
+      PJRT_Event *done;
+      memcpy(memory + offsets[i], data, sizeof data);
+      must(share(client, device, memory + offsets[i], semantics, &buffer, &done), "share");
+      read_buffer(buffer, result, error, sizeof error);
+      right += error[0] == 0 && memcmp(result, data, sizeof data) == 0;
+      destroy_buffer(buffer);
+      await_event(done, error, sizeof error);
+    }
+  check(right == 20, "memory of the host is shared in every way, wherever it begins");
+}
+
+/* Both ranks take the maximum of donated operands many times; rank 0 runs ahead of rank 1. */
+static void donate(PJRT_Client *client, PJRT_Buffer *operand) {
+  static const char *text =
+      "module @donate {\n"
+      "  func.func public @main(%x: tensor<4xf32> {tf.aliasing_output = 0 : i32})\n"
+      "      -> tensor<4xf32> {\n"
+      "    %y, %t = stablehlo.custom_call @mpi_cuda_allreduce(%x) {api_version = 4 : i32,\n"
+      "      has_side_effect = true, backend_config = {comm = 0 : i64, op = 3 : i64}}\n"
+      "      : (tensor<4xf32>) -> (tensor<4xf32>, tensor<i32>)\n"
+      "    return %y : tensor<4xf32>\n"
+      "  }\n"
+      "}\n";
+  enum { COUNT = 60 };
+  char error[4096];
+  float result[4] = {0};
+  PJRT_LoadedExecutable *executable = compile(client, text);
+  PJRT_Buffer *buffers[COUNT + 1] = {operand};
+  int deleted = 0, launched = 0;
+  if (rank == 1) thrd_sleep(&(struct timespec){.tv_sec = 1}, NULL);
+  for (int i = 0; i < COUNT; i++) {
+    buffers[i + 1] = launch(executable, buffers[i], error, sizeof error);
+    launched += buffers[i + 1] != NULL;
+    PJRT_Buffer_IsDeleted_Args args = {.struct_size = PJRT_Buffer_IsDeleted_Args_STRUCT_SIZE};
+    args.buffer = buffers[i];
+    must(api->PJRT_Buffer_IsDeleted(&args), "is deleted");
+    deleted += args.is_deleted;
+  }
+  check(launched == COUNT && deleted == COUNT, "what is donated is deleted at once");
+  PJRT_Buffer *old = buffers[COUNT - 1];
+  check(launch(executable, old, error, sizeof error) == NULL && strstr(error, "deleted or donated"),
+        "a launch that uses it is refused");
+  read_buffer(old, result, error, sizeof error);
+  check(strstr(error, "deleted or donated") != NULL, "reading it is refused");
+  PJRT_Buffer_ReadyEvent_Args ready = {.struct_size = PJRT_Buffer_ReadyEvent_Args_STRUCT_SIZE};
+  ready.buffer = old;
+  must(api->PJRT_Buffer_ReadyEvent(&ready), "ready event");
+  await_event(ready.event, error, sizeof error);
+  check(strstr(error, "deleted or donated") != NULL, "waiting for it is refused");
+  read_buffer(buffers[COUNT], result, error, sizeof error);
+  check(error[0] == 0 && result[0] == 2 && result[3] == 5, "the last result is right");
+  for (int i = 1; i <= COUNT; i++) destroy_buffer(buffers[i]);
 }
 
 /* A program with one custom call, whose attributes follow. */
@@ -304,11 +400,12 @@ int main(int argc, char **argv) {
       text, sizeof text);
   check(text[0] == 0 && result[0] == 2, "after errors all goes on");
 
+  share_all(client, own.addressable_devices[0]);
+  donate(client, x);
+
   PJRT_Client_Destroy_Args destroy = {.struct_size = PJRT_Client_Destroy_Args_STRUCT_SIZE};
   destroy.client = client;
-  PJRT_Buffer_Destroy_Args buffer = {.struct_size = PJRT_Buffer_Destroy_Args_STRUCT_SIZE};
-  buffer.buffer = x;
-  must(api->PJRT_Buffer_Destroy(&buffer), "destroy buffer");
+  destroy_buffer(x);
   must(api->PJRT_Client_Destroy(&destroy), "destroy client");
   shutdown();
   if (rank == 0 || failed) printf("%d passed, %d failed\n", passed, failed);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "mpi_cuda"
 
@@ -35,6 +36,47 @@ def test_donation() -> None:
     x = jnp.ones(1000)
     y = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
     assert x.is_deleted() and float(y[0]) == 2
+
+
+def memory_at(offset: int, shape: tuple[int, ...], dtype: str = "f4", order: str = "C") -> Any:
+    """An array that begins so many bytes after a multiple of 64."""
+    count = int(np.prod(shape))
+    memory = np.zeros(count * 8 + 256, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    flat = memory[start : start + count * np.dtype(dtype).itemsize].view(dtype)
+    flat[:] = np.arange(count) % 100
+    return flat.reshape(shape, order=order)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 4, 8, 16, 20, 32, 33, 36, 48, 60])
+def test_from_dlpack_copies_what_it_cannot_share(offset: int) -> None:
+    """It came and went with where `malloc` puts an array."""
+    for shape, dtype, order in [((16,), "f4", "C"), ((3, 5), "i2", "F"), ((2, 3, 4), "u1", "C")]:
+        for copy in (None, True):
+            a = memory_at(offset, shape, dtype, order)
+            expected = a.copy()
+            y = jnp.from_dlpack(a, copy=copy)
+            assert y.dtype == a.dtype and y.shape == shape
+            np.testing.assert_array_equal(y, expected)
+            np.testing.assert_array_equal(y + 1, expected + 1)
+            if offset or copy:
+                a[...] = 77
+                np.testing.assert_array_equal(y, expected)
+    if offset:
+        with pytest.raises(ValueError, match="is not aligned to"):
+            jnp.from_dlpack(memory_at(offset, (16,)), copy=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e5m2", "complex64", "bool", "float16"])
+def test_from_dlpack_copies_every_type_of_a_jax_array(dtype: str) -> None:
+    x = jnp.arange(6).reshape(2, 3).astype(dtype)
+    try:
+        y = jnp.from_dlpack(x, copy=True)
+    except (BufferError, RuntimeError) as error:
+        pytest.skip(f"JAX does not export it: {error}")
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(x))
+    assert y.unsafe_buffer_pointer() != x.unsafe_buffer_pointer()
 
 
 def test_random_numbers_and_fft() -> None:

@@ -126,6 +126,30 @@ pub fn layouts_of(program: &[u8]) -> Result<Layouts, Refused> {
     Ok(Module::new(read(program)?)?.layouts())
 }
 
+/// The parameters that a launch of a serialized `HloModuleProtoWithConfig` donates, in order: those
+/// whose memory a result may take (`xla/pjrt/utils.cc`, `ComputeParametersThatMustBeDonated`).
+///
+/// # Errors
+/// If it is no module.
+pub fn donated_parameters(program: &[u8]) -> Result<Vec<usize>, Refused> {
+    let module = read(program)?;
+    let entries = module
+        .input_output_alias
+        .iter()
+        .flat_map(|all| &all.entries);
+    let numbers = entries.map(|entry| match entry.parameter_shape_index.first() {
+        // All parameters are in one tuple.
+        Some(&index) => index,
+        None => entry.parameter_number,
+    });
+    let mut numbers: Vec<usize> = numbers
+        .filter_map(|number| number.try_into().ok())
+        .collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    Ok(numbers)
+}
+
 /// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty
 /// configuration.
 ///

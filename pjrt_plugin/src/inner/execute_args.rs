@@ -105,6 +105,18 @@ impl<'a> ExecuteArgs<'a> {
         }
     }
 
+    /// The inputs that the framework forbids to donate.
+    pub fn not_donatable(&self) -> &[i64] {
+        // SAFETY: the options are valid, with a list that is as long as they say.
+        unsafe {
+            let options = &*self.raw.options;
+            slice(
+                options.non_donatable_input_indices,
+                options.num_non_donatable_input_indices,
+            )
+        }
+    }
+
     /// The options with what they point to, except for the context; for launches without
     /// transfers.
     pub fn copy_options(&self) -> ExecuteOptions {

@@ -69,6 +69,15 @@ impl ExecuteOptions {
         }
     }
 
+    /// Forbids to donate the input of that index.
+    pub fn forbid_donation(&mut self, index: usize) {
+        self.not_donatable.push(index as i64);
+        let (list, size) = (self.not_donatable.as_ptr(), self.not_donatable.len());
+        let options = self.get();
+        options.non_donatable_input_indices = list;
+        options.num_non_donatable_input_indices = size;
+    }
+
     /// The options.
     pub fn get(&mut self) -> &mut PJRT_ExecuteOptions {
         // SAFETY: the words are at least as long, aligned, and a copy of valid options.

@@ -14,6 +14,8 @@ use crate::launch::keep_alive::Kept;
 /// An alias buffer; it is kept until it is fulfilled, whatever the framework does with it.
 pub struct AliasBuffer {
     buffer: Kept<BufferHandle>,
+    client: ClientHandle,
+    shape: BufferShape,
     /// None once it has filled the buffer.
     filler: Option<AliasFiller>,
 }
@@ -27,6 +29,8 @@ impl AliasBuffer {
         let (buffer, filler) = client.create_alias_buffer(shape)?;
         let alias = AliasBuffer {
             buffer: Kept::new(buffer.get()),
+            client,
+            shape: shape.clone(),
             filler: Some(filler),
         };
         Ok((buffer.release(), alias))
@@ -34,9 +38,12 @@ impl AliasBuffer {
 
     /// The alias buffer becomes `buffer`, which need not be ready.
     pub fn fulfil(mut self, buffer: Owned<BufferHandle>) {
-        // A result of XLA:GPU that fails has no memory, which the inner plugin would follow.
+        // A result that fails may have no memory, which the inner plugin would follow. On the CPU
+        // that is so from the start, where an input has failed already.
         if on_gpu() {
             self.fulfil_when_ready(buffer);
+        } else if let Some(error) = buffer.get().failure() {
+            self.fail(&error.to_string());
         } else {
             self.settle(Ok(buffer.get()));
         }
@@ -62,8 +69,17 @@ impl AliasBuffer {
     }
 
     fn settle(&mut self, content: Result<BufferHandle, &str>) {
-        if let Some(filler) = self.filler.take() {
-            filler.fill(content);
+        let Some(filler) = self.filler.take() else {
+            return;
+        };
+        match content {
+            Ok(buffer) => filler.fill(Ok(buffer)),
+            // An alias buffer that gets an error and no memory ends the process when somebody asks
+            // for the memory before waiting for the content, as numpy does.
+            Err(message) => match self.client.create_failed_buffer(&self.shape, message) {
+                Ok(failed) => filler.fill(Ok(failed.get())),
+                Err(_) => filler.fill(Err(message)),
+            },
         }
     }
 }
@@ -81,7 +97,6 @@ impl Drop for AliasBuffer {
 /// plugin no alias of a token.
 pub struct End {
     alias: AliasBuffer,
-    client: ClientHandle,
     device: DeviceHandle,
 }
 
@@ -101,11 +116,7 @@ impl End {
             order: Vec::new(),
         };
         let (buffer, alias) = AliasBuffer::new(client, &shape)?;
-        let end = End {
-            alias,
-            client,
-            device,
-        };
+        let end = End { alias, device };
         Ok((buffer, end))
     }
 
@@ -124,7 +135,7 @@ impl End {
             dims: &EMPTY,
             data: &[0],
         };
-        match self.client.copy_from_host(self.device, &nothing) {
+        match self.alias.client.copy_from_host(self.device, &nothing) {
             Ok(buffer) => self.alias.fulfil(buffer),
             Err(error) => self.alias.fail(&error.to_string()),
         }

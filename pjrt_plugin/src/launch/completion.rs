@@ -6,10 +6,14 @@
 
 use std::cell::Cell;
 use std::collections::HashSet;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
 
+use mpi_runtime::OperationError;
 use parking_lot::Mutex;
 
+use crate::boundary::quiet;
 use crate::error::Error;
 use crate::inner::handles::{BufferHandle, ContextHandle, EventHandle, Handle};
 use crate::launch::alias_buffer::End;
@@ -21,7 +25,7 @@ use crate::plugin::world;
 
 /// What a launch holds until it has ended.
 pub struct Completion {
-    #[expect(dead_code, reason = "held for its drop")]
+    /// Held for their drop.
     pub inputs: Vec<Kept<BufferHandle>>,
     #[expect(dead_code, reason = "held for its drop")]
     pub context: Option<Kept<ContextHandle>>,
@@ -33,16 +37,60 @@ pub struct Completion {
     pub slot: Option<InFlightSlot>,
     /// What the framework waits for, if the launch was deferred.
     pub ends: Vec<End>,
+    /// The framework has its results already.
+    pub deferred: bool,
 }
 
 impl Completion {
+    /// The inner plugin has refused the launch with this error; what its results are to say. Of one
+    /// that was deferred nobody may read them: then the error is raised later.
+    pub fn failed(&self, error: Error) -> Error {
+        let Some(world) = world().filter(|_| self.deferred) else {
+            return error;
+        };
+        let error = OperationError {
+            operation: "a launch that was dispatched behind others which wait for their peers"
+                .into(),
+            rank: world.rank,
+            comm: "COMM_WORLD".into(),
+            size: world.size,
+            reason: error.to_string().into(),
+        };
+        world.engine.note_unread(&error.to_string());
+        Error::from(error)
+    }
+
     /// The launch has ended, or failed.
     pub fn reach(mut self, error: Option<&str>) {
         let ends = std::mem::take(&mut self.ends);
+        if error.is_some() {
+            release_elsewhere(std::mem::take(&mut self.inputs));
+        }
         drop(self);
         for end in ends {
             end.reach(error);
         }
+    }
+}
+
+/// Lets go of the inputs of a launch that failed. XLA:CPU tells of the failure before it lets go of
+/// what was donated, and on the same thread, which would wait for itself if it destroyed that.
+fn release_elsewhere(inputs: Vec<Kept<BufferHandle>>) {
+    static INPUTS: LazyLock<Mutex<Sender<Vec<Kept<BufferHandle>>>>> = LazyLock::new(|| {
+        let (sender, receiver) = mpsc::channel::<Vec<_>>();
+        let drop_all = move || {
+            receiver
+                .into_iter()
+                .for_each(|inputs| quiet((), || drop(inputs)))
+        };
+        let thread = std::thread::Builder::new().name("mpi_cuda release".into());
+        // Without a thread there is no receiver, and they are dropped below.
+        let _ = thread.spawn(drop_all);
+        Mutex::new(sender)
+    });
+    if !inputs.is_empty() {
+        let unsent = INPUTS.lock().send(inputs).err();
+        drop(unsent);
     }
 }
 

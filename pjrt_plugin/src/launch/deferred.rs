@@ -21,7 +21,7 @@ use crate::inner::handles::{
 use crate::inner::side_table::SideTable;
 use crate::launch::alias_buffer::{AliasBuffer, End};
 use crate::launch::keep_alive::{Kept, give_up};
-use crate::launch::{inflight_limit, ticket};
+use crate::launch::{donation, inflight_limit, ticket};
 
 /// How long a program that cannot be deferred waits for those that are.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
@@ -76,6 +76,7 @@ pub fn defer(
         return Err(Error::internal("a launch was deferred that cannot be"));
     };
     start_thread()?;
+    let donated = donation::find(args)?;
     let mut aliased = AliasResults::default();
     let event = match aliased.make(&output_spec, args.wants_event()) {
         Ok(event) => event,
@@ -89,10 +90,12 @@ pub fn defer(
     if let Some(event) = event {
         args.give_event(event);
     }
+    let mut options = args.copy_options();
+    donation::donate(&donated, args.inputs, &mut options);
     let launch = Launch {
         executable: Kept::new(args.executable),
         device: args.device,
-        options: args.copy_options(),
+        options,
         inputs: args.inputs.to_vec(),
         outputs: aliased.outputs,
         ends: aliased.ends,

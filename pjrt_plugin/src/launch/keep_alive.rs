@@ -48,9 +48,23 @@ pub fn postpone_delete(buffer: BufferHandle) -> bool {
     BUFFERS.postpone(buffer.address(), |postponed| postponed.delete = true)
 }
 
-/// Whether the framework has deleted the content of a buffer that is kept.
+/// Notes that a launch which is still to come takes the content of a buffer, which must be kept
+/// until that launch has ended.
+pub fn donate(buffer: BufferHandle) {
+    postpone_delete(buffer);
+}
+
+/// Whether the content of a buffer that is kept belongs to launches alone, since the framework has
+/// deleted or donated it.
+#[inline]
 pub fn is_deleted(buffer: BufferHandle) -> bool {
-    BUFFERS.postponed(buffer.address()).delete
+    any_deleted() && BUFFERS.postponed(buffer.address()).delete
+}
+
+/// Whether there is any such buffer.
+#[inline]
+pub fn any_deleted() -> bool {
+    BUFFERS.deleted.load(Ordering::Acquire) > 0
 }
 
 /// A kind of handles that can be kept.
@@ -75,6 +89,7 @@ impl Keepable for BufferHandle {
         if postponed.destroy {
             self.destroy();
         } else if postponed.delete {
+            // A launch that failed has not taken what was donated to it.
             self.delete();
         }
     }
@@ -110,6 +125,8 @@ impl Keepable for LoadedHandle {
 pub struct KeepAlive {
     /// How many there are; spares the lock where there are none.
     count: AtomicUsize,
+    /// How many of them are to be deleted.
+    deleted: AtomicUsize,
     kept: Mutex<Option<HashMap<usize, Entry>>>,
 }
 
@@ -133,6 +150,7 @@ impl KeepAlive {
     const fn new() -> KeepAlive {
         KeepAlive {
             count: AtomicUsize::new(0),
+            deleted: AtomicUsize::new(0),
             kept: Mutex::new(None),
         }
     }
@@ -160,6 +178,9 @@ impl KeepAlive {
         }
         let postponed = found.postponed;
         kept.remove(&handle);
+        if postponed.delete {
+            self.deleted.fetch_sub(1, Ordering::AcqRel);
+        }
         self.count.store(kept.len(), Ordering::Release);
         postponed
     }
@@ -172,7 +193,11 @@ impl KeepAlive {
         let mut kept = self.kept.lock();
         match kept.as_mut().and_then(|kept| kept.get_mut(&handle)) {
             Some(found) => {
+                let before = found.postponed.delete;
                 note(&mut found.postponed);
+                if found.postponed.delete && !before {
+                    self.deleted.fetch_add(1, Ordering::AcqRel);
+                }
                 true
             }
             None => false,
@@ -204,6 +229,8 @@ mod tests {
         assert!(!table.postpone(2, |postponed| postponed.destroy = true));
         assert!(table.postpone(1, |postponed| postponed.delete = true));
         assert!(table.postponed(1).delete && !table.postponed(2).delete);
+        assert!(table.postpone(1, |postponed| postponed.delete = true));
+        assert_eq!(table.deleted.load(Ordering::Acquire), 1);
         assert!(table.postpone(1, |postponed| postponed.destroy = true));
         assert_eq!(table.release(1), Postponed::default());
         let both = Postponed {
@@ -211,6 +238,7 @@ mod tests {
             destroy: true,
         };
         assert_eq!(table.release(1), both);
+        assert_eq!(table.deleted.load(Ordering::Acquire), 0);
         assert!(!table.postpone(1, |postponed| postponed.destroy = true));
         assert_eq!(table.release(1), Postponed::default());
     }

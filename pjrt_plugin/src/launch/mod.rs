@@ -8,6 +8,7 @@ mod alias_buffer;
 pub mod async_barrier;
 pub mod completion;
 mod deferred;
+pub mod donation;
 pub mod executables;
 pub mod in_callback;
 mod inflight_limit;
@@ -38,6 +39,7 @@ pub use on_caller::launches_on_callers;
 
 /// Launches a program for the framework.
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
+    donation::refuse_deleted(args)?;
     let program = executables::find(args.executable);
     if ticket::is_in_background() {
         return launch_in_background(args, program);
@@ -91,6 +93,7 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
         ticket: own,
         slot: (world.size > 1).then(|| InFlightSlot::new(launches, true)),
         ends: Vec::new(),
+        deferred: false,
     };
     let launch_id = ticket.0 as i32;
     let result = if deferred {
@@ -146,7 +149,7 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
     let order = several.then(ticket::lock_order);
     let deferred = several && deferred::is_needed(args, 1)?;
     let completion = Completion {
-        inputs: if several && inflight_limit::may_be_full() {
+        inputs: if deferred || several && inflight_limit::may_be_full() {
             keep_inputs(args)
         } else {
             Vec::new()
@@ -156,6 +159,7 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
         ticket: None,
         slot: several.then(|| InFlightSlot::new(1, callbacks)),
         ends: Vec::new(),
+        deferred: false,
     };
     if deferred {
         return defer(args, 0, completion);
@@ -200,6 +204,7 @@ fn defer(
     let watched = completion.ticket.is_some();
     let event = deferred::defer(args, move |args, ends| {
         completion.ends = ends;
+        completion.deferred = true;
         args.with_launch_id(launch_id, |args| launch(args, completion))
     })?;
     if let Some(event) = event.filter(|_| watched) {
@@ -213,6 +218,7 @@ fn launch(args: &mut ExecuteArgs<'_>, completion: Completion) -> Result<(), Erro
     let event = match ticket::inside_launch(|| args.execute()) {
         Ok(event) => event,
         Err(error) => {
+            let error = completion.failed(error);
             completion.reach(Some(&error.to_string()));
             return Err(error);
         }

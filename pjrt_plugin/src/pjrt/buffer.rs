@@ -1,15 +1,16 @@
 //! Buffers. Every way to create one is guarded: to the inner client every device is local, and data
 //! for another rank's device would silently be lost. And the inputs of launches that may wait for a
 //! peer are kept when the framework gives them up: a deferred launch still needs them, and the
-//! inner plugin waits for the end of the launch when a donated one is destroyed.
+//! inner plugin waits for the end of the launch when a donated one is destroyed. What a deferred
+//! launch is to get is deleted to everybody else (`launch/donation.rs`).
 
 use pjrt_sys::*;
 
 use crate::clients;
 use crate::error::Error;
 use crate::inner::api;
-use crate::inner::handles::BufferHandle;
-use crate::launch::keep_alive;
+use crate::inner::handles::{BufferHandle, EventHandle, Handle, HostArray, Owned};
+use crate::launch::{donation, keep_alive};
 use crate::pjrt::entry::entry;
 
 /// Refuses a device or memory of another rank.
@@ -49,10 +50,35 @@ guarded! {
         PJRT_Client_CreateAliasBuffer_Args: memory);
     create_for_async_transfer = PJRT_Client_CreateBuffersForAsyncHostToDevice(
         PJRT_Client_CreateBuffersForAsyncHostToDevice_Args: memory);
+}
+
+/// Entries that refuse a buffer which has been deleted or donated, then pass the call on.
+macro_rules! uses {
+    ($($name:ident = $function:ident($Args:ident: $buffer:ident $(, to $member:ident)?);)+) => {
+        entry! {$(
+            #[doc = concat!("`", stringify!($function), "`")]
+            pub fn $name(args: $Args, $buffer: BufferHandle) {
+                $(check_local(stringify!($function), args.$member)?;)?
+                donation::refuse_use(stringify!($function), $buffer)?;
+                args.pass_on(api().$function)
+            }
+        )+}
+    };
+}
+
+uses! {
     copy_to_device = PJRT_Buffer_CopyToDevice(
-        PJRT_Buffer_CopyToDevice_Args: dst_device);
+        PJRT_Buffer_CopyToDevice_Args: buffer, to dst_device);
     copy_to_memory = PJRT_Buffer_CopyToMemory(
-        PJRT_Buffer_CopyToMemory_Args: dst_memory);
+        PJRT_Buffer_CopyToMemory_Args: buffer, to dst_memory);
+    to_host_buffer = PJRT_Buffer_ToHostBuffer(
+        PJRT_Buffer_ToHostBuffer_Args: src);
+    copy_raw_to_host = PJRT_Buffer_CopyRawToHost(
+        PJRT_Buffer_CopyRawToHost_Args: buffer);
+    unsafe_pointer = PJRT_Buffer_UnsafePointer(
+        PJRT_Buffer_UnsafePointer_Args: buffer);
+    device_pointer = PJRT_Buffer_OpaqueDeviceMemoryDataPointer(
+        PJRT_Buffer_OpaqueDeviceMemoryDataPointer_Args: buffer);
 }
 
 entry! {
@@ -80,4 +106,47 @@ entry! {
         }
         args.pass_on(api().PJRT_Buffer_IsDeleted)
     }
+
+    /// `PJRT_Buffer_ReadyEvent`: of a deleted or donated buffer an event with that error, since
+    /// clients in C++ end the process if there is none.
+    pub fn ready_event(args: PJRT_Buffer_ReadyEvent_Args, buffer: BufferHandle) {
+        if keep_alive::is_deleted(buffer) {
+            args.event = event_of_deleted(buffer)?.release().raw();
+            return Ok(());
+        }
+        args.pass_on(api().PJRT_Buffer_ReadyEvent)
+    }
+
+    /// `PJRT_Buffer_IncreaseExternalReferenceCount`
+    pub fn add_reference(
+        args: PJRT_Buffer_IncreaseExternalReferenceCount_Args, buffer: BufferHandle
+    ) {
+        donation::refuse_use("PJRT_Buffer_IncreaseExternalReferenceCount", buffer)?;
+        args.pass_on(api().PJRT_Buffer_IncreaseExternalReferenceCount)?;
+        donation::reference_added(buffer);
+        Ok(())
+    }
+
+    /// `PJRT_Buffer_DecreaseExternalReferenceCount`
+    pub fn remove_reference(
+        args: PJRT_Buffer_DecreaseExternalReferenceCount_Args, buffer: BufferHandle
+    ) {
+        donation::reference_removed(buffer);
+        args.pass_on(api().PJRT_Buffer_DecreaseExternalReferenceCount)
+    }
+}
+
+/// The event that the inner plugin gives for a buffer like `buffer` which is deleted.
+fn event_of_deleted(buffer: BufferHandle) -> Result<Owned<EventHandle>, Error> {
+    let device = buffer.device()?;
+    let (client, _) = clients::owner(device.address())
+        .ok_or_else(|| Error::internal("a buffer is on a device of no client"))?;
+    let nothing = HostArray {
+        element_type: PJRT_Buffer_Type_PRED,
+        dims: &[0],
+        data: &[0],
+    };
+    let deleted = client.handle.copy_from_host(device, &nothing)?;
+    deleted.get().delete();
+    deleted.get().ready_event()
 }

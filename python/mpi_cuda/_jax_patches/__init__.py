@@ -18,7 +18,7 @@ Moment = Literal["import", "operation", "start"]
 INSTALLED: dict[Moment, tuple[str, ...]] = {
     "import": ("vmap", "linear", "hoisting"),
     "operation": ("effects_barrier", "token_passing", "fast_dispatch"),
-    "start": ("backends", "call_location", "older_plugin"),
+    "start": ("backends", "call_location", "dlpack", "older_plugin"),
 }
 #: The others, whose functions are called.
 CALLED = ("custom_calls", "effect", "jax_core", "jaxprs", "uniform")

@@ -10,9 +10,12 @@ mod refused;
 
 use protobuf::{Message, MessageField};
 
-use crate::Devices;
-use crate::proto::hlo::{HloModuleProto, HloModuleProtoWithConfig, ReplicaGroup};
+use crate::proto::hlo::hlo_input_output_alias_proto::AliasEntryProto;
+use crate::proto::hlo::{
+    HloInputOutputAliasProto, HloModuleProto, HloModuleProtoWithConfig, ReplicaGroup,
+};
 use crate::shape::{TUPLE, tuple};
+use crate::{Devices, donated_parameters};
 
 /// A recorded module by the path of its file, without the ending.
 macro_rules! recording {
@@ -47,6 +50,30 @@ fn group(ids: &[i64]) -> ReplicaGroup {
         replica_ids: ids.to_vec(),
         ..Default::default()
     }
+}
+
+#[test]
+fn parameters_are_donated_whose_memory_results_take() {
+    let entry = |number, index: &[i64]| AliasEntryProto {
+        parameter_number: number,
+        parameter_shape_index: index.to_vec(),
+        ..Default::default()
+    };
+    let module = |entries| HloModuleProto {
+        input_output_alias: MessageField::some(HloInputOutputAliasProto {
+            entries,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let of = |entries| donated_parameters(&with_config(module(entries))).unwrap();
+    assert!(of(vec![]).is_empty());
+    assert_eq!(
+        of(vec![entry(3, &[]), entry(0, &[]), entry(3, &[])]),
+        [0, 3]
+    );
+    assert_eq!(of(vec![entry(0, &[2]), entry(0, &[1])]), [1, 2]);
+    assert!(donated_parameters(b"nothing").is_err());
 }
 
 #[test]

@@ -5,7 +5,9 @@ use std::ptr::NonNull;
 
 use pjrt_sys::*;
 
-use super::handle::{BufferHandle, ClientHandle, DeviceHandle, EventHandle, MemoryHandle, Owned};
+use super::handle::{
+    BufferHandle, ClientHandle, DeviceHandle, EventHandle, FromRaw, MemoryHandle, Owned,
+};
 use crate::boundary;
 use crate::error::Error;
 use crate::inner::call::new_args;
@@ -27,6 +29,21 @@ impl BufferHandle {
     pub fn has_content(self) -> bool {
         self.ready_event()
             .is_ok_and(|event| event.get().has_succeeded())
+    }
+
+    /// The error that it has in place of content, if that is known by now.
+    pub fn failure(self) -> Option<Error> {
+        match self.ready_event() {
+            Ok(event) => event.get().failure(),
+            Err(error) => Some(error),
+        }
+    }
+
+    /// The device that it is on.
+    pub fn device(self) -> Result<DeviceHandle, Error> {
+        let args = ask!(PJRT_Buffer_Device { buffer: self.raw() })?;
+        // SAFETY: the device lives as long as its client.
+        unsafe { DeviceHandle::from_raw(args.device) }
     }
 
     /// Deletes the content, and keeps the handle.
@@ -144,18 +161,8 @@ impl ClientHandle {
         self,
         shape: &BufferShape,
     ) -> Result<(Owned<BufferHandle>, AliasFiller), Error> {
-        // XLA:GPU knows no layout where none is given.
-        let row_major: Vec<i64> = (0..shape.dims.len() as i64).rev().collect();
-        let order = match shape.order.is_empty() {
-            true => &row_major,
-            false => &shape.order,
-        };
-        let mut tiled = new_args::<PJRT_Buffer_MemoryLayout_Tiled>();
-        tiled.minor_to_major = order.as_ptr();
-        tiled.minor_to_major_size = order.len();
-        let mut layout = new_args::<PJRT_Buffer_MemoryLayout>();
-        layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
-        layout.__bindgen_anon_1.tiled = tiled;
+        let order = shape.order();
+        let mut layout = tiled_layout(&order);
         let args = ask!(PJRT_Client_CreateAliasBuffer {
             client: self.raw(),
             memory: shape.memory.raw(),
@@ -171,6 +178,70 @@ impl ClientHandle {
         let client = self;
         Ok((buffer, AliasFiller { client, callback }))
     }
+
+    /// A buffer with memory whose content is the error.
+    pub fn create_failed_buffer(
+        self,
+        shape: &BufferShape,
+        message: &str,
+    ) -> Result<Owned<BufferHandle>, Error> {
+        let order = shape.order();
+        let mut layout = tiled_layout(&order);
+        let mut layouts = [&raw mut layout];
+        let mut spec = new_args::<PJRT_ShapeSpec>();
+        spec.dims = shape.dims.as_ptr();
+        spec.num_dims = shape.dims.len();
+        spec.element_type = shape.element_type;
+        let transfer = ask!(PJRT_Client_CreateBuffersForAsyncHostToDevice {
+            client: self.raw(),
+            shape_specs: &mut spec,
+            num_shape_specs: 1,
+            device_layouts: layouts.as_mut_ptr(),
+            num_device_layouts: 1,
+            memory: shape.memory.raw(),
+        })?
+        .transfer_manager;
+        let made = ask!(PJRT_AsyncHostToDeviceTransferManager_RetrieveBuffer {
+            transfer_manager: transfer,
+            buffer_index: 0,
+        });
+        let failed = ask!(PJRT_AsyncHostToDeviceTransferManager_SetBufferError {
+            transfer_manager: transfer,
+            buffer_index: 0,
+            error_code: PJRT_Error_Code_INTERNAL,
+            error_message: message.as_ptr().cast(),
+            error_message_size: message.len(),
+        });
+        // Nobody else has it.
+        let _ = ask!(PJRT_AsyncHostToDeviceTransferManager_Destroy {
+            transfer_manager: transfer,
+        });
+        // SAFETY: the buffer is the caller's.
+        let buffer = unsafe { Owned::new(made?.buffer_out) }?;
+        failed.map(|_| buffer)
+    }
+}
+
+impl BufferShape {
+    /// The order of its dimensions, also of one that is row-major: XLA:GPU knows no layout where
+    /// none is given.
+    fn order(&self) -> Vec<i64> {
+        match self.order.is_empty() {
+            true => (0..self.dims.len() as i64).rev().collect(),
+            false => self.order.clone(),
+        }
+    }
+}
+
+/// The layout with dimensions in that order, to which it points.
+fn tiled_layout(order: &[i64]) -> PJRT_Buffer_MemoryLayout {
+    let mut tiled = new_args::<PJRT_Buffer_MemoryLayout_Tiled>();
+    tiled.minor_to_major = order.as_ptr();
+    tiled.minor_to_major_size = order.len();
+    let mut layout = new_args::<PJRT_Buffer_MemoryLayout>();
+    layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
+    layout.__bindgen_anon_1.tiled = tiled;
+    layout
 }
 
 impl AliasFiller {

@@ -23,6 +23,16 @@ impl EventHandle {
             && ask!(PJRT_Event_Error { event: self.raw() }).is_ok()
     }
 
+    /// Its error, if it has happened with one.
+    pub fn failure(self) -> Option<Error> {
+        let ready = ask!(PJRT_Event_IsReady { event: self.raw() });
+        match ready {
+            Ok(args) if args.is_ready => ask!(PJRT_Event_Error { event: self.raw() }).err(),
+            Ok(_) => None,
+            Err(error) => Some(error),
+        }
+    }
+
     /// Calls `then` once the event has happened, on any thread. Waits for it here if it cannot be
     /// watched, since what `then` lets go of is in use until the event.
     pub fn on_ready<F: FnOnce(Result<(), Error>) + Send + 'static>(self, then: F) {
