@@ -17,6 +17,7 @@ pub(crate) fn execute(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
     *received = ShimReceived {
         source: -1,
         tag: -1,
+        code: 0,
         bytes: -1,
     };
     match op.kind {

@@ -8,7 +8,7 @@ use std::ptr;
 use std::sync::atomic::Ordering;
 
 use mpi::ffi;
-use mpi_shim_abi::{ABI_VERSION, CommDeleted, ShimApi, ShimOp, ShimReceived};
+use mpi_shim_abi::{ABI_VERSION, CommDeleted, Idle, ShimApi, ShimOp, ShimReceived};
 
 mod checked;
 mod code;
@@ -45,6 +45,8 @@ static API: ShimApi = ShimApi {
     comm_create_group,
     node,
     configure,
+    largest_tag,
+    set_tag: messages::set_tag,
     comm_watch,
     execute: execute_op,
     start_send: nonblocking::start_send,
@@ -293,9 +295,26 @@ unsafe extern "C" fn node(
     SUCCESS
 }
 
-unsafe extern "C" fn configure(yielding: c_int, part_bytes: i64) {
+unsafe extern "C" fn configure(yielding: c_int, part_bytes: i64, idle: Idle) {
     waiting::YIELDING.store(yielding != 0, Ordering::Relaxed);
+    // Only the first counts: there is one engine.
+    let _ = waiting::IDLE.set(idle);
     large::PART.store(part_bytes, Ordering::Relaxed);
+}
+
+unsafe extern "C" fn largest_tag() -> c_int {
+    let (mut value, mut found) = (ptr::null_mut::<c_int>(), 0);
+    // SAFETY: MPI runs; it gives a pointer to a number of its own (MPI 4.0, section 9.1.2).
+    unsafe {
+        let key = ffi::MPI_TAG_UB as c_int;
+        let value_place = (&raw mut value).cast();
+        let code = ffi::MPI_Comm_get_attr(ffi::RSMPI_COMM_WORLD, key, value_place, &mut found);
+        if code == SUCCESS && found != 0 && !value.is_null() {
+            return *value;
+        }
+    }
+    // What every MPI has.
+    32767
 }
 
 /// What a watched communicator carries as its attribute.

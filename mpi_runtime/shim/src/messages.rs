@@ -6,13 +6,13 @@ use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 
 use mpi::ffi;
-use mpi_shim_abi::{ANY, Datatype, PROC_NULL, ShimReceived};
+use mpi_shim_abi::{ANY, CODE_BITS, Datatype, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::checked::Checked;
 use crate::code::{SUCCESS, attempt};
 use crate::datatype::{Elements, datatype};
 use crate::handle::comm_from_bits;
-use crate::waiting::{until, wait, yielding};
+use crate::waiting::{until_given_up, wait, yielding};
 
 /// Executes a send, a receive or both.
 pub(crate) fn exchange(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
@@ -22,7 +22,8 @@ pub(crate) fn exchange(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
     };
     let (count, datatype) = (sent.count, sent.datatype);
     let (sends, receives) = (op.kind.sends(), op.kind.receives());
-    let (dest, tag, comm) = (rank(op.dest), op.send_tag, comm_from_bits(op.comm));
+    let (dest, comm) = (rank(op.dest), comm_from_bits(op.comm));
+    let tag = with_code(op.send_tag, op.send_code);
     if !receives && !yielding() {
         // SAFETY: the operand of a checked operation holds its elements.
         return unsafe { ffi::MPI_Send(op.send, count, datatype, dest, tag, comm) };
@@ -109,20 +110,42 @@ fn receive(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
                 );
             };
         }
+        *received = envelope(&op, &status, length);
+        status.MPI_TAG = received.tag;
         if !op.status.is_null() {
             op.status.cast::<ffi::MPI_Status>().write_unaligned(status);
         }
-        *received = ShimReceived {
-            source: if op.source == PROC_NULL {
-                -1
-            } else {
-                status.MPI_SOURCE
-            },
-            tag: status.MPI_TAG,
-            bytes: length,
-        };
+        if op.source == PROC_NULL {
+            received.source = -1;
+        }
     }
     SUCCESS
+}
+
+/// What a message of `op` says of itself.
+pub(crate) fn envelope(op: &ShimOp, status: &ffi::MPI_Status, bytes: i64) -> ShimReceived {
+    let coded = op.recv_code != 0 && status.MPI_SOURCE >= 0;
+    let (tag, code) = match coded {
+        true => (
+            status.MPI_TAG >> CODE_BITS,
+            status.MPI_TAG & ((1 << CODE_BITS) - 1),
+        ),
+        false => (status.MPI_TAG, 0),
+    };
+    ShimReceived {
+        source: status.MPI_SOURCE,
+        tag,
+        code,
+        bytes,
+    }
+}
+
+/// The tag that MPI sees.
+pub(crate) fn with_code(tag: i32, code: i32) -> c_int {
+    match code {
+        0 => tag,
+        code => tag << CODE_BITS | code,
+    }
 }
 
 /// Bytes of the message that a probe has found.
@@ -144,13 +167,9 @@ pub(crate) fn length(status: &ffi::MPI_Status) -> Result<i64, c_int> {
 /// Waits for a message that matches, and takes it out of the queue.
 fn find(op: Checked<'_>, message: &mut ffi::MPI_Message, status: &mut ffi::MPI_Status) -> c_int {
     let comm = comm_from_bits(op.comm);
-    let (source, tag) = (rank(op.source), tag(op.recv_tag));
-    if !yielding() {
+    let (source, tag) = (rank(op.source), recv_tag(&op));
+    until_given_up(&op, |found| {
         // SAFETY: the communicator of a checked operation is live.
-        return unsafe { ffi::MPI_Mprobe(source, tag, comm, message, status) };
-    }
-    until(|found| {
-        // SAFETY: as above.
         unsafe { ffi::MPI_Improbe(source, tag, comm, found, message, status) }
     })
 }
@@ -163,8 +182,23 @@ pub(crate) fn rank(rank: i32) -> c_int {
     }
 }
 
-pub(crate) fn tag(tag: i32) -> c_int {
-    if tag == ANY { ffi::MPI_ANY_TAG } else { tag }
+/// The tag of what `op` receives, as MPI sees it.
+pub(crate) fn recv_tag(op: &ShimOp) -> c_int {
+    match op.recv_tag {
+        ANY => ffi::MPI_ANY_TAG,
+        tag => with_code(tag, op.recv_code),
+    }
+}
+
+/// See [`mpi_shim_abi::ShimApi::set_tag`].
+pub unsafe extern "C" fn set_tag(status: *mut c_void, tag: c_int) {
+    let place = status.cast::<ffi::MPI_Status>();
+    // SAFETY: the engine passes the user's status, which MPI has filled.
+    unsafe {
+        let mut status = place.read_unaligned();
+        status.MPI_TAG = tag;
+        place.write_unaligned(status);
+    }
 }
 
 /// See [`mpi_shim_abi::ShimApi::set_received`].

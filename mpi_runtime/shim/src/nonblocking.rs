@@ -12,7 +12,7 @@ use crate::datatype::Elements;
 use crate::handle::{
     comm_from_bits, message_from_bits, message_to_bits, request_from_bits, request_to_bits,
 };
-use crate::messages::{length, rank, tag};
+use crate::messages::{self, length, rank, recv_tag, with_code};
 
 pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64) -> c_int {
     // SAFETY: the engine passes a checked operation, and keeps its buffer until the request is
@@ -30,7 +30,7 @@ pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64)
                 sent.count,
                 sent.datatype,
                 rank(op.dest),
-                op.send_tag,
+                with_code(op.send_tag, op.send_code),
                 comm_from_bits(op.comm),
                 &mut own,
             );
@@ -51,20 +51,17 @@ pub(crate) unsafe extern "C" fn take(
         let op = &*op;
         let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
         let mut own: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
-        let (source, tag, comm) = (rank(op.source), tag(op.recv_tag), comm_from_bits(op.comm));
+        let (source, tag, comm) = (rank(op.source), recv_tag(op), comm_from_bits(op.comm));
         attempt! {
             ffi::MPI_Improbe(source, tag, comm, &mut *found, &mut own, &mut status);
         };
         if *found != 0 {
             *message = message_to_bits(own);
-            *envelope = ShimReceived {
-                source: status.MPI_SOURCE,
-                tag: status.MPI_TAG,
-                bytes: match length(&status) {
-                    Ok(bytes) => bytes,
-                    Err(code) => return code,
-                },
+            let bytes = match length(&status) {
+                Ok(bytes) => bytes,
+                Err(code) => return code,
             };
+            *envelope = messages::envelope(op, &status, bytes);
         }
     }
     SUCCESS

@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 12;
+pub const ABI_VERSION: u32 = 13;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -28,6 +28,15 @@ pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 pub const ANY: i32 = i32::MIN;
 /// `MPI_PROC_NULL` as the engine writes it.
 pub const PROC_NULL: i32 = i32::MIN + 1;
+
+/// Bits of a tag that carry the code of a message's element type, where it has one.
+pub const CODE_BITS: u32 = 5;
+/// What [`ShimApi::execute`] returns if [`Idle`] has given up; no code of any MPI's.
+pub const GIVEN_UP: c_int = c_int::MIN;
+
+/// Called now and then while [`ShimApi::execute`] waits for a message of `op`, which has waited for
+/// so many microseconds. It may sleep. Other than 0: nothing is waited for any more.
+pub type Idle = extern "C" fn(op: *const ShimOp, microseconds: u64) -> c_int;
 
 /// Element types MPI reduces or moves (MPI 4.0, section 3.2.2); it knows the 16-bit floats only as
 /// integers of that size, and the shim reduces them.
@@ -132,6 +141,13 @@ pub struct ShimOp {
     pub send_tag: i32,
     /// Tag of what is received, or `ANY`.
     pub recv_tag: i32,
+    /// The source's rank in `MPI_COMM_WORLD`; -1 if it is not known.
+    pub source_in_world: i32,
+    /// Codes of the element types sent and received, which travel in the lowest bits of the tag;
+    /// 0 if tags are as they are.
+    pub send_code: i32,
+    /// See `send_code`.
+    pub recv_code: i32,
     /// What is sent.
     pub send: *const c_void,
     /// Where to receive; may be null where this rank receives nothing.
@@ -157,6 +173,9 @@ impl ShimOp {
             source: PROC_NULL,
             send_tag: 0,
             recv_tag: 0,
+            source_in_world: -1,
+            send_code: 0,
+            recv_code: 0,
             send: std::ptr::null(),
             recv: std::ptr::null_mut(),
             status: std::ptr::null_mut(),
@@ -172,6 +191,8 @@ pub struct ShimReceived {
     pub source: i32,
     /// Tag it was sent with.
     pub tag: i32,
+    /// Code of the element type that was sent; 0 if it is not known.
+    pub code: i32,
     /// Bytes that arrived. If they are more than the buffer has, nothing was written to it.
     pub bytes: i64,
 }
@@ -244,7 +265,12 @@ pub struct ShimApi {
     ) -> c_int,
     /// `yielding` is 1: give up the core while waiting, since there are more ranks than cores; 0:
     /// spin. Collectives of more than `part_bytes` go in parts. Both are the same on all ranks.
-    pub configure: unsafe extern "C" fn(yielding: c_int, part_bytes: i64),
+    /// `idle` is called while a message is waited for.
+    pub configure: unsafe extern "C" fn(yielding: c_int, part_bytes: i64, idle: Idle),
+    /// The largest tag of MPI's (`MPI_TAG_UB`), once it runs.
+    pub largest_tag: unsafe extern "C" fn() -> c_int,
+    /// Writes a tag to the user's `MPI_Status`, which MPI has filled.
+    pub set_tag: unsafe extern "C" fn(status: *mut c_void, tag: c_int),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
     /// Executes an operation and waits until its buffers may be used again.

@@ -44,6 +44,9 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
     } else {
         shim.datatype
     };
+    if op.kind.sends() || op.kind.receives() {
+        add_codes(&mut shim, op, comm);
+    }
     if let Some(reduction) = op.reduction {
         check_reduction(reduction, described)?;
         shim.reduction = reduction;
@@ -59,6 +62,28 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
         shim.send = std::ptr::null_mut();
     }
     Ok(shim)
+}
+
+/// The code of an element type in a tag; never 0.
+pub fn code(dtype: ElementType) -> i32 {
+    dtype as i32 + 1
+}
+
+/// The element types that a message carries in its tag, and who it is from.
+fn add_codes(shim: &mut ShimOp, op: &Operation<'_>, comm: &Communicator) {
+    if comm.largest_tag > 0 {
+        shim.send_code = code(op.send.dtype);
+        // The dtype of what is started is that of its operand, which gives the shape alone.
+        shim.recv_code = code(if op.kind.is_start() {
+            op.send.dtype
+        } else {
+            op.recv.dtype
+        });
+    }
+    if let Ok(source) = usize::try_from(op.source) {
+        let member = comm.members.get(source).copied();
+        shim.source_in_world = member.unwrap_or(op.source);
+    }
 }
 
 fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
@@ -85,6 +110,17 @@ fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
     }
     if sends && op.send_tag < 0 || receives && op.recv_tag < 0 && op.recv_tag != ANY {
         return Err("tags must not be negative".into());
+    }
+    if comm.largest_tag > 0 {
+        let all = [(sends, op.send_tag), (receives, op.recv_tag)];
+        if let Some((_, tag)) = all.iter().find(|row| row.0 && row.1 > comm.largest_tag) {
+            return Err(format!(
+                "tag {tag} is above {}, the largest there is on {}; a communicator of your own has \
+                 all tags of MPI",
+                comm.largest_tag, comm.name
+            )
+            .into());
+        }
     }
     Ok(())
 }
@@ -174,6 +210,7 @@ mod tests {
         rank: 1,
         size: 4,
         members: &[],
+        largest_tag: 0,
         freed: false,
     };
 
@@ -306,6 +343,7 @@ mod tests {
                 .contains("less than 8 bits")
         );
         let freed = Communicator {
+            largest_tag: 0,
             freed: true,
             ..COMM
         };

@@ -100,6 +100,7 @@ impl ReplicaGroups {
             rank: position as i32,
             size: members.len() as i32,
             members: Vec::leak(members),
+            largest_tag: 0,
             freed: false,
         };
         on.communicators.add(op.comm, row);
@@ -225,6 +226,7 @@ fn wait_for_all<'a>(on: CollectiveContext<'a>, program: &CollectiveSequence) -> 
         rank: on.rank,
         size: members.len() as i32,
         members,
+        largest_tag: 0,
         freed: false,
     };
     let name = format!(

@@ -8,6 +8,7 @@ pub mod collectives;
 mod compare;
 mod freed_comms;
 mod identity;
+pub(crate) mod idle;
 mod mpi_calls;
 mod nonblocking;
 pub mod order;
@@ -471,6 +472,7 @@ impl Engine {
             rank,
             size,
             members: Vec::leak(members.clone()),
+            largest_tag: 0,
             freed: false,
         };
         let number = self.communicators.add_users(&members, row);

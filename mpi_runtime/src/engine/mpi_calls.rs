@@ -11,7 +11,7 @@ use crate::engine::order::Ticket;
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
 use crate::engine::uniform::Histories;
-use crate::engine::{check, result_canary, single_rank};
+use crate::engine::{check, idle, result_canary, single_rank};
 use crate::error::Failure;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
 use crate::mpi::shim::{Request, Shim};
@@ -151,6 +151,9 @@ impl MpiCalls {
         shim_op: &ShimOp,
     ) -> Result<ShimReceived, Failure> {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
+        if op.kind.sends() {
+            self.wake(op, comm);
+        }
         let received = match &self.nonblocking {
             // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
             // call.
@@ -164,6 +167,15 @@ impl MpiCalls {
         Ok(received)
     }
 
+    /// Wakes the receiver of a message, if it sleeps.
+    #[inline]
+    fn wake(&self, op: &Operation<'_>, comm: &Communicator) {
+        if let (Some(board), Ok(dest)) = (self.comparison.board(), usize::try_from(op.dest)) {
+            let member = comm.members.get(dest).copied().unwrap_or(op.dest);
+            board.wake(member as usize);
+        }
+    }
+
     /// Starts a message, whose number is the operation's result.
     fn start_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
         let shim_op = check::prepare(op, comm)?;
@@ -171,6 +183,9 @@ impl MpiCalls {
             return Err("the result must be one number of 32 bits".into());
         }
         let peer = if op.kind.sends() { op.dest } else { op.source };
+        if op.kind.sends() {
+            self.wake(op, comm);
+        }
         let number = match &self.nonblocking {
             _ if peer == PROC_NULL => TO_NOBODY,
             Some(nonblocking) => nonblocking.start(op, &shim_op)?,
@@ -281,6 +296,7 @@ impl Transport for OnCommunicator<'_> {
     fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
         let shim_op = check::prepare(op, self.comm)?;
         let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
+        self.calls.wake(op, self.comm);
         // SAFETY: staging keeps what is sent in its pool until `is_sent` says that it is.
         let request = unsafe { shim.start_send(&shim_op) };
         let request = request?;
@@ -336,6 +352,7 @@ const UNKNOWN: Communicator = Communicator {
     rank: -1,
     size: 0,
     members: &[],
+    largest_tag: 0,
     freed: true,
 };
 
@@ -352,6 +369,9 @@ fn receives(op: &Operation<'_>) -> bool {
 fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Failure> {
     if !op.kind.is_receive() {
         return Ok(());
+    }
+    if received.code != 0 && received.code != check::code(op.recv.dtype) {
+        return Err(idle::other_type(received, op.recv.dtype).into());
     }
     let arrived = usize::try_from(received.bytes).unwrap_or(0);
     let missing = op.missing(received.source, received.tag, arrived)?;

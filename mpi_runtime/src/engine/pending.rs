@@ -183,6 +183,7 @@ mod tests {
         rank: 0,
         size: 4,
         members: &[],
+        largest_tag: 0,
         freed: false,
     };
 

@@ -101,6 +101,7 @@ mod tests {
         rank: 1,
         size: 3,
         members: &[],
+        largest_tag: 0,
         freed: false,
     };
 

@@ -43,6 +43,8 @@ pub struct Communicator {
     pub size: i32,
     /// The ranks of its members in the world, in order; none means all.
     pub members: &'static [i32],
+    /// The largest tag, where messages carry their element type in their tags; else 0.
+    pub largest_tag: i32,
     /// Freed by the user; its number is never used again.
     pub freed: bool,
 }
@@ -116,6 +118,7 @@ mod tests {
             rank: 0,
             size: 1,
             members: &[],
+            largest_tag: 0,
             freed: false,
         }
     }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 use mpi_shim_abi::{
-    ABI_VERSION, CommDeleted, Datatype, ENTRY_POINT, Entry, ShimApi, ShimOp, ShimReceived,
-    ShimStatus,
+    ABI_VERSION, CommDeleted, Datatype, ENTRY_POINT, Entry, GIVEN_UP, Idle, ShimApi, ShimOp,
+    ShimReceived, ShimStatus,
 };
 
 pub use crate::error::MpiError;
@@ -61,6 +61,16 @@ pub fn file_name(family: Family) -> String {
 thread_local! {
     /// This thread is in a call of MPI's in which it may call us back.
     static IN_CALL: Cell<bool> = const { Cell::new(false) };
+}
+
+thread_local! {
+    /// Why this thread waits no longer for a message.
+    static GIVEN_UP_SINCE: Cell<String> = const { Cell::new(String::new()) };
+}
+
+/// Says why this thread waits no longer for a message, before its [`Idle`] returns other than 0.
+pub fn give_up(reason: String) {
+    GIVEN_UP_SINCE.set(reason);
 }
 
 /// Whether this thread is inside a call of MPI's that sends, receives or moves messages on. MPICH
@@ -239,10 +249,17 @@ impl Shim {
         Ok((rank, size, cores))
     }
 
-    /// Whether to give up the core while waiting, and the largest part of a collective in bytes.
-    pub fn configure(&self, yielding: bool, part_bytes: i64) {
-        // SAFETY: stores both.
-        unsafe { (self.api.configure)(c_int::from(yielding), part_bytes) }
+    /// Whether to give up the core while waiting, the largest part of a collective in bytes, and
+    /// what to do while a message is waited for.
+    pub fn configure(&self, yielding: bool, part_bytes: i64, idle: Idle) {
+        // SAFETY: stores them.
+        unsafe { (self.api.configure)(c_int::from(yielding), part_bytes, idle) }
+    }
+
+    /// The largest tag of MPI's; once it runs.
+    pub fn largest_tag(&self) -> i32 {
+        // SAFETY: MPI runs.
+        unsafe { (self.api.largest_tag)() }
     }
 
     /// Calls `deleted(number)` when `comm` is freed.
@@ -256,8 +273,10 @@ impl Shim {
         let mut received = ShimReceived::default();
         // SAFETY: whoever made `op` (`check::prepare`, `AllRanks`, `Post`) made it from buffers
         // that outlive this call.
-        self.check(in_call(|| unsafe { (self.api.execute)(op, &mut received) }))?;
-        Ok(received)
+        match in_call(|| unsafe { (self.api.execute)(op, &mut received) }) {
+            GIVEN_UP => Err(MpiError(GIVEN_UP_SINCE.take())),
+            code => self.check(code).map(|()| received),
+        }
     }
 
     /// Starts the send of `op`.
@@ -338,11 +357,12 @@ impl Shim {
         self.check(unsafe { (self.api.set_received)(address as *mut c_void, bytes as i64) })
     }
 
-    /// Writes a status to the user's `MPI_Status` at that address; 0 is none.
+    /// Writes the status of a message with that tag to the user's `MPI_Status` at that address; 0 is
+    /// none.
     ///
     /// # Safety
     /// There must be an `MPI_Status`.
-    pub unsafe fn write_status(&self, status: &ShimStatus, address: usize) {
+    pub unsafe fn write_status(&self, status: &ShimStatus, tag: i32, address: usize) {
         if address != 0 {
             // SAFETY: a status is there, as this function demands; the shim says how long it is.
             unsafe {
@@ -351,6 +371,7 @@ impl Shim {
                     address as *mut u8,
                     self.api.status_size.min(status.0.len()),
                 );
+                (self.api.set_tag)(address as *mut c_void, tag);
             }
         }
     }

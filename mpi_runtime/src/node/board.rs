@@ -88,6 +88,8 @@ struct Shown {
     process: [AtomicU64; 3],
     /// Rung when there is something new for those that sleep.
     bell: Bell,
+    /// Rung by whoever sends a message to this rank.
+    messages: Bell,
     answer: Answer,
     texts: [Text; TEXTS as usize],
     lanes: [Lane; LANES],
@@ -311,6 +313,19 @@ impl Board {
     /// How long the oldest operation of `rank` has waited.
     pub(crate) fn waiting(&self, rank: usize) -> Duration {
         Duration::from_millis(self.of(rank).answer.waiting.load(Ordering::Relaxed))
+    }
+
+    /// Wakes that rank, if it sleeps until a message comes.
+    #[inline]
+    pub(crate) fn wake(&self, rank: usize) {
+        if self.sees(rank) {
+            self.of(rank).messages.ring_if_heard();
+        }
+    }
+
+    /// What rings when a message is sent to this rank.
+    pub(crate) fn messages(&self) -> &Bell {
+        &self.of(self.rank).messages
     }
 
     /// What rings when `rank` has something new to show.

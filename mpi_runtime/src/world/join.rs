@@ -3,8 +3,10 @@
 
 #![forbid(unsafe_code)]
 
+use mpi_shim_abi::CODE_BITS;
+
 use crate::error::{MpiError, StartError};
-use crate::mpi::communicators::{Communicator, Communicators, DEFAULT, NAMES, SELF};
+use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, NAMES, SELF};
 use crate::mpi::family::{self, Family};
 use crate::mpi::launcher::Launched;
 use crate::mpi::libraries;
@@ -100,6 +102,11 @@ pub(super) fn duplicate(
             rank,
             size,
             members: &[],
+            largest_tag: match number {
+                COLLECTIVES => 0,
+                // A communicator of our own: nobody else sees its tags.
+                _ => shim.largest_tag() >> CODE_BITS,
+            },
             freed: false,
         };
         communicators.add(number, row);

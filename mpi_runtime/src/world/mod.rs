@@ -11,8 +11,8 @@ mod share;
 
 use std::sync::Arc;
 
-use crate::engine::Engine;
 use crate::engine::recorder::{About, clock, file};
+use crate::engine::{Engine, idle};
 use crate::error::{MpiError, StartError};
 use crate::log;
 use crate::mpi::communicators::{Communicator, DEFAULT, NAMES};
@@ -68,7 +68,7 @@ impl World {
             comm: join::duplicate(&shim, &joined, &engine.communicators)?,
         };
         let agreed = agree::agree(&ranks, options, &joined)?;
-        shim.configure(agreed.oversubscribed, options.part_bytes);
+        shim.configure(agreed.oversubscribed, options.part_bytes, idle::idle);
         let shared = share::share_memory(&ranks, options, &agreed)?;
         engine.rendezvous = shared.rendezvous;
         Watch {
@@ -82,6 +82,7 @@ impl World {
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
+        idle::start(shim, shared.board.clone());
         if let Some(board) = shared.board {
             engine.compare_on(board, joined.size);
         }
@@ -140,6 +141,7 @@ impl World {
                     rank: 0,
                     size: 1,
                     members: &[],
+                    largest_tag: 0,
                     freed: false,
                 },
             );

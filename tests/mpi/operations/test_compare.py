@@ -188,3 +188,55 @@ def test_ranks_may_put_the_same_operations_into_different_programs() -> None:
             y = jax.jit(second)(jax.jit(first)(X))
         np.testing.assert_allclose(y, X * SIZE)
     check_all_right()
+
+
+def check_message_refused(receive: Callable[[], Any], *words: str) -> None:
+    if RANK == 1:
+        with pytest.raises(Exception, match=words[0]) as raised:
+            jax.block_until_ready(receive())
+        for word in words:
+            assert re.search(word, str(raised.value)), raised.value
+    check_all_right()
+
+
+@pytest.mark.parametrize("tag", [7, m.ANY_TAG])
+@pytest.mark.parametrize("source", [0, m.ANY_SOURCE])
+@pytest.mark.parametrize("length", [3, 100_000])
+def test_messages_of_another_type(tag: Any, source: Any, length: int) -> None:
+    if FIRST:
+        nt.send(jnp.ones(length, np.int32), 1, tag=7)
+    words = ("message from rank 0 with tag 7", "of int32", "result is float32")
+    check_message_refused(lambda: nt.recv(jnp.ones(length), source, tag=tag), *words)
+    if FIRST:
+        nt.send(jnp.ones(length, np.float16), 1, tag=8)
+    words = ("message from rank 0 with tag 8", "of float16", "result is bfloat16")
+    template = jnp.ones(length, jnp.bfloat16)
+    tag = tag if tag is m.ANY_TAG else 8
+    check_message_refused(lambda: nt.wait(nt.irecv(template, source, tag=tag)), *words)
+
+
+def test_exchanges_of_other_types() -> None:
+    peer = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    mine = jnp.ones(4, jnp.int32 if FIRST else jnp.float32)
+    if RANK == 1:
+        with pytest.raises(Exception, match=r"16 bytes of int32, and the result is float32"):
+            nt.sendrecv(mine, mine, peer[1], peer[0]).block_until_ready()
+    elif FIRST:
+        with pytest.raises(Exception, match=r"16 bytes of float32, and the result is int32"):
+            nt.sendrecv(mine, mine, peer[1], peer[0]).block_until_ready()
+    else:
+        nt.sendrecv(mine, mine, peer[1], peer[0]).block_until_ready()
+    check_all_right()
+
+
+def test_the_tag_of_a_status_is_that_of_the_message() -> None:
+    status = m.Status()
+    if FIRST:
+        nt.send(X, 1, tag=19)
+        nt.send(X, 1, tag=20)
+    elif RANK == 1:
+        nt.recv(X, 0, tag=m.ANY_TAG, status=status)
+        assert (status.Get_tag(), status.Get_source()) == (19, 0)
+        nt.wait(nt.irecv(X, 0, tag=m.ANY_TAG), status=status)
+        assert (status.Get_tag(), status.Get_source()) == (20, 0)
+    check_all_right()

@@ -37,6 +37,7 @@ impl Rank {
             rank: self.rank,
             size: RANKS as i32,
             members: &[],
+            largest_tag: 0,
             freed: false,
         }
     }

@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 use mpi_shim_abi::{Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 
 use crate::buffer::Buffer;
+use crate::engine::idle::MessageWait;
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
@@ -62,7 +63,7 @@ impl Ended<'_> {
             result.write(0, arrived);
         }
         // SAFETY: the user's status lives as long as programs that name it.
-        unsafe { shim.write_status(&self.status, status) };
+        unsafe { shim.write_status(&self.status, self.received.tag, status) };
     }
 
     fn arrived(&self) -> &[u8] {
@@ -131,7 +132,7 @@ impl NonblockingMessages {
 
     /// Waits until the message is complete and takes it out of the table.
     pub fn wait(&self, number: u32) -> Result<Ended<'_>, Failure> {
-        let mut spins = 0;
+        let mut waiting = MessageWait::default();
         loop {
             let mut table = self.shared.table.lock();
             self.shared.progress(&mut table);
@@ -155,8 +156,15 @@ impl NonblockingMessages {
                     }
                 };
             }
+            let row = &mut table.rows[index];
+            if matches!(row.state, MessageState::Unmatched)
+                && let Some(reason) = waiting.given_up(&row.posted.0)
+            {
+                self.shared.fail(row, reason.into());
+                continue;
+            }
             drop(table);
-            pause(&mut spins);
+            waiting.pause();
         }
     }
 
@@ -192,12 +200,15 @@ impl NonblockingMessages {
     }
 
     fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, Failure> {
-        let mut spins = 0;
+        let mut waiting = MessageWait::default();
         loop {
             if let Some(received) = self.try_receive(op, element)? {
                 return Ok(received);
             }
-            pause(&mut spins);
+            waiting.pause();
+            if let Some(reason) = waiting.given_up(op) {
+                return Err(reason.into());
+            }
         }
     }
 
@@ -238,7 +249,11 @@ impl NonblockingMessages {
         let status = complete(&shared.shim, &mut request)?;
         drop(spill);
         // SAFETY: the user's status lives as long as programs that name it.
-        unsafe { shared.shim.write_status(&status, op.status as usize) };
+        unsafe {
+            shared
+                .shim
+                .write_status(&status, envelope.tag, op.status as usize);
+        }
         Ok(Some(envelope))
     }
 

@@ -4,21 +4,18 @@
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::Instant;
 
 use mpi_shim_abi::{ANY, ShimOp, ShimReceived, ShimStatus};
 use parking_lot::{Condvar, Mutex};
 
+use crate::engine::idle;
 use crate::engine::nonblocking::memory::MessageMemory;
 use crate::error::{Failure, MpiError};
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::{Message, Request, Shim};
 use crate::operation::Operation;
 
-/// How long the thread sleeps between rounds that change nothing. It never yields instead: a thread
-/// that wakes up is let in by one that computes, and a thread that yielded waits for its time
-/// slice.
-const PAUSE: Duration = Duration::from_micros(50);
 /// Messages whose memory is kept, and bytes of the largest.
 const SPARES: usize = 8;
 const LARGEST_SPARE: usize = 64 << 20;
@@ -150,15 +147,19 @@ impl Shared {
 
     /// What the thread does.
     fn work(&self) {
+        let (mut last, mut since) = (0, Instant::now());
         loop {
             let mut table = self.table.lock();
             while table.rows.iter().all(MessageRow::has_ended) {
                 self.started.wait(&mut table);
             }
             let changed = self.progress(&mut table);
+            if changed || table.last != last {
+                (last, since) = (table.last, Instant::now());
+            }
             drop(table);
             if !changed {
-                std::thread::sleep(PAUSE);
+                idle::sleep(since.elapsed());
             }
         }
     }
@@ -272,6 +273,7 @@ mod tests {
             rank: 0,
             size: 4,
             members: &[],
+            largest_tag: 0,
             freed: false,
         };
         let posted = check::prepare(&operation, &communicator).unwrap();
@@ -296,6 +298,7 @@ mod tests {
         ];
         let gets = |comm, source, tag| {
             let envelope = ShimReceived {
+                code: 0,
                 source,
                 tag,
                 bytes: 0,

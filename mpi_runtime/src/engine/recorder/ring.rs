@@ -137,6 +137,7 @@ impl Recorder {
                 rank: -1,
                 size: program.members.len() as i32,
                 members: &[],
+                largest_tag: 0,
                 freed: false,
             })
         });

@@ -27,6 +27,7 @@ fn communicator() -> Option<Communicator> {
         rank: 1,
         size: 2,
         members: &[],
+        largest_tag: 0,
         freed: false,
     })
 }

@@ -352,6 +352,7 @@ pub(super) fn ranks_sharing<T: Send>(
                     rank,
                     size,
                     members: &[],
+                    largest_tag: 0,
                     freed: false,
                 },
                 main: device.stream().unwrap(),

@@ -1,0 +1,157 @@
+//! What a rank does while it waits for a message: it sleeps, sees whether the sender is still there,
+//! and whether the message has come as another type.
+
+use std::ffi::c_int;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use mpi_shim_abi::{ANY, ShimOp, ShimReceived};
+
+use crate::buffer::ElementType;
+use crate::engine::check::code;
+use crate::mpi::backoff;
+use crate::mpi::shim::{Shim, give_up};
+use crate::node::board::Board;
+
+/// How long a rank looks for a message before it sleeps between looks, in microseconds.
+const AWAKE: u64 = 1_000;
+/// The sleeps of a rank that has waited for less than [`LONG`] microseconds, and of others. A sender
+/// of the same node wakes it; messages of other nodes are found when it looks.
+const NAP: Duration = Duration::from_micros(50);
+const SLEEP: Duration = Duration::from_millis(1);
+const LONG: u64 = 20_000;
+/// How often it looks whether the sender is there, and for messages of other types, in
+/// microseconds.
+const EXAMINE: u64 = 100_000;
+/// A sender that has gone may have sent before: its message has so many microseconds to come.
+const GRACE: u64 = 1_000_000;
+
+struct Context {
+    shim: Shim,
+    board: Option<Arc<Board>>,
+}
+
+static CONTEXT: OnceLock<Context> = OnceLock::new();
+
+/// Says over what this rank waits; before the first operation.
+pub(crate) fn start(shim: Shim, board: Option<Arc<Board>>) {
+    // Only the first counts: there is one world.
+    let _ = CONTEXT.set(Context { shim, board });
+}
+
+/// See [`mpi_shim_abi::Idle`].
+pub(crate) extern "C" fn idle(op: *const ShimOp, microseconds: u64) -> c_int {
+    idle_for(op, microseconds).map_or(0, |reason| {
+        give_up(reason);
+        1
+    })
+}
+
+fn idle_for(op: *const ShimOp, microseconds: u64) -> Option<String> {
+    if microseconds < AWAKE {
+        return None;
+    }
+    let context = CONTEXT.get()?;
+    // SAFETY: the shim passes the operation that it executes.
+    let op = unsafe { &*op };
+    sleep(Duration::from_micros(microseconds));
+    // The time of the sleep is not known here; about every tenth of a second is enough.
+    let looks = if microseconds < LONG { NAP } else { SLEEP };
+    if microseconds % EXAMINE >= 2 * looks.as_micros() as u64 {
+        return None;
+    }
+    context
+        .other_type(op)
+        .or_else(|| context.gone(op, microseconds))
+}
+
+/// Sleeps until a message may be there, of somebody who has waited for so long. It never yields
+/// instead: a thread that wakes up is let in by one that computes, and a thread that yielded waits
+/// for its time slice.
+pub(crate) fn sleep(waited: Duration) {
+    let long = waited.as_micros() as u64 >= LONG;
+    let time = if long { SLEEP } else { NAP };
+    let board = CONTEXT.get().and_then(|context| context.board.as_ref());
+    match board {
+        Some(board) => board.messages().sleep(time, || false),
+        None => std::thread::sleep(time),
+    }
+}
+
+/// A wait for a message that the engine receives itself.
+#[derive(Default)]
+pub(crate) struct MessageWait {
+    looks: u32,
+    since: Option<Instant>,
+}
+
+impl MessageWait {
+    /// Between two looks.
+    pub(crate) fn pause(&mut self) {
+        let mut spins = self.looks;
+        self.looks = self.looks.saturating_add(1);
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let waited = since.elapsed();
+        if (waited.as_micros() as u64) < AWAKE {
+            backoff::pause(&mut spins);
+        } else {
+            sleep(waited);
+        }
+    }
+
+    /// Why the message of `op` will never come, if that is known.
+    pub(crate) fn given_up(&self, op: &ShimOp) -> Option<String> {
+        let context = CONTEXT.get()?;
+        let waited = self.since?.elapsed().as_micros() as u64;
+        if waited < AWAKE || waited % EXAMINE >= 2 * SLEEP.as_micros() as u64 {
+            return None;
+        }
+        context.other_type(op).or_else(|| context.gone(op, waited))
+    }
+}
+
+impl Context {
+    /// Takes a message of the same source and tag, but another element type: what is wrong with it.
+    fn other_type(&self, op: &ShimOp) -> Option<String> {
+        if op.recv_code == 0 || op.recv_tag == ANY {
+            return None;
+        }
+        let own = *ElementType::ALL.get(op.recv_code as usize - 1)?;
+        let others = ElementType::ALL.iter().filter(|&&dtype| dtype != own);
+        let found = others.map(|&dtype| code(dtype)).find_map(|recv_code| {
+            let message = self.shim.take(&ShimOp { recv_code, ..*op }).ok()??;
+            let envelope = message.envelope;
+            self.shim.receive_bytes(message).ok()?;
+            Some(envelope)
+        })?;
+        Some(other_type(&found, own))
+    }
+
+    /// Why the message will never come, if that is known.
+    fn gone(&self, op: &ShimOp, microseconds: u64) -> Option<String> {
+        if microseconds < GRACE {
+            return None;
+        }
+        let source = usize::try_from(op.source_in_world).ok()?;
+        let board = self.board.as_ref().filter(|board| board.sees(source))?;
+        let gone = board.gone(source)?;
+        Some(format!(
+            "rank {source} of the world, which this waits for, {gone}"
+        ))
+    }
+}
+
+/// What is wrong with a message of another element type than the result's.
+pub(crate) fn other_type(received: &ShimReceived, wanted: ElementType) -> String {
+    let sent = usize::try_from(received.code - 1).ok();
+    let sent = sent.and_then(|number| ElementType::ALL.get(number));
+    format!(
+        "the message from rank {} with tag {} has {} bytes of {}, and the result is {}; both sides \
+         must have the same shape and dtype",
+        received.source,
+        received.tag,
+        received.bytes,
+        sent.map_or("an unknown type", |dtype| dtype.name()),
+        wanted.name()
+    )
+}
