@@ -222,7 +222,7 @@ def test_a_timeline_and_a_picture(mpi: str, ranks: int, tmp_path: Path) -> None:
     text = report(folder, "--trace", str(trace), "--plot", str(plot))
     assert "no rank diverged" in text
     assert "begin on all ranks" in text
-    assert f"allreduce SUM float32 on the ranks {[*range(ranks)]}" in text
+    assert f"allreduce SUM float32 on the ranks 0-{ranks - 1}" in text
     slowest = text.split("who was slow")[1].splitlines()[2].split()
     assert slowest[0] == "1" and int(slowest[1]) >= 4, text
     assert plot.read_bytes().startswith(b"\x89PNG")
