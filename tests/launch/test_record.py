@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,6 +177,16 @@ def test_a_job_that_hangs_is_asked(mpi: str, tmp_path: Path) -> None:
     assert "in recv of 3 float32 from rank 2 with any tag" in of_rank(text, 1)
     assert "in no operation for" in of_rank(text, 2)
     assert all((tmp_path / name).stat().st_mtime >= before for name in names(3))
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_deadlock_that_ends_the_job(mpi: str, tmp_path: Path) -> None:
+    code = lines("nt.recv(x, (rank + 1) % size).block_until_ready()")
+    result = job(mpi, code, ranks=3, MPI_CUDA_RECORD_DIR=str(tmp_path))
+    assert result.returncode != 0
+    text = report(tmp_path)
+    assert re.search(r"ended the job with status \d+ at [\d:.]+: deadlock: ", text), text
+    assert "\ndeadlock: 0 waits for 1 waits for 2 waits for 0" in text, text
 
 
 @pytest.mark.parametrize("mpi", MPIS)
