@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::pending::PendingTable;
+use crate::engine::recorder::RECORDER;
 use crate::log;
 use crate::node::board::Board;
 use state::{State, Wait};
@@ -160,6 +161,8 @@ impl Watch {
             memory.report_after = (longest * 2).max(memory.report_after * 2);
         }
         if verdict.is_some() || too_long.is_some() {
+            let why = verdict.unwrap_or_else(|| "MPI_CUDA_ABORT_AFTER has passed".into());
+            RECORDER.why(why.as_bytes());
             (self.abort)(STATUS);
         }
         memory.ask_after = longest + (longest / 2).clamp(Duration::from_secs(1), SELDOM);

@@ -7,6 +7,7 @@ use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::engine::recorder::RECORDER;
 use crate::log;
 use crate::world::World;
 
@@ -44,6 +45,7 @@ impl World {
                     limit.as_secs_f64(),
                     waiting.join("; and in "),
                 ));
+                RECORDER.why(b"MPI_CUDA_EXIT_TIMEOUT has passed");
                 self.abort(1);
             }
         }

@@ -44,7 +44,7 @@ class Comm:
     @functools.cached_property
     def key(self) -> tuple[int, str]:
         """The same on all its ranks, and no other's. Groups side by side share their number."""
-        return self.number, self.name if self.name.startswith("the ranks [") else ""
+        return self.number, self.name if self.name.startswith("the ranks ") else ""
 
     @property
     def is_shared(self) -> bool:
