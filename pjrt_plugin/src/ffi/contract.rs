@@ -20,8 +20,8 @@ pub struct Contract {
     pub result: Data,
     /// In the order of their names.
     pub attributes: &'static [Attribute],
-    /// It is one of `include/mpi_cuda.h`: integers have 32 or 64 bits and defaults, and the marks of
-    /// programs may stand beside them (`targets.rs`). Else they are int64, and none is left out
+    /// It is one of `include/mpi_cuda.h`: integers have 32 or 64 bits and defaults, and the marks
+    /// of programs may stand beside them (`targets.rs`). Else they are int64, and none is left out
     /// whose value is used.
     pub is_public: bool,
 }

@@ -9,6 +9,8 @@ mod contract;
 mod contracts;
 mod forward;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod handler;
 mod huge_pages;
 pub mod memory;
