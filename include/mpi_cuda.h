@@ -27,10 +27,15 @@ extern "C" {
  * Targets that begin with mpi_cuda_collective_ are the library's own: they stand in programs for
  * several devices.
  *
- * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits.
+ * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits. What does not fit is
+ * refused by name when the call is executed: an attribute that the target does not have or that is
+ * no such integer, an operand or result more or less, and a result y of another type than x except
+ * for mpi_cuda_recv, mpi_cuda_sendrecv and mpi_cuda_wait.
  *
- * mpi4jax's targets (0.9: mpi_allreduce_ffi and so on) are served too, with mpi4jax's attributes;
- * where those are MPI handles, numbers as below are taken as well.
+ * mpi4jax's targets (0.9: mpi_allreduce_ffi and so on) are served too, with mpi4jax's attributes,
+ * which are integers of 64 bits: those that say what an array has (nitems, dtype and the like) may
+ * be left out, and counts must agree with it. Where they are MPI handles, numbers as below are
+ * taken as well.
  *
  *   target               data operand -> result     attributes
  *   mpi_cuda_allgather   x -> y (size, *x)          comm

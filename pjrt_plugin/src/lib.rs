@@ -21,4 +21,6 @@ mod launch;
 mod pjrt;
 mod plugin;
 mod probe;
+#[cfg(test)]
+mod random;
 mod search;

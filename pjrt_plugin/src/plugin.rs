@@ -89,6 +89,28 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     Ok(WORLD.get_or_init(|| world))
 }
 
+/// A world of one rank without an inner plugin: with the MPI whose shim is in `FUZZ_SHIM_DIR`, or
+/// without any.
+#[cfg(test)]
+pub fn start_for_tests() -> &'static World {
+    WORLD.get_or_init(|| {
+        let config = CONFIG.get_or_init(Config::default);
+        let shims = std::env::var_os("FUZZ_SHIM_DIR").map(PathBuf::from);
+        World::start(&WorldOptions {
+            family: None,
+            shim_folders: shims.into_iter().collect(),
+            singleton: true,
+            warn_after: config.warn_after,
+            abort_after: None,
+            part_bytes: config.part_bytes,
+            device: None,
+            verbose: false,
+            record: None,
+        })
+        .expect("a world of one rank")
+    })
+}
+
 /// Logs what the user should hear of the variables and create options set, once, on rank 0.
 pub fn warn(world: &World, config: &Config) {
     static WARNED: Mutex<Vec<String>> = Mutex::new(Vec::new());

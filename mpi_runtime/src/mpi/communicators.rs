@@ -28,6 +28,13 @@ pub const NAMES: [(&str, i64); 4] = [
 /// Numbers of the user's communicators have this bit, which no MPI's handles have.
 const USERS: u64 = 1 << 61;
 
+/// Whether a number is that of a communicator of the library's own, which no user's operation may
+/// name: that of all ranks, or of a replica group (`hlo_rewrite::DeviceTable::number`).
+#[inline]
+pub const fn is_internal(number: i64) -> bool {
+    number == COLLECTIVES || number as u64 >> 60 == 1
+}
+
 /// A communicator as the engine knows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Communicator {

@@ -186,4 +186,37 @@ mod tests {
             );
         }
     }
+
+    #[test]
+    fn fuzz_create_options_are_taken_or_refused_by_name() {
+        const TEXTS: [&str; 12] = [
+            "",
+            "0",
+            "1",
+            "-1",
+            "yes",
+            "auto",
+            "cpu",
+            "1e400",
+            "99999999999999999999",
+            "\0",
+            "\u{fffd}",
+            "2x",
+        ];
+        crate::random::cases(|random| {
+            let variable = random.of(VARIABLES);
+            let mut text = String::new();
+            for _ in 0..random.below(3) {
+                text += *random.of(&TEXTS);
+                if random.percent(30) {
+                    let values: Vec<_> = variable.values.split(", ").collect();
+                    text += *random.of(&values);
+                }
+            }
+            let source = |name: &str| (name == variable.name).then(|| text.clone());
+            if let Err(error) = Config::read(&[&source]) {
+                assert!(error.to_string().contains(variable.name), "{error}");
+            }
+        });
+    }
 }

@@ -7,8 +7,9 @@ use mpi_runtime::engine::collectives::TAG;
 use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{Buffer, Kind, Operation, Reduction, Ticket, World};
 
-use super::frame::{Frame, is_narrow};
-use super::handler::{Handler, handler};
+use super::collective_contract::{CollectiveContract, Outer};
+use super::contract::{Field, Values};
+use super::frame::{Frame, array};
 use crate::error::Error;
 use crate::ffi::memory::Memory;
 use crate::ffi::replica_groups::{self, Part};
@@ -19,7 +20,7 @@ use crate::plugin::world;
 /// Arrays are reduced together up to so many bytes.
 const LARGEST_PACK: usize = 64 << 10;
 
-/// One collective of this launch.
+/// One collective of this launch, whose call has been checked.
 pub struct Collective<'a> {
     pub frame: &'a Frame<'a>,
     pub world: &'a World,
@@ -29,60 +30,57 @@ pub struct Collective<'a> {
     pub results: usize,
     pub part: Part,
     pub memory: Memory<'a>,
+    values: Values,
+    outer: Outer,
 }
 
-/// The handler that runs `body` for a collective of the launch.
-pub const fn collective<F>(body: F) -> Handler
-where
-    F: Fn(&Collective<'_>) -> Result<(), Error> + Copy,
-{
-    handler(move |frame: &Frame<'_>| noted(of(frame).and_then(|collective| body(&collective))))
+/// Runs `body` for a collective of the launch.
+pub fn run(
+    contract: &CollectiveContract,
+    frame: &Frame<'_>,
+    body: impl FnOnce(&Collective<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    noted(run_checked(contract, frame, body))
 }
 
-fn of<'a>(frame: &'a Frame<'a>) -> Result<Collective<'a>, Error> {
+fn run_checked(
+    contract: &CollectiveContract,
+    frame: &Frame<'_>,
+    body: impl FnOnce(&Collective<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
     let world =
         world().ok_or_else(|| Error::internal("a collective ran before the world was started"))?;
-    let collective = Collective {
+    let (values, outer) = contract.attributes(frame)?;
+    let part = replica_groups::part(values.get(Field::Table))?;
+    let size = match part {
+        Part::Member { size, .. } => Some(size),
+        _ => None,
+    };
+    contract.arrays(frame, &outer, size)?;
+    body(&Collective {
         frame,
         world,
         ticket: ticket_of(frame.run_id()).unwrap_or(Ticket(0)),
-        operands: frame.args.len().saturating_sub(1),
-        results: frame.rets.len().saturating_sub(1),
-        part: replica_groups::part(attribute(frame, "table")?)?,
+        operands: frame.args.len() - 1,
+        results: frame.rets.len() - 1,
+        part,
         memory: Memory::of(frame)?,
-    };
-    refuse_narrow(frame)?;
-    Ok(collective)
-}
-
-/// Elements of less than 8 bits may share bytes, so nothing here may move them by their number.
-fn refuse_narrow(frame: &Frame<'_>) -> Result<(), Error> {
-    let mut all = frame.args.iter().chain(frame.rets);
-    if all.any(|buffer| is_narrow(buffer.dtype)) {
-        return Err(Error::internal(
-            "a collective of a type of less than 8 bits is not supported; cast to a supported type \
-             first",
-        ));
-    }
-    Ok(())
-}
-
-/// A number that stands in every program with collectives.
-pub fn attribute(frame: &Frame<'_>, name: &str) -> Result<i64, Error> {
-    frame
-        .integer(name)
-        .ok_or_else(|| Error::internal(format!("a collective lacks its attribute {name}")))
+        values,
+        outer,
+    })
 }
 
 impl Collective<'_> {
     pub fn arg(&self, index: usize) -> Result<Buffer<'_>, Error> {
-        let found = self.frame.arg(index).filter(|_| index < self.operands);
-        found.ok_or_else(|| Error::internal("a collective lacks an operand"))
+        let found = self.frame.args[..self.operands].get(index);
+        let found = found.ok_or_else(|| Error::internal("a collective lacks an operand"))?;
+        Ok(array(found))
     }
 
     pub fn ret(&self, index: usize) -> Result<Buffer<'_>, Error> {
-        let found = self.frame.ret(index).filter(|_| index < self.results);
-        found.ok_or_else(|| Error::internal("a collective lacks a result"))
+        let found = self.frame.rets[..self.results].get(index);
+        let found = found.ok_or_else(|| Error::internal("a collective lacks a result"))?;
+        Ok(array(found))
     }
 
     /// The number of this rank's group, and its size; none if it is in none.
@@ -100,7 +98,7 @@ impl Collective<'_> {
     }
 
     pub fn reduction(&self) -> Result<Reduction, Error> {
-        let number = attribute(self.frame, "op")?;
+        let number = self.values.get(Field::Op);
         let row = usize::try_from(number).ok().and_then(|n| REDUCTIONS.get(n));
         Ok(row
             .ok_or_else(|| Error::internal(format!("op={number} is no reduction")))?
@@ -109,13 +107,7 @@ impl Collective<'_> {
 
     /// How many blocks of each rank's part of array `index` lie apart in the whole.
     pub fn outer(&self, index: usize) -> usize {
-        let outer = self.frame.integer(&format!("outer{index}")).unwrap_or(1);
-        usize::try_from(outer).unwrap_or(1).max(1)
-    }
-
-    /// Whether any array has parts that lie apart.
-    pub fn has_outer(&self) -> bool {
-        self.frame.integer("outer0").is_some()
+        self.outer.get(index).copied().unwrap_or(1)
     }
 
     pub fn reduce(

@@ -3,8 +3,13 @@
 use mpi_runtime::mpi::communicators::COLLECTIVES;
 use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Ticket};
 
-use super::collective::{Collective, attribute, collective, operation, part};
-use super::frame::Frame;
+use super::collective::{Collective, operation, part, run};
+use super::contract::{Field, Values};
+use super::contracts::{
+    ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, ALL_TO_ALL_ARRAY, BEGIN, COLLECTIVE_BROADCAST,
+    COLLECTIVE_PERMUTE, ID, REDUCE_SCATTER,
+};
+use super::frame::{Frame, array};
 use super::handler::{Handler, handler};
 use crate::error::Error;
 use crate::ffi::memory::Memory;
@@ -12,24 +17,33 @@ use crate::ffi::replica_groups::{self, Part};
 use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
 
-/// Handlers by the name of the target, without the prefix.
-pub const HANDLERS: &[(&str, Handler)] = &[
-    ("begin", handler(begin)),
-    ("all_reduce", collective(all_reduce)),
-    ("all_gather", collective(all_gather)),
-    ("reduce_scatter", collective(reduce_scatter)),
-    ("all_to_all", collective(all_to_all)),
-    ("all_to_all_array", collective(all_to_all_array)),
-    ("collective_permute", collective(collective_permute)),
-    ("collective_broadcast", collective(collective_broadcast)),
-    ("id", handler(id)),
-];
+macro_rules! handlers {
+    ($($contract:ident: $body:ident),+) => {
+        &[$(($contract.call.target, handler(|frame| run(&$contract, frame, $body)))),+]
+    };
+}
+
+/// Handlers of collectives by their targets.
+pub const HANDLERS: &[(&str, Handler)] = handlers!(
+    ALL_REDUCE: all_reduce,
+    ALL_GATHER: all_gather,
+    REDUCE_SCATTER: reduce_scatter,
+    ALL_TO_ALL: all_to_all,
+    ALL_TO_ALL_ARRAY: all_to_all_array,
+    COLLECTIVE_PERMUTE: collective_permute,
+    COLLECTIVE_BROADCAST: collective_broadcast
+);
+
+/// Handlers of what is no collective, by their targets.
+pub const OTHERS: &[(&str, Handler)] = &[(BEGIN.target, handler(begin)), (ID.target, handler(id))];
 
 /// The first thing that a launch with collectives does, on every rank.
 fn begin(frame: &Frame<'_>) -> Result<(), Error> {
     let world =
         world().ok_or_else(|| Error::internal("a program ran before the world was started"))?;
-    let program = replica_groups::program(attribute(frame, "program")?)?;
+    let mut values = Values::default();
+    BEGIN.check(frame, &mut values)?;
+    let program = replica_groups::program(values.get(Field::Program))?;
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
     world
         .engine
@@ -54,10 +68,9 @@ fn all_reduce(call: &Collective<'_>) -> Result<(), Error> {
 
 fn all_gather(call: &Collective<'_>) -> Result<(), Error> {
     let (group, size) = call.member()?;
-    let apart = call.has_outer();
     for index in 0..call.operands {
         let (send, recv) = (call.arg(index)?, call.ret(index)?);
-        let outer = if apart { call.outer(index) } else { 1 };
+        let outer = call.outer(index);
         if outer == 1 {
             call.execute(&operation(Kind::Allgather, group, send, recv))?;
             continue;
@@ -72,10 +85,9 @@ fn all_gather(call: &Collective<'_>) -> Result<(), Error> {
 
 fn reduce_scatter(call: &Collective<'_>) -> Result<(), Error> {
     let ((group, size), reduction) = (call.member()?, call.reduction()?);
-    let apart = call.has_outer();
     for index in 0..call.operands {
         let (mut send, recv) = (call.arg(index)?, call.ret(index)?);
-        let outer = if apart { call.outer(index) } else { 1 };
+        let outer = call.outer(index);
         let mut parts = call
             .memory
             .scratch(if outer > 1 { send.bytes() } else { 0 })?;
@@ -98,13 +110,6 @@ fn reduce_scatter(call: &Collective<'_>) -> Result<(), Error> {
 fn all_to_all(call: &Collective<'_>) -> Result<(), Error> {
     let (group, size) = call.member()?;
     let (size, rank) = (size as usize, replica_groups::rank_in(&call.part)?);
-    for blocks in [call.operands, call.results] {
-        if blocks != size && blocks != 1 {
-            return Err(Error::internal(
-                "an all-to-all does not have a block for each rank",
-            ));
-        }
-    }
     if call.operands == 1 && call.results == 1 {
         let (mut send, mut recv) = (call.arg(0)?, call.ret(0)?);
         let shape = [size as i64, send.elements() / (size as i64).max(1)];
@@ -144,7 +149,7 @@ fn all_to_all(call: &Collective<'_>) -> Result<(), Error> {
 fn all_to_all_array(call: &Collective<'_>) -> Result<(), Error> {
     let (group, size) = call.member()?;
     let (mut send, mut recv) = (call.arg(0)?, call.ret(0)?);
-    let outer = if call.has_outer() { call.outer(0) } else { 1 };
+    let outer = call.outer(0);
     let shape = [size, send.elements() / size.max(1)];
     let whole = recv;
     (send.shape, recv.shape) = (&shape, &shape);
@@ -205,14 +210,12 @@ fn collective_broadcast(call: &Collective<'_>) -> Result<(), Error> {
 
 /// The partition or replica that this rank's device runs.
 fn id(frame: &Frame<'_>) -> Result<(), Error> {
-    let Part::Value(value) = replica_groups::part(attribute(frame, "table")?)? else {
+    let mut values = Values::default();
+    ID.check(frame, &mut values)?;
+    let Part::Value(value) = replica_groups::part(values.get(Field::Table))? else {
         return Err(Error::internal("this rank runs no part of the program"));
     };
-    let result = frame
-        .ret(0)
-        .filter(|result| result.bytes() == size_of::<u32>());
-    let result = result.ok_or_else(|| Error::internal("an id must be one number of 32 bits"))?;
-    Memory::of(frame)?.write(&result, value)
+    Memory::of(frame)?.write(&array(frame.rets[0]), value)
 }
 
 #[cfg(test)]
@@ -221,7 +224,9 @@ mod tests {
 
     #[test]
     fn every_target_of_a_rewritten_program_has_a_handler() {
-        let mut handled: Vec<_> = super::HANDLERS.iter().map(|row| row.0).collect();
+        let all = super::HANDLERS.iter().chain(super::OTHERS);
+        let name = |target: &'static str| target.strip_prefix(hlo_rewrite::TARGET_PREFIX);
+        let mut handled: Vec<_> = all.filter_map(|row| name(row.0)).collect();
         let mut targets = hlo_rewrite::targets();
         handled.sort_unstable();
         targets.sort_unstable();

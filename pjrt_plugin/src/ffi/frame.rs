@@ -5,6 +5,7 @@ use std::ffi::{CString, c_void};
 use mpi_runtime::{Buffer, ElementType};
 use pjrt_sys::*;
 
+use super::attributes::Attributes;
 use crate::error::Error;
 use crate::inner::call::{new_args, slice};
 
@@ -48,48 +49,26 @@ impl<'a> Frame<'a> {
             Frame {
                 raw,
                 api: &*raw.api,
-                args: slice(raw.args.args.cast(), raw.args.size as usize),
-                rets: slice(raw.rets.rets.cast(), raw.rets.size as usize),
+                args: slice(raw.args.args.cast(), size(raw.args.size)),
+                rets: slice(raw.rets.rets.cast(), size(raw.rets.size)),
             }
         }
     }
 
-    /// Operand number `index`.
+    /// The attributes.
     #[inline]
-    pub fn arg(&self, index: usize) -> Option<Buffer<'a>> {
-        self.args.get(index).map(|buffer| array(buffer))
+    pub fn attributes(&self) -> Attributes<'a> {
+        // SAFETY: the frame is what XLA passed, see `new`.
+        unsafe { Attributes::new(&self.raw.attrs) }
     }
 
-    /// Result number `index`.
-    #[inline]
-    pub fn ret(&self, index: usize) -> Option<Buffer<'a>> {
-        self.rets.get(index).map(|buffer| array(buffer))
-    }
-
-    /// An integer attribute of any width.
-    #[inline]
+    /// An integer attribute, of 32 or 64 bits.
     pub fn integer(&self, name: &str) -> Option<i64> {
-        let attrs = &self.raw.attrs;
-        let size = attrs.size as usize;
-        // SAFETY: XLA's arrays have `size` elements; a scalar attribute is an XLA_FFI_Scalar whose
-        // value has the width of its type.
-        unsafe {
-            let index = slice(attrs.names, size).iter().position(|span| {
-                slice((**span).ptr.cast::<u8>(), (**span).len) == name.as_bytes()
-            })?;
-            if *attrs.types.add(index) != XLA_FFI_AttrType_SCALAR {
-                return None;
-            }
-            let scalar = &**attrs.attrs.add(index).cast::<*const XLA_FFI_Scalar>();
-            Some(match scalar.dtype {
-                XLA_FFI_DataType_S64 | XLA_FFI_DataType_U64 => {
-                    scalar.value.cast::<i64>().read_unaligned()
-                }
-                XLA_FFI_DataType_S32 => i64::from(scalar.value.cast::<i32>().read_unaligned()),
-                XLA_FFI_DataType_U32 => i64::from(scalar.value.cast::<u32>().read_unaligned()),
-                _ => return None,
-            })
-        }
+        let found = self
+            .attributes()
+            .iter()
+            .find(|(of, _)| *of == name.as_bytes());
+        found.and_then(|(_, value)| value.integer())
     }
 
     /// The `launch_id` this program was executed with.
@@ -189,13 +168,20 @@ fn known<Args>(function: Function<Args>, otherwise: &str) -> Result<(), Error> {
     }
 }
 
-/// The dimensions of a buffer, outermost first.
-pub fn dims(buffer: &XLA_FFI_Buffer) -> &[i64] {
-    // SAFETY: XLA's buffers are valid during the call, and `dims` has `rank` elements.
-    unsafe { slice(buffer.dims, buffer.rank as usize) }
+fn size(given: i64) -> usize {
+    usize::try_from(given).unwrap_or(0)
 }
 
-fn array(buffer: &XLA_FFI_Buffer) -> Buffer<'_> {
+/// The dimensions of a buffer, outermost first.
+#[inline]
+pub fn dims(buffer: &XLA_FFI_Buffer) -> &[i64] {
+    // SAFETY: XLA's buffers are valid during the call, and `dims` has `rank` elements.
+    unsafe { slice(buffer.dims, size(buffer.rank)) }
+}
+
+/// A buffer as it is given; `contract` says whether it is an array.
+#[inline]
+pub fn array(buffer: &XLA_FFI_Buffer) -> Buffer<'_> {
     Buffer {
         data: buffer.data,
         dtype: element_type(buffer.dtype),
@@ -203,12 +189,35 @@ fn array(buffer: &XLA_FFI_Buffer) -> Buffer<'_> {
     }
 }
 
-/// Whether elements may share a byte.
-pub fn is_narrow(dtype: XLA_FFI_DataType) -> bool {
-    dtype != XLA_FFI_DataType_TOKEN && element_type(dtype) == ElementType::Other
+/// numpy's name of one of XLA's element types, or XLA's own.
+pub fn dtype_name(dtype: XLA_FFI_DataType) -> String {
+    let name = match dtype {
+        XLA_FFI_DataType_TOKEN => "token",
+        XLA_FFI_DataType_S4 => "int4",
+        XLA_FFI_DataType_U4 => "uint4",
+        XLA_FFI_DataType_S2 => "int2",
+        XLA_FFI_DataType_U2 => "uint2",
+        XLA_FFI_DataType_S1 => "int1",
+        XLA_FFI_DataType_U1 => "uint1",
+        XLA_FFI_DataType_F4E2M1FN => "float4_e2m1fn",
+        XLA_FFI_DataType_F8E5M2 => "float8_e5m2",
+        XLA_FFI_DataType_F8E4M3 => "float8_e4m3",
+        XLA_FFI_DataType_F8E4M3FN => "float8_e4m3fn",
+        XLA_FFI_DataType_F8E4M3B11FNUZ => "float8_e4m3b11fnuz",
+        XLA_FFI_DataType_F8E5M2FNUZ => "float8_e5m2fnuz",
+        XLA_FFI_DataType_F8E4M3FNUZ => "float8_e4m3fnuz",
+        XLA_FFI_DataType_F8E3M4 => "float8_e3m4",
+        XLA_FFI_DataType_F8E8M0FNU => "float8_e8m0fnu",
+        dtype => match element_type(dtype) {
+            ElementType::Other => return format!("type {dtype} of XLA's"),
+            known => known.name(),
+        },
+    };
+    name.to_owned()
 }
 
 /// XLA's element types as ours.
+#[inline]
 fn element_type(dtype: XLA_FFI_DataType) -> ElementType {
     match dtype {
         XLA_FFI_DataType_PRED => ElementType::Bool,

@@ -201,6 +201,10 @@ impl<'a> Memory<'a> {
         rows: usize,
         columns: usize,
     ) -> Result<(), Error> {
+        // However many blocks there are of nothing.
+        if from.bytes() == 0 {
+            return Ok(());
+        }
         let block = from.bytes() / (rows * columns).max(1);
         assert!(from.bytes() == to.bytes() && block * rows * columns == from.bytes());
         let (from, to) = (from.data as Address, to.data as Address);

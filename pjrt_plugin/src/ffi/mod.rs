@@ -1,10 +1,16 @@
 //! The XLA FFI side: our custom-call targets, JAX's host callbacks, and targets of other packages.
 
+mod attributes;
 pub mod callbacks;
 mod collective;
+mod collective_contract;
 mod collectives;
+mod contract;
+mod contracts;
 mod forward;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod handler;
 mod huge_pages;
 pub mod memory;
@@ -23,7 +29,6 @@ use pjrt_sys::*;
 use crate::error::Error;
 use crate::inner::call::call;
 use crate::inner::{extensions, on_gpu};
-use crate::launch::async_barrier;
 
 pub use forward::register_foreign;
 pub use handler::Handler;
@@ -41,10 +46,10 @@ pub fn register_all() -> Result<(), Error> {
     for (kind, handler) in operations::MPI4JAX_HANDLERS {
         register(&targets::mpi4jax_target(*kind), *handler)?;
     }
-    for (name, handler) in collectives::HANDLERS {
-        register(&format!("{}{name}", hlo_rewrite::TARGET_PREFIX), *handler)?;
+    for (name, handler) in collectives::HANDLERS.iter().chain(collectives::OTHERS) {
+        register(name, *handler)?;
     }
-    register(async_barrier::TARGET, operations::ASYNC_BARRIER)?;
+    register(contracts::ASYNC_BARRIER.target, operations::ASYNC_BARRIER)?;
     // On GPUs JAX's own package has registered its own.
     if !on_gpu() {
         for (name, handler) in callbacks::HANDLERS {

@@ -3,23 +3,22 @@
 //! Targets, operands, results and attributes are documented in `include/mpi_cuda.h`. mpi4jax's
 //! targets (0.9, `mpi_allreduce_ffi` and so on) differ little from ours and are executed likewise.
 
+use mpi_runtime::mpi::communicators;
 use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
 use pjrt_sys::*;
 
-use super::frame::Frame;
+use super::contract::{Contract, Field, Values};
+use super::contracts::{self, ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL};
+use super::frame::{Frame, array};
 use super::handler::{Handler, handler};
 use crate::error::Error;
 use crate::ffi::memory::Memory;
+use crate::ffi::status;
 use crate::launch::async_barrier;
 use crate::launch::completion::noted;
 use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
-
-/// `ANY_SOURCE` and `ANY_TAG` as attributes.
-const ATTRIBUTE_ANY: i64 = -1;
-/// `PROC_NULL` as an attribute.
-const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 macro_rules! handlers {
     ($dialect:ident: $($kind:ident),+) => {
@@ -44,6 +43,7 @@ pub const MPI4JAX_HANDLERS: &[(Kind, Handler)] = handlers!(
 
 /// The handler of the async barrier's custom call; see [`crate::launch::async_barrier`].
 pub const ASYNC_BARRIER: Handler = handler(|frame: &Frame<'_>| {
+    contracts::ASYNC_BARRIER.check(frame, &mut Values::default())?;
     async_barrier::wait_released(frame.run_id());
     fill_tokens(frame, 0, &Memory::of(frame)?)
 });
@@ -70,19 +70,10 @@ enum Dialect {
 }
 
 impl Dialect {
-    /// Attribute with the tag of what is received.
-    fn receive_tag(&self, kind: Kind) -> &'static str {
+    fn contract(&self, kind: Kind) -> &'static Contract {
         match self {
-            Dialect::Mpi4jax if kind == Kind::Recv => "tag",
-            _ => "recvtag",
-        }
-    }
-
-    /// Attribute with the tag of what is sent.
-    fn send_tag(&self, kind: Kind) -> &'static str {
-        match self {
-            Dialect::Mpi4jax if kind == Kind::Sendrecv => "sendtag",
-            _ => "tag",
+            Dialect::Ours => &contracts::OURS[kind as usize],
+            Dialect::Mpi4jax => &contracts::MPI4JAX[kind as usize],
         }
     }
 
@@ -102,6 +93,12 @@ impl Dialect {
     /// must be known.
     fn communicator(&self, attribute: i64, world: &World) -> Result<i64, Error> {
         let known = &world.engine.communicators;
+        if communicators::is_internal(attribute) {
+            return Err(Error::invalid(format!(
+                "comm={attribute} is a communicator of the library's own; use 0, 1, 2 or what \
+                 mpi_cuda_comm() says"
+            )));
+        }
         if matches!(self, Dialect::Ours) || known.get(attribute).is_some() {
             return Ok(attribute);
         }
@@ -116,16 +113,24 @@ impl Dialect {
     }
 }
 
-fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Error> {
+fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), Error> {
     let world = world()
         .ok_or_else(|| Error::internal("an operation was executed before the world was started"))?;
-    let operands = usize::from(kind.has_operand());
-    let results = usize::from(kind.has_result());
-    let send = data(operands, frame.arg(0), "operand")?;
-    let mut recv = data(results, frame.ret(0), "result")?;
+    let contract = dialect.contract(kind);
+    let mut values = Values::default();
+    contract.check(frame, &mut values)?;
+    let data = |has: bool, given: &[&'a XLA_FFI_Buffer]| match has {
+        true => array(given[0]),
+        false => Buffer::NONE,
+    };
+    let send = data(kind.has_operand(), frame.args);
+    let mut recv = data(kind.has_result(), frame.rets);
+    let comm = dialect.communicator(values.get(Field::Comm), world)?;
+    let special = dialect.special_ranks(world);
+    let peer = rank(values.get(Field::Peer), special, false)?;
     if matches!(dialect, Dialect::Mpi4jax)
-        && (kind.returns_operand(true) || kind.returns_operand(false))
         && recv.shape == [0]
+        && gets_nothing(world, kind, comm, peer)
     {
         // Where there is nothing to receive, its result is empty; ours is the operand.
         recv = Buffer {
@@ -133,28 +138,28 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Error
             ..send
         };
     }
-    let number = |attribute: &str, default: i64| frame.integer(attribute).unwrap_or(default);
-    let special = dialect.special_ranks(world);
-    let reduction = kind
-        .reduces()
-        .then(|| reduction(number("op", 0)))
-        .transpose()?;
-    let comm = number("comm", mpi_runtime::mpi::communicators::DEFAULT);
-    let comm = dialect.communicator(comm, world)?;
-    let peer = rank(number(destination_name(kind), 0), special, false)?;
+    let reduction = match kind.reduces() {
+        true => Some(reduction(values.get(Field::Op))?),
+        false => None,
+    };
+    let receives = kind.receives();
     let op = Operation {
         of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
         reduction: reduction.map(|(reduction, _)| reduction),
         user_reduction: reduction.map_or(0, |(_, handle)| handle),
         root: if kind.has_root() { peer } else { 0 },
         dest: if kind.sends() { peer } else { PROC_NULL },
-        source: rank(number("source", special.0), special, true)?,
-        send_tag: small(number(dialect.send_tag(kind), 0), "tag")?,
-        recv_tag: match number(dialect.receive_tag(kind), ATTRIBUTE_ANY) {
+        source: match values.get(Field::Source) {
+            _ if !receives => ANY,
+            source => rank(source, special, true)?,
+        },
+        send_tag: small(values.get(Field::SendTag), "tag")?,
+        recv_tag: match values.get(Field::RecvTag) {
             ATTRIBUTE_ANY => ANY,
+            _ if !receives => ANY,
             tag => small(tag, "recvtag")?,
         },
-        status: crate::ffi::status::address(number("status", 0)),
+        status: status::address(values.get(Field::Status))?,
         ..Operation::new(kind, comm, send, recv)
     };
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
@@ -171,7 +176,14 @@ fn execute(kind: Kind, dialect: &Dialect, frame: &Frame<'_>) -> Result<(), Error
         }
         Error::from(error)
     })?;
-    fill_tokens(frame, results, &memory)
+    fill_tokens(frame, usize::from(kind.has_result()), &memory)
+}
+
+/// Whether MPI writes nothing to the result of this rank, which is no root or the only one that
+/// sends.
+fn gets_nothing(world: &World, kind: Kind, comm: i64, root: i32) -> bool {
+    let comm = world.engine.communicators.get(comm);
+    comm.is_some_and(|comm| kind.returns_operand(comm.rank == root))
 }
 
 /// A reduction by its number, and the handle of a user's.
@@ -186,18 +198,6 @@ fn reduction(number: i64) -> Result<(Reduction, u64), Error> {
         ))
     })?;
     Ok((Reduction::User, handle))
-}
-
-fn data<'a>(wanted: usize, found: Option<Buffer<'a>>, what: &str) -> Result<Buffer<'a>, Error> {
-    match found {
-        _ if wanted == 0 => Ok(Buffer::NONE),
-        Some(buffer) => Ok(buffer),
-        None => Err(Error::internal(format!("the custom call lacks its {what}"))),
-    }
-}
-
-fn destination_name(kind: Kind) -> &'static str {
-    if kind.sends() { "dest" } else { "root" }
 }
 
 #[inline]
@@ -224,10 +224,10 @@ fn small(value: i64, what: &str) -> Result<i32, Error> {
 
 /// Results after the data are tokens. XLA's own have no memory; ours are an `s32[]` with value 0.
 fn fill_tokens(frame: &Frame<'_>, first: usize, memory: &Memory<'_>) -> Result<(), Error> {
-    for (index, ret) in frame.rets.iter().enumerate().skip(first) {
+    for ret in frame.rets.iter().skip(first) {
         let is_token = ret.dtype == XLA_FFI_DataType_S32 && ret.rank == 0;
-        if let Some(token) = frame.ret(index).filter(|_| is_token) {
-            memory.write(&token, 0)?;
+        if is_token {
+            memory.write(&array(ret), 0)?;
         }
     }
     Ok(())

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 
-use crate::ffi::targets::receives;
+use crate::error::Error;
+use crate::ffi::targets::{READS_STATUS, receives};
 use crate::search::contains;
 
 static ADDRESSES: RwLock<Vec<usize>> = RwLock::new(Vec::new());
@@ -32,14 +33,27 @@ pub fn next_reads() {
 /// Whether the caller of a program, in any format, reads a status when its launch returns. Ours say
 /// so by the name of an attribute (`include/mpi_cuda.h`); of mpi4jax's, whoever lowers them has.
 pub fn is_read(program: &[u8]) -> bool {
-    contains(program, b"mpi_cuda_reads_status")
+    contains(program, READS_STATUS.as_bytes())
         || receives(program) && NEXT_READS.swap(false, Ordering::Relaxed)
 }
 
-/// The address behind a number; 0 for number 0 and for unknown ones.
-pub fn address(number: i64) -> usize {
+/// The address behind a number, 0 for number 0; others are of another run.
+#[inline]
+pub fn address(number: i64) -> Result<usize, Error> {
+    if number == 0 {
+        Ok(0)
+    } else {
+        registered(number)
+    }
+}
+
+fn registered(number: i64) -> Result<usize, Error> {
     let index = usize::try_from(number - 1).ok();
-    index
-        .and_then(|index| ADDRESSES.read().get(index).copied())
-        .unwrap_or(0)
+    let found = index.and_then(|index| ADDRESSES.read().get(index).copied());
+    found.ok_or_else(|| {
+        Error::invalid(format!(
+            "status={number} is no status in this process; a program with one cannot be loaded in \
+             another run"
+        ))
+    })
 }

@@ -19,6 +19,33 @@ pub const UNIFORM_MARK: &str = "mpi_cuda_uniform_";
 /// A name of it that is still accepted.
 pub const OLD_UNIFORM_MARK: &str = "mpi_cuda_alike_";
 
+/// The attribute that says: the caller of this program reads a status when its launch returns.
+pub const READS_STATUS: &str = "mpi_cuda_reads_status";
+
+/// Whether an attribute is named as [`UNIFORM_MARK`] demands: then follow the communicator, `_`,
+/// the hash of the sequence and, if there are exchanges, `_` and their balance.
+#[inline]
+pub fn is_uniform_mark(name: &[u8]) -> bool {
+    let rest = name
+        .strip_prefix(UNIFORM_MARK.as_bytes())
+        .or_else(|| name.strip_prefix(OLD_UNIFORM_MARK.as_bytes()));
+    // Without a branch for each digit: this is asked for every operation.
+    let is_hash = |text: &[u8]| match <&[u8; 17]>::try_from(text) {
+        Ok([b'_', digits @ ..]) => digits
+            .iter()
+            .fold(true, |all, digit| all & digit.is_ascii_hexdigit()),
+        _ => false,
+    };
+    match rest {
+        Some([b'0' | b'1', hashes @ ..]) => match hashes.len() {
+            17 => is_hash(hashes),
+            34 => is_hash(&hashes[..17]) && is_hash(&hashes[17..]),
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
 /// The operations that mpi4jax has targets for.
 pub const MPI4JAX: [Kind; 12] = [
     Kind::Allgather,
@@ -60,6 +87,29 @@ fn calls(program: &[u8], kinds: &[Kind]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn marks_of_uniform_programs_are_whole() {
+        for right in [
+            "mpi_cuda_uniform_0_0123456789abcdef",
+            "mpi_cuda_uniform_1_0123456789abcdef_fedcba9876543210",
+            "mpi_cuda_alike_1_0123456789ABCDEF",
+        ] {
+            assert!(is_uniform_mark(right.as_bytes()), "{right}");
+            let cut = &right.as_bytes()[..right.len() - 1];
+            assert!(!is_uniform_mark(cut));
+        }
+        for wrong in [
+            "mpi_cuda_uniform_",
+            "mpi_cuda_uniform_2_0123456789abcdef",
+            "mpi_cuda_uniform_0_0123456789abcdeg",
+            "mpi_cuda_uniform_00123456789abcdef0",
+            "mpi_cuda_uniform_0_+123456789abcdef",
+            "mpi_cuda_uniform_0_0123456789abcdef_0",
+        ] {
+            assert!(!is_uniform_mark(wrong.as_bytes()), "{wrong}");
+        }
+    }
 
     #[test]
     fn operations_are_found_by_their_targets() {

@@ -45,7 +45,9 @@ pub fn api() -> &'static PJRT_Api {
 
 /// Whether the inner plugin's devices are GPUs.
 pub fn on_gpu() -> bool {
-    inner().device == DeviceKind::Cuda
+    INNER
+        .get()
+        .is_some_and(|inner| inner.device == DeviceKind::Cuda)
 }
 
 /// Loads the plugin that `config` asks for, once.

@@ -17,9 +17,6 @@ use crate::inner::execute_args::OwnLaunch;
 use crate::inner::handles::{BufferHandle, ClientHandle, HostArray, LoadedHandle, Owned};
 use crate::plugin::world;
 
-/// Target of the barrier's custom call.
-pub const TARGET: &str = "mpi_cuda_async_barrier";
-
 /// The matrix product has 2 · 16³ operations, which is above XLA's limit for cheap programs.
 const PROGRAM: &str = r#"module @mpi_cuda_async_barrier {
   func.func public @main(%a: tensor<16x16xf32>) -> tensor<16x16xf32> {

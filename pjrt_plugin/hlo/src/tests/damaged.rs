@@ -4,8 +4,8 @@ use protobuf::MessageField;
 
 use super::generator::Generator;
 use super::{four, recording, with_config};
-use crate::rewrite;
 use crate::shape::tuple;
+use crate::{Envelope, Options, rewrite};
 
 /// Whatever the bytes are, there is an answer or an error.
 #[test]
@@ -30,6 +30,36 @@ fn damaged_modules_never_panic() {
                 }
             }
             let _ = rewrite(&damaged, &four());
+        }
+    }
+}
+
+/// Serialized programs come from files that anybody may have written.
+#[test]
+fn damaged_envelopes_never_panic() {
+    let mut generator = Generator::new(7);
+    let envelope = Envelope {
+        optimized: with_config(recording!("local")),
+        options: vec![1, 2, 3],
+        callbacks: true,
+    };
+    let bytes = envelope.write().unwrap();
+    for _ in 0..20_000 {
+        let mut damaged = bytes.clone();
+        for _ in 0..=generator.below(4) {
+            // Mostly where lengths stand.
+            let length = damaged.len();
+            let beginning = generator.below(2) == 0;
+            let place = generator.below(if beginning { length.min(24) } else { length });
+            match generator.below(4) {
+                0 => damaged[place] = 0xff,
+                1 => damaged.truncate(place.max(1)),
+                _ => damaged[place] ^= 1 << generator.below(8),
+            }
+        }
+        if let Ok(Some(read)) = Envelope::read(&damaged) {
+            let _ = rewrite(&read.optimized, &four());
+            let _ = Options::read(&read.options);
         }
     }
 }
