@@ -24,7 +24,7 @@ use crate::engine::collectives::{CollectiveContext, CollectiveSequence, ReplicaG
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::{MpiCalls, done};
 use crate::engine::nonblocking::NonblockingMessages;
-use crate::engine::order::{Order, Ticket};
+use crate::engine::order::{LaunchOrder, Order, Ticket};
 use crate::engine::pending::PendingTable;
 pub use crate::engine::uniform::UniformProgram;
 use crate::error::{Failure, OperationError};
@@ -100,8 +100,8 @@ impl Engine {
     /// to wait for. Then what is in it matches that launch everywhere, since each rank has executed
     /// as much before and no message is left over, and may be waited for on the dispatching thread.
     ///
-    /// Call with the ticket of the launch taken, and only if its inputs are ready.
-    pub fn all_have_arrived(&self, program: UniformProgram) -> bool {
+    /// Call with the `ticket` of the launch taken, and only if its inputs are ready.
+    pub fn all_have_arrived(&self, ticket: Ticket, program: UniformProgram) -> bool {
         let (Some(rendezvous), Some(history)) =
             (&self.rendezvous, self.calls.histories.of(program))
         else {
@@ -113,7 +113,7 @@ impl Engine {
             return false;
         }
         // A caller that waited for a result is back a little before its launch is retired.
-        rendezvous.meet(|| self.in_flight() == 1, || history.arrival(program))
+        rendezvous.meet(|| self.order.is_first(ticket), || history.arrival(program))
     }
 
     /// Says which ranks the group `number` has that this rank is in.
@@ -130,14 +130,16 @@ impl Engine {
         program: &CollectiveSequence,
         first: bool,
     ) -> Result<(), OperationError> {
-        self.order.wait_turn(ticket);
+        let channel = self.order.wait_turn(ticket);
         let histories = &self.calls.histories;
-        let launch = program
-            .everybody
-            .then(|| histories.count_collective_launch());
-        self.groups
-            .begin(self.collective_context(), program, launch, first)
-            .inspect_err(|error| self.unread.lock().push(error.clone()))
+        let launch =
+            (program.everybody && channel == 0).then(|| histories.count_collective_launch());
+        let context = self.collective_context();
+        let begun = match channel {
+            0 => self.groups.begin(context, program, launch, first),
+            _ => self.groups.begin_apart(context, program, channel),
+        };
+        begun.inspect_err(|error| self.unread.lock().push(error.clone()))
     }
 
     fn collective_context(&self) -> CollectiveContext<'_> {
@@ -159,7 +161,15 @@ impl Engine {
         op: &Operation<'_>,
         place: Place<'_>,
     ) -> Result<(), OperationError> {
-        self.order.wait_turn(ticket);
+        let channel = self.order.wait_turn(ticket);
+        let apart;
+        let op = match channel {
+            0 => op,
+            _ => {
+                apart = self.groups.apart(op, channel);
+                &apart
+            }
+        };
         let start = self.verbose.then(Instant::now);
         let result = self.run(ticket, op, place);
         if let Some(start) = start {
@@ -260,13 +270,28 @@ impl Engine {
 
     /// Takes the ticket of what a host callback launches, if its own program has none: that program
     /// runs now, so it comes before everything that has not begun.
-    pub fn issue_ticket_now(&self) -> Ticket {
-        self.order.issue_first()
+    pub fn issue_ticket_now(&self, order: LaunchOrder) -> Ticket {
+        self.order.issue_first(order)
     }
 
     /// Takes the ticket of a new launch.
-    pub fn issue_ticket(&self) -> Ticket {
-        self.order.issue()
+    pub fn issue_ticket(&self, order: LaunchOrder) -> Ticket {
+        self.order.issue(order)
+    }
+
+    /// Waits until every earlier launch of other threads that this one is ordered with has ended.
+    pub fn wait_for_other_threads(&self, ticket: Ticket) {
+        self.order.wait_for_other_threads(ticket);
+    }
+
+    /// Waits until it is the launch's turn.
+    pub fn wait_turn(&self, ticket: Ticket) {
+        self.order.wait_turn(ticket);
+    }
+
+    /// Whether a launch of another thread is in flight that one like this would be ordered with.
+    pub fn has_other_threads(&self, order: &LaunchOrder) -> bool {
+        self.order.has_other_threads(order)
     }
 
     /// Ends a launch; without this, later launches wait forever.
@@ -291,6 +316,11 @@ impl Engine {
     /// Waits until the launches dispatched so far have ended.
     pub fn wait_idle(&self) {
         self.order.wait_idle();
+    }
+
+    /// Waits until a launch has ended.
+    pub fn wait_launch(&self, ticket: Ticket) {
+        self.order.wait_launch(ticket);
     }
 
     /// Number of launches that have not ended.
@@ -361,7 +391,7 @@ impl Engine {
     pub fn comm_deleted(&self, number: i64, may_wait: bool) -> bool {
         let executing = shim::is_in_call();
         if may_wait && !executing {
-            self.wait_idle();
+            self.order.wait_comm(number);
         }
         let handle = self.communicators.get(number).map(|comm| comm.handle);
         if !executing && let (Some(nonblocking), Some(handle)) = (&self.calls.nonblocking, handle) {
@@ -369,7 +399,7 @@ impl Engine {
         }
         if executing && let Some(handle) = handle {
             self.freed_comms
-                .keep(number, handle, || self.order.not_ended());
+                .keep(number, handle, || self.order.not_ended(number));
         }
         self.communicators.free(number);
         executing
