@@ -20,7 +20,7 @@ pub mod world;
 
 pub use buffer::{Buffer, ElementType};
 pub use engine::collective_sequence::CollectiveSequence;
-pub use engine::order::Ticket;
+pub use engine::order::{ANY_COMM, LaunchOrder, Ticket};
 pub use engine::{Engine, Place, UniformProgram};
 pub use error::{OperationError, StartError};
 pub use mpi::family::Family;

@@ -5,11 +5,11 @@ use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use mpi_runtime::Kind;
 use mpi_runtime::engine::Launch;
 use mpi_runtime::engine::recorder::file;
 use mpi_runtime::node::process::is_main_thread;
 use mpi_runtime::watch::place;
+use mpi_runtime::{ANY_COMM, Kind, LaunchOrder};
 use parking_lot::Mutex;
 use pjrt_sys::PJRT_Api;
 
@@ -179,7 +179,12 @@ pub unsafe extern "C" fn mpi_cuda_refuse(comm: i64, name: *const c_char, words: 
                 uniform: None,
                 by_main_thread: is_main_thread(),
             };
-            world.engine.refuse(launch, comm, kind, words);
+            let order = LaunchOrder {
+                thread: launch::thread_order::of(world).number,
+                comms: &[ANY_COMM],
+                channel: 0,
+            };
+            world.engine.refuse(order, launch, comm, kind, words);
         }
     });
 }

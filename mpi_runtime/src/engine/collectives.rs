@@ -3,7 +3,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::Ordering;
 
 use mpi_shim_abi::{Kind, ShimOp};
@@ -22,14 +23,20 @@ use crate::ranks::Ranks;
 
 /// Tag of messages between the devices of XLA's collectives.
 pub const TAG: i32 = 1;
-/// Tags of the first run of a program: what a rank is about to run, and the verdict.
+/// Tag of the first run of a program: what a rank is about to run; the verdict has the next one.
 const ARRIVAL_TAG: i32 = 2;
-const VERDICT_TAG: i32 = 3;
+
+/// What operations of XLA's are said to be.
+pub const OF_XLA: &str = "XLA's";
 
 /// The groups that this process's rank is in, by number.
 #[derive(Default)]
 pub struct ReplicaGroups {
     members: Mutex<HashMap<i64, Vec<i32>>>,
+    /// The groups of programs that have communicators of their own, by the numbers of these.
+    apart: Mutex<HashMap<i64, i64>>,
+    /// The channels whose first launch has begun, everywhere.
+    begun_apart: Mutex<HashSet<u64>>,
 }
 
 /// What the engine lends to collectives.
@@ -56,7 +63,9 @@ impl ReplicaGroups {
         on: CollectiveContext<'_>,
         op: &Operation<'_>,
     ) -> Result<Option<Communicator>, OperationError> {
-        let Some(members) = self.members.lock().get(&op.comm).cloned() else {
+        let apart = self.apart.lock().get(&op.comm).copied();
+        let group = apart.unwrap_or(op.comm);
+        let Some(members) = self.members.lock().get(&group).cloned() else {
             return Ok(None);
         };
         let everybody = on.communicators.get(COLLECTIVES);
@@ -80,7 +89,7 @@ impl ReplicaGroups {
             );
             return Err(failed(reason.into()));
         }
-        let handle = if members.iter().copied().eq(0..world.size) {
+        let handle = if apart.is_none() && members.iter().copied().eq(0..world.size) {
             world.handle
         } else if members.len() == 1 {
             on.communicators.get(SELF).map_or(0, |row| row.handle)
@@ -89,8 +98,7 @@ impl ReplicaGroups {
                 return Err(failed("it needs an MPI, and none was found".into()));
             };
             let _pending = on.pending.enter(op, &world);
-            // Made one after the other by each rank, in the order of their program.
-            shim.comm_create_group(world.handle, &members, TAG)
+            make_in_turn(on, shim, world.handle, &members, op.comm)
                 .map_err(|error| failed(error.into()))?
         };
         let row = Communicator {
@@ -129,11 +137,96 @@ impl ReplicaGroups {
         let new = !program.begun.load(Ordering::Relaxed);
         let in_sight = program.everybody && on.comparison.sees_everybody(program.members.len());
         if new && !in_sight {
-            meet(on, program)?;
+            meet(on, program, ARRIVAL_TAG)?;
         }
         program.begun.store(true, Ordering::Relaxed);
         Ok(())
     }
+}
+
+impl ReplicaGroups {
+    /// Begins a launch of a program on a `channel` of its own: at the first one the ranks meet, as
+    /// they come to it.
+    pub(crate) fn begin_apart(
+        &self,
+        on: CollectiveContext<'_>,
+        program: &CollectiveSequence,
+        channel: u64,
+    ) -> Result<(), OperationError> {
+        if !self.begun_apart.lock().contains(&channel) {
+            meet(on, program, tags_of(channel))?;
+            self.begun_apart.lock().insert(channel);
+        }
+        Ok(())
+    }
+
+    /// A collective of XLA's on a `channel` of its program's own.
+    pub(crate) fn apart<'a>(&self, op: &Operation<'a>, channel: u64) -> Operation<'a> {
+        let mut op = *op;
+        if op.of != Some(OF_XLA) {
+            return op;
+        }
+        if op.comm == COLLECTIVES {
+            // Messages between two ranks.
+            op.send_tag = tags_of(channel) + 3;
+            op.recv_tag = op.send_tag;
+            return op;
+        }
+        let group = op.comm;
+        op.comm = number_apart(group, channel);
+        self.apart.lock().insert(op.comm, group);
+        op
+    }
+}
+
+/// The number of a group's communicator on a channel.
+fn number_apart(group: i64, channel: u64) -> i64 {
+    let mut hasher = DefaultHasher::new();
+    (group, channel).hash(&mut hasher);
+    // Not that of a communicator of the user's, nor of one that always exists.
+    (hasher.finish() >> 3 | 1 << 60) as i64
+}
+
+/// The first of four tags of a channel. Every MPI has tags to 32767 (MPI 4.0, section 9.1.2).
+fn tags_of(channel: u64) -> i32 {
+    const FIRST: i32 = 16;
+    const CHANNELS: u64 = 8000;
+    FIRST + 4 * (channel % CHANNELS) as i32
+}
+
+/// Makes the communicator of a group, which has that number, while other threads may make others.
+///
+/// Open MPI 4 does not bear that (its issue 2025), so a process makes one at a time. Ranks must
+/// then make them in the same order: each waits until the group's first rank, which makes one at a
+/// time too, says that it is the turn of this one.
+fn make_in_turn(
+    on: CollectiveContext<'_>,
+    shim: &Shim,
+    world: u64,
+    members: &[i32],
+    number: i64,
+) -> Result<u64, MpiError> {
+    static MAKING: Mutex<()> = Mutex::new(());
+    let first = members.iter().copied().min().unwrap_or(on.rank);
+    let tag = tags_of(number as u64);
+    let post = Post { shim, comm: world };
+    let making = if first == on.rank {
+        for &rank in members.iter().filter(|&&rank| rank != first) {
+            post.receive(rank, tag)?;
+        }
+        let making = MAKING.lock();
+        for &rank in members.iter().filter(|&&rank| rank != first) {
+            post.send(rank, tag + 1, &[])?;
+        }
+        making
+    } else {
+        post.send(first, tag, &[])?;
+        post.receive(first, tag + 1)?;
+        MAKING.lock()
+    };
+    let made = shim.comm_create_group(world, members, tag + 2);
+    drop(making);
+    made
 }
 
 fn failed(
@@ -152,7 +245,12 @@ fn failed(
 
 /// The first of the members collects what each is about to run, and tells them whether it is the
 /// same.
-fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), OperationError> {
+fn meet(
+    on: CollectiveContext<'_>,
+    program: &CollectiveSequence,
+    first_tag: i32,
+) -> Result<(), OperationError> {
+    let (arrival_tag, verdict_tag) = (first_tag, first_tag + 1);
     // The same one in every program with the same members, in whatever order.
     let mut members = program.members.to_vec();
     members.sort_unstable();
@@ -174,21 +272,21 @@ fn meet(on: CollectiveContext<'_>, program: &CollectiveSequence) -> Result<(), O
         let mut verdict = String::new();
         for &rank in others {
             let theirs = post
-                .receive(rank, ARRIVAL_TAG)
+                .receive(rank, arrival_tag)
                 .map_err(|e| failed(e.into()))?;
             if theirs != own && verdict.is_empty() {
                 verdict = self::verdict(&[(*first, described(&own)), (rank, described(&theirs))]);
             }
         }
         for &rank in others {
-            post.send(rank, VERDICT_TAG, verdict.as_bytes())
+            post.send(rank, verdict_tag, verdict.as_bytes())
                 .map_err(|e| failed(e.into()))?;
         }
         verdict
     } else {
-        post.send(*first, ARRIVAL_TAG, &own)
+        post.send(*first, arrival_tag, &own)
             .map_err(|e| failed(e.into()))?;
-        let verdict = post.receive(*first, VERDICT_TAG);
+        let verdict = post.receive(*first, verdict_tag);
         String::from_utf8_lossy(&verdict.map_err(|e| failed(e.into()))?).into_owned()
     };
     if verdict.is_empty() {

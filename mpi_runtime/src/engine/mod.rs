@@ -33,7 +33,7 @@ pub use crate::engine::compare::Launch;
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::{MpiCalls, done};
 use crate::engine::nonblocking::NonblockingMessages;
-use crate::engine::order::{Order, Ticket};
+use crate::engine::order::{LaunchOrder, Order, Ticket};
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
 pub use crate::engine::uniform::UniformProgram;
@@ -111,8 +111,8 @@ impl Engine {
     /// to wait for. Then what is in it matches that launch everywhere, since each rank has executed
     /// as much before and no message is left over, and may be waited for on the dispatching thread.
     ///
-    /// Call with the ticket of the launch taken, and only if its inputs are ready.
-    pub fn all_have_arrived(&self, program: UniformProgram) -> bool {
+    /// Call with the `ticket` of the launch taken, and only if its inputs are ready.
+    pub fn all_have_arrived(&self, ticket: Ticket, program: UniformProgram) -> bool {
         let (Some(rendezvous), Some(history)) =
             (&self.rendezvous, self.calls.histories.of(program))
         else {
@@ -124,7 +124,7 @@ impl Engine {
             return false;
         }
         // A caller that waited for a result is back a little before its launch is retired.
-        rendezvous.meet(|| self.in_flight() == 1, || history.arrival(program))
+        rendezvous.meet(|| self.order.is_first(ticket), || history.arrival(program))
     }
 
     /// Says which ranks the group `number` has that this rank is in.
@@ -140,12 +140,16 @@ impl Engine {
         ticket: Ticket,
         program: &CollectiveSequence,
     ) -> Result<(), OperationError> {
-        self.order.wait_turn(ticket);
-        if program.everybody {
+        let channel = self.order.wait_turn(ticket);
+        if program.everybody && channel == 0 {
             self.calls.histories.count_collective_launch();
         }
         let recording = RECORDER.begin_program(ticket, &program.recorded());
-        let result = self.groups.begin(self.collective_context(), program);
+        let context = self.collective_context();
+        let result = match channel {
+            0 => self.groups.begin(context, program),
+            _ => self.groups.begin_apart(context, program, channel),
+        };
         recording.end(&result);
         result.inspect_err(|error| self.note_unread(&error.to_string()))
     }
@@ -169,7 +173,15 @@ impl Engine {
         op: &Operation<'_>,
         place: Place<'_>,
     ) -> Result<(), OperationError> {
-        self.order.wait_turn(ticket);
+        let channel = self.order.wait_turn(ticket);
+        let apart;
+        let op = match channel {
+            0 => op,
+            _ => {
+                apart = self.groups.apart(op, channel);
+                &apart
+            }
+        };
         let start = self.verbose.then(Instant::now);
         let recording = RECORDER.begin(ticket, op, || self.communicators.get(op.comm));
         let result = self.run(ticket, op, place);
@@ -329,11 +341,18 @@ impl Engine {
     /// Tells the other ranks that this one has refused a collective of that kind on `comm`, before
     /// it was launched: once the launches so far have ended, on a thread of its own. `words` say
     /// why. Otherwise they would wait for ever.
-    pub fn refuse(&'static self, launch: Launch, comm: i64, kind: Kind, words: String) {
+    pub fn refuse(
+        &'static self,
+        order: LaunchOrder,
+        launch: Launch,
+        comm: i64,
+        kind: Kind,
+        words: String,
+    ) {
         let Some(comm_row) = self.communicators.get(comm).filter(|row| row.size > 1) else {
             return;
         };
-        let ticket = self.issue_ticket();
+        let ticket = self.issue_ticket(order);
         self.note_launch(ticket, launch);
         let told = std::thread::Builder::new()
             .name("mpi_cuda refusal".into())
@@ -377,13 +396,28 @@ impl Engine {
 
     /// Takes the ticket of what a host callback launches, if its own program has none: that program
     /// runs now, so it comes before everything that has not begun.
-    pub fn issue_ticket_now(&self) -> Ticket {
-        self.order.issue_first()
+    pub fn issue_ticket_now(&self, order: LaunchOrder) -> Ticket {
+        self.order.issue_first(order)
     }
 
     /// Takes the ticket of a new launch.
-    pub fn issue_ticket(&self) -> Ticket {
-        self.order.issue()
+    pub fn issue_ticket(&self, order: LaunchOrder) -> Ticket {
+        self.order.issue(order)
+    }
+
+    /// Waits until every earlier launch of other threads that this one is ordered with has ended.
+    pub fn wait_for_other_threads(&self, ticket: Ticket) {
+        self.order.wait_for_other_threads(ticket);
+    }
+
+    /// Waits until it is the launch's turn.
+    pub fn wait_turn(&self, ticket: Ticket) {
+        self.order.wait_turn(ticket);
+    }
+
+    /// Whether a launch of another thread is in flight that one like this would be ordered with.
+    pub fn has_other_threads(&self, order: &LaunchOrder) -> bool {
+        self.order.has_other_threads(order)
     }
 
     /// Ends a launch; without this, later launches wait forever.
@@ -414,6 +448,11 @@ impl Engine {
     /// The operations that have waited longer than that, in words.
     pub(crate) fn waiting_longer_than(&self, age: Duration) -> Vec<String> {
         self.pending.longer_than(age)
+    }
+
+    /// Waits until a launch has ended.
+    pub fn wait_launch(&self, ticket: Ticket) {
+        self.order.wait_launch(ticket);
     }
 
     /// Number of launches that have not ended.
@@ -489,7 +528,7 @@ impl Engine {
     pub fn comm_deleted(&self, number: i64, may_wait: bool) -> bool {
         let executing = shim::is_in_call();
         if may_wait && !executing {
-            self.wait_idle();
+            self.order.wait_comm(number);
         }
         let handle = self.communicators.get(number).map(|comm| comm.handle);
         if !executing && let (Some(nonblocking), Some(handle)) = (&self.calls.nonblocking, handle) {
@@ -497,7 +536,7 @@ impl Engine {
         }
         if executing && let Some(handle) = handle {
             self.freed_comms
-                .keep(number, handle, || self.order.not_ended());
+                .keep(number, handle, || self.order.not_ended(number));
         }
         self.communicators.free(number);
         self.calls.comparison.free(number);

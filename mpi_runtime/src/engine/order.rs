@@ -1,5 +1,6 @@
-//! One order for everything this process does: launches take a ticket when they are dispatched,
-//! and the operations of a launch wait until every earlier ticket is retired.
+//! The order of what this process does: launches take a ticket when they are dispatched, and the
+//! operations of a launch wait until the earlier launches that it is ordered with have ended. Those
+//! are the launches of the same thread, and those that use one of the same communicators.
 
 #![forbid(unsafe_code)]
 
@@ -12,6 +13,34 @@ use parking_lot::{Condvar, Mutex};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u32);
 
+/// What decides which other launches a launch is ordered with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LaunchOrder {
+    /// The thread that dispatched it.
+    pub thread: u32,
+    /// The communicators that it uses.
+    pub comms: &'static [i64],
+    /// What its program is: its collectives use communicators of that program alone. 0 if they use
+    /// those of all programs.
+    pub channel: u64,
+}
+
+/// In place of the communicators of a launch of which nobody knows what it uses.
+pub const ANY_COMM: i64 = i64::MIN;
+
+impl LaunchOrder {
+    fn is_ordered_with(&self, other: &LaunchOrder) -> bool {
+        self.thread == other.thread
+            || self.comms.contains(&ANY_COMM)
+            || other.comms.contains(&ANY_COMM)
+            || self.comms.iter().any(|comm| other.comms.contains(comm))
+    }
+
+    fn may_use(&self, comm: i64) -> bool {
+        self.comms.contains(&comm) || self.comms.contains(&ANY_COMM)
+    }
+}
+
 /// The queue of launches that have not ended.
 #[derive(Default)]
 pub struct Order {
@@ -19,78 +48,166 @@ pub struct Order {
     changed: Condvar,
 }
 
+struct Launch {
+    ticket: Ticket,
+    order: LaunchOrder,
+    /// An operation of it has had its turn.
+    begun: bool,
+}
+
 #[derive(Default)]
 struct OrderState {
     last: u32,
-    in_flight: VecDeque<Ticket>,
-    /// The first of them has begun: an operation of it has had its turn.
-    first_has_begun: bool,
+    in_flight: VecDeque<Launch>,
 }
 
 impl OrderState {
     fn next(&mut self) -> Ticket {
         let mut next = self.last.wrapping_add(1);
-        while next == 0 || self.in_flight.contains(&Ticket(next)) {
+        while next == 0 || self.place(Ticket(next)).is_some() {
             next = next.wrapping_add(1);
         }
         self.last = next;
         Ticket(next)
     }
+
+    #[inline]
+    fn place(&self, ticket: Ticket) -> Option<usize> {
+        self.in_flight
+            .iter()
+            .position(|launch| launch.ticket == ticket)
+    }
+
+    /// Whether none that it is ordered with is before the launch in that place.
+    #[inline]
+    fn is_first(&self, place: usize) -> bool {
+        let own = self.in_flight[place].order;
+        let mut earlier = self.in_flight.iter().take(place);
+        !earlier.any(|launch| launch.order.is_ordered_with(&own))
+    }
 }
 
 impl Order {
     /// Takes the next ticket. Whoever takes one must [`Order::retire`] it, else all stops.
-    pub fn issue(&self) -> Ticket {
+    pub fn issue(&self, order: LaunchOrder) -> Ticket {
         let mut state = self.state.lock();
         let ticket = state.next();
-        state.in_flight.push_back(ticket);
+        state.in_flight.push_back(Launch {
+            ticket,
+            order,
+            begun: false,
+        });
         ticket
     }
 
-    /// Takes a ticket before those of all launches that have not begun.
-    pub fn issue_first(&self) -> Ticket {
+    /// Takes a ticket before those of all launches that it is ordered with and that have not begun.
+    pub fn issue_first(&self, order: LaunchOrder) -> Ticket {
         let mut state = self.state.lock();
         let ticket = state.next();
-        let place = usize::from(state.first_has_begun);
-        state.in_flight.insert(place, ticket);
+        let before = |launch: &Launch| launch.begun && launch.order.is_ordered_with(&order);
+        let place = state.in_flight.iter().rposition(before);
+        let launch = Launch {
+            ticket,
+            order,
+            begun: false,
+        };
+        state
+            .in_flight
+            .insert(place.map_or(0, |last| last + 1), launch);
         ticket
     }
 
-    /// Waits until every launch before `ticket` has ended. Unknown tickets do not wait.
+    /// Waits until every earlier launch that `ticket` is ordered with has ended, and has the
+    /// channel of its collectives. Unknown tickets do not wait.
     #[inline]
-    pub fn wait_turn(&self, ticket: Ticket) {
+    pub fn wait_turn(&self, ticket: Ticket) -> u64 {
         let mut state = self.state.lock();
-        while state.in_flight.front() != Some(&ticket) && state.in_flight.contains(&ticket) {
+        loop {
+            let Some(place) = state.place(ticket) else {
+                return 0;
+            };
+            if state.is_first(place) {
+                let launch = &mut state.in_flight[place];
+                launch.begun = true;
+                return launch.order.channel;
+            }
             self.changed.wait(&mut state);
         }
-        state.first_has_begun |= state.in_flight.front() == Some(&ticket);
+    }
+
+    /// Waits until every earlier launch of other threads that `ticket` is ordered with has ended.
+    pub fn wait_for_other_threads(&self, ticket: Ticket) {
+        let mut state = self.state.lock();
+        while state.place(ticket).is_some_and(|place| {
+            let own = state.in_flight[place].order;
+            let mut earlier = state.in_flight.iter().take(place);
+            earlier.any(|launch| {
+                launch.order.thread != own.thread && launch.order.is_ordered_with(&own)
+            })
+        }) {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Whether a launch of another thread is in flight that one like this would be ordered with.
+    pub fn has_other_threads(&self, order: &LaunchOrder) -> bool {
+        let state = self.state.lock();
+        state.in_flight.iter().any(|launch| {
+            launch.order.thread != order.thread && launch.order.is_ordered_with(order)
+        })
     }
 
     /// The launch of `ticket` has ended, or never ran.
     pub fn retire(&self, ticket: Ticket) {
         let mut state = self.state.lock();
-        if let Some(position) = state.in_flight.iter().position(|other| *other == ticket) {
+        if let Some(position) = state.place(ticket) {
             state.in_flight.remove(position);
-            state.first_has_begun &= position != 0;
             self.changed.notify_all();
         }
     }
 
-    /// Waits until the launches dispatched so far have ended.
-    pub fn wait_idle(&self) {
+    /// Waits until the launches dispatched so far have ended that are `meant`.
+    fn wait_ended(&self, meant: impl Fn(&Launch) -> bool) {
         let mut state = self.state.lock();
-        let dispatched = state.in_flight.clone();
+        let launches = state.in_flight.iter().filter(|launch| meant(launch));
+        let dispatched: Vec<Ticket> = launches.map(|launch| launch.ticket).collect();
         while dispatched
             .iter()
-            .any(|ticket| state.in_flight.contains(ticket))
+            .any(|ticket| state.place(*ticket).is_some())
         {
             self.changed.wait(&mut state);
         }
     }
 
-    /// The launches that have not ended.
-    pub fn not_ended(&self) -> Vec<Ticket> {
-        self.state.lock().in_flight.iter().copied().collect()
+    /// Waits until the launches dispatched so far have ended.
+    pub fn wait_idle(&self) {
+        self.wait_ended(|_| true);
+    }
+
+    /// Waits until the launch of `ticket` has ended.
+    pub fn wait_launch(&self, ticket: Ticket) {
+        self.wait_ended(|launch| launch.ticket == ticket);
+    }
+
+    /// Waits until the launches dispatched so far have ended that use the communicator.
+    pub fn wait_comm(&self, comm: i64) {
+        self.wait_ended(|launch| launch.order.may_use(comm));
+    }
+
+    /// The launches that have not ended and use the communicator.
+    pub fn not_ended(&self, comm: i64) -> Vec<Ticket> {
+        let state = self.state.lock();
+        let launches = state.in_flight.iter();
+        let using = launches.filter(|launch| launch.order.may_use(comm));
+        using.map(|launch| launch.ticket).collect()
+    }
+
+    /// Whether the launch has none before it to wait for.
+    pub fn is_first(&self, ticket: Ticket) -> bool {
+        let state = self.state.lock();
+        state
+            .place(ticket)
+            .is_some_and(|place| state.is_first(place))
     }
 
     /// Number of launches that have not ended.
@@ -109,7 +226,9 @@ mod tests {
     fn launches_take_turns_whoever_asks_first() {
         let order = Arc::new(Order::default());
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let tickets: Vec<Ticket> = (0..8).map(|_| order.issue()).collect();
+        let tickets: Vec<Ticket> = (0..8)
+            .map(|_| order.issue(LaunchOrder::default()))
+            .collect();
         let threads: Vec<_> = tickets
             .iter()
             .rev()
@@ -132,13 +251,19 @@ mod tests {
     #[test]
     fn the_first_comes_before_those_that_have_not_begun() {
         let order = Order::default();
-        let (begun, waiting) = (order.issue(), order.issue());
-        let before_begun = order.issue_first();
+        let (begun, waiting) = (
+            order.issue(LaunchOrder::default()),
+            order.issue(LaunchOrder::default()),
+        );
+        let before_begun = order.issue_first(LaunchOrder::default());
         order.wait_turn(before_begun);
         order.retire(before_begun);
         order.wait_turn(begun);
-        let between = order.issue_first();
-        assert_eq!(order.state.lock().in_flight, [begun, between, waiting]);
+        let between = order.issue_first(LaunchOrder::default());
+        let state = order.state.lock();
+        let tickets = state.in_flight.iter().map(|launch| launch.ticket);
+        assert!(tickets.eq([begun, between, waiting]));
+        drop(state);
         order.retire(begun);
         order.wait_turn(between);
         order.retire(between);
@@ -149,7 +274,10 @@ mod tests {
     fn tickets_wrap_and_skip_zero() {
         let order = Order::default();
         order.state.lock().last = u32::MAX - 1;
-        let (first, second) = (order.issue(), order.issue());
+        let (first, second) = (
+            order.issue(LaunchOrder::default()),
+            order.issue(LaunchOrder::default()),
+        );
         assert_eq!((first, second), (Ticket(u32::MAX), Ticket(1)));
         order.wait_turn(first);
         order.retire(first);
@@ -159,7 +287,10 @@ mod tests {
     #[test]
     fn a_retired_or_unknown_ticket_never_blocks() {
         let order = Order::default();
-        let (first, second) = (order.issue(), order.issue());
+        let (first, second) = (
+            order.issue(LaunchOrder::default()),
+            order.issue(LaunchOrder::default()),
+        );
         order.retire(first);
         order.wait_turn(second);
         order.wait_turn(Ticket(77));
@@ -170,7 +301,11 @@ mod tests {
     #[test]
     fn idle_means_all_dispatched_so_far() {
         let order = Arc::new(Order::default());
-        let tickets = [order.issue(), order.issue(), order.issue()];
+        let tickets = [
+            order.issue(LaunchOrder::default()),
+            order.issue(LaunchOrder::default()),
+            order.issue(LaunchOrder::default()),
+        ];
         let waiter = {
             let order = order.clone();
             thread::spawn(move || order.wait_idle())
@@ -180,5 +315,44 @@ mod tests {
             order.retire(ticket);
         }
         waiter.join().unwrap();
+    }
+
+    #[test]
+    fn threads_wait_for_each_other_only_where_they_share_a_communicator() {
+        let order = Order::default();
+        let launch = |thread, comms| {
+            order.issue(LaunchOrder {
+                thread,
+                comms,
+                channel: u64::from(thread),
+            })
+        };
+        let first = launch(0, &[1, 2]);
+        let (apart, behind) = (launch(1, &[3]), launch(1, &[4]));
+        let shared = launch(2, &[2, 5]);
+        let own = launch(0, &[6]);
+        assert_eq!(order.wait_turn(apart), 1);
+        for waits in [behind, shared, own] {
+            assert!(!order.is_first(waits));
+        }
+        order.wait_for_other_threads(behind);
+        order.wait_for_other_threads(own);
+        assert!(order.has_other_threads(&LaunchOrder {
+            thread: 7,
+            comms: &[5],
+            channel: 0
+        }));
+        assert_eq!(order.not_ended(2), [first, shared]);
+        let unknown = launch(3, &[ANY_COMM]);
+        assert!(!order.is_first(unknown) && order.not_ended(77) == [unknown]);
+        order.retire(unknown);
+        order.retire(first);
+        order.wait_for_other_threads(shared);
+        assert_eq!(order.wait_turn(shared), 2);
+        assert!(order.is_first(own) && !order.is_first(behind));
+        order.wait_comm(1);
+        order.retire(apart);
+        order.wait_launch(apart);
+        assert!(order.is_first(behind));
     }
 }

@@ -73,6 +73,7 @@ pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> 
     Ok(Rewritten {
         tables: tables.map(|table| (table.number(), table)).collect(),
         identity: sequence.identity,
+        named_sequence: named(&module, sequence.hash),
         sequence: sequence.hash,
         summary: sequence.summary(),
         collectives: sequence.collectives,
@@ -81,6 +82,14 @@ pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> 
         other_ordered: sequence.other_ordered,
         layouts: module.layouts(),
         module: module.into_proto().write_to_bytes()?,
+    })
+}
+
+/// By FNV-1a, which is the same in every process (Fowler, Noll and Vo, 1991).
+fn named(module: &Module, sequence: u64) -> u64 {
+    let bytes = module.name().bytes().chain(sequence.to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     })
 }
 
@@ -94,6 +103,9 @@ pub struct Rewritten {
     /// Hash of everything but names, places in the source and values of constants. It names the
     /// program, even if it was compiled again.
     pub identity: i64,
+    /// Hash of the sequence of collectives and of the module's name. Programs of different threads
+    /// are matched between ranks by it.
+    pub named_sequence: u64,
     /// Hash of the sequence of collectives; equal programs have equal ones in every process.
     pub sequence: u64,
     /// The sequence in words, for people; long ones are cut.
@@ -148,6 +160,40 @@ pub fn donated_parameters(program: &[u8]) -> Result<Vec<usize>, Refused> {
     numbers.sort_unstable();
     numbers.dedup();
     Ok(numbers)
+}
+
+/// The integers that custom calls of a serialized `HloModuleProtoWithConfig` have as attribute
+/// `name`, in order: of those whose target is `meant`, which has the value of one without it.
+///
+/// # Errors
+/// If it is no module.
+pub fn attributes(
+    program: &[u8],
+    name: &str,
+    meant: impl Fn(&str) -> Option<i64>,
+) -> Result<Vec<i64>, Refused> {
+    let module = read(program)?;
+    let computations = module.computations.iter();
+    let mut values: Vec<i64> = computations
+        .flat_map(|computation| &computation.instructions)
+        .filter_map(|instruction| {
+            let default = meant(&instruction.custom_call_target)?;
+            let config = String::from_utf8_lossy(&instruction.backend_config);
+            Some(integer(&config, name).unwrap_or(default))
+        })
+        .collect();
+    values.sort_unstable();
+    values.dedup();
+    Ok(values)
+}
+
+/// Reads `name = N : i64` out of the attributes of a custom call.
+fn integer(attributes: &str, name: &str) -> Option<i64> {
+    attributes.split(['{', ',']).find_map(|attribute| {
+        let (key, value) = attribute.split_once('=')?;
+        let number = value.split(':').next()?.trim();
+        (key.trim() == name).then(|| number.parse().ok())?
+    })
 }
 
 /// A serialized `HloModuleProto` as a serialized `HloModuleProtoWithConfig`, with an empty

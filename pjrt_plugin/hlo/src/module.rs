@@ -45,6 +45,10 @@ impl Module {
         })
     }
 
+    pub(crate) fn name(&self) -> &str {
+        &self.proto.name
+    }
+
     pub(crate) fn entry(&self) -> i64 {
         self.proto.entry_computation_id
     }

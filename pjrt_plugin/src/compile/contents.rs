@@ -1,5 +1,6 @@
 //! What of ours a program calls.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Once;
 
 use hlo_rewrite::{Devices, Rewritten};
@@ -27,6 +28,8 @@ pub struct Contents {
     pub callbacks: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub uniform: Option<UniformProgram>,
+    /// Of a program for several devices: what it is, the same number on every rank.
+    pub channel: u64,
 }
 
 impl Contents {
@@ -37,6 +40,7 @@ impl Contents {
             status: status::is_read(program),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
             uniform: after_mark(program).and_then(uniform),
+            channel: 0,
         }
     }
 
@@ -60,6 +64,7 @@ impl Contents {
                 sequence: rewritten.sequence,
                 balance: None,
             }),
+            channel: channel(rewritten, devices),
         }
     }
 
@@ -68,7 +73,15 @@ impl Contents {
         self.operations |= rewritten.operations;
         self.callbacks |= rewritten.callbacks;
         self.uniform = rewritten.uniform;
+        self.channel = rewritten.channel;
     }
+}
+
+/// What a program for several devices is, with the ranks that run it; never 0.
+fn channel(rewritten: &Rewritten, devices: &Devices) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (rewritten.named_sequence, devices.ids()).hash(&mut hasher);
+    hasher.finish().max(1)
 }
 
 /// What follows the mark of a uniform program, by its name today or its old one.

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod communicators;
 mod contents;
 pub mod spmd;
 
@@ -18,6 +19,7 @@ use crate::error::Error;
 use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned};
 use crate::inner::{on_gpu, side_table};
 use crate::launch::async_barrier;
+use crate::launch::executables::ProgramComms;
 use crate::launch::executables::{self, ProgramInfo};
 use crate::plugin::config;
 use crate::search::find;
@@ -148,6 +150,11 @@ fn note(loaded: Owned<LoadedHandle>, contents: Contents) -> Result<Owned<LoadedH
             cheap,
             status: contents.status,
             uniform: contents.uniform.filter(|_| cheap && !contents.callbacks),
+            comms: match contents.operations {
+                true => communicators::of(handle, contents.channel),
+                false => ProgramComms::NONE,
+            },
+            channel: contents.channel,
         };
         executables::remember(handle, program);
         if cheap {

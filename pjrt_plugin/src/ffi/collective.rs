@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use mpi_runtime::engine::collectives::TAG;
+use mpi_runtime::engine::collectives::{OF_XLA, TAG};
 use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{Buffer, Kind, Operation, Reduction, Ticket, World};
 
@@ -185,7 +185,7 @@ impl Collective<'_> {
 /// An operation on `comm` that needs no more.
 pub fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
     Operation {
-        of: Some("XLA's"),
+        of: Some(OF_XLA),
         send_tag: TAG,
         recv_tag: TAG,
         ..Operation::new(kind, comm, send, recv)

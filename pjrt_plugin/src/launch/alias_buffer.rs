@@ -1,12 +1,16 @@
 //! Buffers that the framework gets before the launch that fills them: alias buffers of the inner
 //! plugin (`pjrt_c_api.h`, `PJRT_Client_CreateAliasBuffer`).
 
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::{Condvar, Mutex};
 use pjrt_sys::PJRT_Buffer_Type_PRED;
 
 use crate::error::Error;
 use crate::inner::handles::{
-    AliasFiller, BufferHandle, BufferShape, ClientHandle, DeviceHandle, EventHandle, HostArray,
-    MemoryHandle, Owned,
+    AliasFiller, BufferHandle, BufferShape, ClientHandle, DeviceHandle, EventHandle, Handle,
+    HostArray, MemoryHandle, Owned,
 };
 use crate::inner::on_gpu;
 use crate::launch::keep_alive::Kept;
@@ -27,6 +31,7 @@ impl AliasBuffer {
         shape: &BufferShape,
     ) -> Result<(BufferHandle, AliasBuffer), Error> {
         let (buffer, filler) = client.create_alias_buffer(shape)?;
+        unfulfilled(|rows| rows.insert(buffer.get().address()));
         let alias = AliasBuffer {
             buffer: Kept::new(buffer.get()),
             client,
@@ -81,6 +86,55 @@ impl AliasBuffer {
                 Err(_) => filler.fill(Err(message)),
             },
         }
+        unfulfilled(|rows| rows.remove(&self.buffer.get().address()));
+        FULFILLED.notify_all();
+    }
+}
+
+/// Alias buffers that are not fulfilled: the inner plugin wants the memory of what it launches. An
+/// alias buffer is kept until then, so no other buffer has its address.
+static UNFULFILLED: Mutex<Option<HashSet<usize>>> = Mutex::new(None);
+/// How many there are; spares the lock where there are none.
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+static FULFILLED: Condvar = Condvar::new();
+
+fn unfulfilled(change: impl FnOnce(&mut HashSet<usize>) -> bool) {
+    let mut rows = UNFULFILLED.lock();
+    let rows = rows.get_or_insert_default();
+    change(rows);
+    COUNT.store(rows.len(), Ordering::Release);
+}
+
+/// Whether one of the buffers is an alias buffer that is not fulfilled. Never on GPUs, where one is
+/// fulfilled only when it is ready.
+pub fn any_unfulfilled(buffers: &[BufferHandle]) -> bool {
+    if COUNT.load(Ordering::Acquire) == 0 || on_gpu() {
+        return false;
+    }
+    let rows = UNFULFILLED.lock();
+    let has = |buffer: &BufferHandle| {
+        rows.as_ref()
+            .is_some_and(|rows| rows.contains(&buffer.address()))
+    };
+    buffers.iter().any(has)
+}
+
+/// Waits until none of the buffers is.
+pub fn wait_fulfilled(buffers: &[BufferHandle]) {
+    if on_gpu() {
+        return;
+    }
+    let mut rows = UNFULFILLED.lock();
+    let waits = |rows: &Option<HashSet<usize>>| {
+        let rows = rows.as_ref();
+        rows.is_some_and(|rows| {
+            buffers
+                .iter()
+                .any(|buffer| rows.contains(&buffer.address()))
+        })
+    };
+    while waits(&rows) {
+        FULFILLED.wait(&mut rows);
     }
 }
 

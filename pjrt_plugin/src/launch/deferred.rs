@@ -1,15 +1,14 @@
-//! Launches for which the inner plugin has no slot (`inflight_limit.rs`): the framework gets alias
-//! buffers as results at once, and a thread of ours launches them in order. That thread may wait
-//! for peers.
+//! Launches that the calling thread cannot give to the inner plugin without waiting: for a slot
+//! (`inflight_limit.rs`), for a launch of another thread, or, of threads other than the first, for
+//! peers. The framework gets alias buffers as results at once, and a thread of ours launches them
+//! in order, one for each order (`thread_order.rs`). That thread may wait.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use mpi_runtime::{LaunchOrder, Ticket};
 use pjrt_sys::*;
 
-use crate::boundary;
 use crate::clients::{self, Client};
 use crate::error::Error;
 use crate::inner::execute_args::{ExecuteArgs, OwnLaunch};
@@ -19,24 +18,38 @@ use crate::inner::handles::{
     MemoryHandle, Output, Owned,
 };
 use crate::inner::side_table::SideTable;
-use crate::launch::alias_buffer::{AliasBuffer, End};
+use crate::launch::alias_buffer::{self, AliasBuffer, End};
 use crate::launch::keep_alive::{Kept, give_up};
+use crate::launch::thread_order::{self, ThreadOrder};
 use crate::launch::{donation, inflight_limit, ticket};
+use crate::plugin::world;
 
 /// How long a program that cannot be deferred waits for those that are.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
-/// Whether the dispatching thread would wait for a peer, and a thread of ours can do so instead.
-/// Call with the order of launches locked.
-pub fn is_needed(args: &ExecuteArgs<'_>, launches: usize) -> Result<bool, Error> {
+/// What a launch takes that may have to be deferred.
+pub struct Needs<'a> {
+    /// So many launches of the inner plugin.
+    pub launches: usize,
+    /// What its operations are ordered with, if it has any.
+    pub order: Option<&'a LaunchOrder>,
+}
+
+/// Whether the dispatching thread would wait, and a thread of ours can do so instead. Call with the
+/// order of launches locked.
+pub fn is_needed(
+    order: &ThreadOrder,
+    args: &ExecuteArgs<'_>,
+    needs: &Needs<'_>,
+) -> Result<bool, Error> {
     // The launch whose callback this is would wait for what is deferred.
-    if ticket::is_inside_launch() || crate::fork::is_child() || inflight_limit::wait_for(launches) {
+    if ticket::is_inside_launch() || crate::fork::is_child() || !would_wait(order, args, needs) {
         return Ok(false);
     }
     if !args.has_transfers() && output_spec(args.executable).is_some() {
         return Ok(true);
     }
-    match inflight_limit::wait_none_deferred_for(LONGEST_WAIT) {
+    match order.limit.wait_none_deferred_for(LONGEST_WAIT) {
         0 => Ok(false),
         waiting => Err(Error::precondition(format!(
             "{waiting} launches wait for their peers, and a program whose results have less than 8 \
@@ -44,6 +57,21 @@ pub fn is_needed(args: &ExecuteArgs<'_>, launches: usize) -> Result<bool, Error>
              (block_until_ready), or return int8"
         ))),
     }
+}
+
+fn would_wait(order: &ThreadOrder, args: &ExecuteArgs<'_>, needs: &Needs<'_>) -> bool {
+    if alias_buffer::any_unfulfilled(args.inputs) {
+        return true;
+    }
+    if !order.is_first() {
+        // XLA would queue it behind what waits for peers.
+        return needs.order.is_some() || inflight_limit::may_be_full();
+    }
+    let behind = |own: &LaunchOrder| {
+        thread_order::are_others()
+            && world().is_some_and(|world| world.engine.has_other_threads(own))
+    };
+    needs.order.is_some_and(behind) || !order.limit.wait_for(needs.launches)
 }
 
 /// Runs a launch whose time has come, with its arguments and what is to be told of its end.
@@ -57,25 +85,27 @@ struct Launch {
     /// `None` for a token, which is one of the `ends`.
     outputs: Vec<Option<AliasBuffer>>,
     ends: Vec<End>,
+    /// Of a launch with operations.
+    ticket: Option<Ticket>,
     run: Run,
     #[expect(dead_code, reason = "held for its drop")]
     counted: inflight_limit::Deferred,
 }
 
-static QUEUE: Mutex<VecDeque<Launch>> = Mutex::new(VecDeque::new());
-static PUSHED: Condvar = Condvar::new();
-
-/// Puts a launch at the end of the queue, if [`is_needed`] says so: `run` gets arguments like
-/// `args` when its time has come, and must hold the inputs until then. Has the framework's event of
-/// the launch's end, if it wants one.
+/// Puts a launch at the end of its order's queue, if [`is_needed`] says so: `run` gets arguments
+/// like `args` when its time has come, and must hold the inputs until then. Has the framework's
+/// event of the launch's end, if it wants one.
 pub fn defer(
+    order: &Arc<ThreadOrder>,
     args: &mut ExecuteArgs<'_>,
+    ticket: Option<Ticket>,
     run: impl FnOnce(&mut ExecuteArgs<'_>, Vec<End>) -> Result<(), Error> + Send + 'static,
 ) -> Result<Option<EventHandle>, Error> {
     let Some(output_spec) = output_spec(args.executable) else {
         return Err(Error::internal("a launch was deferred that cannot be"));
     };
-    start_thread()?;
+    let own = order.clone();
+    order.queue.start(move || thread_order::adopt(own))?;
     let donated = donation::find(args)?;
     let mut aliased = AliasResults::default();
     let event = match aliased.make(&output_spec, args.wants_event()) {
@@ -99,11 +129,15 @@ pub fn defer(
         inputs: args.inputs.to_vec(),
         outputs: aliased.outputs,
         ends: aliased.ends,
+        ticket,
         run: Box::new(run),
-        counted: inflight_limit::Deferred::new(),
+        counted: inflight_limit::Deferred::new(&order.limit),
     };
-    QUEUE.lock().push_back(launch);
-    PUSHED.notify_one();
+    let is_first = order.is_first();
+    order.queue.push(Box::new(move || {
+        launch.wait(is_first);
+        launch.start();
+    }));
     Ok(handle)
 }
 
@@ -147,35 +181,18 @@ impl AliasResults {
     }
 }
 
-fn start_thread() -> Result<(), Error> {
-    static STARTED: Mutex<bool> = Mutex::new(false);
-    let mut started = STARTED.lock();
-    if !*started {
-        std::thread::Builder::new()
-            .name("mpi_cuda launch".into())
-            .spawn(work)
-            .map_err(|error| Error::internal(format!("cannot start a thread: {error}")))?;
-        *started = true;
-    }
-    Ok(())
-}
-
-fn work() {
-    loop {
-        let launch = {
-            let mut queue = QUEUE.lock();
-            loop {
-                match queue.pop_front() {
-                    Some(launch) => break launch,
-                    None => PUSHED.wait(&mut queue),
-                }
-            }
-        };
-        boundary::quiet((), || launch.start());
-    }
-}
-
 impl Launch {
+    /// Waits for what the inner plugin must not wait for: its threads are few.
+    fn wait(&self, is_first: bool) {
+        alias_buffer::wait_fulfilled(&self.inputs);
+        if let (Some(ticket), Some(world)) = (self.ticket, world()) {
+            match is_first {
+                true => world.engine.wait_for_other_threads(ticket),
+                false => world.engine.wait_turn(ticket),
+            }
+        }
+    }
+
     fn start(mut self) {
         let (run, ends) = (self.run, self.ends);
         let mut results: Vec<_> = self.outputs.iter().map(|_| None).collect();

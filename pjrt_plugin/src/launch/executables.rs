@@ -1,6 +1,6 @@
 //! What is known of loaded executables that have operations of ours or host callbacks.
 
-use mpi_runtime::UniformProgram;
+use mpi_runtime::{LaunchOrder, UniformProgram};
 
 use crate::inner::handles::{Handle, LoadedHandle};
 use crate::inner::side_table::SideTable;
@@ -21,6 +21,44 @@ pub struct ProgramInfo {
     pub status: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub uniform: Option<UniformProgram>,
+    /// The communicators that it uses.
+    pub comms: ProgramComms,
+    /// What it is, if it has collectives of XLA's.
+    pub channel: u64,
+}
+
+/// The numbers of a program's communicators.
+#[derive(Clone, Copy, Debug)]
+pub struct ProgramComms {
+    /// Where its collectives use those of all programs.
+    pub shared: &'static [i64],
+    /// Where they use those of its channel alone.
+    pub apart: &'static [i64],
+}
+
+impl ProgramComms {
+    /// It uses none.
+    pub const NONE: ProgramComms = ProgramComms {
+        shared: &[],
+        apart: &[],
+    };
+}
+
+impl ProgramInfo {
+    /// What a launch of it by that thread is ordered with. The first thread's collectives use
+    /// communicators of all programs, in one order; those of others their program's own.
+    pub fn order(&self, thread: u32) -> LaunchOrder {
+        let first = thread == 0;
+        LaunchOrder {
+            thread,
+            comms: if first {
+                self.comms.shared
+            } else {
+                self.comms.apart
+            },
+            channel: if first { 0 } else { self.channel },
+        }
+    }
 }
 
 static PROGRAMS: SideTable<ProgramInfo> = SideTable::new();

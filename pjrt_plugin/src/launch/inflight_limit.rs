@@ -6,13 +6,15 @@
 //! wait for a peer that waits for this very thread, none ever ends: then the launch is deferred
 //! (`deferred.rs`).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
-/// Launches that we let the inner plugin hold; the rest is for those that are not counted.
-const SLOTS: usize = 28;
+/// Launches of the first thread that we let the inner plugin hold; the rest is for those that are
+/// not counted, and for other threads, each of which has one with operations in flight.
+const SLOTS: usize = 26;
 /// A dispatch waits this long for any launch to end, before it is deferred.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// So many launches are deferred without waiting again, if none has ended meanwhile.
@@ -20,17 +22,20 @@ const MANY: usize = 1024;
 /// Beyond them every dispatch waits this long, since what is deferred holds its inputs.
 const LONG_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Launches in flight or deferred that may wait for a peer.
+/// Launches in flight or deferred that may wait for a peer, of all threads.
 static BEHIND_PEERS: AtomicUsize = AtomicUsize::new(0);
-static STATE: Mutex<InFlight> = Mutex::new(InFlight {
-    in_flight: 0,
-    deferred: 0,
-    ended: 0,
-    stalled_at: None,
-    waiting: 0,
-});
-static CHANGED: Condvar = Condvar::new();
+/// Launches that are deferred, of all threads.
+static DEFERRED: Mutex<usize> = Mutex::new(0);
+static NONE_DEFERRED: Condvar = Condvar::new();
 
+/// How many launches of a thread are in flight or deferred.
+#[derive(Default)]
+pub struct Limit {
+    state: Mutex<InFlight>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
 struct InFlight {
     /// Launches of the inner plugin in flight.
     in_flight: usize,
@@ -55,20 +60,30 @@ pub fn may_be_full() -> bool {
     BEHIND_PEERS.load(Ordering::Acquire) > 0
 }
 
+/// Waits until no launch of any thread is deferred.
+pub fn wait_none_deferred() {
+    let mut deferred = DEFERRED.lock();
+    while *deferred > 0 {
+        NONE_DEFERRED.wait(&mut deferred);
+    }
+}
+
 /// What a launch takes until it has ended.
 pub struct InFlightSlot {
+    limit: Arc<Limit>,
     launches: usize,
     behind_peers: bool,
 }
 
 impl InFlightSlot {
     /// Takes the slots of a launch; `waits` if it may wait for a peer.
-    pub fn new(launches: usize, waits: bool) -> InFlightSlot {
-        STATE.lock().in_flight += launches;
+    pub fn new(limit: &Arc<Limit>, launches: usize, waits: bool) -> InFlightSlot {
+        limit.state.lock().in_flight += launches;
         if waits {
             BEHIND_PEERS.fetch_add(1, Ordering::AcqRel);
         }
         InFlightSlot {
+            limit: limit.clone(),
             launches,
             behind_peers: waits,
         }
@@ -80,7 +95,7 @@ impl Drop for InFlightSlot {
         if self.behind_peers {
             BEHIND_PEERS.fetch_sub(1, Ordering::AcqRel);
         }
-        change(|state| {
+        self.limit.change(|state| {
             state.in_flight -= self.launches;
             state.ended += 1;
         });
@@ -88,85 +103,79 @@ impl Drop for InFlightSlot {
 }
 
 /// Counts a launch as deferred until dropped.
-pub struct Deferred(());
+pub struct Deferred(Arc<Limit>);
 
 impl Deferred {
     /// One more.
-    pub fn new() -> Deferred {
+    pub fn new(limit: &Arc<Limit>) -> Deferred {
         BEHIND_PEERS.fetch_add(1, Ordering::AcqRel);
-        STATE.lock().deferred += 1;
-        Deferred(())
+        *DEFERRED.lock() += 1;
+        limit.state.lock().deferred += 1;
+        Deferred(limit.clone())
     }
 }
 
 impl Drop for Deferred {
     fn drop(&mut self) {
         BEHIND_PEERS.fetch_sub(1, Ordering::AcqRel);
-        change(|state| state.deferred -= 1);
+        self.0.change(|state| state.deferred -= 1);
+        let mut deferred = DEFERRED.lock();
+        *deferred -= 1;
+        if *deferred == 0 {
+            NONE_DEFERRED.notify_all();
+        }
     }
 }
 
-fn change(how: impl FnOnce(&mut InFlight)) {
-    let mut state = STATE.lock();
-    how(&mut state);
-    if state.waiting > 0 {
-        CHANGED.notify_all();
+impl Limit {
+    fn change(&self, how: impl FnOnce(&mut InFlight)) {
+        let mut state = self.state.lock();
+        how(&mut state);
+        if state.waiting > 0 {
+            self.changed.notify_all();
+        }
     }
-}
 
-/// Whether there are slots for `launches` more, after those already deferred. Waits for it as long
-/// as launches end.
-pub fn wait_for(launches: usize) -> bool {
-    let mut state = STATE.lock();
-    loop {
-        if state.has_slots(launches) {
-            return true;
-        }
-        let many = state.deferred >= MANY;
-        if state.stalled_at == Some(state.ended) && !many {
-            return false;
-        }
-        let before = state.ended;
-        let deadline = Instant::now() + if many { LONG_PATIENCE } else { PATIENCE };
-        while state.ended == before && !state.has_slots(launches) {
-            if wait(&mut state, Some(deadline)) {
-                state.stalled_at = Some(before);
+    /// Whether there are slots for `launches` more, after those already deferred. Waits for it as
+    /// long as launches end.
+    pub fn wait_for(&self, launches: usize) -> bool {
+        let mut state = self.state.lock();
+        loop {
+            if state.has_slots(launches) {
+                return true;
+            }
+            let many = state.deferred >= MANY;
+            if state.stalled_at == Some(state.ended) && !many {
                 return false;
+            }
+            let before = state.ended;
+            let deadline = Instant::now() + if many { LONG_PATIENCE } else { PATIENCE };
+            while state.ended == before && !state.has_slots(launches) {
+                if self.wait(&mut state, deadline) {
+                    state.stalled_at = Some(before);
+                    return false;
+                }
             }
         }
     }
-}
 
-/// Waits until no launch is deferred.
-pub fn wait_none_deferred() {
-    let mut state = STATE.lock();
-    while state.deferred > 0 {
-        wait(&mut state, None);
-    }
-}
-
-/// Waits until no launch is deferred, but not without end; how many still are.
-pub fn wait_none_deferred_for(patience: Duration) -> usize {
-    let deadline = Instant::now() + patience;
-    let mut state = STATE.lock();
-    while state.deferred > 0 {
-        if wait(&mut state, Some(deadline)) {
-            break;
+    /// Waits until no launch is deferred, but not without end; how many still are.
+    pub fn wait_none_deferred_for(&self, patience: Duration) -> usize {
+        let deadline = Instant::now() + patience;
+        let mut state = self.state.lock();
+        while state.deferred > 0 {
+            if self.wait(&mut state, deadline) {
+                break;
+            }
         }
+        state.deferred
     }
-    state.deferred
-}
 
-/// Whether the time is over.
-fn wait(state: &mut parking_lot::MutexGuard<'_, InFlight>, deadline: Option<Instant>) -> bool {
-    state.waiting += 1;
-    let over = match deadline {
-        Some(deadline) => CHANGED.wait_until(state, deadline).timed_out(),
-        None => {
-            CHANGED.wait(state);
-            false
-        }
-    };
-    state.waiting -= 1;
-    over
+    /// Whether the time is over.
+    fn wait(&self, state: &mut MutexGuard<'_, InFlight>, deadline: Instant) -> bool {
+        state.waiting += 1;
+        let over = self.changed.wait_until(state, deadline).timed_out();
+        state.waiting -= 1;
+        over
+    }
 }

@@ -10,11 +10,15 @@ pub mod completion;
 mod deferred;
 pub mod donation;
 pub mod executables;
-pub mod in_callback;
 mod inflight_limit;
 pub mod keep_alive;
 mod on_caller;
+pub mod spare_client;
+mod task_queue;
+pub mod thread_order;
 pub mod ticket;
+
+use std::sync::Arc;
 
 use mpi_runtime::engine::Launch;
 use mpi_runtime::engine::recorder::RECORDER;
@@ -29,10 +33,12 @@ use crate::inner::{dispatch_thread, on_gpu};
 use crate::plugin::world;
 
 use completion::Completion;
+use deferred::Needs;
 use executables::ProgramInfo;
 use inflight_limit::InFlightSlot;
 use keep_alive::Kept;
 use on_caller::WithCallbacks;
+use thread_order::ThreadOrder;
 use ticket::TicketGuard;
 
 pub use on_caller::launches_on_callers;
@@ -64,12 +70,18 @@ pub fn finish_client(client: ClientHandle) {
 fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result<(), Error> {
     let context = args.context.map(Kept::new);
     let world = world_for_operations()?;
-    let order = ticket::lock_order();
+    let order = thread_order::of(world);
+    let lock = order.lock();
     let outer = ticket::callback_of();
     let waits = program.status && outer.is_none() && !ticket::is_inside_launch();
     let launches = 1 + usize::from(program.cheap);
-    let deferred = world.size > 1 && outer.is_none() && deferred::is_needed(args, launches)?;
-    let ticket = outer.unwrap_or_else(|| world.engine.issue_ticket());
+    let place = program.order(order.number);
+    let needs = Needs {
+        launches,
+        order: Some(&place),
+    };
+    let deferred = world.size > 1 && outer.is_none() && deferred::is_needed(&order, args, &needs)?;
+    let ticket = outer.unwrap_or_else(|| world.engine.issue_ticket(place));
     if outer.is_none() && world.size > 1 {
         let launch = Launch {
             uniform: program.uniform,
@@ -80,8 +92,11 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
     RECORDER.launch(ticket, program.name, args.call_location());
     // The outer launch retires the ticket of what its callbacks launch.
     let own = outer.is_none().then(|| TicketGuard(ticket));
+    // What cannot be deferred runs at once: in XLA's queue it might wait for what waits for it.
+    let apart = !deferred && !order.is_first() && outer.is_none() && !ticket::is_inside_launch();
     // Alone in the world nothing waits for a peer, and with everybody here nothing for long.
-    let on_caller = world.size == 1 || !deferred && on_caller::is_possible(world, program, args);
+    let on_caller = world.size == 1
+        || !deferred && !apart && on_caller::is_possible(world, ticket, &program, args);
     let completion = Completion {
         inputs: if on_caller {
             Vec::new()
@@ -91,13 +106,16 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
         context,
         callbacks: program.callbacks.then(WithCallbacks::new),
         ticket: own,
-        slot: (world.size > 1).then(|| InFlightSlot::new(launches, true)),
+        slot: (world.size > 1).then(|| InFlightSlot::new(&order.limit, launches, true)),
         ends: Vec::new(),
         deferred: false,
     };
     let launch_id = ticket.0 as i32;
     let result = if deferred {
-        defer(args, launch_id, completion)
+        defer(&order, args, launch_id, completion)
+    } else if apart {
+        world.engine.wait_turn(ticket);
+        args.with_launch_id(launch_id, |args| launch_apart(args, completion))
     } else {
         let barrier = (program.cheap && !on_caller).then(|| async_barrier::hold(args.executable));
         let result = args.with_launch_id(launch_id, |args| launch(args, completion));
@@ -107,9 +125,9 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
         }
         result
     };
-    drop(order);
+    drop(lock);
     if waits && (result.is_ok() || !deferred) {
-        world.engine.wait_idle();
+        world.engine.wait_launch(ticket);
     }
     result
 }
@@ -146,8 +164,13 @@ fn world_for_operations() -> Result<&'static World, Error> {
 fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Error> {
     let context = args.context.map(Kept::new);
     let several = world().is_some_and(|world| world.size > 1);
-    let order = several.then(ticket::lock_order);
-    let deferred = several && deferred::is_needed(args, 1)?;
+    let order = thread_order::current();
+    let lock = several.then(|| order.lock());
+    let needs = Needs {
+        launches: 1,
+        order: None,
+    };
+    let deferred = several && deferred::is_needed(&order, args, &needs)?;
     let completion = Completion {
         inputs: if deferred || several && inflight_limit::may_be_full() {
             keep_inputs(args)
@@ -157,16 +180,16 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
         context,
         callbacks: callbacks.then(WithCallbacks::new),
         ticket: None,
-        slot: several.then(|| InFlightSlot::new(1, callbacks)),
+        slot: several.then(|| InFlightSlot::new(&order.limit, 1, callbacks)),
         ends: Vec::new(),
         deferred: false,
     };
     if deferred {
-        return defer(args, 0, completion);
+        return defer(&order, args, 0, completion);
     }
     // Only the order of deferring matters here, and a callback may wait for another thread's
     // launch.
-    drop(order);
+    drop(lock);
     // Without a ticket: JAX's own launch ids must not look like one.
     args.with_launch_id(0, |args| launch(args, completion))
 }
@@ -176,36 +199,39 @@ fn launch_in_background(
     args: &mut ExecuteArgs<'_>,
     program: Option<ProgramInfo>,
 ) -> Result<(), Error> {
-    let with_callbacks = program.is_some_and(|program| program.callbacks);
     let mut own = None;
     let ticket = match (program, world()) {
         (Some(program), Some(world)) if program.operations => {
             ticket::callback_of().unwrap_or_else(|| {
-                let ticket = world.engine.issue_ticket_now();
+                let ticket = world.engine.issue_ticket_now(program.order(0));
                 own = Some(TicketGuard(ticket));
                 ticket
             })
         }
         _ => Ticket(0),
     };
-    let result = args.with_launch_id(ticket.0 as i32, |args| {
-        in_callback::execute(args, with_callbacks)
-    });
+    let result = args.with_launch_id(ticket.0 as i32, spare_client::execute);
     drop(own);
     result
 }
 
 /// Defers a launch.
 fn defer(
+    order: &Arc<ThreadOrder>,
     args: &mut ExecuteArgs<'_>,
     launch_id: i32,
     mut completion: Completion,
 ) -> Result<(), Error> {
     let watched = completion.ticket.is_some();
-    let event = deferred::defer(args, move |args, ends| {
+    let ticket = completion.ticket.as_ref().map(|guard| guard.0);
+    let is_first = order.is_first();
+    let event = deferred::defer(order, args, ticket, move |args, ends| {
         completion.ends = ends;
         completion.deferred = true;
-        args.with_launch_id(launch_id, |args| launch(args, completion))
+        args.with_launch_id(launch_id, |args| match is_first {
+            true => launch(args, completion),
+            false => launch_apart(args, completion),
+        })
     })?;
     if let Some(event) = event.filter(|_| watched) {
         completion::watch(event);
@@ -234,6 +260,14 @@ fn launch(args: &mut ExecuteArgs<'_>, completion: Completion) -> Result<(), Erro
         drop(event);
     });
     Ok(())
+}
+
+/// Runs a program of another thread than the first to its end, out of the way of the others.
+fn launch_apart(args: &mut ExecuteArgs<'_>, completion: Completion) -> Result<(), Error> {
+    let result = spare_client::execute(args);
+    let error = result.as_ref().err().map(ToString::to_string);
+    completion.reach(error.as_deref());
+    result
 }
 
 /// Keeps the inputs of a launch.

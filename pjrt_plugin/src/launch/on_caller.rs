@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mpi_runtime::World;
+use mpi_runtime::{Ticket, World};
 
 use crate::inner::execute_args::ExecuteArgs;
 use crate::inner::on_gpu;
@@ -16,7 +16,12 @@ static ON_CALLERS: AtomicUsize = AtomicUsize::new(0);
 static WITH_CALLBACKS: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether this launch may run on the calling thread.
-pub fn is_possible(world: &World, program: ProgramInfo, args: &ExecuteArgs<'_>) -> bool {
+pub fn is_possible(
+    world: &World,
+    ticket: Ticket,
+    program: &ProgramInfo,
+    args: &ExecuteArgs<'_>,
+) -> bool {
     let Some(uniform) = program.uniform else {
         return false;
     };
@@ -25,7 +30,7 @@ pub fn is_possible(world: &World, program: ProgramInfo, args: &ExecuteArgs<'_>) 
         && WITH_CALLBACKS.load(Ordering::Acquire) == 0
         // With an error in an input XLA would run nothing, and the others would wait.
         && args.inputs.iter().all(|input| input.has_content())
-        && world.engine.all_have_arrived(uniform)
+        && world.engine.all_have_arrived(ticket, uniform)
 }
 
 /// Counts a launch that ran there.

@@ -4,13 +4,8 @@
 use std::cell::Cell;
 
 use mpi_runtime::Ticket;
-use parking_lot::{ReentrantMutex, ReentrantMutexGuard};
 
 use crate::plugin::world;
-
-/// Held from taking a ticket until the inner plugin has queued the launch, so that tickets and
-/// XLA's own queue have the same order. Reentrant, since a host callback may launch programs.
-static LAUNCHING: ReentrantMutex<()> = ReentrantMutex::new(());
 
 thread_local! {
     /// The launch whose host callback this thread is running; what it launches belongs to it.
@@ -19,11 +14,6 @@ thread_local! {
     static LAUNCHES_HERE: Cell<u32> = const { Cell::new(0) };
     /// This thread runs a host callback of a program that XLA runs in the background.
     static IN_BACKGROUND: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Waits for other threads that launch, and keeps them waiting.
-pub fn lock_order() -> ReentrantMutexGuard<'static, ()> {
-    LAUNCHING.lock()
 }
 
 /// The ticket that a run id carries.

@@ -39,7 +39,7 @@ entry! {
         args.pass_on(api().PJRT_Client_Destroy)?;
         // Its callbacks, which may have used them, have ended.
         if clients::is_empty() {
-            launch::in_callback::destroy_all();
+            launch::spare_client::destroy_all();
         }
         Ok(())
     }
@@ -91,6 +91,7 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<ClientHandle, Error> {
         .into_iter()
         .filter(|option| !DISTRIBUTED.contains(&&option.name[..]))
         .collect();
+    launch::thread_order::adopt_first();
     let client = clients::create_inner(rank, size, &passed_on)?;
     let handle = client.handle;
     clients::add(client);

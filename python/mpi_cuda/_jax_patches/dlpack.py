@@ -28,7 +28,7 @@ ALIGNMENT = 64
 
 
 class _Tensor(ctypes.Structure):
-    """`DLTensor` (`dlpack.h`)."""
+    """`DLTensor` of DLPack's C header."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),

@@ -12,10 +12,11 @@ use protobuf::{Message, MessageField};
 
 use crate::proto::hlo::hlo_input_output_alias_proto::AliasEntryProto;
 use crate::proto::hlo::{
-    HloInputOutputAliasProto, HloModuleProto, HloModuleProtoWithConfig, ReplicaGroup,
+    HloComputationProto, HloInputOutputAliasProto, HloInstructionProto, HloModuleProto,
+    HloModuleProtoWithConfig, ReplicaGroup,
 };
 use crate::shape::{TUPLE, tuple};
-use crate::{Devices, donated_parameters};
+use crate::{Devices, attributes, donated_parameters};
 
 /// A recorded module by the path of its file, without the ending.
 macro_rules! recording {
@@ -74,6 +75,31 @@ fn parameters_are_donated_whose_memory_results_take() {
     );
     assert_eq!(of(vec![entry(0, &[2]), entry(0, &[1])]), [1, 2]);
     assert!(donated_parameters(b"nothing").is_err());
+}
+
+#[test]
+fn attributes_of_custom_calls_are_read() {
+    let call = |target: &str, config: &str| HloInstructionProto {
+        custom_call_target: target.into(),
+        backend_config: config.into(),
+        ..Default::default()
+    };
+    let computation = HloComputationProto {
+        instructions: vec![
+            call("ours", "{comm = 7 : i64, op = 0 : i64}"),
+            call("ours", "{recomm = 5 : i64}"),
+            call("other", "{comm = 9 : i64}"),
+            call("ours", "{op = 1 : i64, comm = -3 : i64}"),
+            call("ours", "{comm = 7 : i64}"),
+        ],
+        ..Default::default()
+    };
+    let program = with_config(HloModuleProto {
+        computations: vec![computation],
+        ..Default::default()
+    });
+    let found = attributes(&program, "comm", |target| (target == "ours").then_some(1));
+    assert_eq!(found.unwrap(), [-3, 1, 7]);
 }
 
 #[test]

@@ -46,6 +46,12 @@ impl BufferHandle {
         unsafe { DeviceHandle::from_raw(args.device) }
     }
 
+    /// Whether it is a token, which has neither layout nor memory.
+    pub fn is_token(self) -> bool {
+        ask!(PJRT_Buffer_ElementType { buffer: self.raw() })
+            .is_ok_and(|args| args.type_ == PJRT_Buffer_Type_TOKEN)
+    }
+
     /// Deletes the content, and keeps the handle.
     pub fn delete(self) {
         // A failure would leave nothing to do.

@@ -1,30 +1,40 @@
-//! Programs that a host callback launches while its own program runs in the background. XLA:CPU
-//! would queue them behind that program, which waits for the callback: they run to their end on a
-//! spare inner client instead, which has a queue of its own. Buffers are shared, not copied.
+//! Programs that must not wait in XLA's queue for what is there: those that a host callback
+//! launches while its own program runs in the background, and those of threads other than the first
+//! (`thread_order.rs`). XLA:CPU has one queue for all threads of a client. So they run to their end
+//! on a spare inner client, which has a queue and threads of its own. Buffers are shared, not
+//! copied.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use pjrt_sys::PJRT_Buffer_Type_PRED;
 
 use crate::clients::{self, Client};
 use crate::error::Error;
 use crate::inner::execute_args::{ExecuteArgs, OwnLaunch};
 use crate::inner::handles::{
-    BufferHandle, Destroy, ExternalReference, Handle, LoadedHandle, Owned,
+    BufferHandle, Destroy, ExternalReference, Handle, HostArray, LoadedHandle, Owned,
 };
 use crate::inner::side_table::SideTable;
 
-/// Callbacks in callbacks in callbacks; beyond this a program is refused.
-const DEEPEST: usize = 8;
+/// Spare clients; each has threads of its own. Beyond this a program is refused.
+const MOST: usize = 32;
+
+/// An empty array.
+const NOTHING: HostArray<'_> = HostArray {
+    element_type: PJRT_Buffer_Type_PRED,
+    dims: &[0],
+    data: &[0],
+};
 
 /// An inner client that the framework does not know of.
 struct Spare {
     /// Its place among the spares.
     number: usize,
     client: Client,
-    /// Programs with callbacks now running here; what their callbacks launch must go elsewhere.
-    busy: AtomicUsize,
+    /// A program runs here; others must go elsewhere.
+    busy: AtomicBool,
 }
 
 static SPARES: Mutex<Vec<Arc<Spare>>> = Mutex::new(Vec::new());
@@ -33,10 +43,9 @@ static SPARES: Mutex<Vec<Arc<Spare>>> = Mutex::new(Vec::new());
 static COPIES: SideTable<Vec<(usize, Owned<LoadedHandle>)>> = SideTable::new();
 
 /// Runs a program to its end, with results on the framework's own client.
-pub fn execute(args: &mut ExecuteArgs<'_>, with_callbacks: bool) -> Result<(), Error> {
+pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
     let (home, _) = clients::of_executable(args.executable)?;
-    let spare = choose(&home, with_callbacks)?;
-    let _busy = with_callbacks.then(|| Busy(spare.clone()));
+    let Busy(spare) = &choose(&home)?;
     let away = &spare.client;
     let mut in_use = Vec::with_capacity(args.inputs.len());
     let mut views = Vec::with_capacity(args.inputs.len());
@@ -60,6 +69,10 @@ pub fn execute(args: &mut ExecuteArgs<'_>, with_callbacks: bool) -> Result<(), E
         .map(|result| {
             let buffer = result.get();
             buffer.wait_ready()?;
+            if buffer.is_token() {
+                // It has no memory; for the framework an empty array is one.
+                return home.handle.copy_from_host(home.addressable[0], &NOTHING);
+            }
             buffer.view_on(home.handle, home.addressable[0], Some(result))
         })
         .collect();
@@ -78,42 +91,34 @@ pub fn destroy_all() {
     }
 }
 
-/// A spare client in which no program with callbacks runs; counts one there if asked.
-fn choose(home: &Client, with_callbacks: bool) -> Result<Arc<Spare>, Error> {
+/// A spare client in which nothing runs.
+fn choose(home: &Client) -> Result<Busy, Error> {
     let mut spares = SPARES.lock();
-    let idle = spares
-        .iter()
-        .find(|spare| spare.busy.load(Ordering::Acquire) == 0);
-    let spare = match idle {
-        Some(spare) => spare.clone(),
-        None if spares.len() == DEEPEST => {
-            return Err(Error::unimplemented(format!(
-                "{DEEPEST} host callbacks, each in a program launched by another, launch a further \
-                 JAX program: use numpy in the innermost callback"
-            )));
-        }
-        None => {
-            let spare = Arc::new(Spare {
-                number: spares.len(),
-                client: clients::create_inner(home.rank, home.size, &[])?,
-                busy: AtomicUsize::new(0),
-            });
-            spares.push(spare.clone());
-            spare
-        }
-    };
-    if with_callbacks {
-        spare.busy.fetch_add(1, Ordering::AcqRel);
+    let is_idle = |spare: &&Arc<Spare>| !spare.busy.swap(true, Ordering::AcqRel);
+    if let Some(idle) = spares.iter().find(is_idle) {
+        return Ok(Busy(idle.clone()));
     }
-    Ok(spare)
+    if spares.len() == MOST {
+        return Err(Error::unimplemented(format!(
+            "{MOST} threads or host callbacks run JAX programs at once beside those of the main \
+             thread: launch from fewer threads, and use numpy in the innermost callback"
+        )));
+    }
+    let spare = Arc::new(Spare {
+        number: spares.len(),
+        client: clients::create_inner(home.rank, home.size, &[])?,
+        busy: AtomicBool::new(true),
+    });
+    spares.push(spare.clone());
+    Ok(Busy(spare))
 }
 
-/// One program with callbacks running on a spare client.
+/// One program running on a spare client.
 struct Busy(Arc<Spare>);
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Ordering::AcqRel);
+        self.0.busy.store(false, Ordering::Release);
     }
 }
 
