@@ -150,7 +150,7 @@ void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
  * text instead of waiting for ever. */
 void mpi_cuda_refuse(int64_t comm, const char *name, const char *words);
 
-/* 1 if another rank of this node waits in an operation, 0 if not: who leaves now leaves it alone. */
+/* 1 if another rank of this node waits in an operation, 0 if not. */
 int mpi_cuda_is_awaited(void);
 
 /* Installs the function that says where the threads of Python are, for reports of jobs that wait:

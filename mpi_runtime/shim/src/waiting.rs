@@ -63,7 +63,8 @@ pub(crate) fn until(mut test: impl FnMut(&mut c_int) -> c_int) -> c_int {
     }
 }
 
-/// Calls `test` until it fails or sets its flag, or [`IDLE`] gives up waiting for a message of `op`.
+/// Calls `test` until it fails or sets its flag, or [`IDLE`] gives up waiting for a message of
+/// `op`.
 pub(crate) fn until_given_up(op: &ShimOp, mut test: impl FnMut(&mut c_int) -> c_int) -> c_int {
     let yielding = yielding();
     let (mut tests, mut since) = (0, None);

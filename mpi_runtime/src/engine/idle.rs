@@ -1,5 +1,5 @@
-//! What a rank does while it waits for a message: it sleeps, sees whether the sender is still there,
-//! and whether the message has come as another type.
+//! What a rank does while it waits for a message: it sleeps, sees whether the sender is still
+//! there, and whether the message has come as another type.
 
 use std::ffi::c_int;
 use std::sync::{Arc, OnceLock};
@@ -15,8 +15,8 @@ use crate::node::board::Board;
 
 /// How long a rank looks for a message before it sleeps between looks, in microseconds.
 const AWAKE: u64 = 1_000;
-/// The sleeps of a rank that has waited for less than [`LONG`] microseconds, and of others. A sender
-/// of the same node wakes it; messages of other nodes are found when it looks.
+/// The sleeps of a rank that has waited for less than [`LONG`] microseconds, and of others. A
+/// sender of the same node wakes it; messages of other nodes are found when it looks.
 const NAP: Duration = Duration::from_micros(50);
 const SLEEP: Duration = Duration::from_millis(1);
 const LONG: u64 = 20_000;

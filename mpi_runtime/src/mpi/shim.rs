@@ -357,8 +357,8 @@ impl Shim {
         self.check(unsafe { (self.api.set_received)(address as *mut c_void, bytes as i64) })
     }
 
-    /// Writes the status of a message with that tag to the user's `MPI_Status` at that address; 0 is
-    /// none.
+    /// Writes the status of a message with that tag to the user's `MPI_Status` at that address; 0
+    /// is none.
     ///
     /// # Safety
     /// There must be an `MPI_Status`.

@@ -48,7 +48,9 @@ pub fn address(number: i64) -> Result<usize, Error> {
 }
 
 fn registered(number: i64) -> Result<usize, Error> {
-    let index = usize::try_from(number - 1).ok();
+    let index = number
+        .checked_sub(1)
+        .and_then(|index| usize::try_from(index).ok());
     let found = index.and_then(|index| ADDRESSES.read().get(index).copied());
     found.ok_or_else(|| {
         Error::invalid(format!(
