@@ -35,6 +35,11 @@ pub const fn is_internal(number: i64) -> bool {
     number == COLLECTIVES || number as u64 >> 60 == 1
 }
 
+/// Whether a number is that of a communicator of the user's, on which mpi4py may communicate too.
+pub const fn is_users(number: i64) -> bool {
+    number as u64 >= USERS
+}
+
 /// A communicator as the engine knows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Communicator {

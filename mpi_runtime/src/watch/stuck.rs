@@ -4,6 +4,7 @@
 
 use mpi_shim_abi::{ANY, PROC_NULL};
 
+use crate::mpi::communicators::is_users;
 use crate::watch::state::{State, Wait};
 
 /// What is known of a rank.
@@ -23,7 +24,8 @@ impl Known {
         match self {
             // Else another operation may still end what one of them waits for.
             Known::Told(state) if !state.others => match &state.waits[..] {
-                [wait] => Some(wait),
+                // On the user's own communicators mpi4py may send, whatever else waits here.
+                [wait] if !is_users(wait.comm) => Some(wait),
                 _ => None,
             },
             _ => None,
@@ -199,6 +201,10 @@ mod tests {
         assert!(of(&[recv(1), send(0)]).is_empty());
         assert!(of(&[recv(ANY), send(0), recv(0)]).is_empty());
         assert!(of(&[collective(Kind::Allreduce), collective(Kind::Allreduce)]).is_empty());
+        // mpi4py may send there.
+        let mut users = wait(Kind::Recv, 1, PROC_NULL);
+        users.comm = 1 << 61;
+        assert!(of(&[told(vec![users]), recv(0)]).is_empty());
         // One of two threads may go on.
         let mut two = wait(Kind::Recv, 1, PROC_NULL);
         two.comm = 1;
