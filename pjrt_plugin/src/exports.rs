@@ -233,7 +233,7 @@ pub extern "C" fn mpi_cuda_wait() -> c_int {
             ));
         }
         world.engine.wait_idle();
-        world.engine.take_unread_error().map_or(0, fail)
+        world.engine.take_unread_error(None).map_or(0, fail)
     })
 }
 

@@ -48,7 +48,7 @@ def install() -> None:
         _installed, _process = True, os.getpid()
         builtins.SystemExit = _ObservedExit  # type: ignore[misc]
         sys.exit = _exit
-        os._exit = _leave  # type: ignore[assignment]
+        os._exit = _leave
 
 
 def _exit(status: Any = None, /) -> NoReturn:

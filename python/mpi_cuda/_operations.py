@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -106,6 +107,7 @@ def bind(
     with_token = token is not False
     if with_token:
         operands.append(_as_token(token))
+    _checked.arguments = True
     outs = primitives[name].bind(
         *operands,
         result=None if result is None else Result(tuple(result[0]), np.dtype(narrow or result[1])),
@@ -131,16 +133,22 @@ def _require_leading(rule: str, x: Any, comm: Comm) -> None:
         )
 
 
+# Whether the arguments of the operation that this thread calls are right.
+_checked = threading.local()
+
+
 def _collective(function: Callable[P, R]) -> Callable[P, R]:
     """A collective whose arguments may be wrong on one rank alone: the others are told, since they
     would wait for this rank."""
 
     @functools.wraps(function)
     def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+        _checked.arguments = False
         try:
             return function(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            _arguments.tell_refusal(function.__name__, kwargs.get("comm"), error)
+            if not _checked.arguments:
+                _arguments.tell_refusal(function.__name__, kwargs.get("comm"), error)
             raise
 
     return operation

@@ -46,11 +46,13 @@ def where() -> str:
     return ", ".join(lines) or "at its end"
 
 
-@_SIGNATURE
-def _callback(text: int, capacity: int) -> int:
+def _write(text: int, capacity: int) -> int:
     words = where().encode()[:capacity]
     ctypes.memmove(text, words, len(words))
     return len(words)
+
+
+_callback = _SIGNATURE(_write)
 
 
 def install(library: ctypes.CDLL) -> None:

@@ -62,12 +62,19 @@ pub struct Engine {
     /// The replica groups of collectives.
     groups: ReplicaGroups,
     /// Errors of operations that nobody may have read yet.
-    unread: Mutex<Vec<String>>,
+    unread: Mutex<Vec<UnreadError>>,
     rank: i32,
     /// Say for each operation what served it.
     verbose: bool,
     /// Where the ranks meet, if all of them are on this node.
     pub(crate) rendezvous: Option<Rendezvous>,
+}
+
+/// An error that nobody may have read yet.
+struct UnreadError {
+    text: String,
+    /// The thread that has launched what failed, by the number of its order.
+    thread: Option<u32>,
 }
 
 /// Where the buffers of an operation are.
@@ -151,7 +158,7 @@ impl Engine {
             _ => self.groups.begin_apart(context, program, channel),
         };
         recording.end(&result);
-        result.inspect_err(|error| self.note_unread(&error.to_string()))
+        result.inspect_err(|error| self.note_unread(&error.to_string(), self.order.thread(ticket)))
     }
 
     fn collective_context(&self) -> CollectiveContext<'_> {
@@ -189,7 +196,7 @@ impl Engine {
         if let Some(start) = start {
             self.log(ticket, op, start.elapsed(), result.is_ok());
         }
-        result.inspect_err(|error| self.note_unread(&error.to_string()))
+        result.inspect_err(|error| self.note_unread(&error.to_string(), self.order.thread(ticket)))
     }
 
     fn log(&self, ticket: Ticket, op: &Operation<'_>, time: Duration, done: bool) {
@@ -460,27 +467,40 @@ impl Engine {
         self.order.in_flight()
     }
 
-    /// Notes an error of an operation, which somebody may still read.
-    pub fn note_unread(&self, error: &str) {
+    /// Notes an error of an operation that a thread has launched, by the number of its order; none
+    /// if that is not known. Somebody may still read it.
+    pub fn note_unread(&self, error: &str, thread: Option<u32>) {
         let mut unread = self.unread.lock();
-        if !unread.iter().any(|known| error.contains(known.as_str())) {
-            unread.push(error.to_owned());
+        if !unread.iter().any(|known| error.contains(&known.text)) {
+            let text = error.to_owned();
+            unread.push(UnreadError { text, thread });
         }
     }
 
-    /// The first error nobody has read; forgets all of them.
-    pub fn take_unread_error(&self) -> Option<String> {
+    /// The first error that nobody has read, of what the thread with that number has launched, or
+    /// of all threads; forgets the others of these. What no thread is known for is the first
+    /// thread's.
+    pub fn take_unread_error(&self, thread: Option<u32>) -> Option<String> {
         let mut unread = self.unread.lock();
-        let first = unread.first().cloned();
-        unread.clear();
+        let concerns = |error: &UnreadError| {
+            thread.is_none_or(|thread| error.thread.unwrap_or_default() == thread)
+        };
+        let first = unread.iter().find(|error| concerns(error));
+        let first = first.map(|error| error.text.clone());
+        unread.retain(|error| !concerns(error));
         first
+    }
+
+    /// The number of the order of the thread that has launched what has this ticket.
+    pub fn thread(&self, ticket: Ticket) -> Option<u32> {
+        self.order.thread(ticket)
     }
 
     /// Somebody has read an error with this text.
     pub fn mark_read(&self, text: &str) {
         let mut unread = self.unread.lock();
         if !unread.is_empty() {
-            unread.retain(|error| !text.contains(error.as_str()));
+            unread.retain(|error| !text.contains(&error.text));
         }
     }
 

@@ -88,6 +88,13 @@ impl OrderState {
 }
 
 impl Order {
+    /// The thread that dispatched a launch which has not ended.
+    pub fn thread(&self, ticket: Ticket) -> Option<u32> {
+        let state = self.state.lock();
+        let place = state.place(ticket)?;
+        Some(state.in_flight[place].order.thread)
+    }
+
     /// Takes the next ticket. Whoever takes one must [`Order::retire`] it, else all stops.
     pub fn issue(&self, order: LaunchOrder) -> Ticket {
         let mut state = self.state.lock();

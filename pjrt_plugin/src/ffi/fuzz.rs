@@ -376,7 +376,7 @@ fn fuzz_calls_touch_nothing_but_their_results() {
     let mut executed = 0u64;
     let count = cases(|random| {
         executed += u64::from(random_call(random, &targets, messages));
-        world.engine.take_unread_error();
+        world.engine.take_unread_error(None);
     });
     println!(
         "{count} calls of {} targets, {executed} executed",

@@ -56,7 +56,9 @@ impl Completion {
             size: world.size,
             reason: error.to_string().into(),
         };
-        world.engine.note_unread(&error.to_string());
+        let ticket = self.ticket.as_ref().map(|guard| guard.0);
+        let thread = ticket.and_then(|ticket| world.engine.thread(ticket));
+        world.engine.note_unread(&error.to_string(), thread);
         Error::from(error)
     }
 
@@ -145,7 +147,7 @@ pub fn as_completion(callback: impl FnOnce()) {
 pub fn noted(result: Result<(), Error>) -> Result<(), Error> {
     result.inspect_err(|error| {
         if let Some(world) = world() {
-            world.engine.note_unread(&error.to_string());
+            world.engine.note_unread(&error.to_string(), None);
         }
     })
 }

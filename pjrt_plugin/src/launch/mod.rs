@@ -151,7 +151,8 @@ fn world_for_operations() -> Result<&'static World, Error> {
              until the callback has returned: call operations outside of callbacks",
         ));
     }
-    match world.engine.take_unread_error() {
+    let thread = thread_order::of(world).number;
+    match world.engine.take_unread_error(Some(thread)) {
         Some(error) => Err(Error::verbatim(
             PJRT_Error_Code_INTERNAL,
             format!("{error} (reported by the launch after it)"),
