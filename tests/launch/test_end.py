@@ -250,9 +250,9 @@ NOT_RECEIVED = """if True:
 
 @pytest.mark.parametrize("mpi", MPIS)
 def test_a_rank_at_its_end_does_not_wait_for_ever(mpi: str) -> None:
-    result = job(mpi, NOT_RECEIVED, MPI_CUDA_EXIT_TIMEOUT="3")
+    result = job(mpi, NOT_RECEIVED, MPI_CUDA_EXIT_TIMEOUT="1")
     assert result.returncode == 1, result
-    assert "rank 0 has come to its end and has waited longer than 3 s" in result.stderr
+    assert "rank 0 has come to its end and has waited longer than 1 s" in result.stderr
     assert "in send of float32[1048576] to rank 1 with tag 5" in result.stderr, result.stderr
 
 

@@ -47,7 +47,7 @@ PROGRAMS = {
     ),
     "a receive from a rank that has ended": (
         "if R == 0: nt.recv(X, 1).block_until_ready()",
-        "rank 0 waits in vain: rank 1 has ended its program",
+        "rank 1 of the world, which this waits for, has ended its program",
     ),
     "a receive from anybody": (
         "if R == 0: nt.recv(X).block_until_ready()",
@@ -68,7 +68,7 @@ PROGRAMS = {
     "an exception in a thread": (
         "if R == 0: nt.recv(X, 1).block_until_ready()\n"
         "threading.Thread(target=lambda: 1 / 0).start()",
-        "rank 0 waits in vain: rank 1 has ended its program",
+        "rank 1 of the world, which this waits for, has ended its program",
     ),
     "a rank that leaves by os._exit": (
         "if R == 0: nt.allreduce(X, m.SUM).block_until_ready()\ntime.sleep(1)\nos._exit(0)",

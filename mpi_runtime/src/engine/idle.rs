@@ -1,6 +1,7 @@
 //! What a rank does while it waits for a message: it sleeps, sees whether the sender is still
 //! there, and whether the message has come as another type.
 
+use std::cell::Cell;
 use std::ffi::c_int;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -23,8 +24,8 @@ const LONG: u64 = 20_000;
 /// How often it looks whether the sender is there, and for messages of other types, in
 /// microseconds.
 const EXAMINE: u64 = 100_000;
-/// A sender that has gone may have sent before: its message has so many microseconds to come.
-const GRACE: u64 = 1_000_000;
+/// A sender that has gone may have sent before: its message has so long to come.
+const GRACE: Duration = Duration::from_secs(1);
 
 struct Context {
     shim: Shim,
@@ -60,9 +61,32 @@ fn idle_for(op: *const ShimOp, microseconds: u64) -> Option<String> {
     if microseconds % EXAMINE >= 2 * looks.as_micros() as u64 {
         return None;
     }
-    context
-        .other_type(op)
-        .or_else(|| context.gone(op, microseconds))
+    thread_local! {
+        static GONE: Cell<Gone> = const {
+            Cell::new(Gone {
+                waited: 0,
+                since: None,
+            })
+        };
+    }
+    let mut gone = GONE.get();
+    if microseconds < gone.waited {
+        // That was another message.
+        gone.since = None;
+    }
+    gone.waited = microseconds;
+    let reason = context.other_type(op);
+    let reason = reason.or_else(|| context.gone(op, &mut gone.since));
+    GONE.set(gone);
+    reason
+}
+
+/// Since when the sender of the message that a thread waits for is known to have gone.
+#[derive(Clone, Copy)]
+struct Gone {
+    /// How long the thread had waited when it last looked.
+    waited: u64,
+    since: Option<Instant>,
 }
 
 /// Sleeps until a message may be there, of somebody who has waited for so long. It never yields
@@ -83,6 +107,7 @@ pub(crate) fn sleep(waited: Duration) {
 pub(crate) struct MessageWait {
     looks: u32,
     since: Option<Instant>,
+    gone_since: Option<Instant>,
 }
 
 impl MessageWait {
@@ -100,13 +125,15 @@ impl MessageWait {
     }
 
     /// Why the message of `op` will never come, if that is known.
-    pub(crate) fn given_up(&self, op: &ShimOp) -> Option<String> {
+    pub(crate) fn given_up(&mut self, op: &ShimOp) -> Option<String> {
         let context = CONTEXT.get()?;
         let waited = self.since?.elapsed().as_micros() as u64;
         if waited < AWAKE || waited % EXAMINE >= 2 * SLEEP.as_micros() as u64 {
             return None;
         }
-        context.other_type(op).or_else(|| context.gone(op, waited))
+        let gone_since = &mut self.gone_since;
+        let reason = context.other_type(op);
+        reason.or_else(|| context.gone(op, gone_since))
     }
 }
 
@@ -127,14 +154,14 @@ impl Context {
         Some(other_type(&found, own))
     }
 
-    /// Why the message will never come, if that is known.
-    fn gone(&self, op: &ShimOp, microseconds: u64) -> Option<String> {
-        if microseconds < GRACE {
-            return None;
-        }
+    /// Why the message will never come, if the sender has gone and what it sent would have come.
+    fn gone(&self, op: &ShimOp, since: &mut Option<Instant>) -> Option<String> {
         let source = usize::try_from(op.source_in_world).ok()?;
         let board = self.board.as_ref().filter(|board| board.sees(source))?;
         let gone = board.gone(source)?;
+        if since.get_or_insert_with(Instant::now).elapsed() < GRACE {
+            return None;
+        }
         Some(format!(
             "rank {source} of the world, which this waits for, {gone}"
         ))
