@@ -200,22 +200,6 @@ def _user_op(mpi: Any, op: Any) -> Op:
     return known
 
 
-def tell_refusal(operation: str, comm: Any, error: Exception) -> None:
-    """Tells the other ranks of a communicator that this one has refused a collective.
-
-    Within a program that is being traced nobody is told: what the program would have executed
-    before is not known.
-    """
-    if not jax_core.is_outside_programs():
-        return
-    try:
-        where = resolve_comm(comm)
-    except (TypeError, ValueError, RuntimeError):
-        return
-    words = f"{type(error).__name__}: {error}"
-    _library.load().mpi_cuda_refuse(where.number, operation.encode(), words.encode())
-
-
 def _integer(operation: str, what: str, value: Any) -> int:
     if isinstance(value, jax.core.Tracer):
         raise TypeError(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +15,6 @@ from mpi_cuda._primitives import TEMPLATES, Result, primitives
 
 Array = jax.Array
 Token = jax.Array
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 # Types of less than 8 bits, and the type in which they travel, one byte for each element.
@@ -107,7 +102,6 @@ def bind(
     with_token = token is not False
     if with_token:
         operands.append(_as_token(token))
-    _checked.arguments = True
     outs = primitives[name].bind(
         *operands,
         result=None if result is None else Result(tuple(result[0]), np.dtype(narrow or result[1])),
@@ -133,28 +127,6 @@ def _require_leading(rule: str, x: Any, comm: Comm) -> None:
         )
 
 
-# Whether the arguments of the operation that this thread calls are right.
-_checked = threading.local()
-
-
-def _collective(function: Callable[P, R]) -> Callable[P, R]:
-    """A collective whose arguments may be wrong on one rank alone: the others are told, since they
-    would wait for this rank."""
-
-    @functools.wraps(function)
-    def operation(*args: P.args, **kwargs: P.kwargs) -> R:
-        _checked.arguments = False
-        try:
-            return function(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            if not _checked.arguments:
-                _arguments.tell_refusal(function.__name__, kwargs.get("comm"), error)
-            raise
-
-    return operation
-
-
-@_collective
 def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Gathers `x` of every rank on every rank (MPI 4.0, section 6.7).
 
@@ -170,7 +142,6 @@ def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, To
     return bind("allgather", where, x, ((where.size, *x.shape), x.dtype), token)
 
 
-@_collective
 def allreduce(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over all ranks, with the result on every rank (MPI 4.0, section 6.9.6).
 
@@ -190,7 +161,6 @@ def allreduce(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[
     return bind("allreduce", where, x, (x.shape, x.dtype), token, op=number)
 
 
-@_collective
 def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x[i]` to rank i and receives from it (MPI 4.0, section 6.8).
 
@@ -210,7 +180,6 @@ def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Tok
     return bind("alltoall", where, x, (x.shape, x.dtype), token)
 
 
-@_collective
 def barrier(*, comm: Any = None, token: Any = None) -> Token:
     """Waits until every rank has come here (MPI 4.0, section 6.3).
 
@@ -224,7 +193,6 @@ def barrier(*, comm: Any = None, token: Any = None) -> Token:
     return bind("barrier", _arguments.resolve_comm(comm), None, None, token)[1]
 
 
-@_collective
 def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x` of the root to every rank (MPI 4.0, section 6.4).
 
@@ -242,7 +210,6 @@ def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Ar
     return bind("bcast", where, x, (x.shape, x.dtype), token, root=root)
 
 
-@_collective
 def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks before this one (MPI 4.0, section 6.11.2).
 
@@ -264,7 +231,6 @@ def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Arr
     return bind("exscan", where, x, (x.shape, x.dtype), token, op=number)
 
 
-@_collective
 def gather(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Gathers `x` of every rank on the root (MPI 4.0, section 6.5).
 
@@ -330,7 +296,6 @@ def recv(
     return bind("recv", where, None, result, token, template=template, paired=paired, **attributes)
 
 
-@_collective
 def reduce(
     x: Any, op: Any, root: int, *, comm: Any = None, token: Any = None
 ) -> tuple[Array, Token]:
@@ -352,7 +317,6 @@ def reduce(
     return bind("reduce", where, x, (x.shape, x.dtype), token, op=number, root=root)
 
 
-@_collective
 def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over all ranks, of which rank i gets `x[i]` (MPI 4.0, section 6.10.1).
 
@@ -374,7 +338,6 @@ def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> t
     return bind("reduce_scatter", where, x, (x.shape[1:], x.dtype), token, op=number)
 
 
-@_collective
 def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks up to and including this one (MPI 4.0, section 6.11.1).
 
@@ -392,7 +355,6 @@ def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array
     return bind("scan", where, x, (x.shape, x.dtype), token, op=number)
 
 
-@_collective
 def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x[i]` of the root to rank i (MPI 4.0, section 6.6).
 

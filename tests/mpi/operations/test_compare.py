@@ -136,27 +136,6 @@ def test_a_missing_operation() -> None:
     check_refused(lambda: jax.jit(program)(X), "barrier", "allgather")
 
 
-def test_what_the_root_refuses_before_it_communicates() -> None:
-    wrong = jnp.ones((SIZE + 1, 3)) if FIRST else X
-    for _ in range(3):
-        with pytest.raises(Exception, match=rf"(^|ValueError: )Scatter input .*{SIZE + 1}"):
-            nt.scatter(wrong, 0).block_until_ready()
-        check_all_right()
-    # All ranks refuse alike, and nobody is told of it.
-    for _ in range(3):
-        with pytest.raises(ValueError, match="root"):
-            nt.bcast(X, SIZE)
-    check_all_right()
-    # The root goes on with something else.
-    if FIRST:
-        with pytest.raises(TypeError):
-            nt.allreduce(X, "SUM")
-    else:
-        with pytest.raises(Exception, match=r"rank 0 has refused it: TypeError: op must be"):
-            nt.allreduce(X, m.SUM).block_until_ready()
-    check_all_right()
-
-
 def test_communicators_of_the_user() -> None:
     comm = MPI.COMM_WORLD.Dup()
     half = MPI.COMM_WORLD.Split(RANK // 2)

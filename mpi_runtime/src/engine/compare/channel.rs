@@ -50,8 +50,8 @@ pub(super) struct Channel {
     /// The notes that this rank has seen, its own among them: a new one makes all current records
     /// void, and each rank writes its own again.
     epoch: u64,
-    /// The last note that this rank has left, and how many like it.
-    noted: (Note, u64),
+    /// The record beside which this rank has left its last notes, and how many.
+    noted: (u64, u64),
     /// It is not used any more, for this reason.
     closed: Option<Failure>,
 }
@@ -165,7 +165,7 @@ impl Channel {
             owed: None,
             shared,
             epoch: 0,
-            noted: (Note::NONE, 0),
+            noted: (0, 0),
             closed: None,
         }
     }
@@ -202,8 +202,9 @@ impl Channel {
     pub(super) fn note(&mut self, board: &Board, kind: Kind, words: &str) {
         if self.settle(board).is_ok() {
             let note = Note::new(kind, self.written + 1);
-            let (last, count) = self.noted;
-            self.noted = (note, if last == note { count + 1 } else { 1 });
+            let (record, count) = self.noted;
+            let before = if record == note.record { count } else { 0 };
+            self.noted = (note.record, before + 1);
             self.epoch += 1;
             board.write_text(self.key(self.rank, note.word() << 16), words);
             board.leave_note(self.lane, note.word());
@@ -314,8 +315,8 @@ impl Channel {
         self.epoch += new;
         let kind = own.kind().map_or(0, |kind| kind as u64 + 1);
         let concerns = note.kind == kind;
-        let own_note = Note::new(own.kind()?, self.written);
-        let matched = self.noted.0 == own_note && self.noted.1 >= new;
+        // Ranks that refuse as much here refuse alike.
+        let matched = self.noted.0 == self.written && self.noted.1 >= new;
         (concerns && !matched).then_some(Outcome::Refused(index))
     }
 

@@ -190,9 +190,13 @@ fn a_refusal_reaches_the_others_and_waits_for_nobody() {
 impl Rank {
     /// Refuses a barrier before it is launched.
     fn refuses_barrier(&self) {
+        self.refuses(Kind::Barrier);
+    }
+
+    fn refuses(&self, kind: Kind) {
         let members = || Some((0..RANKS as i32).collect());
         let comparison = &self.comparison;
-        comparison.refuse(Ticket(self.launch), WORLD, Kind::Barrier, "no", members);
+        comparison.refuse(Ticket(self.launch), WORLD, kind, "no", members);
     }
 }
 
@@ -245,6 +249,7 @@ fn what_all_refuse_or_nobody_else_wants_is_nobodys_error() {
     let results = on_all(|rank| {
         for round in 0..20 {
             for _ in 0..round % 4 {
+                rank.refuses(Kind::Bcast);
                 rank.refuses_barrier();
             }
             rank.barrier()?;
