@@ -15,8 +15,12 @@ from jax.experimental import multihost_utils
 from mpi4py import MPI
 
 import mpi_cuda as m
+from mpi_cuda import _library
 from mpi_cuda import notoken as nt
 
+pytestmark = pytest.mark.skipif(
+    bool(_library.load().mpi_cuda_on_gpu()), reason="on GPUs all threads share one order"
+)
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 X = jnp.arange(3.0)
 MESH = jax.make_mesh((SIZE,), ("x",))
