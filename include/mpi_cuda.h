@@ -145,11 +145,6 @@ void mpi_cuda_reads_status(void);
  * for sequences that differ only in how often their loops run, and other than 0. */
 void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
 
-/* Tells the other ranks of the communicator that this one has refused a collective, by its name
- * ("scatter"), before it was launched, and why. Those that wait in such a collective fail with that
- * text instead of waiting for ever. */
-void mpi_cuda_refuse(int64_t comm, const char *name, const char *words);
-
 /* 1 if another rank of this node waits in an operation, 0 if not. */
 int mpi_cuda_is_awaited(void);
 

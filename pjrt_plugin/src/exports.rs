@@ -5,11 +5,9 @@ use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use mpi_runtime::engine::Launch;
 use mpi_runtime::engine::recorder::file;
-use mpi_runtime::node::process::is_main_thread;
 use mpi_runtime::watch::place;
-use mpi_runtime::{ANY_COMM, Kind, LaunchOrder};
+
 use parking_lot::Mutex;
 use pjrt_sys::PJRT_Api;
 
@@ -154,37 +152,6 @@ pub unsafe extern "C" fn mpi_cuda_describe(sequence: u64, code: u64, words: *con
         let words = unsafe { CStr::from_ptr(words) }.to_string_lossy();
         if let Some(world) = world() {
             world.engine.describe_sequence(sequence, code, &words);
-        }
-    });
-}
-
-/// Tells the other ranks that this one has refused a collective, by its name, before it was
-/// launched. `words` say why.
-///
-/// # Safety
-/// The texts must be NUL-terminated.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mpi_cuda_refuse(comm: i64, name: *const c_char, words: *const c_char) {
-    quiet((), || {
-        // SAFETY: the caller's texts are NUL-terminated.
-        let [name, words] = [name, words].map(|text| unsafe { CStr::from_ptr(text) });
-        let kinds = Kind::ALL.iter();
-        let mut named = kinds.filter(|kind| kind.name().as_bytes() == name.to_bytes());
-        if let (Some(world), Some(&kind)) = (world_of_this_process(), named.next())
-            && kind.is_collective()
-            && !launch::ticket::is_in_callback()
-        {
-            let words = words.to_string_lossy().into_owned();
-            let launch = Launch {
-                uniform: None,
-                by_main_thread: is_main_thread(),
-            };
-            let order = LaunchOrder {
-                thread: launch::thread_order::of(world).number,
-                comms: &[ANY_COMM],
-                channel: 0,
-            };
-            world.engine.refuse(order, launch, comm, kind, words);
         }
     });
 }

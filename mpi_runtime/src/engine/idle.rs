@@ -163,7 +163,8 @@ impl Context {
             return None;
         }
         Some(format!(
-            "rank {source} of the world, which this waits for, {gone}"
+            "rank {source} of the world, which this waits for, {gone}; look for an error of that \
+             rank, or for a message that it does not send"
         ))
     }
 }

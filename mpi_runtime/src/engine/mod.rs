@@ -21,10 +21,8 @@ mod uniform;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
-use crate::buffer::Buffer;
 use crate::device::Stream;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
@@ -343,48 +341,6 @@ impl Engine {
     pub fn note_launch(&self, ticket: Ticket, launch: Launch) {
         self.pending.note_thread();
         self.calls.comparison.note(ticket, launch);
-    }
-
-    /// Tells the other ranks that this one has refused a collective of that kind on `comm`, before
-    /// it was launched: once the launches so far have ended, on a thread of its own. `words` say
-    /// why. Otherwise they would wait for ever.
-    pub fn refuse(
-        &'static self,
-        order: LaunchOrder,
-        launch: Launch,
-        comm: i64,
-        kind: Kind,
-        words: String,
-    ) {
-        let Some(comm_row) = self.communicators.get(comm).filter(|row| row.size > 1) else {
-            return;
-        };
-        let ticket = self.issue_ticket(order);
-        self.note_launch(ticket, launch);
-        let told = std::thread::Builder::new()
-            .name("mpi_cuda refusal".into())
-            .spawn(move || {
-                self.order.wait_turn(ticket);
-                let members = || {
-                    let shim = self.calls.shim.as_ref()?;
-                    shim.comm_members(comm_row.handle, comm_row.size).ok()
-                };
-                let comparison = &self.calls.comparison;
-                let op = Operation::new(kind, comm, Buffer::NONE, Buffer::NONE);
-                let recording = RECORDER.begin(ticket, &op, || Some(comm_row));
-                comparison.refuse(ticket, comm, kind, &words, members);
-                recording.end(&Err(OperationError {
-                    operation: kind.name().into(),
-                    rank: comm_row.rank,
-                    comm: comm_row.name.to_owned(),
-                    size: comm_row.size,
-                    reason: words.into(),
-                }));
-                self.retire(ticket);
-            });
-        if told.is_err() {
-            self.retire(ticket);
-        }
     }
 
     /// Says in words what the sequence of a [`UniformProgram`] is; `code` is the same for those

@@ -6,7 +6,7 @@
 //! `engine/compare/`.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::node::bell::Bell;
@@ -24,23 +24,6 @@ pub(crate) const RECORD: usize = 4;
 const TEXTS: u64 = 16;
 const TEXT: usize = 504;
 
-/// Bits of the number of a record; those above say how often it was replaced.
-const EPOCHS: u32 = 48;
-
-/// Which record, and which of those that have replaced it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RecordNumber {
-    /// From 1 on.
-    pub(crate) number: u64,
-    pub(crate) epoch: u64,
-}
-
-impl RecordNumber {
-    fn whole(self) -> u64 {
-        self.number | self.epoch << EPOCHS
-    }
-}
-
 /// A record on a cache line of its own; its number is written last.
 #[repr(C, align(64))]
 struct Slot {
@@ -52,9 +35,6 @@ struct Slot {
 struct Lane {
     /// The channel that it belongs to; 0 if it is free.
     channel: AtomicU64,
-    /// How many notes the rank has left here, and the last of them.
-    notes: AtomicU64,
-    note: AtomicU64,
     slots: [Slot; RING as usize],
 }
 
@@ -182,7 +162,6 @@ impl Board {
         for slot in &lane.slots {
             slot.number.store(0, Ordering::SeqCst);
         }
-        lane.notes.store(0, Ordering::SeqCst);
         lane.channel.store(0, Ordering::SeqCst);
     }
 
@@ -194,32 +173,11 @@ impl Board {
             .position(|lane| lane.channel.load(Ordering::SeqCst) == channel)
     }
 
-    /// Leaves a note in a lane of this rank's, beside its records.
-    pub(crate) fn leave_note(&self, lane: usize, note: u64) {
-        let own = self.of(self.rank);
-        own.lanes[lane].note.store(note, Ordering::SeqCst);
-        own.lanes[lane].notes.fetch_add(1, Ordering::SeqCst);
-        own.bell.ring();
-    }
-
-    /// How many notes `rank` has left in a lane, and the last of them.
+    /// Leaves record `number` in a lane of this rank's.
     #[inline]
-    pub(crate) fn notes(&self, rank: usize, lane: usize) -> (u64, u64) {
-        let lane = &self.of(rank).lanes[lane];
-        let notes = lane.notes.load(Ordering::SeqCst);
-        (notes, lane.note.load(Ordering::SeqCst))
-    }
-
-    /// Leaves record `number` in a lane of this rank's; one that it has left before is replaced.
-    #[inline]
-    pub(crate) fn write(&self, lane: usize, number: RecordNumber, record: [u64; RECORD]) {
+    pub(crate) fn write(&self, lane: usize, number: u64, record: [u64; RECORD]) {
         let own = self.of(self.rank);
-        let slot = &own.lanes[lane].slots[(number.number % RING) as usize];
-        let number = number.whole();
-        if number >> EPOCHS != 0 {
-            // Nobody takes the new words for those of the old record.
-            slot.number.store(0, Ordering::SeqCst);
-        }
+        let slot = &own.lanes[lane].slots[(number % RING) as usize];
         for (word, value) in slot.words.iter().zip(record) {
             word.store(value, Ordering::Relaxed);
         }
@@ -230,20 +188,14 @@ impl Board {
 
     /// Record `number` in a lane of `rank`, once it is there.
     #[inline]
-    pub(crate) fn read(
-        &self,
-        rank: usize,
-        lane: usize,
-        number: RecordNumber,
-    ) -> Option<[u64; RECORD]> {
-        let slot = &self.of(rank).lanes[lane].slots[(number.number % RING) as usize];
-        let number = number.whole();
+    pub(crate) fn read(&self, rank: usize, lane: usize, number: u64) -> Option<[u64; RECORD]> {
+        let slot = &self.of(rank).lanes[lane].slots[(number % RING) as usize];
         if slot.number.load(Ordering::Acquire) != number {
             return None;
         }
-        let record = std::array::from_fn(|word| slot.words[word].load(Ordering::Relaxed));
-        fence(Ordering::Acquire);
-        (slot.number.load(Ordering::Relaxed) == number).then_some(record)
+        Some(std::array::from_fn(|word| {
+            slot.words[word].load(Ordering::Relaxed)
+        }))
     }
 
     /// Leaves words about something that other ranks know by `key`, which is not 0.
@@ -400,16 +352,10 @@ mod tests {
         assert_eq!(second.take_lane(8, 0), Some(lane + 1));
         assert_eq!(first.find_lane(1, 9), Some(lane));
         assert_eq!(first.find_lane(1, 7), None);
-        let at = |number, epoch| RecordNumber { number, epoch };
-        assert_eq!(first.read(1, lane, at(1, 0)), None);
-        second.write(lane, at(1, 0), [1, 2, 3, 4]);
-        assert_eq!(first.read(1, lane, at(1, 0)), Some([1, 2, 3, 4]));
-        assert_eq!(first.read(1, lane, at(1 + RING, 0)), None);
-        second.leave_note(lane, 44);
-        assert_eq!(first.notes(1, lane), (1, 44));
-        second.write(lane, at(1, 1), [5, 6, 7, 8]);
-        assert_eq!(first.read(1, lane, at(1, 0)), None);
-        assert_eq!(first.read(1, lane, at(1, 1)), Some([5, 6, 7, 8]));
+        assert_eq!(first.read(1, lane, 1), None);
+        second.write(lane, 1, [1, 2, 3, 4]);
+        assert_eq!(first.read(1, lane, 1), Some([1, 2, 3, 4]));
+        assert_eq!(first.read(1, lane, 1 + RING), None);
         second.write_text(33, "allreduce");
         assert_eq!(first.text(1, 33).as_deref(), Some("allreduce"));
         assert_eq!(first.text(1, 34), None);

@@ -101,26 +101,14 @@ pub const VARIABLES: &[Variable] = &[
         old_name: None,
         values: "0, seconds",
         meaning: "end the job if an operation waits longer than this; 0: never",
-        read: |config, text| {
-            let never = (text == "0").then_some(None);
-            set(
-                &mut config.abort_after,
-                never.or_else(|| seconds(text).map(Some)),
-            )
-        },
+        read: |config, text| set(&mut config.abort_after, limit(text)),
     },
     Variable {
         name: "MPI_CUDA_EXIT_TIMEOUT",
         old_name: None,
         values: "90, seconds, 0",
         meaning: "end the job if a rank at its end waits longer than this for others; 0: never",
-        read: |config, text| {
-            let never = (text == "0").then_some(None);
-            set(
-                &mut config.exit_timeout,
-                never.or_else(|| seconds(text).map(Some)),
-            )
-        },
+        read: |config, text| set(&mut config.exit_timeout, limit(text)),
     },
     Variable {
         name: "MPI_CUDA_LOG",
@@ -298,6 +286,14 @@ fn flag(text: &str) -> Option<bool> {
 
 fn number<T: FromStr + PartialOrd>(text: &str, range: RangeInclusive<T>) -> Option<T> {
     text.parse().ok().filter(|number| range.contains(number))
+}
+
+/// A number of seconds; none for `0`, which is never.
+fn limit(text: &str) -> Option<Option<Duration>> {
+    match text {
+        "0" => Some(None),
+        _ => seconds(text).map(Some),
+    }
 }
 
 fn seconds(text: &str) -> Option<Duration> {

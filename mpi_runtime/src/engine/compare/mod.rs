@@ -16,7 +16,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use mpi_shim_abi::{Kind, ShimOp};
+use mpi_shim_abi::ShimOp;
 use parking_lot::{Mutex, RwLock};
 
 use crate::engine::order::Ticket;
@@ -186,7 +186,6 @@ impl Comparison {
                 let launch = Record::Launch(Sequence {
                     hash: sequence,
                     code,
-                    first: Some(op.kind),
                 });
                 if channel.step(board, launch, || words.clone())? {
                     row.same.store(ticket.0, Ordering::Relaxed);
@@ -212,33 +211,10 @@ impl Comparison {
                 let record = Record::Launch(Sequence {
                     hash: sequence,
                     code: 1,
-                    first: None,
                 });
                 row.channel.lock().step(board, record, words)
             }
             _ => Ok(true),
-        }
-    }
-
-    /// Tells the others that this rank has refused a collective of that kind on `comm`, in its
-    /// turn after the launch `ticket`.
-    pub(super) fn refuse(
-        &self,
-        ticket: Ticket,
-        comm: i64,
-        kind: Kind,
-        words: &str,
-        members: impl FnOnce() -> Option<Vec<i32>>,
-    ) {
-        let Some(board) = &self.board else { return };
-        let note = |row: &Row| row.channel.lock().note(board, kind, words);
-        match self.fixed.get(comm as usize).and_then(Option::as_ref) {
-            Some(row) => note(row),
-            None => {
-                if let Some(row) = self.users_row(board, ticket, comm, members) {
-                    note(&row);
-                }
-            }
         }
     }
 

@@ -28,8 +28,6 @@ pub(super) struct Sequence {
     pub(super) hash: u64,
     /// The same, but for how often its loops run; 0 if that is not known.
     pub(super) code: u64,
-    /// It begins with one of this kind, where only one is first.
-    pub(super) first: Option<Kind>,
 }
 
 /// What must be the same on all ranks of a collective.
@@ -77,10 +75,7 @@ impl Record {
                     OPERATION | (own.kind as u64) << 8 | (own.dtype as u64) << 16 | reduction << 24;
                 [first, own.root as u64, own.count as u64, 0]
             }
-            Record::Launch(own) => {
-                let first = own.first.map_or(0, |kind| kind as u64 + 1);
-                [LAUNCH | first << 8, own.code, own.hash, 0]
-            }
+            Record::Launch(own) => [LAUNCH, own.code, own.hash, 0],
             Record::Refused(kind) => [REFUSED | (kind as u64) << 8, 0, 0, 0],
         }
     }
@@ -88,7 +83,7 @@ impl Record {
     /// Whether these are those of a launch.
     #[inline]
     pub(super) fn is_launch(words: &[u64; RECORD]) -> bool {
-        words[0] & 0xff == LAUNCH
+        words[0] == LAUNCH
     }
 
     /// Whether two launches run the same code, but differently.
@@ -99,15 +94,6 @@ impl Record {
     #[inline]
     pub(super) fn is_refusal(words: &[u64; RECORD]) -> bool {
         words[0] & 0xff == REFUSED
-    }
-
-    /// The kind of the collective that this begins with, if that is one.
-    pub(super) fn kind(&self) -> Option<Kind> {
-        match self {
-            Record::Operation(own) => Some(own.kind),
-            Record::Launch(sequence) => sequence.first,
-            Record::Refused(kind) => Some(*kind),
-        }
     }
 
     /// From what another rank has written.
@@ -128,10 +114,6 @@ impl Record {
             LAUNCH => Record::Launch(Sequence {
                 hash: words[2],
                 code: words[1],
-                first: match byte(1) {
-                    0 => None,
-                    number => Some(Kind::ALL.get(number - 1).copied()?),
-                },
             }),
             REFUSED => Record::Refused(kind?),
             _ => return None,
@@ -193,29 +175,15 @@ mod tests {
                 assert_eq!(Record::from_words(&own.words()), Some(own));
             }
         }
-        let launch = |first| {
-            Record::Launch(Sequence {
-                hash: u64::MAX,
-                code: 3,
-                first,
-            })
-        };
-        for record in [
-            launch(None),
-            launch(Some(Kind::Scatter)),
-            Record::Refused(Kind::Scatter),
-        ] {
+        let launch = Record::Launch(Sequence {
+            hash: u64::MAX,
+            code: 3,
+        });
+        for record in [launch, Record::Refused(Kind::Scatter)] {
             assert_eq!(Record::from_words(&record.words()), Some(record));
         }
-        assert!(Record::is_launch(&launch(None).words()));
-        let words = |hash, code| {
-            Record::Launch(Sequence {
-                hash,
-                code,
-                first: None,
-            })
-            .words()
-        };
+        assert!(Record::is_launch(&launch.words()));
+        let words = |hash, code| Record::Launch(Sequence { hash, code }).words();
         assert!(Record::clash(&words(1, 5), &words(2, 5)));
         for other in [words(1, 5), words(2, 6), words(2, 0)] {
             assert!(!Record::clash(&words(1, 5), &other));
