@@ -129,8 +129,9 @@ class _JoinAfter:
 
 def _join() -> None:
     try:
-        # How a rank ends is installed when it joins.
+        # How a rank ends, and who says where it is, are installed when it joins.
         _alone("_lifecycle")
+        _alone("_where")
         _alone("_library").start()
     except Exception:
         # Whoever creates the backend hears of it.

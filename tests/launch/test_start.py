@@ -300,3 +300,15 @@ def test_tasks_without_process_management_are_refused(first: str) -> None:
     assert "srun --mpi=pmix" in result.stderr and "--mpi=pmi2" in result.stderr, result.stderr
     result = job(None, code, **slurm, SLURM_STEP_NUM_TASKS="1", SLURM_JOB_ID="1")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_joining_with_mpi4py_imports_no_jax(mpi: str) -> None:
+    """The program may still set variables that JAX reads when it is imported."""
+    code = """if True:
+        import sys
+        from mpi4py import MPI
+        print("mpi_cuda._library" in sys.modules, "jax" in sys.modules)
+    """
+    result = job(mpi, code)
+    assert result.returncode == 0 and twice("True False", result), result

@@ -295,12 +295,15 @@ impl Engine {
         prepared.map(drop)
     }
 
-    /// Whether another rank of this node waits in an operation. It shows that after a moment, for
-    /// which this waits.
+    /// Whether another rank of this node waits in an operation while this one has not come to its
+    /// end. It shows that after a moment, for which this waits.
     pub fn is_awaited(&self) -> bool {
         let Some(board) = self.calls.comparison.board() else {
             return false;
         };
+        if board.has_left() {
+            return false;
+        }
         let awaited = || board.others().any(|rank| !board.waiting(rank).is_zero());
         for _ in 0..SHOWN.as_millis() / 10 {
             if awaited() {

@@ -294,6 +294,11 @@ impl Board {
         }
     }
 
+    /// Whether this rank has said that it leaves.
+    pub(crate) fn has_left(&self) -> bool {
+        self.of(self.rank).left.load(Ordering::SeqCst) != 0
+    }
+
     /// Why `rank` will show nothing new, if so.
     pub(crate) fn gone(&self, rank: usize) -> Option<&'static str> {
         let shown = self.of(rank);
@@ -368,7 +373,9 @@ mod tests {
     fn who_has_left_is_gone() {
         let [first, second] = pair();
         assert_eq!(first.gone(1), None);
+        assert!(!second.has_left());
         second.leave();
+        assert!(second.has_left() && !first.has_left());
         assert_eq!(first.gone(1), Some("has ended its program"));
         let shown = first.of(1);
         shown.left.store(0, Ordering::SeqCst);
