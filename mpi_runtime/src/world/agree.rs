@@ -15,6 +15,8 @@ use crate::world::options::{DeviceOptions, WorldOptions};
 
 /// What they agree on, and what follows from where they run.
 pub(super) struct Agreed {
+    /// Which of the nodes that ranks pretend to be on; 0 if they do not.
+    pub(super) pretended: u64,
     pub(super) node_rank: i32,
     pub(super) node_size: i32,
     /// There are more ranks than cores on some node.
@@ -24,6 +26,13 @@ pub(super) struct Agreed {
     pub(super) job: u64,
 }
 
+impl Agreed {
+    /// The number for what the ranks of this node share, from one of the whole job.
+    pub(super) fn of_node(&self, number: u64) -> u64 {
+        number.wrapping_add(self.pretended)
+    }
+}
+
 /// Agrees, or says what differs. Collective.
 pub(super) fn agree(
     ranks: &AllRanks<'_>,
@@ -31,12 +40,21 @@ pub(super) fn agree(
     joined: &Joined,
 ) -> Result<Agreed, StartError> {
     let shim = ranks.shim;
-    let (node_rank, node_size, cores) = shim
+    let (mut node_rank, mut node_size, cores) = shim
         .node(shim.comm_world())
         .map_err(mpi_error("MPI_Comm_split_type"))?;
     // All ranks must wait in the same way, since nonblocking collectives do not match blocking
     // ones (MPI 4.0, section 6.12).
     let oversubscribed = ranks.most(u64::from(node_size > cores))? != 0;
+    let mut pretended = 0;
+    if let Some(nodes) = options.pretend_nodes {
+        let node = |rank: i32| i64::from(rank) * i64::from(nodes) / i64::from(joined.size);
+        let own = node(joined.rank);
+        let of_node = (0..joined.size).filter(|&rank| node(rank) == own);
+        node_size = of_node.clone().count() as i32;
+        node_rank = of_node.filter(|&rank| rank < joined.rank).count() as i32;
+        pretended = own as u64;
+    }
     ranks.same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
     ranks.same(
         "the memory of arrays (MPI_CUDA_DEVICE: 0 the host's, 1 a GPU's)",
@@ -44,6 +62,7 @@ pub(super) fn agree(
     )?;
     let device = options.device.as_ref();
     Ok(Agreed {
+        pretended,
         node_rank,
         node_size,
         oversubscribed,

@@ -31,6 +31,8 @@ pub struct WorldOptions {
     pub record: Option<RecordOptions>,
     /// For devices with memory of their own.
     pub device: Option<DeviceOptions>,
+    /// `MPI_CUDA_PRETEND_NODES`: ranks behave as if they were on so many nodes (tests).
+    pub pretend_nodes: Option<i32>,
     /// `MPI_CUDA_LOG=debug`: say for each operation what served it.
     pub verbose: bool,
 }

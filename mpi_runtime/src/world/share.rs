@@ -42,7 +42,7 @@ pub(super) fn share_memory(
         // The ranks agree on the transfer, and all of them or none come here.
         Some(device) if size > 1 && stages => {
             let chunk = device.shm_ring.then_some(device.chunk_bytes);
-            Some(Arc::new(share_rings(ranks, agreed.node_size, chunk)?))
+            Some(Arc::new(share_rings(ranks, agreed, chunk)?))
         }
         _ => None,
     };
@@ -53,7 +53,7 @@ pub(super) fn share_memory(
     patience::configure(agreed.oversubscribed);
     let board = match size {
         1 => None,
-        _ => share_board(ranks, agreed.node_size)?.map(Arc::new),
+        _ => share_board(ranks, agreed)?.map(Arc::new),
     };
     Ok(SharedMemory {
         shm_rings,
@@ -78,17 +78,17 @@ fn share_rendezvous(ranks: &AllRanks<'_>) -> Result<Option<Rendezvous>, StartErr
 }
 
 /// What the ranks of a node show each other, or none if those of some node cannot share memory.
-fn share_board(ranks: &AllRanks<'_>, node_size: i32) -> Result<Option<Board>, StartError> {
+fn share_board(ranks: &AllRanks<'_>, agreed: &Agreed) -> Result<Option<Board>, StartError> {
     let (rank, size) = (ranks.comm.rank as usize, ranks.comm.size as usize);
     let own = if rank == 0 { segment::new_number() } else { 0 };
-    let number = ranks.most(own)?;
+    let number = agreed.of_node(ranks.most(own)?);
     let mut board = Board::make(number, rank, size);
     ranks.most(0)?;
     let seen = board.as_mut().map_or(0, |board| {
         board.open();
         board.ranks()
     });
-    let failed = ranks.most(u64::from(seen != node_size as usize))? != 0;
+    let failed = ranks.most(u64::from(seen != agreed.node_size as usize))? != 0;
     if let Ok(board) = &board {
         board.unlink();
     }
@@ -98,13 +98,14 @@ fn share_board(ranks: &AllRanks<'_>, node_size: i32) -> Result<Option<Board>, St
 /// The rings of this node's ranks; a rank makes one for messages in parts of `chunk` bytes, if any.
 fn share_rings(
     ranks: &AllRanks<'_>,
-    node_size: i32,
+    agreed: &Agreed,
     chunk: Option<usize>,
 ) -> Result<ShmRings, StartError> {
     let (rank, size) = (ranks.comm.rank as usize, ranks.comm.size as usize);
     let own = if rank == 0 { segment::new_number() } else { 0 };
-    let number = ranks.most(own)?;
-    let mut shm_rings = ShmRings::make(number, rank, size, node_size as usize, chunk);
+    let number = agreed.of_node(ranks.most(own)?);
+    let node_size = agreed.node_size as usize;
+    let mut shm_rings = ShmRings::make(number, rank, size, node_size, chunk);
     ranks.most(0)?;
     shm_rings.open();
     ranks.most(0)?;

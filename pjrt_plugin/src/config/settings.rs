@@ -78,6 +78,7 @@ pub struct Config {
     pub pretend_device: Pretend,
     pub recompile: bool,
     pub pretend_size: Option<i32>,
+    pub pretend_nodes: Option<i32>,
     /// What the user should hear of the variables set.
     pub warnings: Vec<String>,
 }
@@ -109,6 +110,7 @@ impl Default for Config {
             pretend_device: Pretend::Nothing,
             recompile: false,
             pretend_size: None,
+            pretend_nodes: None,
             warnings: Vec::new(),
         }
     }

@@ -267,6 +267,13 @@ pub const VARIABLES: &[Variable] = &[
             )
         },
     },
+    Variable {
+        name: "MPI_CUDA_PRETEND_NODES",
+        old_name: None,
+        values: "nodes",
+        meaning: "tests only: ranks behave as if they were on so many nodes",
+        read: |config, text| set(&mut config.pretend_nodes, number(text, 1..=4096).map(Some)),
+    },
 ];
 
 /// Puts a value that was understood in its place.
