@@ -132,6 +132,13 @@ impl Engine {
         rendezvous.meet(|| self.order.is_first(ticket), || history.arrival(program))
     }
 
+    /// A launch that this rank has arrived at will not run, since it could not be dispatched.
+    pub fn withdraw(&self) {
+        if let Some(rendezvous) = &self.rendezvous {
+            rendezvous.withdraw();
+        }
+    }
+
     /// Says which ranks the group `number` has that this rank is in.
     pub fn know_group(&self, number: i64, members: Vec<i32>) {
         self.groups.know(number, members);
