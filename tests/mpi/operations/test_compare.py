@@ -180,7 +180,8 @@ def check_message_refused(receive: Callable[[], Any], *words: str) -> None:
 
 
 ON_DEVICE = pytest.mark.skipif(
-    "MPI_CUDA_PRETEND_DEVICE" in os.environ, reason="messages of devices do not carry their dtype"
+    "MPI_CUDA_PRETEND_DEVICE" in os.environ or os.environ.get("MPI_CUDA_DEVICE") == "cuda",
+    reason="messages of devices do not carry their dtype",
 )
 
 
