@@ -195,7 +195,16 @@ impl Comparison {
             row.apart.store(ticket.0, Ordering::Relaxed);
         }
         let record = Record::Operation(Compared::new(op, shim_op));
-        channel.step(board, record, || op.to_string()).map(drop)
+        let words = || self.in_words(op);
+        channel.step(board, record, words).map(drop)
+    }
+
+    /// What an operation is and, if that is known, where it stands.
+    fn in_words(&self, op: &Operation<'_>) -> String {
+        match self.described.lock().get(&op.place) {
+            Some((_, place)) if op.place != 0 => format!("{op} {place}"),
+            _ => op.to_string(),
+        }
     }
 
     /// Compares a launch with collectives of XLA's that all ranks run.
