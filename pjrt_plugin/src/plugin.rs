@@ -79,6 +79,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         part_bytes: config.part_bytes,
         device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),
+        check: config.check,
         pretend_nodes: config.pretend_nodes,
         verbose: config.log >= Log::Debug,
         record: config.record_dir.clone().map(|folder| RecordOptions {
@@ -109,6 +110,7 @@ pub fn start_for_tests() -> &'static World {
             abort_after: None,
             part_bytes: config.part_bytes,
             device: None,
+            check: false,
             pretend_nodes: None,
             verbose: false,
             record: None,

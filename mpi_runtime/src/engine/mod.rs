@@ -13,6 +13,7 @@ mod mpi_calls;
 mod nonblocking;
 pub mod order;
 pub(crate) mod pending;
+mod post;
 pub mod recorder;
 mod result_canary;
 mod single_rank;
@@ -26,6 +27,7 @@ use parking_lot::Mutex;
 use crate::device::Stream;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
+pub(crate) use crate::engine::compare::ByMpi;
 use crate::engine::compare::Comparison;
 pub use crate::engine::compare::Launch;
 use crate::engine::freed_comms::FreedComms;
@@ -37,7 +39,7 @@ use crate::engine::recorder::RECORDER;
 pub use crate::engine::uniform::UniformProgram;
 use crate::error::{Failure, OperationError};
 use crate::log;
-use crate::mpi::communicators::{Communicator, Communicators};
+use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators};
 use crate::mpi::shim::{self, Shim};
 use crate::node::board::Board;
 use crate::node::rendezvous::Rendezvous;
@@ -130,6 +132,13 @@ impl Engine {
         }
         // A caller that waited for a result is back a little before its launch is retired.
         rendezvous.meet(|| self.order.is_first(ticket), || history.arrival(program))
+    }
+
+    /// A launch that this rank has arrived at will not run, since it could not be dispatched.
+    pub fn withdraw(&self) {
+        if let Some(rendezvous) = &self.rendezvous {
+            rendezvous.withdraw();
+        }
     }
 
     /// Says which ranks the group `number` has that this rank is in.
@@ -331,6 +340,17 @@ impl Engine {
     /// The ranks of this node compare what they do on this board; in a world of `size` ranks.
     pub(crate) fn compare_on(&mut self, board: Arc<Board>, size: i32) {
         self.calls.comparison = Comparison::new(board, size);
+    }
+
+    /// The ranks of several nodes compare what they do; at each operation if `always`.
+    pub(crate) fn compare_between_nodes(&mut self, by: ByMpi, always: bool) {
+        let messages = self
+            .communicators
+            .get(COLLECTIVES)
+            .map_or(0, |comm| comm.handle);
+        self.calls
+            .comparison
+            .between_nodes(by, always, self.rank, messages);
     }
 
     /// Says that this rank executes nothing more, to those that wait for it.

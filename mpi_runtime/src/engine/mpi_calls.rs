@@ -86,7 +86,11 @@ impl MpiCalls {
         }
         let members = || Some(comm.members.to_vec());
         let comparison = &self.comparison;
-        comparison.operation(ticket, op, comm, &prepared, members)?;
+        let compared = comparison.operation(ticket, op, comm, &prepared, members);
+        let prepared = compared.and(prepared);
+        if prepared.is_err() {
+            self.histories.add_failed(op);
+        }
         prepared
     }
 

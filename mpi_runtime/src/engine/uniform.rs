@@ -55,6 +55,13 @@ impl Histories {
         }
     }
 
+    /// An operation has failed. Ranks that differ in a collective have all used it up.
+    pub(super) fn add_failed(&self, op: &Operation<'_>) {
+        if op.kind.is_collective() {
+            self.add(op, 0, &ShimReceived::default());
+        }
+    }
+
     /// A launch with collectives that all ranks run has begun.
     pub(super) fn count_collective_launch(&self) {
         self.collectives.position.fetch_add(1, Ordering::Relaxed);

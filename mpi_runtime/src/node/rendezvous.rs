@@ -122,6 +122,13 @@ impl Rendezvous {
         met
     }
 
+    /// Takes this rank's marks back: a launch that it has arrived at will not run.
+    pub fn withdraw(&self) {
+        for place in 0..MARKS as u64 {
+            self.slot(self.rank, place).write(0, 0);
+        }
+    }
+
     fn may_look(&self) -> bool {
         let until = self.paused_until.load(Ordering::Relaxed);
         until == 0 || {

@@ -56,6 +56,7 @@ pub(super) fn agree(
         pretended = own as u64;
     }
     ranks.same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
+    ranks.same("MPI_CUDA_CHECK", options.check.into())?;
     ranks.same(
         "the memory of arrays (MPI_CUDA_DEVICE: 0 the host's, 1 a GPU's)",
         u64::from(options.device.is_some()),

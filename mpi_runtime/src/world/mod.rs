@@ -83,8 +83,13 @@ impl World {
         }
         .start();
         idle::start(shim, shared.board.clone());
+        let in_sight = shared.board.as_ref().map_or(1, |board| board.ranks());
         if let Some(board) = shared.board {
             engine.compare_on(board, joined.size);
+        }
+        if in_sight != joined.size as usize {
+            let by = join::duplicates_to_compare(&shim, &joined)?;
+            engine.compare_between_nodes(by, options.check);
         }
         child::mark(launched);
         let about = About {

@@ -125,6 +125,9 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
         }
         result
     };
+    if result.is_err() && !deferred {
+        world.engine.withdraw();
+    }
     drop(lock);
     if waits && (result.is_ok() || !deferred) {
         world.engine.wait_launch(ticket);

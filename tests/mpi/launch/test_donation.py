@@ -106,6 +106,20 @@ def test_one_array_cannot_be_donated_and_used_by_one_launch() -> None:
     np.testing.assert_allclose(results[-1], X * SIZE + X)
 
 
+def test_nobody_waits_for_a_launch_that_was_refused() -> None:
+    """Its rank had arrived there, and the next launch is of the same operations."""
+    total = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    add = jax.jit(lambda w, x: nt.allreduce(x, m.SUM) + w, donate_argnums=0)
+    for _ in range(20):
+        add(X + 0, X).block_until_ready()
+        twice = X + 1
+        assert "donate" in refused(lambda twice=twice: add(twice, twice))
+        start_late()
+        result = total(X)
+        dispatched()
+        np.testing.assert_allclose(result, X * SIZE)
+
+
 @pytest.mark.not_on_gpu("callbacks run on the CPU backend")
 def test_the_error_of_a_deferred_launch_reaches_everything_that_depends_on_it() -> None:
     """Launches behind it get an input that has failed already, and have no memory for results."""

@@ -22,6 +22,8 @@ from mpi_cuda import notoken as nt
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 FIRST = RANK == 0
 X = jnp.arange(3.0)
+CHECK = os.environ.get("MPI_CUDA_CHECK") == "1"
+SEVERAL_NODES = int(os.environ.get("MPI_CUDA_PRETEND_NODES", "1")) > 1
 
 
 def check_all_right() -> None:
@@ -136,6 +138,7 @@ def test_a_missing_operation() -> None:
     check_refused(lambda: jax.jit(program)(X), "barrier", "allgather")
 
 
+@pytest.mark.skipif(SEVERAL_NODES and not CHECK, reason="compared between nodes if asked")
 def test_communicators_of_the_user() -> None:
     comm = MPI.COMM_WORLD.Dup()
     half = MPI.COMM_WORLD.Split(RANK // 2)

@@ -30,6 +30,10 @@ const EXPLAIN: Duration = Duration::from_secs(2);
 /// How long a rank waits for one that may be in a call of mpi4py's on the same communicator.
 const SHARED: Duration = Duration::from_secs(10);
 
+/// Why a communicator is closed whose ranks have differed on one of its nodes.
+pub(super) const OTHER_NODES: &str = "ranks of this node have differed in an operation here, and those of other nodes may have \
+     executed it: this communicator cannot be used any more";
+
 type Words = [u64; RECORD];
 
 /// Where the ranks of a communicator compare what they do.
@@ -45,6 +49,8 @@ pub(super) struct Channel {
     owed: Option<Record>,
     /// The user's, who may use it with mpi4py too.
     shared: bool,
+    /// Some of its ranks are on other nodes, and do not hear of what differs here.
+    partial: bool,
     /// It is not used any more, for this reason.
     closed: Option<Failure>,
 }
@@ -90,15 +96,18 @@ impl Channel {
                 current: 1,
             })
         });
+        let peers: Vec<Peer> = peers.collect();
+        let partial = peers.len() + 1 < members.len();
         let mut own_rank = ranks.clone().filter(|&(_, &member)| member == own as i32);
         Channel {
             id,
             lane,
             rank: own_rank.next().map_or(-1, |(rank, _)| rank as i32),
-            peers: peers.collect(),
+            peers,
             written: 0,
             owed: None,
             shared,
+            partial,
             closed: None,
         }
     }
@@ -121,7 +130,10 @@ impl Channel {
         match self.rounds(board, record)? {
             Outcome::Same => Ok(true),
             Outcome::LaunchesAreOver => Ok(false),
-            Outcome::Differ => Err(self.explain(board, record.words(), words())),
+            Outcome::Differ => {
+                self.close_if_partial();
+                Err(self.explain(board, record.words(), words()))
+            }
         }
     }
 
@@ -140,14 +152,32 @@ impl Channel {
         board.free_lane(self.lane);
     }
 
+    /// Those on other nodes hear of it otherwise.
+    pub(super) fn is_told_elsewhere(&mut self) {
+        self.partial = false;
+    }
+
     /// Ends the round of an operation that this rank has refused.
     fn settle(&mut self, board: &Board) -> Result<(), Failure> {
         if let Some(closed) = &self.closed {
             return Err(closed.clone());
         }
         match self.owed.take() {
-            Some(own) => self.rounds(board, own).map(drop),
+            Some(own) => match self.rounds(board, own)? {
+                Outcome::Differ => {
+                    self.close_if_partial();
+                    self.closed.clone().map_or(Ok(()), Err)
+                }
+                Outcome::Same | Outcome::LaunchesAreOver => Ok(()),
+            },
             None => Ok(()),
+        }
+    }
+
+    /// The ranks of this node have differed. If those of other nodes hear of it is not known here.
+    fn close_if_partial(&mut self) {
+        if self.shared && self.partial {
+            self.closed = Some(OTHER_NODES.into());
         }
     }
 
@@ -177,7 +207,7 @@ impl Channel {
                     }
                 }
             }
-            if outcome == Outcome::Differ || Record::is_refusal(&own) {
+            if outcome == Outcome::Differ {
                 let peers = self.peers.iter();
                 outcome = self::outcome(&own, peers.filter_map(|peer| peer.record(board)));
             }

@@ -23,7 +23,7 @@ pub(super) enum Record {
 }
 
 /// A fixed sequence of collectives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sequence {
     pub(super) hash: u64,
     /// The same, but for how often its loops run; 0 if that is not known.
@@ -89,11 +89,6 @@ impl Record {
     /// Whether two launches run the same code, but differently.
     pub(super) fn clash(one: &[u64; RECORD], other: &[u64; RECORD]) -> bool {
         one[1] != 0 && one[1] == other[1] && one[2] != other[2]
-    }
-
-    #[inline]
-    pub(super) fn is_refusal(words: &[u64; RECORD]) -> bool {
-        words[0] & 0xff == REFUSED
     }
 
     /// From what another rank has written.
@@ -189,7 +184,6 @@ mod tests {
             assert!(!Record::clash(&words(1, 5), &other));
         }
         assert!(!Record::clash(&words(1, 0), &words(2, 0)));
-        assert!(Record::is_refusal(&Record::Refused(Kind::Scatter).words()));
         for garbage in [0, 9, OPERATION | 0xff << 8, OPERATION | 0xff << 16] {
             assert_eq!(Record::from_words(&[garbage, 0, 0, 0]), None);
         }

@@ -45,6 +45,17 @@ fn nobody_meets_those_who_have_not_come() {
 }
 
 #[test]
+fn nobody_meets_those_who_have_withdrawn() {
+    let ranks = three();
+    for rank in &ranks[1..] {
+        rank.slot(rank.rank, 6).write(6, 0);
+    }
+    ranks[2].withdraw();
+    assert!(!meet(&ranks[0], 6));
+    assert!(ranks[1].slot(1, 6).read(6).is_some());
+}
+
+#[test]
 fn who_runs_ahead_is_still_seen() {
     let ranks = three();
     for rank in &ranks[1..] {
