@@ -301,7 +301,7 @@ impl Engine {
         let Some(board) = self.calls.comparison.board() else {
             return false;
         };
-        if board.has_left() {
+        if board.has_left(board.rank()) {
             return false;
         }
         let awaited = || board.others().any(|rank| !board.waiting(rank).is_zero());
