@@ -167,7 +167,8 @@ impl Context {
     }
 }
 
-/// Why the message of `op` will never come, if its sender has gone and what it sent would have come.
+/// Why the message of `op` will never come, if its sender has gone and what it sent would have
+/// come.
 fn sender_gone(op: &ShimOp, since: &mut Option<Instant>) -> Option<String> {
     let source = usize::try_from(op.source_in_world).ok()?;
     let gone = gone(source)?;

@@ -23,6 +23,8 @@ const HANDSHAKE: Duration = Duration::from_secs(2);
 const STRANGERS: usize = 256;
 /// Bytes of the stack of a thread that reads.
 const STACK: usize = 256 << 10;
+/// After a connection broke, a rank that lives has so long to make another one.
+const RETURN: Duration = Duration::from_millis(400);
 /// After the rank that spoke for a node has died, another one has so long to take its place.
 const SUCCESSION: Duration = Duration::from_secs(10);
 
@@ -115,6 +117,20 @@ impl Hub {
             .iter()
             .position(|spoke| Arc::ptr_eq(&spoke.connection, connection))?;
         Some(spokes.swap_remove(place))
+    }
+
+    /// Whether a rank whose connection broke has made another one: then it has not died.
+    fn has_returned(&self, rank: usize) -> bool {
+        let start = Instant::now();
+        loop {
+            if self.spokes.lock().iter().any(|spoke| spoke.rank == rank) {
+                return true;
+            }
+            if start.elapsed() > RETURN {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     fn is_waiting(&self, rank: usize, time: Duration) {
@@ -222,13 +238,15 @@ fn serve(link: &Arc<Link>, hub: &Hub, mut stream: TcpStream, rank: usize, ranks:
         }
     };
     let spoke = hub.remove(&connection);
+    if !bye && hub.has_returned(rank) {
+        return;
+    }
     let gone = match socket::meaning(&end) {
         _ if bye => Gone::Left,
         _ if connection.is_broken() => Gone::Lost,
         gone => gone,
     };
     link.note_and_pass_on(rank, gone, rank);
-    // Another connection of that rank is one that it has made since.
     if let Some(spoke) = spoke.filter(|_| !bye) {
         let now = Instant::now();
         let orphans = spoke.ranks.into_iter().map(|rank| (now, rank));

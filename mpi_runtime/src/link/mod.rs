@@ -10,6 +10,8 @@ mod hub;
 pub(crate) mod invitation;
 mod message;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -335,13 +337,11 @@ impl Link {
         spoke.connection = Some(connection.clone());
         spoke.told = None;
         let link = self.clone();
-        hub::spawn("mpi_cuda link", move || {
-            link.listen_to_hub(&connection, stream)
-        })
+        hub::spawn("mpi_cuda link", move || link.listen_to_hub(stream))
     }
 
     /// Reads what the hub says, until it is gone.
-    fn listen_to_hub(&self, connection: &Connection, mut stream: TcpStream) {
+    fn listen_to_hub(self: &Arc<Link>, mut stream: TcpStream) {
         let mut bye = false;
         let end = loop {
             match Message::read(&mut stream) {
@@ -354,13 +354,19 @@ impl Link {
                 Err(error) => break error,
             }
         };
-        if let Role::Spoke(spoke) = &self.role {
-            spoke.lock().connection = None;
+        let Role::Spoke(spoke) = &self.role else {
+            return;
+        };
+        let mut spoke = spoke.lock();
+        spoke.connection = None;
+        // A connection may break while both sides live.
+        if !bye && self.join(&mut spoke).is_ok() {
+            return;
         }
-        let gone = match socket::meaning(&end) {
-            _ if bye => Gone::Left,
-            _ if connection.is_broken() => Gone::Lost,
-            gone => gone,
+        let gone = if bye {
+            Gone::Left
+        } else {
+            socket::meaning(&end)
         };
         self.note_and_pass_on(0, gone, usize::MAX);
     }

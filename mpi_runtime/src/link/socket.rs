@@ -49,6 +49,12 @@ impl Connection {
         }
     }
 
+    /// Ends the connection.
+    #[cfg(test)]
+    pub(super) fn shut_down(&self) {
+        let _ = self.stream.lock().shutdown(Shutdown::Both);
+    }
+
     /// Whether a message could not be sent, so that the end of this connection says nothing.
     pub(super) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)

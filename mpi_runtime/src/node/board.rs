@@ -292,8 +292,8 @@ impl Board {
             let shown: &Shown = segment.atomics(0);
             shown.elsewhere[rank / IN_WORD].load(Ordering::SeqCst)
         });
-        let numbers = words.map(|word| (word >> (2 * (rank % IN_WORD)) & 3) as u8);
-        numbers.filter(|&how| how != 0).next().unwrap_or(0)
+        let mut numbers = words.map(|word| (word >> (2 * (rank % IN_WORD)) & 3) as u8);
+        numbers.find(|&how| how != 0).unwrap_or(0)
     }
 
     /// Wakes that rank, if it sleeps until a message comes.
