@@ -52,6 +52,12 @@ pub(crate) fn gone(rank: usize) -> Option<&'static str> {
     }
 }
 
+/// Whether an operation of another node waits for long while this rank has not come to its end.
+pub(crate) fn is_awaited_elsewhere() -> bool {
+    let link = CONTEXT.get().and_then(|context| context.link.as_ref());
+    link.is_some_and(|link| link.is_awaited())
+}
+
 /// See [`mpi_shim_abi::Idle`].
 pub(crate) extern "C" fn idle(op: *const ShimOp, microseconds: u64) -> c_int {
     idle_for(op, microseconds).map_or(0, |reason| {

@@ -209,9 +209,8 @@ fn serve(link: &Arc<Link>, hub: &Hub, mut stream: TcpStream, rank: usize, ranks:
         connection: connection.clone(),
         waiting: None,
     });
-    for (rank, gone) in link.all_gone() {
-        let rank = rank as u32;
-        connection.send(&Message::Gone { rank, gone });
+    for message in link.news() {
+        connection.send(&message);
     }
     let mut bye = false;
     let end = loop {

@@ -16,7 +16,7 @@ mod tests;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -45,6 +45,10 @@ pub(crate) struct Link {
     role: Role,
     /// The last question of the hub's.
     question: AtomicU64,
+    /// An operation somewhere waits, as far as this rank has heard.
+    waits: AtomicBool,
+    /// This rank has come to its end.
+    left: AtomicBool,
 }
 
 enum Role {
@@ -75,6 +79,8 @@ impl Link {
             gone: GoneTable::new(size),
             role,
             question: AtomicU64::new(0),
+            waits: AtomicBool::new(false),
+            left: AtomicBool::new(false),
         })
     }
 
@@ -154,10 +160,18 @@ impl Link {
         self.send(&Message::Gone { rank, gone });
     }
 
-    /// Tells the hub how long an operation of this node has waited.
+    /// Tells the hub how long an operation of this node has waited; the hub tells everybody whether
+    /// one waits somewhere.
     pub(crate) fn tell_waiting(&self, longest: Duration) {
-        let Role::Spoke(spoke) = &self.role else {
-            return;
+        let spoke = match &self.role {
+            Role::Spoke(spoke) => spoke,
+            Role::Hub(hub) => {
+                let longest = longest.max(hub.longest());
+                if self.waits.swap(longest >= LONG, Ordering::SeqCst) != (longest >= LONG) {
+                    hub.send_all(&waiting(longest), usize::MAX);
+                }
+                return;
+            }
         };
         let mut spoke = spoke.lock();
         let longest = if longest < LONG {
@@ -174,15 +188,23 @@ impl Link {
         if longest.abs_diff(expected) < LONG {
             return;
         }
-        connection.send(&Message::Waiting {
-            milliseconds: longest.as_millis() as u64,
-        });
+        connection.send(&waiting(longest));
         spoke.told = (!longest.is_zero()).then(|| (longest, Instant::now()));
     }
 
     /// How long an operation of another node has waited, as far as this rank knows.
     pub(crate) fn longest_elsewhere(&self) -> Duration {
         self.hub().map_or(Duration::ZERO, Hub::longest)
+    }
+
+    /// Whether an operation of another node waits for long while this rank has not come to its end.
+    pub(crate) fn is_awaited(&self) -> bool {
+        let shown = || {
+            self.board
+                .as_ref()
+                .is_some_and(|board| board.waits_elsewhere())
+        };
+        !self.left.load(Ordering::SeqCst) && (self.waits.load(Ordering::SeqCst) || shown())
     }
 
     /// Of the hub: asks the ranks of all nodes what they do.
@@ -226,6 +248,7 @@ impl Link {
         if !lower.into_iter().any(|rank| speaks(&rank)) {
             self.tend();
         }
+        self.left.store(true, Ordering::SeqCst);
         self.send(&Message::Bye);
     }
 
@@ -259,9 +282,17 @@ impl Link {
         }
     }
 
-    /// All that are known to have gone.
-    fn all_gone(&self) -> Vec<(usize, Gone)> {
-        self.gone.all().collect()
+    /// What somebody who joins has to hear.
+    fn news(&self) -> Vec<Message> {
+        let gone = self.gone.all().map(|(rank, gone)| {
+            let rank = rank as u32;
+            Message::Gone { rank, gone }
+        });
+        let bye = self.left.load(Ordering::SeqCst).then_some(Message::Bye);
+        let waits = self.is_hub() && self.waits.load(Ordering::SeqCst);
+        gone.chain(bye)
+            .chain(waits.then(|| waiting(LONG)))
+            .collect()
     }
 
     /// Notes what was heard, shows it to this node, and tells it to the others but `from`.
@@ -275,6 +306,13 @@ impl Link {
         if let Some(hub) = self.hub() {
             let rank = rank as u32;
             hub.send_all(&Message::Gone { rank, gone }, from);
+        }
+    }
+
+    fn hear_of_waiting(&self, waits: bool) {
+        self.waits.store(waits, Ordering::SeqCst);
+        if let Some(board) = &self.board {
+            board.show_waits_elsewhere(waits);
         }
     }
 
@@ -323,18 +361,10 @@ impl Link {
 
     fn begin(self: &Arc<Link>, spoke: &mut Spoke, stream: TcpStream) -> io::Result<()> {
         let connection = Arc::new(Connection::new(&stream)?);
-        for (rank, gone) in self.all_gone() {
-            let rank = rank as u32;
-            connection.send(&Message::Gone { rank, gone });
+        for message in self.news() {
+            connection.send(&message);
         }
-        if self
-            .board
-            .as_ref()
-            .is_some_and(|board| board.has_left(self.rank))
-        {
-            connection.send(&Message::Bye);
-        }
-        spoke.connection = Some(connection.clone());
+        spoke.connection = Some(connection);
         spoke.told = None;
         let link = self.clone();
         hub::spawn("mpi_cuda link", move || link.listen_to_hub(stream))
@@ -349,6 +379,7 @@ impl Link {
                 Ok(Message::Gone { rank, gone }) => {
                     self.note_and_pass_on(rank as usize, gone, usize::MAX);
                 }
+                Ok(Message::Waiting { milliseconds }) => self.hear_of_waiting(milliseconds != 0),
                 Ok(Message::Question { number }) => self.question.store(number, Ordering::SeqCst),
                 Ok(_) => {}
                 Err(error) => break error,
@@ -359,6 +390,7 @@ impl Link {
         };
         let mut spoke = spoke.lock();
         spoke.connection = None;
+        self.hear_of_waiting(false);
         // A connection may break while both sides live.
         if !bye && self.join(&mut spoke).is_ok() {
             return;
@@ -369,5 +401,15 @@ impl Link {
             socket::meaning(&end)
         };
         self.note_and_pass_on(0, gone, usize::MAX);
+    }
+}
+
+fn waiting(time: Duration) -> Message {
+    Message::Waiting {
+        milliseconds: if time < LONG {
+            0
+        } else {
+            time.as_millis() as u64
+        },
     }
 }

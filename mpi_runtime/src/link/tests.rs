@@ -120,8 +120,12 @@ fn the_hub_knows_how_long_others_have_waited() {
     first.tell_waiting(Duration::from_millis(100));
     second.tell_waiting(Duration::from_secs(7));
     wait(|| hub.longest_elsewhere() >= Duration::from_secs(7));
+    hub.tell_waiting(Duration::ZERO);
+    wait(|| first.is_awaited() && hub.is_awaited());
     second.tell_waiting(Duration::ZERO);
     wait(|| hub.longest_elsewhere().is_zero());
+    hub.tell_waiting(Duration::ZERO);
+    wait(|| !first.is_awaited());
 }
 
 #[test]

@@ -78,6 +78,8 @@ struct Shown {
     answer: Answer,
     /// Which ranks of other nodes have gone and how, as far as this rank has heard.
     elsewhere: [AtomicU64; ELSEWHERE / IN_WORD],
+    /// Other than 0 while an operation of another node waits, as far as this rank has heard.
+    waits_elsewhere: AtomicU64,
     texts: [Text; TEXTS as usize],
     lanes: [Lane; LANES],
 }
@@ -283,6 +285,23 @@ impl Board {
         }
     }
 
+    /// Shows the others of this node whether an operation of another node waits.
+    pub(crate) fn show_waits_elsewhere(&self, waits: bool) {
+        if self.sees(self.rank) {
+            let own = &self.of(self.rank).waits_elsewhere;
+            own.store(u64::from(waits), Ordering::SeqCst);
+        }
+    }
+
+    /// Whether some rank of this node shows that an operation of another node waits.
+    pub(crate) fn waits_elsewhere(&self) -> bool {
+        let mut all = self.all.iter().flatten().map(|segment| {
+            let shown: &Shown = segment.atomics(0);
+            &shown.waits_elsewhere
+        });
+        all.any(|one| one.load(Ordering::SeqCst) != 0)
+    }
+
     /// What some rank of this node shows of `rank`, if anything; else 0.
     pub(crate) fn gone_elsewhere(&self, rank: usize) -> u8 {
         if rank >= ELSEWHERE {
@@ -415,6 +434,9 @@ mod tests {
         second.show_gone_elsewhere(2, 1);
         second.show_gone_elsewhere(3, 2);
         second.show_gone_elsewhere(ELSEWHERE, 2);
+        assert!(!first.waits_elsewhere());
+        second.show_waits_elsewhere(true);
+        assert!(first.waits_elsewhere());
         let of = |rank| [first.gone_elsewhere(rank), second.gone_elsewhere(rank)];
         assert_eq!(
             [2, 3, 1, ELSEWHERE].map(of),
