@@ -125,7 +125,7 @@ if R == {killed}:
     os.kill(os.getpid(), signal.SIGKILL)
 if R == {waits}:
     nt.recv(X, {killed}).block_until_ready()
-time.sleep(3)
+time.sleep(5)
 os._exit(1)
 """
     # Else the launcher ends the job first, which Slurm's does not; and MPI_Abort ends no others.
