@@ -198,8 +198,8 @@ fn welcome(stream: &TcpStream, invitation: &Invitation) -> io::Result<(usize, Ve
 }
 
 /// Reads what that rank says, until it is gone.
-fn serve(link: &Arc<Link>, hub: &Hub, mut stream: TcpStream, rank: usize, ranks: Vec<usize>) {
-    let Ok(connection) = Connection::new(&stream) else {
+fn serve(link: &Arc<Link>, hub: &Hub, stream: TcpStream, rank: usize, ranks: Vec<usize>) {
+    let Ok(connection) = Connection::new(stream) else {
         return;
     };
     let connection = Arc::new(connection);
@@ -214,7 +214,7 @@ fn serve(link: &Arc<Link>, hub: &Hub, mut stream: TcpStream, rank: usize, ranks:
     }
     let mut bye = false;
     let end = loop {
-        match Message::read(&mut stream) {
+        match connection.read() {
             Ok(Message::Bye) => bye = true,
             Ok(Message::Gone { rank: who, gone }) => {
                 link.note_and_pass_on(who as usize, gone, rank)

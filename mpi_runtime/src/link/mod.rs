@@ -360,21 +360,21 @@ impl Link {
     }
 
     fn begin(self: &Arc<Link>, spoke: &mut Spoke, stream: TcpStream) -> io::Result<()> {
-        let connection = Arc::new(Connection::new(&stream)?);
+        let connection = Arc::new(Connection::new(stream)?);
         for message in self.news() {
             connection.send(&message);
         }
-        spoke.connection = Some(connection);
+        spoke.connection = Some(connection.clone());
         spoke.told = None;
         let link = self.clone();
-        hub::spawn("mpi_cuda link", move || link.listen_to_hub(stream))
+        hub::spawn("mpi_cuda link", move || link.listen_to_hub(&connection))
     }
 
     /// Reads what the hub says, until it is gone.
-    fn listen_to_hub(self: &Arc<Link>, mut stream: TcpStream) {
+    fn listen_to_hub(self: &Arc<Link>, connection: &Connection) {
         let mut bye = false;
         let end = loop {
-            match Message::read(&mut stream) {
+            match connection.read() {
                 Ok(Message::Bye) => bye = true,
                 Ok(Message::Gone { rank, gone }) => {
                     self.note_and_pass_on(rank as usize, gone, usize::MAX);

@@ -1,13 +1,16 @@
-//! Connections: how messages are written to one, and how its end is noticed.
+//! Connections: how messages are written to one, how its end is noticed, and that it is the end of
+//! the process that counts, not of its children.
 
+use std::ffi::c_int;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
-use libc::{IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL};
-use libc::{TCP_USER_TIMEOUT, c_int};
+use libc::{IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET};
+use libc::{TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_USER_TIMEOUT};
 use parking_lot::Mutex;
 
 use crate::link::gone::Gone;
@@ -21,43 +24,65 @@ const SILENCE: Duration = Duration::from_secs(40);
 /// The kernel asks after so much silence, and so often.
 const KEEP_ALIVE: [(c_int, c_int); 3] = [(TCP_KEEPIDLE, 10), (TCP_KEEPINTVL, 5), (TCP_KEEPCNT, 6)];
 
-/// The writing end of a connection whose other end is known.
+/// A connection whose other end is known.
 pub(super) struct Connection {
-    stream: Mutex<TcpStream>,
+    stream: TcpStream,
+    /// Held while a message is written.
+    writing: Mutex<()>,
     broken: AtomicBool,
 }
 
 impl Connection {
-    /// For writing; the caller reads from the stream.
-    pub(super) fn new(stream: &TcpStream) -> io::Result<Connection> {
+    pub(super) fn new(stream: TcpStream) -> io::Result<Connection> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(None)?;
         stream.set_write_timeout(Some(WRITE))?;
         keep_alive(stream.as_raw_fd());
+        keep_from_children(stream.as_raw_fd());
         Ok(Connection {
-            stream: Mutex::new(stream.try_clone()?),
+            stream,
+            writing: Mutex::new(()),
             broken: AtomicBool::new(false),
         })
     }
 
-    /// Sends a message; a connection that takes none is ended, which its reader notices.
-    pub(super) fn send(&self, message: &Message) {
-        let mut stream = self.stream.lock();
-        if message.write(&mut *stream).is_err() {
-            self.broken.store(true, Ordering::Relaxed);
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+    /// The next message; one thread reads.
+    ///
+    /// # Errors
+    /// When the connection has ended.
+    pub(super) fn read(&self) -> io::Result<Message> {
+        Message::read(&mut &self.stream)
     }
 
-    /// Ends the connection.
-    #[cfg(test)]
-    pub(super) fn shut_down(&self) {
-        let _ = self.stream.lock().shutdown(Shutdown::Both);
+    /// Sends a message; a connection that takes none is ended, which its reader notices.
+    pub(super) fn send(&self, message: &Message) {
+        let writing = self.writing.lock();
+        let sent = message.write(&mut &self.stream);
+        drop(writing);
+        if sent.is_err() {
+            self.broken.store(true, Ordering::Relaxed);
+            self.shut_down();
+        }
     }
 
     /// Whether a message could not be sent, so that the end of this connection says nothing.
     pub(super) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)
+    }
+
+    /// Ends the connection.
+    pub(super) fn shut_down(&self) {
+        // It may have ended already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let socket = self.stream.as_raw_fd();
+        for place in &KEPT {
+            let _ = place.compare_exchange(socket, NONE, Ordering::SeqCst, Ordering::SeqCst);
+        }
     }
 }
 
@@ -91,4 +116,41 @@ fn keep_alive(socket: RawFd) {
         set(IPPROTO_TCP, option, value);
     }
     set(IPPROTO_TCP, TCP_USER_TIMEOUT, SILENCE.as_millis() as c_int);
+}
+
+const NONE: RawFd = -1;
+/// Sockets that a forked child must not hold: with them it would hold the connections of a parent
+/// that dies. Beyond these it does.
+static KEPT: [AtomicI32; 2048] = [const { AtomicI32::new(NONE) }; 2048];
+
+fn keep_from_children(socket: RawFd) {
+    static ONCE: Once = Once::new();
+    // SAFETY: the handler makes async-signal-safe calls only, as a forked child may.
+    ONCE.call_once(|| unsafe {
+        libc::pthread_atfork(None, None, Some(in_child));
+    });
+    for place in &KEPT {
+        let taken = place.compare_exchange(NONE, socket, Ordering::SeqCst, Ordering::SeqCst);
+        if taken.is_ok() {
+            return;
+        }
+    }
+}
+
+/// Puts nothing in the place of each socket, whose number stays taken.
+extern "C" fn in_child() {
+    // SAFETY: the name ends with a zero.
+    let nothing = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    if nothing < 0 {
+        return;
+    }
+    for place in &KEPT {
+        let socket = place.load(Ordering::SeqCst);
+        if socket != NONE {
+            // SAFETY: both are open, and the child has no thread that uses the socket.
+            unsafe { libc::dup3(nothing, socket, libc::O_CLOEXEC) };
+        }
+    }
+    // SAFETY: it was opened above.
+    unsafe { libc::close(nothing) };
 }

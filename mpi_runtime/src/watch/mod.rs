@@ -28,6 +28,8 @@ const LOOK: Duration = Duration::from_millis(100);
 const SUSPICIOUS: Duration = Duration::from_secs(2);
 /// The same once a rank of another node has died.
 const AT_ONCE: Duration = Duration::from_millis(300);
+/// The time to the next question then: a receive from that rank fails before it.
+const AFTER_ERROR: Duration = Duration::from_millis(1500);
 /// The shortest and the longest time between questions.
 const SOON: Duration = Duration::from_secs(1);
 const SELDOM: Duration = Duration::from_secs(30);
@@ -117,18 +119,21 @@ impl Watch {
         nodes.speak(own, &mut memory.seen, || self.state());
         let longest = nodes.longest(own);
         let missing = nodes.missing();
-        let suspicious = if missing == 0 { SUSPICIOUS } else { AT_ONCE };
+        let (suspicious, pause) = match missing {
+            0 => (SUSPICIOUS, SOON),
+            _ => (AT_ONCE, AFTER_ERROR),
+        };
         if longest < suspicious.min(self.warn_after) {
             memory.report_after = self.warn_after;
             memory.ask_after = suspicious;
-            memory.pause = SOON;
+            memory.pause = pause;
             memory.before.clear();
             return;
         }
         if missing != memory.missing {
             memory.missing = missing;
             memory.ask_after = longest.min(memory.ask_after);
-            memory.pause = SOON;
+            memory.pause = pause;
         }
         if nodes.examines() {
             self.examine(nodes, longest, memory);
