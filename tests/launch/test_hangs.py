@@ -118,6 +118,28 @@ def test_what_never_ends_across_nodes_is_ended(mpi: str, program: str) -> None:
 
 
 # Ranks 0 and 1 are on one node, 2 and 3 on another one; one of them waits for one that is killed.
+@pytest.mark.parametrize(
+    ("mpi", "step"),
+    [
+        ("openmpi", "nt.bcast(X, 0)"),
+        ("mpich", "nt.bcast(X, 0)"),
+        ("mpich", "nt.allreduce(X, m.BAND)"),
+    ],
+)
+def test_what_only_one_node_compares_ends_the_job(mpi: str, step: str) -> None:
+    """All know an allreduce behind an allreduce, so nobody tells the others of it."""
+    code = f"""
+for _ in range(3): nt.allreduce(X, m.SUM).block_until_ready()
+if R == 0: nt.allreduce(X, m.SUM).block_until_ready()
+else: {step}.block_until_ready()
+"""
+    result = run(mpi, code, nodes=2)
+    assert result.returncode == STUCK, result.stderr
+    assert "rank 1 compares one with other nodes that rank 0 does not know" in result.stderr
+    kind = step[3 : step.index("(")]
+    assert f"rank 1 is waiting in {kind} of float32[3]" in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize(("killed", "waits"), [(0, 2), (2, 1), (3, 0)])
 def test_a_rank_of_another_node_that_is_killed_is_missed(killed: int, waits: int) -> None:
     code = f"""

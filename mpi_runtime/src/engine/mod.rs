@@ -27,9 +27,9 @@ use parking_lot::Mutex;
 use crate::device::Stream;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
-pub(crate) use crate::engine::compare::ByMpi;
 use crate::engine::compare::Comparison;
 pub use crate::engine::compare::Launch;
+pub(crate) use crate::engine::compare::{ByMpi, Progress};
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::{MpiCalls, done};
 use crate::engine::nonblocking::NonblockingMessages;
@@ -354,6 +354,11 @@ impl Engine {
         self.calls
             .comparison
             .between_nodes(by, always, self.rank, messages);
+    }
+
+    /// How far this rank is in comparing with other nodes, by communicator.
+    pub(crate) fn progress(&self) -> Option<Arc<[Progress]>> {
+        self.calls.comparison.progress()
     }
 
     /// Says that this rank executes nothing more, to those that wait for it.

@@ -13,6 +13,7 @@ mod stuck;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::engine::Progress;
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
 use crate::link::Link;
@@ -52,6 +53,8 @@ pub struct Watch {
     pub warn_after: Duration,
     /// `MPI_CUDA_ABORT_AFTER`.
     pub abort_after: Option<Duration>,
+    /// How far this rank is in comparing with other nodes.
+    pub(crate) progress: Option<Arc<[Progress]>>,
     /// Whether messages are being sent that no operation waits for.
     pub sends: Box<dyn Fn() -> bool + Send>,
     /// Ends the job with a status.
@@ -185,8 +188,10 @@ impl Watch {
     /// What this rank does.
     fn state(&self) -> State {
         let (waits, done) = self.pending.waiting();
+        let progress = self.progress.iter().flat_map(|progress| progress.iter());
         State {
             done,
+            compared: progress.map(|one| one.read().into()).collect(),
             others: self.pending.threads() > 1 || (self.sends)(),
             waits: waits.into_iter().map(Wait::new).collect(),
             place: place::place(),

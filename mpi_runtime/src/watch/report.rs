@@ -5,13 +5,19 @@
 use std::fmt::Write as _;
 
 use crate::ranks::Ranks;
-use crate::watch::stuck::{Known, circle, stuck};
+use crate::watch::stuck::{Known, circle, passed, stuck};
 
 /// Ranks of which more than a line is said.
 const MOST: usize = 32;
 
 /// Why the job can never go on, if that is proven.
 pub(super) fn verdict(ranks: &[Known]) -> Option<String> {
+    if let Some((rank, other)) = passed(ranks) {
+        return Some(format!(
+            "the ranks execute different operations: rank {rank} compares one with other nodes \
+             that rank {other} does not know, since it has executed another in its place"
+        ));
+    }
     let stuck = stuck(ranks);
     let &(first, for_whom) = stuck.first()?;
     if let Some(circle) = circle(&stuck) {

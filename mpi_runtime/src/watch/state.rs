@@ -15,8 +15,31 @@ pub(super) struct State {
     /// several threads, or sends in the background.
     pub(super) others: bool,
     pub(super) waits: Vec<Wait>,
+    /// How far it is in comparing with other nodes, by communicator.
+    pub(super) compared: Vec<Compared>,
     /// Where the program is, in words.
     pub(super) place: String,
+}
+
+/// How far a rank is in comparing collectives with other nodes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Compared {
+    /// Operations, the one among them that is compared now.
+    pub(super) executed: u64,
+    /// Exchanges that have begun.
+    pub(super) begun: u64,
+    /// One of them has not ended.
+    pub(super) waits: bool,
+}
+
+impl From<(u64, u64, bool)> for Compared {
+    fn from((executed, begun, waits): (u64, u64, bool)) -> Compared {
+        Compared {
+            executed,
+            begun,
+            waits,
+        }
+    }
 }
 
 /// An operation that has begun and not ended.
@@ -91,6 +114,10 @@ impl State {
             letters.take(longest).collect()
         };
         let mut text = format!("{}{FIELD}{}", self.done, self.others);
+        for one in &self.compared {
+            let waits = u8::from(one.waits);
+            text += &format!("{FIELD}{},{},{waits}", one.executed, one.begun);
+        }
         for wait in self.waits.iter().take(MOST) {
             let members: Vec<String> = wait.members.iter().map(i32::to_string).collect();
             let numbers = [
@@ -120,15 +147,23 @@ impl State {
     pub(super) fn decode(text: &str) -> Option<State> {
         let mut rows: Vec<&str> = text.split(ROW).collect();
         let place = (rows.len() > 1).then(|| rows.pop())??.to_owned();
-        let (done, others) = rows.first()?.split_once(FIELD)?;
+        let mut fields = rows.first()?.split(FIELD);
+        let (done, others) = (fields.next()?, fields.next()?);
         let waits = rows[1..].iter().map(|row| wait(row));
         Some(State {
             done: done.parse().ok()?,
             others: others.parse().ok()?,
             waits: waits.collect::<Option<_>>()?,
+            compared: fields.map(compared).collect::<Option<_>>()?,
             place,
         })
     }
+}
+
+fn compared(field: &str) -> Option<Compared> {
+    let mut numbers = field.split(',').map(str::parse);
+    let mut next = || numbers.next()?.ok();
+    Some((next()?, next()?, next()? != 0).into())
 }
 
 fn wait(row: &str) -> Option<Wait> {
@@ -185,6 +220,7 @@ mod tests {
             done: 9,
             others: true,
             waits: vec![wait, barrier],
+            compared: vec![(7, 3, true).into(), (0, 0, false).into()],
             place: "in Python\nat train.py:3".into(),
         };
         assert_eq!(State::decode(&state.encode()), Some(state));

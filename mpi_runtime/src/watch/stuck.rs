@@ -52,6 +52,29 @@ pub(super) fn stuck(ranks: &[Known]) -> Vec<(i32, i32)> {
         .collect()
 }
 
+/// A rank that waits in vain in comparing an operation with other nodes, and one that has executed
+/// another in its place without comparing it.
+pub(super) fn passed(ranks: &[Known]) -> Option<(i32, i32)> {
+    let told = || {
+        (0..).zip(ranks).filter_map(|(rank, known)| match known {
+            Known::Told(state) => Some((rank, &state.compared)),
+            _ => None,
+        })
+    };
+    for (rank, own) in told() {
+        for (place, one) in own.iter().enumerate().filter(|(_, one)| one.waits) {
+            let mut others = told().filter(|(_, theirs)| {
+                let theirs = theirs.get(place);
+                theirs.is_some_and(|it| it.executed >= one.executed && it.begun < one.begun)
+            });
+            if let Some((other, _)) = others.next() {
+                return Some((rank, other));
+            }
+        }
+    }
+    None
+}
+
 /// A rank that `rank` waits for in vain, if those that are `stuck` stay so.
 fn in_vain(ranks: &[Known], stuck: &[bool], rank: usize) -> Option<i32> {
     let wait = ranks[rank].wait()?;
@@ -219,6 +242,31 @@ mod tests {
         assert_eq!(of(&[recv(ANY), ended(), ended()]), [0]);
         assert_eq!(of(&[collective(Kind::Barrier), told(vec![]), ended()]), [0]);
         assert_eq!(circle(&stuck(&[recv(1), ended()])), None);
+    }
+
+    #[test]
+    fn who_compares_what_another_has_not_compared_waits_in_vain() {
+        let rank = |executed, begun, waits| {
+            Known::Told(State {
+                compared: vec![(0, 0, false).into(), (executed, begun, waits).into()],
+                ..State::default()
+            })
+        };
+        let compares = || rank(9, 3, true);
+        assert_eq!(passed(&[rank(9, 2, false), compares()]), Some((1, 0)));
+        assert_eq!(
+            passed(&[compares(), Known::Nothing, rank(12, 2, false)]),
+            Some((0, 2))
+        );
+        // It may still come, or has come.
+        for other in [
+            rank(8, 2, false),
+            rank(9, 3, true),
+            rank(9, 3, false),
+            compares(),
+        ] {
+            assert_eq!(passed(&[compares(), other]), None);
+        }
     }
 
     #[test]

@@ -76,6 +76,14 @@ impl World {
         let shared = share::share_memory(&ranks, options, &agreed)?;
         engine.rendezvous = shared.rendezvous;
         let link = connect::connect(&ranks, shared.board.as_ref())?;
+        let in_sight = shared.board.as_ref().map_or(1, |board| board.ranks());
+        if let Some(board) = shared.board.clone() {
+            engine.compare_on(board, joined.size);
+        }
+        if in_sight != joined.size as usize {
+            let by = join::duplicates_to_compare(&shim, &joined)?;
+            engine.compare_between_nodes(by, options.check);
+        }
         Watch {
             pending: engine.pending(),
             board: shared.board.clone(),
@@ -84,19 +92,12 @@ impl World {
             size: joined.size,
             warn_after: options.warn_after,
             abort_after: options.abort_after,
+            progress: engine.progress(),
             sends: Box::new(engine.sends_in_background()),
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
-        idle::start(shim, shared.board.clone(), link.clone());
-        let in_sight = shared.board.as_ref().map_or(1, |board| board.ranks());
-        if let Some(board) = shared.board {
-            engine.compare_on(board, joined.size);
-        }
-        if in_sight != joined.size as usize {
-            let by = join::duplicates_to_compare(&shim, &joined)?;
-            engine.compare_between_nodes(by, options.check);
-        }
+        idle::start(shim, shared.board, link.clone());
         child::mark(launched);
         let about = About {
             rank: joined.rank,

@@ -29,8 +29,8 @@ use crate::mpi::shim::Shim;
 use crate::node::board::Board;
 use crate::operation::Operation;
 use channel::Channel;
-pub(crate) use nodes::ByMpi;
 use nodes::{ByMessages, Nodes, Step, Told};
+pub(crate) use nodes::{ByMpi, Progress};
 use record::{Compared, Record, Sequence};
 
 /// Lanes of the communicators that always exist: their numbers.
@@ -128,6 +128,11 @@ impl Comparison {
         });
         let places = by.comms.len();
         self.nodes = Some(Nodes::new(Box::new(by), places, always));
+    }
+
+    /// How far this rank is in comparing with other nodes, for the communicators that are.
+    pub(super) fn progress(&self) -> Option<Arc<[Progress]>> {
+        self.nodes.as_ref().map(|nodes| nodes.progress.clone())
     }
 
     /// The board, if the ranks of this node have one.

@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 use parking_lot::Mutex;
@@ -42,9 +44,31 @@ pub(super) trait Exchange: Send + Sync {
     fn texts(&self, place: usize, own: &Text) -> Result<Vec<Text>, MpiError>;
 }
 
+/// How far a rank is in comparing, for the watch.
+#[derive(Default)]
+pub(crate) struct Progress {
+    /// Operations, the one among them that is compared now.
+    executed: AtomicU64,
+    /// Exchanges that have begun.
+    begun: AtomicU64,
+    /// An exchange has not ended.
+    waits: AtomicBool,
+}
+
+impl Progress {
+    /// The operations, the exchanges that have begun, and whether one of them has not ended.
+    pub(crate) fn read(&self) -> (u64, u64, bool) {
+        let waits = self.waits.load(Ordering::SeqCst);
+        let executed = self.executed.load(Ordering::SeqCst);
+        (executed, self.begun.load(Ordering::SeqCst), waits)
+    }
+}
+
 /// What the ranks of a world on several nodes compare.
 pub(super) struct Nodes {
     rows: Vec<Mutex<Row>>,
+    /// Of each row.
+    pub(super) progress: Arc<[Progress]>,
     exchange: Box<dyn Exchange>,
     /// `MPI_CUDA_CHECK`: at each operation.
     always: bool,
@@ -72,6 +96,7 @@ impl Nodes {
     pub(super) fn new(exchange: Box<dyn Exchange>, places: usize, always: bool) -> Nodes {
         Nodes {
             rows: (0..places).map(|_| Mutex::new(Row::new())).collect(),
+            progress: (0..places).map(|_| Progress::default()).collect(),
             exchange,
             always,
         }
@@ -93,6 +118,7 @@ impl Nodes {
             return step.result();
         };
         let mut row = row.lock();
+        let progress = &self.progress[place];
         if row.closed {
             return Err(
                 format!("{OTHER_NODES}; with MPI_CUDA_CHECK=1 all ranks hear of it").into(),
@@ -100,6 +126,7 @@ impl Nodes {
         }
         let (outcome, record) = step.hashes();
         let new = row.add(outcome, record);
+        progress.executed.fetch_add(1, Ordering::SeqCst);
         if !(new || self.always || matches!(step, Step::Refuse(..))) {
             row.closed = matches!(step, Step::Differ(..));
             return step.result();
@@ -107,7 +134,11 @@ impl Nodes {
         let Sequence { code, hash } = sequence().unwrap_or_default();
         let own = [row.running, code, hash];
         let [a, b, c] = own;
-        let [d, e, f, g, h, i] = self.exchange.largest(place, [a, b, c, !a, !b, !c])?;
+        progress.begun.fetch_add(1, Ordering::SeqCst);
+        progress.waits.store(true, Ordering::SeqCst);
+        let largest = self.exchange.largest(place, [a, b, c, !a, !b, !c]);
+        progress.waits.store(false, Ordering::SeqCst);
+        let [d, e, f, g, h, i] = largest?;
         let same = |own: u64, largest: u64, smallest: u64| largest == own && !smallest == own;
         // The same code, whose loops run another number of times.
         let clash = code != 0 && same(code, e, h) && !same(hash, f, i);
@@ -337,7 +368,7 @@ fn to_numbers(bytes: &[u8]) -> Numbers {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Barrier};
+    use std::sync::Barrier;
 
     use super::*;
 
