@@ -3,8 +3,6 @@
 
 #![forbid(unsafe_code)]
 
-use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
-
 use crate::engine::recorder::clock;
 use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::Communicator;
@@ -124,18 +122,9 @@ pub(super) struct AllRanks<'a> {
 impl AllRanks<'_> {
     /// The largest of the ranks' numbers; collective.
     pub(super) fn largest(&self, own: u64) -> Result<u64, MpiError> {
-        let mut largest = 0u64;
-        self.shim.execute(&ShimOp {
-            datatype: Datatype::U64,
-            recv_datatype: Datatype::U64,
-            reduction: Reduction::Max,
-            count: 1,
-            recv_count: 1,
-            send: std::ptr::from_ref(&own).cast(),
-            recv: std::ptr::from_mut(&mut largest).cast(),
-            ..ShimOp::new(Kind::Allreduce, self.comm.handle)
-        })?;
-        Ok(largest)
+        let mut largest = [0];
+        self.shim.largest(self.comm.handle, &[own], &mut largest)?;
+        Ok(largest[0])
     }
 
     /// The same at start.
