@@ -7,31 +7,95 @@ use mpi_shim_abi::Datatype;
 
 /// A dense row-major array in memory of the host or of a device.
 ///
-/// Whoever makes one vouches for its memory: until the operation that has the array has returned,
-/// all its bytes may be read, and written if it is a result, and nobody else writes them. XLA gives
-/// that for the buffers of a custom call. Everything here that touches the memory of an array
-/// relies on it, and is only called for memory of the host.
+/// Whoever makes one vouches for its memory ([`Buffer::new`]), and nothing can make the array
+/// longer since. Everything here that touches the memory relies on it, and is only called for
+/// memory of the host.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffer<'a> {
     /// First element; may be null when the array is empty or absent.
-    pub data: *mut c_void,
-    /// Element type.
-    pub dtype: ElementType,
-    /// Dimensions, outermost first.
-    pub shape: &'a [i64],
+    data: *mut c_void,
+    dtype: ElementType,
+    shape: &'a [i64],
 }
 
 // SAFETY: an address means the same on every thread, and its maker vouches for the memory on all of
 // them.
 unsafe impl Send for Buffer<'_> {}
 
-impl Buffer<'_> {
+impl<'a> Buffer<'a> {
     /// No array: what `barrier` sends and `send` receives.
-    pub const NONE: Buffer<'static> = Buffer {
-        data: std::ptr::null_mut(),
-        dtype: ElementType::U8,
-        shape: &[0],
-    };
+    pub const NONE: Buffer<'static> = Buffer::described(ElementType::U8, &[0]);
+
+    /// An array at `data`, with dimensions outermost first.
+    ///
+    /// # Safety
+    /// `data` must be null, or hold the array for as long as this or a copy of it is used: until
+    /// the operation that has it has returned, all its bytes may be read, and written if it is a
+    /// result, and nobody else writes them. XLA gives that for the buffers of a custom call. Memory
+    /// of a device must only come to operations that are told so.
+    #[inline]
+    pub unsafe fn new(data: *mut c_void, dtype: ElementType, shape: &'a [i64]) -> Buffer<'a> {
+        Buffer { data, dtype, shape }
+    }
+
+    /// What an array is like, without any memory.
+    pub const fn described(dtype: ElementType, shape: &'a [i64]) -> Buffer<'a> {
+        let data = std::ptr::null_mut();
+        Buffer { data, dtype, shape }
+    }
+
+    /// An array in this memory, which has room for it.
+    pub fn over(memory: &'a mut [u8], dtype: ElementType, shape: &'a [i64]) -> Buffer<'a> {
+        let (data, room) = (memory.as_mut_ptr().cast(), memory.len());
+        let array = Buffer { data, dtype, shape };
+        assert!(array.bytes() <= room);
+        array
+    }
+
+    /// An array like this elsewhere.
+    ///
+    /// # Safety
+    /// As for [`Buffer::new`].
+    #[inline]
+    pub unsafe fn placed(self, data: *mut c_void) -> Buffer<'a> {
+        Buffer { data, ..self }
+    }
+
+    /// The first elements of this one, with another shape.
+    pub fn shaped(self, shape: &[i64]) -> Buffer<'_> {
+        let Buffer { data, dtype, .. } = self;
+        let first = Buffer { data, dtype, shape };
+        assert!(first.bytes() <= self.bytes());
+        first
+    }
+
+    /// An array like `like` in the memory of this one, from byte `place` on.
+    pub fn part<'b>(&self, place: usize, like: &Buffer<'b>) -> Buffer<'b> {
+        let end = place.checked_add(like.bytes());
+        assert!(end.is_some_and(|end| end <= self.bytes()));
+        Buffer {
+            data: self.data.wrapping_byte_add(place),
+            ..*like
+        }
+    }
+
+    /// First element; may be null when the array is empty or absent.
+    #[inline]
+    pub fn data(&self) -> *mut c_void {
+        self.data
+    }
+
+    /// Element type.
+    #[inline]
+    pub fn dtype(&self) -> ElementType {
+        self.dtype
+    }
+
+    /// Dimensions, outermost first.
+    #[inline]
+    pub fn shape(&self) -> &'a [i64] {
+        self.shape
+    }
 
     /// Number of elements.
     #[inline]
@@ -49,6 +113,7 @@ impl Buffer<'_> {
     fn at(&self, offset: usize, length: usize) -> *mut u8 {
         let end = offset.checked_add(length);
         assert!(end.is_some_and(|end| end <= self.bytes()));
+        assert!(length == 0 || !self.data.is_null());
         self.data.cast::<u8>().wrapping_add(offset)
     }
 
@@ -171,14 +236,16 @@ mod tests {
     #[test]
     fn an_array_is_written_and_read_where_it_is_asked_to_be() {
         let mut memory = [7u8; 6];
-        let array = Buffer {
-            data: memory.as_mut_ptr().cast(),
-            dtype: ElementType::U8,
-            shape: &[5],
-        };
+        let array = Buffer::over(&mut memory, ElementType::U8, &[5]);
         array.write(1, &[1, 2]);
         array.clear_from(4);
         assert_eq!((array.read::<5>(0), memory[5]), ([7, 1, 2, 7, 0], 7));
+    }
+
+    #[test]
+    #[should_panic]
+    fn an_array_is_no_longer_than_its_memory() {
+        Buffer::over(&mut [0; 7], ElementType::F64, &[1]);
     }
 
     #[test]

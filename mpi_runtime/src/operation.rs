@@ -98,10 +98,7 @@ impl<'a> Operation<'a> {
             place,
             ..
         } = *self;
-        let none = |like: &Buffer<'_>| Buffer {
-            dtype: like.dtype,
-            ..Buffer::NONE
-        };
+        let none = |like: &Buffer<'_>| Buffer::described(like.dtype(), &[0]);
         Operation {
             kind,
             of,
@@ -166,7 +163,7 @@ impl fmt::Display for Operation<'_> {
         match self.kind {
             Kind::Barrier => return Ok(()),
             kind if kind.is_end() => return Ok(()),
-            Kind::Irecv => write!(f, " of {}", self.send.dtype.name())?,
+            Kind::Irecv => write!(f, " of {}", self.send.dtype().name())?,
             Kind::Recv => write!(f, " into {}", self.recv)?,
             Kind::Sendrecv => {
                 write!(f, " of {} into {}", self.send, self.recv)?;
@@ -229,11 +226,7 @@ mod tests {
     #[test]
     fn an_operation_describes_itself() {
         let shape = [3, 4];
-        let x = Buffer {
-            data: std::ptr::null_mut(),
-            dtype: ElementType::F32,
-            shape: &shape,
-        };
+        let x = Buffer::described(ElementType::F32, &shape);
         let send = Operation {
             dest: 1,
             send_tag: 7,

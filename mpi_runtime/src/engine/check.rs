@@ -25,8 +25,8 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
         source: op.source,
         send_tag: op.send_tag,
         recv_tag: op.recv_tag,
-        send: op.send.data,
-        recv: op.recv.data,
+        send: op.send.data(),
+        recv: op.recv.data(),
         status: op.status as *mut _,
         ..ShimOp::new(op.kind, comm.handle)
     };
@@ -71,7 +71,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
 /// (MPI 4.0, section 2.5.1).
 #[inline]
 fn check_apart(operand: &Buffer<'_>, result: &Buffer<'_>) -> Result<(), Failure> {
-    let (read, written) = (operand.data.addr(), result.data.addr());
+    let (read, written) = (operand.data().addr(), result.data().addr());
     if read == 0
         || written == 0
         || read >= written + result.bytes()
@@ -94,12 +94,12 @@ pub fn code(dtype: ElementType) -> i32 {
 /// The element types that a message carries in its tag, and who it is from.
 fn add_codes(shim: &mut ShimOp, op: &Operation<'_>, comm: &Communicator) {
     if comm.largest_tag > 0 {
-        shim.send_code = code(op.send.dtype);
+        shim.send_code = code(op.send.dtype());
         // The dtype of what is started is that of its operand, which gives the shape alone.
         shim.recv_code = code(if op.kind.is_start() {
-            op.send.dtype
+            op.send.dtype()
         } else {
-            op.recv.dtype
+            op.recv.dtype()
         });
     }
     if let Ok(source) = usize::try_from(op.source) {
@@ -148,18 +148,18 @@ fn check_ranks(op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
 }
 
 fn datatype(buffer: &Buffer<'_>) -> Result<Datatype, Failure> {
-    buffer.dtype.datatype().ok_or_else(|| {
-        let name = buffer.dtype.name();
+    buffer.dtype().datatype().ok_or_else(|| {
+        let name = buffer.dtype().name();
         format!("dtype {name} is not supported; cast to a supported one first").into()
     })
 }
 
 fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Failure> {
     use Reduction::{Max, Min, Prod, Sum, User};
-    let has = match buffer.dtype.class() {
+    let has = match buffer.dtype().class() {
         // It would see integers (MPI has no type for these).
         _ if reduction == User => !matches!(
-            buffer.dtype,
+            buffer.dtype(),
             ElementType::F16 | ElementType::BF16 | ElementType::F8 | ElementType::Other
         ),
         Class::Integer | Class::Logical => true,
@@ -173,7 +173,7 @@ fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Fail
     Err(format!(
         "there is no {} of {}",
         reduction_name(reduction),
-        buffer.dtype.name()
+        buffer.dtype().name()
     )
     .into())
 }
@@ -194,7 +194,7 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         Kind::Scatter if is_root => (send == size * recv, (recv, recv)),
         Kind::Scatter => (send == recv, (recv, recv)),
         Kind::Alltoall => {
-            let leading = op.send.shape.first().copied().unwrap_or(-1);
+            let leading = op.send.shape().first().copied().unwrap_or(-1);
             if leading != size {
                 return Err(format!(
                     "the leading dimension is {leading}, and must be the number of ranks, {size}"
@@ -237,11 +237,7 @@ mod tests {
     };
 
     fn buffer(dtype: ElementType, shape: &[i64]) -> Buffer<'_> {
-        Buffer {
-            data: std::ptr::null_mut(),
-            dtype,
-            shape,
-        }
+        Buffer::described(dtype, shape)
     }
 
     fn operation<'a>(kind: Kind, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
@@ -357,11 +353,9 @@ mod tests {
 
     #[test]
     fn an_operand_and_a_result_lie_apart() {
-        let mut memory = [0f32; 6];
-        let mut at = |place: usize| Buffer {
-            data: memory[place..].as_mut_ptr().cast(),
-            ..buffer(ElementType::F32, &[3])
-        };
+        let mut memory = [0; 24];
+        let all = Buffer::over(&mut memory, ElementType::F32, &[6]);
+        let at = |place: usize| all.part(4 * place, &buffer(ElementType::F32, &[3]));
         let (whole, other, between) = (at(0), at(3), at(2));
         let prepared = |kind, recv| prepare(&operation(kind, whole, recv), &COMM);
         for kind in [Kind::Allreduce, Kind::Sendrecv] {

@@ -64,8 +64,8 @@ fn identity(reduction: Reduction, dtype: ElementType) -> [u8; 16] {
 
 /// Fills a result with the identity of `reduction`.
 pub fn fill(result: &Buffer<'_>, reduction: Reduction) {
-    let element = identity(reduction, result.dtype);
-    let size = result.dtype.size();
+    let element = identity(reduction, result.dtype());
+    let size = result.dtype().size();
     for start in (0..result.bytes()).step_by(size) {
         result.write(start, &element[..size]);
     }
@@ -79,14 +79,7 @@ mod tests {
     fn filled<const N: usize>(reduction: Reduction, dtype: ElementType) -> [u8; N] {
         let mut memory = [0x55; N];
         let shape = [(N / dtype.size()) as i64];
-        fill(
-            &Buffer {
-                data: memory.as_mut_ptr().cast(),
-                dtype,
-                shape: &shape,
-            },
-            reduction,
-        );
+        fill(&Buffer::over(&mut memory, dtype, &shape), reduction);
         memory
     }
 

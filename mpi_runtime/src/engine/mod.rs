@@ -272,7 +272,8 @@ impl Engine {
                 self.prepare_whole(ticket, op, comm)?;
                 let mut perform = |op: &Operation<'_>| {
                     let shim_op = check::prepare(op, comm)?;
-                    calls.call(op, comm, &shim_op).map(done)
+                    // SAFETY: prepared above.
+                    unsafe { calls.call(op, comm, &shim_op) }.map(done)
                 };
                 direct.execute(op, comm, main, &mut perform).map(drop)
             }

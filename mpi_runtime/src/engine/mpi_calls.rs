@@ -64,7 +64,8 @@ impl MpiCalls {
             kind if kind.is_collective() => {
                 let _pending = self.pending.enter(op, comm);
                 let shim_op = self.prepare_collective(ticket, op, comm)?;
-                self.perform_prepared(op, comm, &shim_op).map(drop)
+                // SAFETY: prepared above.
+                unsafe { self.perform_prepared(op, comm, &shim_op) }.map(drop)
             }
             _ => self.complete(op, comm),
         }
@@ -109,11 +110,16 @@ impl MpiCalls {
         comm: &Communicator,
     ) -> Result<ShimReceived, Failure> {
         let shim_op = check::prepare(op, comm)?;
-        self.perform_prepared(op, comm, &shim_op)
+        // SAFETY: prepared above.
+        unsafe { self.perform_prepared(op, comm, &shim_op) }
     }
 
+    /// Executes what is a whole to MPI, and puts right what MPI leaves open.
+    ///
+    /// # Safety
+    /// As for [`MpiCalls::call`].
     #[inline]
-    fn perform_prepared(
+    unsafe fn perform_prepared(
         &self,
         op: &Operation<'_>,
         comm: &Communicator,
@@ -123,7 +129,8 @@ impl MpiCalls {
             return single_rank::execute(op).map(|()| ShimReceived::default());
         }
         let canary = result_canary::place(op, comm);
-        let received = self.call(op, comm, shim_op)?;
+        // SAFETY: as this function demands.
+        let received = unsafe { self.call(op, comm, shim_op) }?;
         if op.kind.returns_operand(comm.rank == op.root) {
             single_rank::copy_through(op);
         }
@@ -149,8 +156,11 @@ impl MpiCalls {
     }
 
     /// Calls MPI. Nothing here touches the arrays.
+    ///
+    /// # Safety
+    /// `shim_op` must be what [`check::prepare`] makes of `op` on `comm`.
     #[inline]
-    pub(super) fn call(
+    pub(super) unsafe fn call(
         &self,
         op: &Operation<'_>,
         comm: &Communicator,
@@ -166,7 +176,8 @@ impl MpiCalls {
             Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
                 nonblocking.receive_after(shim_op)
             },
-            _ => Ok(shim.execute(shim_op)?),
+            // SAFETY: the same.
+            _ => Ok(unsafe { shim.execute(shim_op) }?),
         };
         let received = received?;
         self.histories.add(op, comm.rank, &received);
@@ -194,7 +205,8 @@ impl MpiCalls {
         }
         let number = match &self.nonblocking {
             _ if peer == PROC_NULL => TO_NOBODY,
-            Some(nonblocking) => nonblocking.start(op, &shim_op)?,
+            // SAFETY: prepared above.
+            Some(nonblocking) => unsafe { nonblocking.start(op, &shim_op) }?,
             None => return Err(NO_MESSAGES.into()),
         };
         self.histories.add(op, comm.rank, &ShimReceived::default());
@@ -230,7 +242,7 @@ impl MpiCalls {
             return Err(NO_MESSAGES.into());
         };
         let (mut started, shape) = nonblocking.find(number)?;
-        started.send.shape = &shape;
+        started.send = Buffer::described(started.send.dtype(), &shape);
         RECORDER.waits_for(&started);
         let _pending = self.pending.enter(&started, comm);
         let about = |failure: Failure| Failure::from(format!("{started}: {failure}"));
@@ -239,7 +251,7 @@ impl MpiCalls {
                 "wait belongs to irecv, and wait_send to isend".into(),
             ));
         }
-        let (posted, wanted) = (started.send.dtype, op.recv.dtype);
+        let (posted, wanted) = (started.send.dtype(), op.recv.dtype());
         if op.kind == Kind::Wait && posted != wanted {
             return Err(about(other_dtype(posted, wanted)));
         }
@@ -271,7 +283,7 @@ impl MpiCalls {
             .iter()
             .map(|(operation, shape)| {
                 let mut operation: Operation<'_> = *operation;
-                operation.send.shape = shape;
+                operation.send = Buffer::described(operation.send.dtype(), shape);
                 let comm = communicators.get(operation.comm);
                 self.pending.enter(&operation, &comm.unwrap_or(UNKNOWN))
             })
@@ -324,7 +336,8 @@ impl Transport for OnCommunicator<'_> {
     fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, Failure> {
         let shim_op = check::prepare(op, self.comm)?;
         let nonblocking = self.calls.nonblocking.as_ref().ok_or(NO_MESSAGES)?;
-        let received = nonblocking.try_receive(&shim_op, shim_op.datatype);
+        // SAFETY: prepared above; the array outlives this call.
+        let received = unsafe { nonblocking.try_receive(&shim_op, shim_op.datatype) };
         let Some(received) = received? else {
             return Ok(None);
         };
@@ -391,8 +404,8 @@ fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Fai
     if !op.kind.is_receive() {
         return Ok(());
     }
-    if received.code != 0 && received.code != check::code(op.recv.dtype) {
-        return Err(idle::other_type(received, op.recv.dtype).into());
+    if received.code != 0 && received.code != check::code(op.recv.dtype()) {
+        return Err(idle::other_type(received, op.recv.dtype()).into());
     }
     let arrived = usize::try_from(received.bytes).unwrap_or(0);
     let missing = op.missing(received.source, received.tag, arrived)?;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::buffer::Buffer;
 use crate::engine::recorder::clock::Ticks;
 use crate::mpi::communicators::Communicator;
 use crate::operation::Operation;
@@ -111,9 +112,9 @@ impl PendingTable {
         entry.comm = comm.name;
         entry.members = comm.members;
         entry.send_shape.clear();
-        entry.send_shape.extend_from_slice(operation.send.shape);
+        entry.send_shape.extend_from_slice(operation.send.shape());
         entry.recv_shape.clear();
-        entry.recv_shape.extend_from_slice(operation.recv.shape);
+        entry.recv_shape.extend_from_slice(operation.recv.shape());
         entry.named.clear();
         entry.named.push_str(name);
         Pending { table: self, row }
@@ -156,8 +157,8 @@ impl PendingRow {
             return self.named.clone();
         }
         let mut operation: Operation<'_> = self.operation;
-        operation.send.shape = &self.send_shape;
-        operation.recv.shape = &self.recv_shape;
+        operation.send = Buffer::described(operation.send.dtype(), &self.send_shape);
+        operation.recv = Buffer::described(operation.recv.dtype(), &self.recv_shape);
         format!("{operation} on {}", self.comm)
     }
 }
@@ -191,11 +192,7 @@ mod tests {
     fn what_waits_is_described_until_it_ends() {
         let table = PendingTable::default();
         let shape = [5];
-        let result = Buffer {
-            data: std::ptr::null_mut(),
-            dtype: ElementType::F64,
-            shape: &shape,
-        };
+        let result = Buffer::described(ElementType::F64, &shape);
         let operation = Operation {
             source: 3,
             ..Operation::new(Kind::Recv, 0, Buffer::NONE, result)

@@ -16,29 +16,19 @@ pub(super) struct Post<'a> {
 }
 
 impl Post<'_> {
-    fn operation(&self, kind: Kind, peer: i32, tag: i32, bytes: &[u8]) -> ShimOp {
-        ShimOp {
-            count: bytes.len() as i64,
-            dest: peer,
-            source: peer,
-            send_tag: tag,
-            recv_tag: tag,
-            send: bytes.as_ptr().cast(),
-            ..ShimOp::new(kind, self.comm)
-        }
-    }
-
     /// Sends a few bytes to a rank.
     pub(super) fn send(&self, peer: i32, tag: i32, bytes: &[u8]) -> Result<(), MpiError> {
         // Short enough for every MPI's eager protocol, so it does not wait for the receiver.
-        self.shim
-            .execute(&self.operation(Kind::Send, peer, tag, bytes))
-            .map(|_| ())
+        self.shim.send(self.comm, peer, tag, bytes)
     }
 
     /// Receives what a rank has sent.
     pub(super) fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
-        let wanted = self.operation(Kind::Recv, peer, tag, &[]);
+        let wanted = ShimOp {
+            source: peer,
+            recv_tag: tag,
+            ..ShimOp::new(Kind::Recv, self.comm)
+        };
         let message = backoff::until(|| self.shim.take(&wanted).transpose())?;
         self.shim.receive_bytes(message)
     }

@@ -42,7 +42,7 @@ pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary
         _ => return None,
     };
     let bytes = op.recv.bytes();
-    if bytes == 0 || op.recv.data.is_null() || std::ptr::eq(op.recv.data, op.send.data) {
+    if bytes == 0 || op.recv.data().is_null() || std::ptr::eq(op.recv.data(), op.send.data()) {
         return None;
     }
     let canary = ResultCanary {
@@ -105,12 +105,8 @@ mod tests {
         freed: false,
     };
 
-    fn operation<'a>(kind: Kind, result: &mut [u8], shape: &'a [i64]) -> Operation<'a> {
-        let result = Buffer {
-            data: result.as_mut_ptr().cast(),
-            dtype: ElementType::U8,
-            shape,
-        };
+    fn operation<'a>(kind: Kind, result: &'a mut [u8], shape: &'a [i64]) -> Operation<'a> {
+        let result = Buffer::over(result, ElementType::U8, shape);
         Operation::new(kind, 0, Buffer::NONE, result)
     }
 
@@ -120,12 +116,12 @@ mod tests {
         let op = operation(Kind::Allgather, &mut memory, &[3, 30]);
         let canary = place(&op, &COMM).unwrap();
         assert_eq!(canary.unwritten(), Some(0));
-        memory.fill(1);
+        op.recv.write(0, &[1; 90]);
         assert!(canary.unwritten().is_none() && canary.check(&op).is_ok());
         let canary = place(&op, &COMM).unwrap();
-        memory[..30].fill(1);
-        memory[30..44].fill(2);
-        memory[60..].fill(3);
+        op.recv.write(0, &[1; 30]);
+        op.recv.write(30, &[2; 14]);
+        op.recv.write(60, &[3; 30]);
         assert_eq!(canary.unwritten(), Some(1));
         let text = canary.check(&op).unwrap_err().to_string();
         assert!(

@@ -55,9 +55,9 @@ fn clear(op: &Operation<'_>) {
 pub fn copy_through(op: &Operation<'_>) {
     let (from, to) = (op.send, op.recv);
     debug_assert_eq!(from.bytes(), to.bytes());
-    if !to.data.is_null() && !ptr::eq(from.data, to.data) {
+    if !to.data().is_null() && !ptr::eq(from.data(), to.data()) {
         // SAFETY: the result is as large as the operand, and XLA gives results memory of their own
         // where it is not exactly the operand's.
-        unsafe { from.copy_to(to.data.cast()) };
+        unsafe { from.copy_to(to.data().cast()) };
     }
 }

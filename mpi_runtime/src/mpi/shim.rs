@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 use mpi_shim_abi::{
-    ABI_VERSION, CommDeleted, Datatype, ENTRY_POINT, Entry, GIVEN_UP, Idle, ShimApi, ShimOp,
-    ShimReceived, ShimStatus,
+    ABI_VERSION, CommDeleted, Datatype, ENTRY_POINT, Entry, GIVEN_UP, Idle, Kind, Reduction,
+    ShimApi, ShimOp, ShimReceived, ShimStatus,
 };
 
 pub use crate::error::MpiError;
@@ -269,14 +269,63 @@ impl Shim {
     }
 
     /// Executes an operation; the only call here that waits on a peer after start.
-    pub fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
+    ///
+    /// # Safety
+    /// The buffers of `op` must be valid for its counts and types on its communicator, which must
+    /// be live, and its status must be null or an `MPI_Status`.
+    #[inline]
+    pub unsafe fn execute(&self, op: &ShimOp) -> Result<ShimReceived, MpiError> {
         let mut received = ShimReceived::default();
-        // SAFETY: whoever made `op` (`check::prepare`, `AllRanks`, `Post`) made it from buffers
-        // that outlive this call.
+        // SAFETY: as this function demands.
         match in_call(|| unsafe { (self.api.execute)(op, &mut received) }) {
             GIVEN_UP => Err(MpiError(GIVEN_UP_SINCE.take())),
             code => self.check(code).map(|()| received),
         }
+    }
+
+    /// The largest of the ranks' numbers, one by one; collective.
+    pub fn largest(&self, comm: u64, own: &[u64], largest: &mut [u64]) -> Result<(), MpiError> {
+        assert_eq!(own.len(), largest.len());
+        let op = ShimOp {
+            datatype: Datatype::U64,
+            recv_datatype: Datatype::U64,
+            reduction: Reduction::Max,
+            count: own.len() as i64,
+            recv_count: own.len() as i64,
+            send: own.as_ptr().cast(),
+            recv: largest.as_mut_ptr().cast(),
+            ..ShimOp::new(Kind::Allreduce, comm)
+        };
+        // SAFETY: a communicator of the engine's, and lists as long as is said.
+        unsafe { self.execute(&op) }.map(drop)
+    }
+
+    /// The bytes of all ranks, one after the other, of which each has as many; collective.
+    pub fn gather(&self, comm: u64, own: &[u8], all: &mut [u8]) -> Result<(), MpiError> {
+        let (_, size, _) = self.comm_info(comm)?;
+        assert_eq!(own.len() * size as usize, all.len());
+        let op = ShimOp {
+            count: own.len() as i64,
+            recv_count: own.len() as i64,
+            send: own.as_ptr().cast(),
+            recv: all.as_mut_ptr().cast(),
+            ..ShimOp::new(Kind::Allgather, comm)
+        };
+        // SAFETY: a communicator of the engine's, and bytes of ours for each of its ranks.
+        unsafe { self.execute(&op) }.map(drop)
+    }
+
+    /// Sends bytes.
+    pub fn send(&self, comm: u64, dest: i32, tag: i32, bytes: &[u8]) -> Result<(), MpiError> {
+        let op = ShimOp {
+            count: bytes.len() as i64,
+            dest,
+            send_tag: tag,
+            send: bytes.as_ptr().cast(),
+            ..ShimOp::new(Kind::Send, comm)
+        };
+        // SAFETY: a communicator of the engine's, and as many bytes as is said.
+        unsafe { self.execute(&op) }.map(drop)
     }
 
     /// Starts the send of `op`.

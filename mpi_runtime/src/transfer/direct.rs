@@ -77,7 +77,7 @@ impl Direct {
     /// number of C. With more ranks than cores (`oversubscribed`) collectives are nonblocking ones,
     /// which Open MPI does not execute on device memory.
     pub fn can(op: &Operation<'_>, oversubscribed: bool) -> bool {
-        let dtype = op.send.dtype;
+        let dtype = op.send.dtype();
         let reduces = |reduction| match dtype.class() {
             Class::Integer => reduction != Reduction::User,
             Class::Real => {
@@ -119,7 +119,7 @@ impl Direct {
         copies: &mut [Option<DevicePiece>; 2],
         perform: &mut Perform<'_>,
     ) -> Result<Done, Failure> {
-        let (operand, result) = (op.send.data as Address, op.recv.data as Address);
+        let (operand, result) = (op.send.data() as Address, op.recv.data() as Address);
         let [to_send, to_receive] = copies;
         let send = self.place(&op.send, uses.reads, to_send)?;
         let recv = self.place(&op.recv, uses.writes, to_receive)?;
@@ -128,15 +128,15 @@ impl Direct {
         }
         let here = self.device.record(main)?;
         device::pass(&*self.device, here)?;
+        // SAFETY: each is the operation's own array, or a copy as long as it, which is given back
+        // after this; for an MPI that knows the device.
+        let (send, recv_placed) = unsafe {
+            let (send, recv) = (send as *mut _, recv as *mut _);
+            (op.send.placed(send), op.recv.placed(recv))
+        };
         let done = perform(&Operation {
-            send: Buffer {
-                data: send as *mut _,
-                ..op.send
-            },
-            recv: Buffer {
-                data: recv as *mut _,
-                ..op.recv
-            },
+            send,
+            recv: recv_placed,
             ..*op
         })?;
         let missing = missing(op, done)?;
@@ -164,7 +164,7 @@ impl Direct {
     ) -> Result<Address, Failure> {
         let bytes = array.bytes();
         if !used || bytes == 0 || self.arrays.load(Ordering::Relaxed) {
-            return Ok(array.data as Address);
+            return Ok(array.data() as Address);
         }
         let piece = self.take(bytes)?;
         Ok(copy.insert(piece).data)

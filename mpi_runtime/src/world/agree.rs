@@ -3,8 +3,6 @@
 
 #![forbid(unsafe_code)]
 
-use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
-
 use crate::engine::recorder::clock;
 use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::Communicator;
@@ -133,17 +131,8 @@ impl AllRanks<'_> {
         &self,
         own: &[u64; COUNT],
     ) -> Result<[u64; COUNT], MpiError> {
-        let mut largest = [0u64; COUNT];
-        self.shim.execute(&ShimOp {
-            datatype: Datatype::U64,
-            recv_datatype: Datatype::U64,
-            reduction: Reduction::Max,
-            count: COUNT as i64,
-            recv_count: COUNT as i64,
-            send: own.as_ptr().cast(),
-            recv: largest.as_mut_ptr().cast(),
-            ..ShimOp::new(Kind::Allreduce, self.comm.handle)
-        })?;
+        let mut largest = [0; COUNT];
+        self.shim.largest(self.comm.handle, own, &mut largest)?;
         Ok(largest)
     }
 

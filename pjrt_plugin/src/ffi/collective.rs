@@ -131,7 +131,7 @@ impl Collective<'_> {
         while self.memory.is_hosts() && end < self.operands && bytes <= LARGEST_PACK {
             let next = self.arg(end)?;
             bytes += next.bytes();
-            if next.dtype != first.dtype || bytes > LARGEST_PACK {
+            if next.dtype() != first.dtype() || bytes > LARGEST_PACK {
                 break;
             }
             end += 1;
@@ -146,31 +146,27 @@ impl Collective<'_> {
         reduction: Reduction,
         arrays: Range<usize>,
     ) -> Result<(), Error> {
-        let dtype = self.arg(arrays.start)?.dtype;
+        let dtype = self.arg(arrays.start)?.dtype();
         let mut elements = 0;
         for index in arrays.clone() {
             elements += self.arg(index)?.elements();
         }
         let shape = [elements];
-        let whole = Buffer {
-            data: std::ptr::null_mut(),
-            dtype,
-            shape: &shape,
-        };
+        let whole = Buffer::described(dtype, &shape);
         let bytes = elements as usize * dtype.size();
         let (mut out, mut back) = (self.memory.scratch(bytes)?, self.memory.scratch(bytes)?);
         let (send, recv) = (out.over(&whole), back.over(&whole));
         let mut place = 0;
         for index in arrays.clone() {
             let array = self.arg(index)?;
-            self.memory.copy(&array, &part(&send, place, &array))?;
+            self.memory.copy(&array, &send.part(place, &array))?;
             place += array.bytes();
         }
         self.reduce(group, reduction, send, recv)?;
         place = 0;
         for index in arrays {
             let array = self.ret(index)?;
-            self.memory.copy(&part(&recv, place, &array), &array)?;
+            self.memory.copy(&recv.part(place, &array), &array)?;
             place += array.bytes();
         }
         Ok(())
@@ -189,14 +185,5 @@ pub fn operation<'a>(kind: Kind, comm: i64, send: Buffer<'a>, recv: Buffer<'a>) 
         send_tag: TAG,
         recv_tag: TAG,
         ..Operation::new(kind, comm, send, recv)
-    }
-}
-
-/// An array like `like`, `place` bytes after the start of `whole`.
-pub fn part<'a>(whole: &Buffer<'_>, place: usize, like: &Buffer<'a>) -> Buffer<'a> {
-    assert!(place + like.bytes() <= whole.bytes());
-    Buffer {
-        data: whole.data.wrapping_byte_add(place),
-        ..*like
     }
 }

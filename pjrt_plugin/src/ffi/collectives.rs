@@ -1,9 +1,9 @@
 //! Handlers of XLA's collectives, which `hlo_rewrite` puts into partitioned programs.
 
 use mpi_runtime::mpi::communicators::COLLECTIVES;
-use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Ticket};
+use mpi_runtime::{Kind, Operation, PROC_NULL, Ticket};
 
-use super::collective::{Collective, operation, part, run};
+use super::collective::{Collective, operation, run};
 use super::contract::{Field, Values};
 use super::contracts::{
     ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, ALL_TO_ALL_ARRAY, BEGIN, COLLECTIVE_BROADCAST,
@@ -113,7 +113,7 @@ fn all_to_all(call: &Collective<'_>) -> Result<(), Error> {
     if call.operands == 1 && call.results == 1 {
         let (mut send, mut recv) = (call.arg(0)?, call.ret(0)?);
         let shape = [size as i64, send.elements() / (size as i64).max(1)];
-        (send.shape, recv.shape) = (&shape, &shape);
+        (send, recv) = (send.shaped(&shape), recv.shaped(&shape));
         return call.execute(&operation(Kind::Alltoall, group, send, recv));
     }
     let whole = if call.operands == 1 {
@@ -122,16 +122,13 @@ fn all_to_all(call: &Collective<'_>) -> Result<(), Error> {
         call.ret(0)?
     };
     let shape = [whole.elements() / size as i64];
-    let block = Buffer {
-        shape: &shape,
-        ..whole
-    };
+    let block = whole.shaped(&shape);
     let send = |member: usize| match call.operands {
-        1 => Ok(part(&whole, member * block.bytes(), &block)),
+        1 => Ok(whole.part(member * block.bytes(), &block)),
         _ => call.arg(member),
     };
     let recv = |member: usize| match call.results {
-        1 => Ok(part(&whole, member * block.bytes(), &block)),
+        1 => Ok(whole.part(member * block.bytes(), &block)),
         _ => call.ret(member),
     };
     call.memory.copy(&send(rank)?, &recv(rank)?)?;
@@ -152,7 +149,7 @@ fn all_to_all_array(call: &Collective<'_>) -> Result<(), Error> {
     let outer = call.outer(0);
     let shape = [size, send.elements() / size.max(1)];
     let whole = recv;
-    (send.shape, recv.shape) = (&shape, &shape);
+    (send, recv) = (send.shaped(&shape), recv.shaped(&shape));
     if outer == 1 {
         return call.execute(&operation(Kind::Alltoall, group, send, recv));
     }

@@ -190,7 +190,7 @@ impl Contract {
             Of::Result => (array(frame.rets[0]), "result"),
         };
         let rows = match of {
-            Of::OperandRow => buffer.shape.first().copied().unwrap_or(1),
+            Of::OperandRow => buffer.shape().first().copied().unwrap_or(1),
             _ => 1,
         };
         let elements = buffer.elements() / rows.max(1);
@@ -245,12 +245,13 @@ impl Contract {
         let array = array(buffer);
         let mut elements = 1i64;
         let mut fits = true;
-        for &length in array.shape {
+        for &length in array.shape() {
             let (product, overflows) = elements.overflowing_mul(length);
             (elements, fits) = (product, fits & !overflows & (length >= 0));
         }
-        let (bytes, overflows) = elements.overflowing_mul(array.dtype.size() as i64);
-        let is_array = array.dtype != ElementType::Other && (bytes == 0 || !array.data.is_null());
+        let (bytes, overflows) = elements.overflowing_mul(array.dtype().size() as i64);
+        let is_array =
+            array.dtype() != ElementType::Other && (bytes == 0 || !array.data().is_null());
         if fits & !overflows & is_array {
             return Ok(elements);
         }
@@ -264,13 +265,13 @@ impl Contract {
         if buffer.dtype == XLA_FFI_DataType_TOKEN {
             return self.bad(format!("{what} {index} is a token, and must be an array"));
         }
-        if array.dtype == ElementType::Other {
+        if array.dtype() == ElementType::Other {
             return self.bad(format!(
                 "{what} {index} is {shown}: a type of less than 8 bits is not supported; cast to a \
                  supported type first"
             ));
         }
-        if array.data.is_null() {
+        if array.data().is_null() {
             return self.bad(format!("{what} {index} is {shown} without memory"));
         }
         self.bad(format!(
@@ -373,6 +374,6 @@ fn is_token(buffer: &XLA_FFI_Buffer) -> bool {
 
 /// `float32[3,4]`
 pub fn words(buffer: &XLA_FFI_Buffer) -> String {
-    let shape: Vec<String> = array(buffer).shape.iter().map(i64::to_string).collect();
+    let shape: Vec<String> = array(buffer).shape().iter().map(i64::to_string).collect();
     format!("{}[{}]", dtype_name(buffer.dtype), shape.join(","))
 }

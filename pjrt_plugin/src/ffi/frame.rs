@@ -182,11 +182,8 @@ pub fn dims(buffer: &XLA_FFI_Buffer) -> &[i64] {
 /// A buffer as it is given; `contract` says whether it is an array.
 #[inline]
 pub fn array(buffer: &XLA_FFI_Buffer) -> Buffer<'_> {
-    Buffer {
-        data: buffer.data,
-        dtype: element_type(buffer.dtype),
-        shape: dims(buffer),
-    }
+    // SAFETY: a buffer of XLA's holds its elements during the call; `contract` refuses others.
+    unsafe { Buffer::new(buffer.data, element_type(buffer.dtype), dims(buffer)) }
 }
 
 /// numpy's name of one of XLA's element types, or XLA's own.

@@ -137,7 +137,7 @@ impl Guarded {
         let mut buffer = new_args::<XLA_FFI_Buffer>();
         buffer.dtype = dtype;
         let elements: i64 = dims.iter().product();
-        let bytes = elements as usize * array(&buffer).dtype.size();
+        let bytes = elements as usize * array(&buffer).dtype().size();
         let mut memory = vec![GUARD_BYTE; GUARD + bytes + GUARD];
         for byte in &mut memory[GUARD..GUARD + bytes] {
             *byte = random.below(4) as u8;

@@ -65,7 +65,7 @@ pub fn prepare(op: &Operation<'_>) {
     let end = unsafe { libc::sbrk(0) } as usize;
     let heap = pages.heap.map(|start| start..end);
     for buffer in [&op.send, &op.recv] {
-        let (start, bytes) = (buffer.data as usize, buffer.bytes());
+        let (start, bytes) = (buffer.data() as usize, buffer.bytes());
         if bytes >= OFTEN_MAPPED {
             advise(&inside(&(start..start + bytes)), libc::MADV_HUGEPAGE);
         }

@@ -169,7 +169,7 @@ impl<'a> Memory<'a> {
     /// Copies an array to one of the same size, which does not overlap it.
     pub fn copy(&self, from: &Buffer<'_>, to: &Buffer<'_>) -> Result<(), Error> {
         assert_eq!(from.bytes(), to.bytes());
-        self.copy_bytes(from.data as Address, to.data as Address, from.bytes())?;
+        self.copy_bytes(from.data() as Address, to.data() as Address, from.bytes())?;
         self.catch_up();
         Ok(())
     }
@@ -207,7 +207,7 @@ impl<'a> Memory<'a> {
         }
         let block = from.bytes() / (rows * columns).max(1);
         assert!(from.bytes() == to.bytes() && block * rows * columns == from.bytes());
-        let (from, to) = (from.data as Address, to.data as Address);
+        let (from, to) = (from.data() as Address, to.data() as Address);
         for (here, there) in interleaved(rows, columns) {
             self.copy_bytes(from + here * block, to + there * block, block)?;
         }
@@ -232,7 +232,7 @@ impl<'a> Memory<'a> {
         }
         if let Some((staged, main)) = self.device {
             // SAFETY: XLA's buffer has its size, and is valid for what is in the stream.
-            unsafe { staged.device.fill(main, array.data as Address, what) }
+            unsafe { staged.device.fill(main, array.data() as Address, what) }
                 .map_err(Error::internal)?;
             self.catch_up();
             return Ok(());
@@ -240,8 +240,8 @@ impl<'a> Memory<'a> {
         // SAFETY: XLA's buffer has its size.
         unsafe {
             match what {
-                Fill::Zeros(bytes) => array.data.cast::<u8>().write_bytes(0, bytes),
-                Fill::Word(word) => array.data.cast::<u32>().write_unaligned(word),
+                Fill::Zeros(bytes) => array.data().cast::<u8>().write_bytes(0, bytes),
+                Fill::Word(word) => array.data().cast::<u32>().write_unaligned(word),
             }
         }
         Ok(())
@@ -290,7 +290,8 @@ impl Scratch<'_> {
             Scratch::Device { data, bytes, .. } => (*data, *bytes),
         };
         assert!(like.bytes() <= bytes);
-        Buffer { data, ..*like }
+        // SAFETY: this memory holds as many bytes, and belongs to a call that outlives its arrays.
+        unsafe { like.placed(data) }
     }
 }
 

@@ -129,14 +129,11 @@ fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), E
     let special = dialect.special_ranks(world);
     let peer = rank(values.get(Field::Peer), special, false)?;
     if matches!(dialect, Dialect::Mpi4jax)
-        && recv.shape == [0]
+        && recv.shape() == [0]
         && gets_nothing(world, kind, comm, peer)
     {
         // Where there is nothing to receive, its result is empty; ours is the operand.
-        recv = Buffer {
-            data: std::ptr::null_mut(),
-            ..send
-        };
+        recv = Buffer::described(send.dtype(), send.shape());
     }
     let reduction = match kind.reduces() {
         true => Some(reduction(values.get(Field::Op))?),

@@ -11,7 +11,6 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 use parking_lot::Mutex;
 
 use crate::engine::compare::channel::OTHER_NODES;
@@ -274,30 +273,16 @@ pub(crate) struct ByMpi {
 }
 
 impl Exchange for ByMpi {
-    fn largest(&self, number: usize, own: Numbers) -> Result<Numbers, MpiError> {
+    fn largest(&self, place: usize, own: Numbers) -> Result<Numbers, MpiError> {
         let mut largest = Numbers::default();
-        self.shim.execute(&ShimOp {
-            datatype: Datatype::U64,
-            recv_datatype: Datatype::U64,
-            reduction: Reduction::Max,
-            count: own.len() as i64,
-            recv_count: own.len() as i64,
-            send: own.as_ptr().cast(),
-            recv: largest.as_mut_ptr().cast(),
-            ..ShimOp::new(Kind::Allreduce, self.comms[number])
-        })?;
+        self.shim.largest(self.comms[place], &own, &mut largest)?;
         Ok(largest)
     }
 
-    fn texts(&self, number: usize, own: &Text) -> Result<Vec<Text>, MpiError> {
+    fn texts(&self, place: usize, own: &Text) -> Result<Vec<Text>, MpiError> {
         let mut texts = vec![[0; TEXT]; self.size];
-        self.shim.execute(&ShimOp {
-            count: TEXT as i64,
-            recv_count: TEXT as i64,
-            send: own.as_ptr().cast(),
-            recv: texts.as_mut_ptr().cast(),
-            ..ShimOp::new(Kind::Allgather, self.comms[number])
-        })?;
+        self.shim
+            .gather(self.comms[place], own, texts.as_flattened_mut())?;
         Ok(texts)
     }
 }

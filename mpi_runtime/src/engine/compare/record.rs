@@ -61,7 +61,7 @@ impl Compared {
         };
         Compared {
             kind: op.kind,
-            dtype: described.dtype,
+            dtype: described.dtype(),
             reduction: op.reduction,
             root: if op.kind.has_root() { op.root } else { 0 },
             count: shim_op.count.max(shim_op.recv_count),

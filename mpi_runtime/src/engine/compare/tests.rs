@@ -58,11 +58,7 @@ impl Rank {
 
     fn allreduce(&self, count: i64, reduction: Reduction) -> Result<(), String> {
         let shape = [count];
-        let x = Buffer {
-            dtype: ElementType::F32,
-            shape: &shape,
-            ..Buffer::NONE
-        };
+        let x = Buffer::described(ElementType::F32, &shape);
         let op = Operation::new(Kind::Allreduce, WORLD, x, x);
         self.run(
             WORLD,
@@ -166,10 +162,7 @@ fn counts_and_reductions_are_compared() {
 fn a_refusal_reaches_the_others_and_waits_for_nobody() {
     let results = on_all(|rank| {
         // There is no SUM of so few bits.
-        let refused = Buffer {
-            dtype: ElementType::Other,
-            ..Buffer::NONE
-        };
+        let refused = Buffer::described(ElementType::Other, &[0]);
         let op = Operation::new(Kind::Bcast, WORLD, refused, refused);
         let error = match rank.rank {
             1 => rank.run(WORLD, op),
@@ -286,10 +279,7 @@ fn who_waits_for_a_rank_that_has_left_hears_of_it() {
 fn a_users_communicator_is_compared_where_the_main_thread_uses_it() {
     let results = on_all(|rank| {
         let shape = [rank.rank.into()];
-        let x = Buffer {
-            shape: &shape,
-            ..Buffer::NONE
-        };
+        let x = Buffer::described(ElementType::U8, &shape);
         let gather = || rank.run(1 << 61, Operation::new(Kind::Bcast, 0, x, x));
         let main = gather();
         rank.comparison.free(1 << 61);

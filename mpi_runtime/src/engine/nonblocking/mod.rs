@@ -82,7 +82,10 @@ impl NonblockingMessages {
     }
 
     /// Starts a message and returns its number.
-    pub fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, Failure> {
+    ///
+    /// # Safety
+    /// `shim_op` must be what `check::prepare` makes of `op`.
+    pub unsafe fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, Failure> {
         let shared = &self.shared;
         let sends = op.kind.sends();
         let mut memory = MessageMemory::default();
@@ -109,7 +112,7 @@ impl NonblockingMessages {
         table.rows.push(MessageRow {
             number,
             operation: op.without_arrays(),
-            shape: op.send.shape.to_vec(),
+            shape: op.send.shape().to_vec(),
             posted: Posted(posted),
             memory,
             state,
@@ -191,7 +194,8 @@ impl NonblockingMessages {
         } else {
             op.datatype
         };
-        let received = self.receive(op, element);
+        // SAFETY: as this function demands.
+        let received = unsafe { self.receive(op, element) };
         // Whatever happened: the operand is MPI's until the send is complete.
         if let Some(sending) = &mut sending {
             complete(shim, sending)?;
@@ -199,10 +203,15 @@ impl NonblockingMessages {
         received
     }
 
-    fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, Failure> {
+    /// Receives the message that `op` receives, and waits for it.
+    ///
+    /// # Safety
+    /// As for [`NonblockingMessages::try_receive`].
+    unsafe fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, Failure> {
         let mut waiting = MessageWait::default();
         loop {
-            if let Some(received) = self.try_receive(op, element)? {
+            // SAFETY: as this function demands.
+            if let Some(received) = unsafe { self.try_receive(op, element) }? {
                 return Ok(received);
             }
             waiting.pause();
@@ -214,7 +223,10 @@ impl NonblockingMessages {
 
     /// Receives the message that `op` receives, as elements of `element`, if one is there and
     /// belongs to no receive started before.
-    pub(crate) fn try_receive(
+    ///
+    /// # Safety
+    /// The result of `op` must be valid for its count of `element`s.
+    pub(crate) unsafe fn try_receive(
         &self,
         op: &ShimOp,
         element: Datatype,

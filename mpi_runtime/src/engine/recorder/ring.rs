@@ -106,7 +106,7 @@ impl Recorder {
         let collective = op.kind.is_collective();
         let position = self.position(op.comm, collective, comm);
         let reduction = op.reduction.map_or(NO_REDUCTION, |one| one as u64);
-        let dtypes = (op.send.dtype as u64) << 16 | (op.recv.dtype as u64) << 24;
+        let dtypes = (op.send.dtype() as u64) << 16 | (op.recv.dtype() as u64) << 24;
         let foreign = if op.of.is_some() { FOREIGN } else { 0 };
         let peer = if op.kind.has_root() { op.root } else { op.dest };
         self.enter(&Fields {

@@ -12,11 +12,7 @@ fn recorder() -> Box<Recorder> {
 }
 
 fn array(shape: &[i64]) -> Buffer<'_> {
-    Buffer {
-        data: std::ptr::null_mut(),
-        dtype: ElementType::F32,
-        shape,
-    }
+    Buffer::described(ElementType::F32, shape)
 }
 
 fn communicator() -> Option<Communicator> {

@@ -19,7 +19,7 @@ pub(super) fn execute(
 ) -> Result<(), Failure> {
     let plan = Plan::new(op, comm, run.staging.chunk);
     if plan.returns_input {
-        let (to, from) = (op.recv.data as usize, op.send.data as usize);
+        let (to, from) = (op.recv.data() as usize, op.send.data() as usize);
         // mpi4jax's results are empty here.
         if op.send.bytes() > 0 && to != 0 && to != from {
             // SAFETY: operand and result of one operation, which do not overlap.
@@ -72,14 +72,8 @@ fn exchange(
         }
     };
     let [sent, received] = plan.shapes(number);
-    let sent = Buffer {
-        shape: &sent,
-        ..op.send
-    };
-    let received = Buffer {
-        shape: &received,
-        ..op.recv
-    };
+    let sent = Buffer::described(op.send.dtype(), &sent);
+    let received = Buffer::described(op.recv.dtype(), &received);
     let done = mpi.perform(&Operation {
         send: at(&send, sent),
         recv: at(&recv, received),

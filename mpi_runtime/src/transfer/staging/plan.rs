@@ -44,7 +44,7 @@ impl Plan {
             Kind::Gather | Kind::Scatter => size,
             _ => rows[0].max(rows[1]),
         };
-        let column = most * op.send.dtype.size();
+        let column = most * op.send.dtype().size();
         Plan {
             send_rows: if sends { rows[0] } else { 0 },
             recv_rows: if receives { rows[1] } else { 0 },
@@ -67,12 +67,12 @@ impl Plan {
 
     /// Where the rows of a chunk lie in `array`, and their bytes.
     fn rows(&self, array: &Buffer<'_>, rows: usize, number: usize) -> Vec<(usize, usize)> {
-        let size = array.dtype.size();
+        let size = array.dtype().size();
         let bytes = self.elements(number) * size;
         if bytes == 0 {
             return Vec::new();
         }
-        let first = array.data as usize + number * self.width * size;
+        let first = array.data() as usize + number * self.width * size;
         (0..rows)
             .map(|row| (first + row * self.columns * size, bytes))
             .collect()

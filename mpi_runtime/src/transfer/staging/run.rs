@@ -181,9 +181,11 @@ impl<'a> Run<'a> {
 
 /// The array in memory of the host.
 pub(super) fn at<'a>(memory: &Option<HostMemory>, array: Buffer<'a>) -> Buffer<'a> {
-    let data = memory.as_ref().map(|memory| memory.data.as_ptr().cast());
-    Buffer {
-        data: data.unwrap_or(std::ptr::null_mut()),
-        ..array
-    }
+    let Some(memory) = memory else {
+        return Buffer::described(array.dtype(), array.shape());
+    };
+    assert!(array.bytes() <= memory.bytes);
+    // SAFETY: memory of the pool's, with room for it, which is put back when the operation that has
+    // the array has returned.
+    unsafe { array.placed(memory.data.as_ptr().cast()) }
 }

@@ -18,11 +18,11 @@ pub(super) fn execute(
     mpi: &mut dyn Transport,
 ) -> Result<Done, Failure> {
     // An `irecv` has its operand for the shape only.
-    let sent = [(op.send.data as usize, op.send.bytes())];
+    let sent = [(op.send.data() as usize, op.send.bytes())];
     let reads = op.kind != Kind::Irecv && sent[0].1 > 0;
     let coming = run.come(if reads { &sent } else { &[] })?;
     let send = run.arrive(coming)?;
-    let received = [(op.recv.data as usize, op.recv.bytes())];
+    let received = [(op.recv.data() as usize, op.recv.bytes())];
     let recv = match run.memory(received[0].1) {
         Ok(memory) => memory,
         Err(error) => {

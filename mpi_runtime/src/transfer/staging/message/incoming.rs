@@ -50,11 +50,11 @@ impl<'r, 's> Incoming<'r, 's> {
         let receives = op.kind.receives();
         Incoming {
             run,
-            data: op.recv.data as usize,
+            data: op.recv.data() as usize,
             room: if receives { op.recv.bytes() } else { 0 },
             length: None,
             arrived: 0,
-            dtype: op.recv.dtype,
+            dtype: op.recv.dtype(),
             may_be_shorter: op.status != 0,
             source: op.source,
             tag: op.recv_tag,

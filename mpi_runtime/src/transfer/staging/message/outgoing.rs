@@ -66,9 +66,9 @@ impl<'r, 's> Outgoing<'r, 's> {
         let bytes = if sends { op.send.bytes() } else { 0 };
         let mut outgoing = Outgoing {
             run,
-            data: op.send.data as usize,
+            data: op.send.data() as usize,
             bytes,
-            dtype: op.send.dtype,
+            dtype: op.send.dtype(),
             way: Way::Mpi,
             sending: VecDeque::new(),
             header: None,

@@ -20,11 +20,14 @@ impl Piece {
     }
 
     pub(super) fn buffer<'a>(&self, shape: &'a [i64]) -> Buffer<'a> {
-        let data = self.memory.as_ref();
-        Buffer {
-            data: data.map_or(std::ptr::null_mut(), |memory| memory.data.as_ptr().cast()),
-            dtype: self.dtype,
-            shape,
+        let array = Buffer::described(self.dtype, shape);
+        match &self.memory {
+            Some(memory) if array.bytes() <= memory.bytes => {
+                // SAFETY: memory of the pool's, with room for it, which is put back when the
+                // operation that has the array has returned.
+                unsafe { array.placed(memory.data.as_ptr().cast()) }
+            }
+            _ => array,
         }
     }
 

@@ -6,7 +6,7 @@ use mpi_shim_abi::{Kind, PROC_NULL, Reduction};
 
 use super::examples::{COLLECTIVES, example, numbers, operation};
 use super::rank::{Rank, ranks};
-use crate::buffer::ElementType;
+use crate::buffer::{Buffer, ElementType};
 use crate::operation::Operation;
 use crate::transfer::choice::Through;
 use crate::transfer::direct::Direct;
@@ -128,7 +128,11 @@ fn what_mpi_reduces_by_functions_on_the_host_does_not_go_directly() {
     let shape = [4];
     let with = |dtype, reduction| {
         let mut op = operation(Kind::Allreduce, &shape, &shape);
-        (op.send.dtype, op.recv.dtype, op.reduction) = (dtype, dtype, Some(reduction));
+        (op.send, op.recv) = (
+            Buffer::described(dtype, &shape),
+            Buffer::described(dtype, &shape),
+        );
+        op.reduction = Some(reduction);
         Direct::can(&op, false)
     };
     assert!(with(ElementType::F32, Reduction::Sum) && with(ElementType::I8, Reduction::Max));
@@ -143,7 +147,7 @@ fn what_mpi_reduces_by_functions_on_the_host_does_not_go_directly() {
         assert!(!with(dtype, reduction), "{dtype:?} {reduction:?}");
     }
     let mut moved = operation(Kind::Allgather, &shape, &shape);
-    (moved.send.dtype, moved.reduction) = (ElementType::BF16, None);
+    (moved.send, moved.reduction) = (Buffer::described(ElementType::BF16, &shape), None);
     assert!(Direct::can(&moved, false) && !Direct::can(&moved, true));
     let message = operation(Kind::Sendrecv, &shape, &shape);
     assert!(Direct::can(&message, true));

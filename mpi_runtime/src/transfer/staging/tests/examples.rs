@@ -10,10 +10,9 @@ use crate::operation::Operation;
 const DTYPE: ElementType = ElementType::U8;
 
 pub(super) fn operation<'a>(kind: Kind, sent: &'a [i64], received: &'a [i64]) -> Operation<'a> {
-    let buffer = |place: usize, shape| Buffer {
-        data: Simulated::address(place) as *mut _,
-        dtype: DTYPE,
-        shape,
+    let buffer = |place: usize, shape| {
+        // SAFETY: an address of the simulated device, which nothing here takes for the host's.
+        unsafe { Buffer::new(Simulated::address(place) as *mut _, DTYPE, shape) }
     };
     Operation {
         reduction: Some(Reduction::Sum),

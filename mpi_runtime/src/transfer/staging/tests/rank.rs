@@ -63,11 +63,11 @@ pub(super) struct Rank {
 
 /// The bytes of a buffer in memory of the host.
 pub(super) fn bytes<'a>(buffer: &Buffer<'_>) -> &'a mut [u8] {
-    if buffer.data.is_null() {
+    if buffer.data().is_null() {
         return &mut [];
     }
     // SAFETY: the memory is the pool's, and this operation's.
-    unsafe { std::slice::from_raw_parts_mut(buffer.data.cast(), buffer.bytes()) }
+    unsafe { std::slice::from_raw_parts_mut(buffer.data().cast(), buffer.bytes()) }
 }
 
 impl Network {
@@ -127,7 +127,7 @@ impl Transport for Rank {
             Kind::ReduceScatter => block(&sum(&all), own),
             other => panic!("{other:?}"),
         };
-        if !op.recv.data.is_null() {
+        if !op.recv.data().is_null() {
             bytes(&op.recv).copy_from_slice(&result);
         }
         Ok(Done::default())
@@ -152,7 +152,7 @@ impl Transport for Rank {
             (
                 self.comm.rank,
                 op.dest,
-                Late(op.send.data as usize, op.send.bytes()),
+                Late(op.send.data() as usize, op.send.bytes()),
             ),
         );
         Ok(Request(number))
@@ -205,7 +205,7 @@ impl FakeState {
 impl Rank {
     /// As an MPI that knows the device, which writes no more than a message has.
     fn perform_on_device(&mut self, op: &Operation<'_>) -> Result<Done, Failure> {
-        let place = |buffer: &Buffer<'_>| buffer.data as usize - Simulated::address(0);
+        let place = |buffer: &Buffer<'_>| buffer.data() as usize - Simulated::address(0);
         let length = op.send.bytes();
         let mut sent = Vec::new();
         if length > 0 {
@@ -224,11 +224,15 @@ impl Rank {
             _ => true,
         };
         let mut on_host = *op;
-        on_host.send.data = sent.as_mut_ptr().cast();
-        on_host.recv.data = match writes {
+        let result = match writes {
             true => received.as_mut_ptr().cast(),
             false => std::ptr::null_mut(),
         };
+        // SAFETY: both live as long as the operation, and are as long as its arrays.
+        unsafe {
+            on_host.send = op.send.placed(sent.as_mut_ptr().cast());
+            on_host.recv = op.recv.placed(result);
+        }
         let nobody = op.source == PROC_NULL && op.dest == PROC_NULL;
         let done = match op.kind {
             Kind::Sendrecv if nobody => Done::default(),

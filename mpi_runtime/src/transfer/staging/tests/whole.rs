@@ -59,7 +59,7 @@ fn messages_in_two_halves_go_through_the_host_whole() {
             let mut halves = Halves(|half: &Operation<'_>| {
                 match half.kind {
                     Kind::Isend => kept = bytes(&half.send).to_vec(),
-                    Kind::Irecv => assert!(half.send.data.is_null()),
+                    Kind::Irecv => assert!(half.send.data().is_null()),
                     _ => assert_eq!(bytes(&half.send), [7]),
                 }
                 match half.kind {
