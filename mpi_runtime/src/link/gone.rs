@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 /// How a rank has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,33 +38,49 @@ impl Gone {
     }
 }
 
-/// Which ranks have gone, by rank in the world.
-pub(super) struct GoneTable(Vec<AtomicU8>);
+/// Which ranks have gone.
+pub(super) struct GoneTable {
+    /// By rank in the world.
+    all: Vec<AtomicU8>,
+    /// How many of them have not left.
+    missing: AtomicUsize,
+}
 
 impl GoneTable {
     pub(super) fn new(size: usize) -> GoneTable {
-        GoneTable((0..size).map(|_| AtomicU8::new(0)).collect())
+        GoneTable {
+            all: (0..size).map(|_| AtomicU8::new(0)).collect(),
+            missing: AtomicUsize::new(0),
+        }
     }
 
     pub(super) fn size(&self) -> usize {
-        self.0.len()
+        self.all.len()
     }
 
     pub(super) fn get(&self, rank: usize) -> Option<Gone> {
-        Gone::of(self.0.get(rank)?.load(Ordering::SeqCst))
+        Gone::of(self.all.get(rank)?.load(Ordering::SeqCst))
     }
 
     /// Notes it; whether that is news. What was known first stays.
     pub(super) fn note(&self, rank: usize, gone: Gone) -> bool {
-        self.0.get(rank).is_some_and(|place| {
-            let noted =
-                place.compare_exchange(0, gone.number(), Ordering::SeqCst, Ordering::SeqCst);
-            noted.is_ok()
-        })
+        let Some(place) = self.all.get(rank) else {
+            return false;
+        };
+        let noted = place.compare_exchange(0, gone.number(), Ordering::SeqCst, Ordering::SeqCst);
+        if noted.is_ok() && gone != Gone::Left {
+            self.missing.fetch_add(1, Ordering::SeqCst);
+        }
+        noted.is_ok()
+    }
+
+    /// How many have ended before their programs did.
+    pub(super) fn missing(&self) -> usize {
+        self.missing.load(Ordering::SeqCst)
     }
 
     pub(super) fn all(&self) -> impl Iterator<Item = (usize, Gone)> {
-        (0..self.0.len()).filter_map(|rank| Some((rank, self.get(rank)?)))
+        (0..self.all.len()).filter_map(|rank| Some((rank, self.get(rank)?)))
     }
 }
 
@@ -78,6 +94,7 @@ mod tests {
         assert_eq!(table.get(1), None);
         assert!(table.note(1, Gone::Died) && !table.note(1, Gone::Left));
         assert!(!table.note(2, Gone::Died));
+        assert_eq!(table.missing(), 1);
         assert_eq!(table.all().collect::<Vec<_>>(), [(1, Gone::Died)]);
         for gone in Gone::ALL {
             assert_eq!(Gone::of(gone.number()), Some(gone));

@@ -112,10 +112,9 @@ impl Link {
         own.or_else(|| Gone::of(self.board.as_ref()?.gone_elsewhere(rank)))
     }
 
-    /// How many ranks of other nodes have ended before their programs did.
+    /// How many ranks are known to this one to have ended before their programs did.
     pub(crate) fn missing(&self) -> usize {
-        let all = (0..self.gone.size()).filter_map(|rank| self.gone(rank));
-        all.filter(|&gone| gone != Gone::Left).count()
+        self.gone.missing()
     }
 
     /// Whether this is the rank that asks all others.

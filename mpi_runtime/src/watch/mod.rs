@@ -27,7 +27,7 @@ use stuck::Known;
 const LOOK: Duration = Duration::from_millis(100);
 /// An operation that waits so long may do so in vain; asked again after growing times.
 const SUSPICIOUS: Duration = Duration::from_secs(2);
-/// The same once a rank of another node has died.
+/// The same once the other nodes were told that a rank has died.
 const AT_ONCE: Duration = Duration::from_millis(300);
 /// The time to the next question then: a receive from that rank fails before it.
 const AFTER_ERROR: Duration = Duration::from_millis(1500);
@@ -71,7 +71,7 @@ struct Memory {
     ask_after: Duration,
     /// The time from that question to the next one.
     pause: Duration,
-    /// How many ranks of other nodes were known to have died.
+    /// How many ranks were known to have died.
     missing: usize,
     /// What the ranks told last.
     before: Vec<Known>,
@@ -91,12 +91,12 @@ impl Watch {
             before: Vec::new(),
             seen: Seen::default(),
         };
-        let nodes = Nodes {
-            board: self.board.clone(),
-            link: self.link.clone(),
-            rank: self.rank as usize,
-            size: self.size as usize,
-        };
+        let nodes = Nodes::new(
+            self.board.clone(),
+            self.link.clone(),
+            self.rank as usize,
+            self.size as usize,
+        );
         // Without a thread nothing is watched, as without this library.
         let _ = std::thread::Builder::new()
             .name("mpi_cuda watch".into())
@@ -120,7 +120,10 @@ impl Watch {
             }
         }
         nodes.speak(own, &mut memory.seen, || self.state());
-        let longest = nodes.longest(own);
+        let longest = match nodes.examines() {
+            true => nodes.longest(own),
+            false => Duration::ZERO,
+        };
         let missing = nodes.missing();
         let (suspicious, pause) = match missing {
             0 => (SUSPICIOUS, SOON),
@@ -138,9 +141,7 @@ impl Watch {
             memory.ask_after = longest.min(memory.ask_after);
             memory.pause = pause;
         }
-        if nodes.examines() {
-            self.examine(nodes, longest, memory);
-        }
+        self.examine(nodes, longest, memory);
     }
 
     fn examine(&self, nodes: &Nodes, longest: Duration, memory: &mut Memory) {

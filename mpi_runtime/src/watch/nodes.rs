@@ -17,14 +17,18 @@ const ANSWER: Duration = Duration::from_millis(1500);
 const ANSWER_ELSEWHERE: Duration = Duration::from_millis(2500);
 /// A rank that has left is told of once it was seen so often to do nothing more.
 const LOOKS: u32 = 3;
+/// Ranks that are looked at together, since each takes a system call.
+const AT_A_LOOK: usize = 16;
 
 /// The ranks of the job.
 pub(super) struct Nodes {
-    pub(super) board: Option<Arc<Board>>,
-    pub(super) link: Option<Arc<Link>>,
+    board: Option<Arc<Board>>,
+    link: Option<Arc<Link>>,
     /// This rank, and the size of the world.
-    pub(super) rank: usize,
-    pub(super) size: usize,
+    rank: usize,
+    size: usize,
+    /// The ranks of this node, in order.
+    here: Vec<usize>,
 }
 
 /// What the watch remembers of them.
@@ -32,19 +36,30 @@ pub(super) struct Nodes {
 pub(super) struct Seen {
     /// The last question of the hub's that this rank has answered.
     answered: u64,
-    /// How often ranks of this node were seen to do nothing more; empty before the first look.
+    /// How often each rank of this node was seen to do nothing more.
     over: Vec<u32>,
+    /// Which of them is looked at next.
+    next: usize,
 }
 
 impl Nodes {
-    /// The ranks of this node, in order.
-    fn here(&self) -> impl Iterator<Item = usize> {
-        (0..self.size).filter(|&rank| self.is_here(rank))
-    }
-
-    fn is_here(&self, rank: usize) -> bool {
-        let board = self.board.as_ref();
-        rank == self.rank || board.is_some_and(|board| board.sees(rank))
+    /// Of `rank` in a world of `size` ranks.
+    pub(super) fn new(
+        board: Option<Arc<Board>>,
+        link: Option<Arc<Link>>,
+        rank: usize,
+        size: usize,
+    ) -> Nodes {
+        let sees = |other: usize| board.as_ref().is_some_and(|board| board.sees(other));
+        Nodes {
+            here: (0..size)
+                .filter(|&other| other == rank || sees(other))
+                .collect(),
+            board,
+            link,
+            rank,
+            size,
+        }
     }
 
     /// Why a rank of this node does nothing any more, if so.
@@ -54,8 +69,8 @@ impl Nodes {
 
     /// Whether this is the lowest rank of its node that runs.
     fn is_first(&self) -> bool {
-        let mut running = self.here().filter(|&rank| self.ended(rank).is_none());
-        running.next() == Some(self.rank)
+        let mut here = self.here.iter();
+        here.find(|&&rank| self.ended(rank).is_none()) == Some(&self.rank)
     }
 
     /// Whether this is the rank that examines the job: the hub of the link, and where that is not
@@ -76,15 +91,17 @@ impl Nodes {
 
     fn longest_here(&self, own: Duration) -> Duration {
         let Some(board) = &self.board else { return own };
-        let waiting = self.here().map(|rank| (rank, board.waiting(rank)));
-        // Whether a rank runs is only asked of those that wait: it takes a system call.
-        let running =
-            waiting.filter(|&(rank, time)| !time.is_zero() && board.ended(rank).is_none());
-        let longest = running.map(|(_, time)| time).max();
-        longest.unwrap_or_default().max(own)
+        self.here.iter().fold(own, |longest, &rank| {
+            let time = board.waiting(rank);
+            // Whether a rank runs takes a system call, so it is asked last.
+            match time > longest && board.ended(rank).is_none() {
+                true => time,
+                false => longest,
+            }
+        })
     }
 
-    /// How many ranks of other nodes have ended before their programs did.
+    /// How many ranks are known to have ended before their programs did.
     pub(super) fn missing(&self) -> usize {
         self.link.as_ref().map_or(0, |link| link.missing())
     }
@@ -98,19 +115,7 @@ impl Nodes {
             return;
         }
         link.tend();
-        seen.over.resize(self.size, 0);
-        for rank in self.here() {
-            match self.ended(rank) {
-                None => seen.over[rank] = 0,
-                Some(_) if self.has_left(rank) => {
-                    seen.over[rank] += 1;
-                    if seen.over[rank] >= LOOKS {
-                        link.tell_gone(rank, Gone::Left);
-                    }
-                }
-                Some(_) => link.tell_gone(rank, Gone::Died),
-            }
-        }
+        self.tell_who_has_gone(link, seen);
         link.tell_waiting(self.longest_here(own));
         let question = link.question();
         if question != seen.answered {
@@ -119,6 +124,26 @@ impl Nodes {
                 if let Known::Told(state) = known {
                     link.answer(question, rank, state.encode());
                 }
+            }
+        }
+    }
+
+    fn tell_who_has_gone(&self, link: &Link, seen: &mut Seen) {
+        let ranks = self.here.len();
+        seen.over.resize(ranks, 0);
+        for _ in 0..ranks.min(AT_A_LOOK) {
+            let place = seen.next;
+            seen.next = (place + 1) % ranks;
+            let rank = self.here[place];
+            match self.ended(rank) {
+                None => seen.over[place] = 0,
+                Some(_) if self.has_left(rank) => {
+                    seen.over[place] += 1;
+                    if seen.over[place] >= LOOKS {
+                        link.tell_gone(rank, Gone::Left);
+                    }
+                }
+                Some(_) => link.tell_gone(rank, Gone::Died),
             }
         }
     }
@@ -142,7 +167,7 @@ impl Nodes {
             }
             _ => own.clone(),
         };
-        self.here().map(|rank| (rank, known(rank))).collect()
+        self.here.iter().map(|&rank| (rank, known(rank))).collect()
     }
 
     /// What all ranks do, as far as they tell.
@@ -156,7 +181,7 @@ impl Nodes {
             all[rank] = known;
         }
         if let Some(link) = &self.link {
-            for rank in (0..self.size).filter(|&rank| !self.is_here(rank)) {
+            for rank in (0..self.size).filter(|rank| self.here.binary_search(rank).is_err()) {
                 all[rank] = told_elsewhere(link, rank, deadline);
             }
         }
