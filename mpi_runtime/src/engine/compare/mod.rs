@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod declined;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use crate::mpi::communicators::{COLLECTIVES, Communicator, DEFAULT, WORLD};
 use crate::node::board::Board;
 use crate::operation::Operation;
 use channel::Channel;
+use declined::Declined;
 use record::{Compared, Record, Sequence};
 
 /// Lanes of the communicators that always exist: their numbers.
@@ -45,6 +47,8 @@ pub(crate) struct Comparison {
     launches: Mutex<Vec<(Ticket, Launch)>>,
     /// Sequences of operations in words.
     described: Mutex<HashMap<u64, (u64, String)>>,
+    /// What the program has refused, and the others have not been told yet.
+    declined: Declined,
 }
 
 /// What is known of a launch.
@@ -123,6 +127,9 @@ impl Comparison {
     pub(super) fn forget(&self, ticket: Ticket) {
         if self.board.is_some() {
             self.launches.lock().retain(|(known, _)| *known != ticket);
+            if self.declined.are_any() {
+                self.tell_declined();
+            }
         }
     }
 
@@ -170,6 +177,9 @@ impl Comparison {
             return Ok(());
         }
         let mut channel = row.channel.lock();
+        if self.declined.are_any() {
+            self.tell_declined_before(ticket, op.comm, &mut channel, board);
+        }
         let shim_op = match prepared {
             Ok(shim_op) => shim_op,
             Err(reason) => {
@@ -186,6 +196,7 @@ impl Comparison {
                 let launch = Record::Launch(Sequence {
                     hash: sequence,
                     code,
+                    first: Some(op.kind),
                 });
                 if channel.step(board, launch, || words.clone())? {
                     row.same.store(ticket.0, Ordering::Relaxed);
@@ -220,6 +231,7 @@ impl Comparison {
                 let record = Record::Launch(Sequence {
                     hash: sequence,
                     code: 1,
+                    first: None,
                 });
                 row.channel.lock().step(board, record, words)
             }
