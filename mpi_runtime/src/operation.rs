@@ -39,8 +39,8 @@ pub struct Operation<'a> {
     pub recv_tag: i32,
     /// Address of an `MPI_Status` to fill, or 0.
     pub status: usize,
-    /// Where it stands in a program of which data decides how often it runs: the program in the bits
-    /// above the lowest 16, and there the number of the loop. 0 if that is not known.
+    /// Where it stands in a program of which data decides how often it runs: the program in the
+    /// bits above the lowest 16, and there the number of the loop. 0 if that is not known.
     pub place: u64,
 }
 

@@ -146,7 +146,8 @@ fn stillborn(error: Error) -> *const PJRT_Api {
 
         /// `PJRT_Plugin_Attributes`
         pub fn attributes(args: PJRT_Plugin_Attributes_Args) {
-            args.num_attributes = 0;
+            // SAFETY: an empty list.
+            unsafe { args.members() }.num_attributes = 0;
             Ok(())
         }
 

@@ -10,7 +10,9 @@ use parking_lot::RwLock;
 use crate::config::Log;
 use crate::error::Error;
 use crate::inner::create_options::{GivenOption, Value};
-use crate::inner::handles::{ClientHandle, DeviceHandle, Handle, LoadedHandle, MemoryHandle};
+use crate::inner::handles::{
+    ClientHandle, DeviceHandle, Handle, LoadedHandle, MemoryHandle, Owned,
+};
 use crate::inner::{cuda_options, on_gpu};
 use crate::plugin::{config, world};
 
@@ -74,8 +76,12 @@ pub fn of_executable(loaded: LoadedHandle) -> Result<(Arc<Client>, DeviceHandle)
         .ok_or_else(|| Error::internal("an executable is loaded on no client"))
 }
 
-/// Makes an inner client with a device for every rank.
-pub fn create_inner(rank: i32, size: i32, options: &[GivenOption<'_>]) -> Result<Client, Error> {
+/// Makes an inner client with a device for every rank, and has what is known of it.
+pub fn create_inner(
+    rank: i32,
+    size: i32,
+    options: &[GivenOption<'_>],
+) -> Result<(Owned<ClientHandle>, Client), Error> {
     let own = match on_gpu() {
         true => {
             let world = world().ok_or_else(|| Error::internal("a client before the world"))?;
@@ -84,7 +90,9 @@ pub fn create_inner(rank: i32, size: i32, options: &[GivenOption<'_>]) -> Result
         }
         false => vec![("cpu_device_count", Value::Int(i64::from(size)))],
     };
-    describe(ClientHandle::create(options, &own)?, rank, size)
+    let made = ClientHandle::create(options, &own)?;
+    let client = describe(made.get(), rank, size)?;
+    Ok((made, client))
 }
 
 /// Reads the devices and memories of a new inner client.

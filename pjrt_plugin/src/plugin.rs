@@ -6,6 +6,8 @@ use std::sync::OnceLock;
 use mpi_runtime::device::cuda::{self, Found};
 use mpi_runtime::engine::recorder::file::RecordOptions;
 use mpi_runtime::log;
+#[cfg(test)]
+use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::{Asked, Aware, Through};
 use mpi_runtime::transfer::probe_result::ProbeResults;
 use mpi_runtime::world::DeviceOptions;
@@ -77,6 +79,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         part_bytes: config.part_bytes,
         device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),
+        check: config.check,
         pretend_nodes: config.pretend_nodes,
         verbose: config.log >= Log::Debug,
         record: config.record_dir.clone().map(|folder| RecordOptions {
@@ -90,21 +93,24 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     Ok(WORLD.get_or_init(|| world))
 }
 
-/// A world of one rank without an inner plugin: with the MPI whose shim is in `FUZZ_SHIM_DIR`, or
-/// without any.
+/// A world of one rank without an inner plugin: without any MPI, or with that of `FUZZ_MPI` whose
+/// shim is in `FUZZ_SHIM_DIR`.
 #[cfg(test)]
 pub fn start_for_tests() -> &'static World {
     WORLD.get_or_init(|| {
         let config = CONFIG.get_or_init(Config::default);
         let shims = std::env::var_os("FUZZ_SHIM_DIR").map(PathBuf::from);
+        let mpi = std::env::var("FUZZ_MPI").ok();
+        let family = mpi.map(|name| Family::from_name(&name).expect("openmpi or mpich"));
         World::start(&WorldOptions {
-            family: None,
+            family,
             shim_folders: shims.into_iter().collect(),
             singleton: true,
             warn_after: config.warn_after,
             abort_after: None,
             part_bytes: config.part_bytes,
             device: None,
+            check: false,
             pretend_nodes: None,
             verbose: false,
             record: None,

@@ -39,8 +39,8 @@ impl Call {
             datatype: datatype(op.datatype),
         };
         Call {
-            send: op.send,
-            recv: op.recv,
+            send: place(op.send, op.count),
+            recv: place(op.recv, op.recv_count).cast_mut(),
             sent: counted(op.count),
             received: counted(op.recv_count),
             reduce: match op.reduction {
@@ -73,6 +73,15 @@ impl Call {
         } else {
             self.recv
         }
+    }
+}
+
+/// Where `count` elements are. Null for none: where they would be may be any address, and some are
+/// no memory to MPI (`MPI_IN_PLACE`, which is 1 in Open MPI, as is Rust's address of no bytes).
+fn place(start: *const c_void, count: i64) -> *const c_void {
+    match count {
+        0 => std::ptr::null(),
+        _ => start,
     }
 }
 
@@ -147,5 +156,19 @@ fn nonblocking(kind: Kind, call: &Call) -> c_int {
         };
         let mut status = MaybeUninit::zeroed().assume_init();
         wait(request, &mut status)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_at_no_address_that_means_something_to_mpi() {
+        let nothing = std::ptr::NonNull::<u8>::dangling().as_ptr().cast_const();
+        assert!(place(nothing.cast(), 0).is_null());
+        let number = 5u8;
+        let start = (&raw const number).cast();
+        assert_eq!(place(start, 1), start);
     }
 }

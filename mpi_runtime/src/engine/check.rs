@@ -53,6 +53,9 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
     }
     (shim.count, shim.recv_count) = counts(op, comm)?;
     let is_root = comm.rank == op.root;
+    if op.kind.reads(is_root) && op.kind.writes(is_root) {
+        check_apart(&op.send, &op.recv)?;
+    }
     // MPI writes nothing there. In a broadcast the null pointer also tells the shim that this rank
     // is the root.
     if !op.kind.writes(is_root) {
@@ -62,6 +65,25 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
         shim.send = std::ptr::null_mut();
     }
     Ok(shim)
+}
+
+/// An MPI takes the same memory for both as an error that ends the job, or writes what it reads
+/// (MPI 4.0, section 2.5.1).
+#[inline]
+fn check_apart(operand: &Buffer<'_>, result: &Buffer<'_>) -> Result<(), Failure> {
+    let (read, written) = (operand.data.addr(), result.data.addr());
+    if read == 0
+        || written == 0
+        || read >= written + result.bytes()
+        || written >= read + operand.bytes()
+    {
+        return Ok(());
+    }
+    Err(
+        "the result lies in the operand's memory, where MPI would write what it reads; declare no \
+         input_output_aliases for it"
+            .into(),
+    )
 }
 
 /// The code of an element type in a tag; never 0.
@@ -331,6 +353,26 @@ mod tests {
         assert!(prepare(&operation(Kind::Gather, one, one), &root).is_err());
         assert!(prepare(&operation(Kind::ReduceScatter, four, one), &COMM).is_ok());
         assert!(prepare(&operation(Kind::ReduceScatter, one, four), &COMM).is_err());
+    }
+
+    #[test]
+    fn an_operand_and_a_result_lie_apart() {
+        let mut memory = [0f32; 6];
+        let mut at = |place: usize| Buffer {
+            data: memory[place..].as_mut_ptr().cast(),
+            ..buffer(ElementType::F32, &[3])
+        };
+        let (whole, other, between) = (at(0), at(3), at(2));
+        let prepared = |kind, recv| prepare(&operation(kind, whole, recv), &COMM);
+        for kind in [Kind::Allreduce, Kind::Sendrecv] {
+            assert!(prepared(kind, other).is_ok());
+            for overlapping in [whole, between] {
+                let text = prepared(kind, overlapping).unwrap_err().to_string();
+                assert!(text.contains("input_output_aliases"), "{text}");
+            }
+        }
+        // Rank 1 is not the root: it reads nothing, or gets nothing.
+        assert!(prepared(Kind::Bcast, whole).is_ok() && prepared(Kind::Gather, whole).is_ok());
     }
 
     #[test]

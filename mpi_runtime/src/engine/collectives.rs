@@ -7,15 +7,15 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::Ordering;
 
-use mpi_shim_abi::{Kind, ShimOp};
+use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use crate::buffer::Buffer;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::compare::Comparison;
 use crate::engine::pending::{Pending, PendingTable};
+use crate::engine::post::{Post, tags_of};
 use crate::error::{Failure, MpiError, OperationError};
-use crate::mpi::backoff;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
 use crate::mpi::shim::Shim;
 use crate::operation::Operation;
@@ -187,13 +187,6 @@ fn number_apart(group: i64, channel: u64) -> i64 {
     (hasher.finish() >> 3 | 1 << 60) as i64
 }
 
-/// The first of four tags of a channel. Every MPI has tags to 32767 (MPI 4.0, section 9.1.2).
-fn tags_of(channel: u64) -> i32 {
-    const FIRST: i32 = 16;
-    const CHANNELS: u64 = 8000;
-    FIRST + 4 * (channel % CHANNELS) as i32
-}
-
 /// Makes the communicator of a group, which has that number, while other threads may make others.
 ///
 /// Open MPI 4 does not bear that (its issue 2025), so a process makes one at a time. Ranks must
@@ -345,39 +338,6 @@ fn arrival(program: &CollectiveSequence) -> Vec<u8> {
 fn described(arrival: &[u8]) -> String {
     let text = arrival.get(size_of::<u64>()..).unwrap_or_default();
     words_or(Some(&String::from_utf8_lossy(text)))
-}
-
-/// Messages between ranks that wait with backoff.
-struct Post<'a> {
-    shim: &'a Shim,
-    comm: u64,
-}
-
-impl Post<'_> {
-    fn operation(&self, kind: Kind, peer: i32, tag: i32, bytes: &[u8]) -> ShimOp {
-        ShimOp {
-            count: bytes.len() as i64,
-            dest: peer,
-            source: peer,
-            send_tag: tag,
-            recv_tag: tag,
-            send: bytes.as_ptr().cast(),
-            ..ShimOp::new(kind, self.comm)
-        }
-    }
-
-    fn send(&self, peer: i32, tag: i32, bytes: &[u8]) -> Result<(), MpiError> {
-        // Short enough for every MPI's eager protocol, so it does not wait for the receiver.
-        self.shim
-            .execute(&self.operation(Kind::Send, peer, tag, bytes))
-            .map(|_| ())
-    }
-
-    fn receive(&self, peer: i32, tag: i32) -> Result<Vec<u8>, MpiError> {
-        let wanted = self.operation(Kind::Recv, peer, tag, &[]);
-        let message = backoff::until(|| self.shim.take(&wanted).transpose())?;
-        self.shim.receive_bytes(message)
-    }
 }
 
 #[cfg(test)]

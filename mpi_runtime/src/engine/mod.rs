@@ -13,6 +13,7 @@ mod mpi_calls;
 mod nonblocking;
 pub mod order;
 pub(crate) mod pending;
+mod post;
 pub mod recorder;
 mod result_canary;
 mod single_rank;
@@ -27,6 +28,7 @@ use parking_lot::Mutex;
 use crate::device::Stream;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
+pub(crate) use crate::engine::compare::ByMpi;
 use crate::engine::compare::Comparison;
 pub use crate::engine::compare::Launch;
 use crate::engine::freed_comms::FreedComms;
@@ -38,7 +40,7 @@ use crate::engine::recorder::RECORDER;
 pub use crate::engine::uniform::UniformProgram;
 use crate::error::{Failure, OperationError};
 use crate::log;
-use crate::mpi::communicators::{Communicator, Communicators};
+use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators};
 use crate::mpi::shim::{self, Shim};
 use crate::node::board::Board;
 use crate::node::rendezvous::Rendezvous;
@@ -303,16 +305,19 @@ impl Engine {
         prepared.map(drop)
     }
 
-    /// Whether another rank of this node waits in an operation while this one has not come to its
-    /// end. It shows that after a moment, for which this waits.
+    /// Whether another rank waits in an operation while this one has not come to its end. It shows
+    /// that after a moment, for which this waits.
     pub fn is_awaited(&self) -> bool {
         let Some(board) = self.calls.comparison.board() else {
-            return false;
+            return idle::is_awaited_elsewhere();
         };
-        if board.has_left() {
+        if board.has_left(board.rank()) {
             return false;
         }
-        let awaited = || board.others().any(|rank| !board.waiting(rank).is_zero());
+        let awaited = || {
+            let mut others = board.others();
+            others.any(|rank| !board.waiting(rank).is_zero()) || idle::is_awaited_elsewhere()
+        };
         for _ in 0..SHOWN.as_millis() / 10 {
             if awaited() {
                 return true;
@@ -339,6 +344,17 @@ impl Engine {
     /// The ranks of this node compare what they do on this board; in a world of `size` ranks.
     pub(crate) fn compare_on(&mut self, board: Arc<Board>, size: i32) {
         self.calls.comparison = Comparison::new(board, size);
+    }
+
+    /// The ranks of several nodes compare what they do; at each operation if `always`.
+    pub(crate) fn compare_between_nodes(&mut self, by: ByMpi, always: bool) {
+        let messages = self
+            .communicators
+            .get(COLLECTIVES)
+            .map_or(0, |comm| comm.handle);
+        self.calls
+            .comparison
+            .between_nodes(by, always, self.rank, messages);
     }
 
     /// Says that this rank executes nothing more, to those that wait for it.

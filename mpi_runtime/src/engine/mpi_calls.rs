@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, ElementType};
 use crate::engine::collectives::OF_XLA;
 use crate::engine::compare::Comparison;
 use crate::engine::nonblocking::NonblockingMessages;
@@ -239,6 +239,10 @@ impl MpiCalls {
                 "wait belongs to irecv, and wait_send to isend".into(),
             ));
         }
+        let (posted, wanted) = (started.send.dtype, op.recv.dtype);
+        if op.kind == Kind::Wait && posted != wanted {
+            return Err(about(other_dtype(posted, wanted)));
+        }
         let ended = nonblocking.wait(number).map_err(about)?;
         if op.kind == Kind::WaitSend {
             return Ok(());
@@ -340,6 +344,17 @@ impl Transport for OnCommunicator<'_> {
         let member = members.get(rank as usize).copied();
         member.ok_or_else(|| format!("there is no rank {rank}").into())
     }
+}
+
+/// What is wrong with a `wait` for another dtype than was posted; the message can still be waited
+/// for.
+fn other_dtype(posted: ElementType, wanted: ElementType) -> Failure {
+    format!(
+        "it was posted for {}, and the result of wait is {}; pass wait the dtype that irecv had",
+        posted.name(),
+        wanted.name()
+    )
+    .into()
 }
 
 pub(super) fn done(received: ShimReceived) -> Done {

@@ -56,6 +56,7 @@ pub(super) fn agree(
         pretended = own as u64;
     }
     ranks.same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
+    ranks.same("MPI_CUDA_CHECK", options.check.into())?;
     ranks.same(
         "the memory of arrays (MPI_CUDA_DEVICE: 0 the host's, 1 a GPU's)",
         u64::from(options.device.is_some()),
@@ -123,15 +124,24 @@ pub(super) struct AllRanks<'a> {
 impl AllRanks<'_> {
     /// The largest of the ranks' numbers; collective.
     pub(super) fn largest(&self, own: u64) -> Result<u64, MpiError> {
-        let mut largest = 0u64;
+        let [largest] = self.largest_of(&[own])?;
+        Ok(largest)
+    }
+
+    /// The same of several numbers, each by itself.
+    pub(super) fn largest_of<const COUNT: usize>(
+        &self,
+        own: &[u64; COUNT],
+    ) -> Result<[u64; COUNT], MpiError> {
+        let mut largest = [0u64; COUNT];
         self.shim.execute(&ShimOp {
             datatype: Datatype::U64,
             recv_datatype: Datatype::U64,
             reduction: Reduction::Max,
-            count: 1,
-            recv_count: 1,
-            send: std::ptr::from_ref(&own).cast(),
-            recv: std::ptr::from_mut(&mut largest).cast(),
+            count: COUNT as i64,
+            recv_count: COUNT as i64,
+            send: own.as_ptr().cast(),
+            recv: largest.as_mut_ptr().cast(),
             ..ShimOp::new(Kind::Allreduce, self.comm.handle)
         })?;
         Ok(largest)

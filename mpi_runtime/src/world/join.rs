@@ -5,8 +5,11 @@
 
 use mpi_shim_abi::CODE_BITS;
 
+use crate::engine::ByMpi;
 use crate::error::{MpiError, StartError};
-use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, NAMES, SELF};
+use crate::mpi::communicators::{
+    COLLECTIVES, Communicator, Communicators, DEFAULT, NAMES, SELF, WORLD,
+};
 use crate::mpi::family::{self, Family};
 use crate::mpi::launcher::Launched;
 use crate::mpi::libraries;
@@ -118,6 +121,20 @@ pub(super) fn duplicate(
         }
     }
     Ok(everybody.unwrap_or_else(|| unreachable!("it is one of them")))
+}
+
+/// Communicators for what ranks of several nodes tell each other of operations on [`WORLD`] and
+/// [`DEFAULT`]. Collective.
+pub(super) fn duplicates_to_compare(shim: &Shim, joined: &Joined) -> Result<ByMpi, StartError> {
+    let duplicate = |_| shim.comm_dup(shim.comm_world());
+    let comms = [WORLD, DEFAULT].map(duplicate).into_iter();
+    Ok(ByMpi {
+        shim: *shim,
+        comms: comms
+            .collect::<Result<_, _>>()
+            .map_err(mpi_error("MPI_Comm_dup"))?,
+        size: joined.size as usize,
+    })
 }
 
 /// The first shim that loads; none is an error only if there should be more than one rank.

@@ -27,6 +27,8 @@ pub struct WorldOptions {
     pub abort_after: Option<Duration>,
     /// `MPI_CUDA_PART_BYTES`.
     pub part_bytes: i64,
+    /// `MPI_CUDA_CHECK`: compare every operation between nodes.
+    pub check: bool,
     /// Where the last operations are written.
     pub record: Option<RecordOptions>,
     /// For devices with memory of their own.

@@ -121,8 +121,8 @@ mod tests {
     fn the_first_value_is_the_default() {
         for variable in VARIABLES {
             let first = variable.values.split(", ").next().unwrap();
-            // A path, a number of ranks and an MPI have no default.
-            if ["path", "ranks", "openmpi"].contains(&first) {
+            // A path, a number of ranks or nodes and an MPI have no default.
+            if ["path", "ranks", "nodes", "openmpi"].contains(&first) {
                 continue;
             }
             let config = read(&[(variable.name, first)]).unwrap();

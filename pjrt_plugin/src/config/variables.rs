@@ -111,6 +111,13 @@ pub const VARIABLES: &[Variable] = &[
         read: |config, text| set(&mut config.exit_timeout, limit(text)),
     },
     Variable {
+        name: "MPI_CUDA_CHECK",
+        old_name: None,
+        values: "0, 1",
+        meaning: "compare every operation between nodes, not only those that are new",
+        read: |config, text| set(&mut config.check, flag(text)),
+    },
+    Variable {
         name: "MPI_CUDA_LOG",
         old_name: None,
         values: "warn, info, debug",

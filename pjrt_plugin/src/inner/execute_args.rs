@@ -10,9 +10,10 @@ use pjrt_sys::*;
 use super::call::{call, new_args, slice};
 use super::execute_options::ExecuteOptions;
 use super::handles::{
-    BufferHandle, ContextHandle, DeviceHandle, EventHandle, FromRaw, LoadedHandle, Owned,
+    BufferHandle, ContextHandle, DeviceHandle, EventHandle, FromRaw, Handle, LoadedHandle, Owned,
 };
 use super::library::api;
+use super::side_table::SideTable;
 use crate::error::Error;
 
 /// The arguments of `PJRT_LoadedExecutable_Execute` for one device.
@@ -132,8 +133,8 @@ impl<'a> ExecuteArgs<'a> {
     ) -> T {
         // SAFETY: the options are valid, and live longer than the copy.
         let mut options = unsafe { ExecuteOptions::borrow(self.raw.options) };
-        options.get().launch_id = launch_id;
-        let user_options = std::mem::replace(&mut self.raw.options, options.get());
+        options.set_launch_id(launch_id);
+        let user_options = std::mem::replace(&mut self.raw.options, options.raw());
         let result = body(self);
         self.raw.options = user_options;
         result
@@ -167,12 +168,23 @@ impl<'a> ExecuteArgs<'a> {
         made
     }
 
-    /// Gives the results to whoever launches, in order: as many as the executable says it has.
-    pub fn give_results(&mut self, results: impl IntoIterator<Item = BufferHandle>) {
-        for (index, result) in results.into_iter().enumerate() {
+    /// Gives the results to whoever launches, in order.
+    ///
+    /// # Errors
+    /// If they are not as many as the executable has; then they stay where they are.
+    pub fn give_results(&mut self, results: &mut Vec<Owned<BufferHandle>>) -> Result<(), Error> {
+        // SAFETY: the executable is live, see `new`.
+        let executable = unsafe { FromRaw::from_raw(self.raw.executable) };
+        check_results(executable?, results.len())?;
+        for (index, result) in results.drain(..).enumerate() {
             // SAFETY: the one list has room for every result of the executable.
-            unsafe { (*self.raw.output_lists).add(index).write(result.raw()) };
+            unsafe {
+                (*self.raw.output_lists)
+                    .add(index)
+                    .write(result.release().raw())
+            };
         }
+        Ok(())
     }
 
     /// Gives the event of the end to whoever launches, if they want it.
@@ -182,6 +194,28 @@ impl<'a> ExecuteArgs<'a> {
             unsafe { self.raw.device_complete_events.write(event.release().raw()) };
         }
     }
+}
+
+/// By loaded executable: how many results it has.
+static RESULTS: SideTable<usize> = SideTable::new();
+
+/// Whether a list of `given` results is as long as the executable's.
+fn check_results(executable: LoadedHandle, given: usize) -> Result<(), Error> {
+    let address = executable.address();
+    let count = match RESULTS.get(address) {
+        Some(count) => count,
+        None => {
+            let count = executable.executable()?.get().num_outputs()?;
+            RESULTS.insert(address, count);
+            count
+        }
+    };
+    if given == count {
+        return Ok(());
+    }
+    Err(Error::internal(format!(
+        "{given} results for an executable that has {count}"
+    )))
 }
 
 /// A launch of our own.
@@ -198,12 +232,12 @@ impl<'a> OwnLaunch<'a> {
     pub fn new(
         executable: LoadedHandle,
         inputs: &'a [BufferHandle],
-        options: &'a mut PJRT_ExecuteOptions,
+        options: &'a mut ExecuteOptions,
     ) -> OwnLaunch<'a> {
         OwnLaunch {
             executable,
             inputs,
-            options,
+            options: options.raw(),
             device: None,
             options_of: PhantomData,
         }
@@ -231,11 +265,15 @@ impl<'a> OwnLaunch<'a> {
 
     /// Calls `launch` with the arguments. `results` gets what it makes: one for each result of the
     /// executable, all of them none before.
+    ///
+    /// # Errors
+    /// If they are not as many as the executable has, and what `launch` says.
     pub fn run<T>(
         self,
         results: &mut [Option<Owned<BufferHandle>>],
         launch: impl FnOnce(&mut ExecuteArgs<'_>) -> Result<T, Error>,
     ) -> Result<T, Error> {
+        check_results(self.executable, results.len())?;
         let argument_lists = [self.inputs.as_ptr()];
         // An owned buffer is a pointer, and none is null.
         let result_lists = [results.as_mut_ptr()];

@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString};
 
 use pjrt_sys::PJRT_ExecuteOptions;
 
-use super::call::slice;
+use super::call::{new_args, slice};
 
 /// A copy of the framework's options, as long as it made them and as we know them.
 pub struct ExecuteOptions {
@@ -78,8 +78,25 @@ impl ExecuteOptions {
         options.num_non_donatable_input_indices = size;
     }
 
-    /// The options.
-    pub fn get(&mut self) -> &mut PJRT_ExecuteOptions {
+    /// None but the id of the launch.
+    pub fn of_launch(launch_id: i32) -> ExecuteOptions {
+        let mut options = new_args::<PJRT_ExecuteOptions>();
+        options.launch_id = launch_id;
+        // SAFETY: options of ours, as long as they say, which point to nothing.
+        unsafe { ExecuteOptions::borrow(&options) }
+    }
+
+    /// Says with which id the program is launched.
+    pub fn set_launch_id(&mut self, launch_id: i32) {
+        self.get().launch_id = launch_id;
+    }
+
+    /// The options for the inner plugin; they live as long as this.
+    pub fn raw(&mut self) -> *mut PJRT_ExecuteOptions {
+        self.get()
+    }
+
+    fn get(&mut self) -> &mut PJRT_ExecuteOptions {
         // SAFETY: the words are at least as long, aligned, and a copy of valid options.
         unsafe { &mut *self.words.as_mut_ptr().cast::<PJRT_ExecuteOptions>() }
     }

@@ -25,11 +25,12 @@ pub struct AliasBuffer {
 }
 
 impl AliasBuffer {
-    /// The buffer, for the framework, and the alias to fill it.
+    /// The buffer, for the framework, and the alias to fill it; that comes first, or
+    /// [`keep_alive::give_up`](super::keep_alive::give_up) destroys the buffer.
     pub fn new(
         client: ClientHandle,
         shape: &BufferShape,
-    ) -> Result<(BufferHandle, AliasBuffer), Error> {
+    ) -> Result<(Owned<BufferHandle>, AliasBuffer), Error> {
         let (buffer, filler) = client.create_alias_buffer(shape)?;
         unfulfilled(|rows| rows.insert(buffer.get().address()));
         let alias = AliasBuffer {
@@ -38,7 +39,7 @@ impl AliasBuffer {
             shape: shape.clone(),
             filler: Some(filler),
         };
-        Ok((buffer.release(), alias))
+        Ok((buffer, alias))
     }
 
     /// The alias buffer becomes `buffer`, which need not be ready.
@@ -162,7 +163,7 @@ impl End {
         client: ClientHandle,
         device: DeviceHandle,
         memory: MemoryHandle,
-    ) -> Result<(BufferHandle, End), Error> {
+    ) -> Result<(Owned<BufferHandle>, End), Error> {
         let shape = BufferShape {
             memory,
             element_type: PJRT_Buffer_Type_PRED,

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use mpi_runtime::log;
 use parking_lot::{Condvar, Mutex};
-use pjrt_sys::{PJRT_Buffer_Type_F32, PJRT_ExecuteOptions};
+use pjrt_sys::PJRT_Buffer_Type_F32;
 
 use crate::clients::{self, Client};
 use crate::error::Error;
-use crate::inner::call::new_args;
 use crate::inner::execute_args::OwnLaunch;
+use crate::inner::execute_options::ExecuteOptions;
 use crate::inner::handles::{BufferHandle, ClientHandle, HostArray, LoadedHandle, Owned};
 use crate::plugin::world;
 
@@ -105,8 +105,7 @@ fn queue(client: &Client) -> Result<Hold, Error> {
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
     HELD.lock().get_or_insert_with(HashSet::new).insert(id);
     let held = Hold(id);
-    let mut options = new_args::<PJRT_ExecuteOptions>();
-    options.launch_id = id as i32;
+    let mut options = ExecuteOptions::of_launch(id as i32);
     let inputs = [operand];
     OwnLaunch::new(executable, &inputs, &mut options).run(&mut [None], |args| args.pass_on())?;
     Ok(held)

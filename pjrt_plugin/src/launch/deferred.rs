@@ -115,7 +115,7 @@ pub fn defer(
             return Err(error);
         }
     };
-    args.give_results(aliased.results);
+    args.give_results(&mut aliased.results)?;
     let handle = event.as_ref().map(Owned::get);
     if let Some(event) = event {
         args.give_event(event);
@@ -141,12 +141,12 @@ pub fn defer(
     Ok(handle)
 }
 
-/// Results and their alias buffers, one after the other.
+/// Results and their alias buffers, one after the other. The aliases are dropped first.
 #[derive(Default)]
 struct AliasResults {
-    results: Vec<BufferHandle>,
     outputs: Vec<Option<AliasBuffer>>,
     ends: Vec<End>,
+    results: Vec<Owned<BufferHandle>>,
 }
 
 impl AliasResults {
@@ -196,7 +196,7 @@ impl Launch {
     fn start(mut self) {
         let (run, ends) = (self.run, self.ends);
         let mut results: Vec<_> = self.outputs.iter().map(|_| None).collect();
-        let launch = OwnLaunch::new(self.executable.get(), &self.inputs, self.options.get());
+        let launch = OwnLaunch::new(self.executable.get(), &self.inputs, &mut self.options);
         let launched = launch
             .on(self.device)
             .run(&mut results, |args| run(args, ends));

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::inner::handles::{BufferHandle, ContextHandle, Destroy, Handle, LoadedHandle};
+use crate::inner::handles::{BufferHandle, ContextHandle, Destroy, Handle, LoadedHandle, Owned};
 use crate::inner::side_table;
 
 /// Keeps a handle until dropped.
@@ -32,15 +32,16 @@ impl<H: Keepable> Drop for Kept<H> {
 }
 
 /// Destroys a handle, or has it destroyed when it is not kept any more.
-pub fn give_up<H: Keepable>(handle: H) {
-    if !postpone_destroy(handle) {
-        handle.destroy();
-    }
+pub fn give_up<H: Keepable>(handle: Owned<H>) {
+    drop(postpone_destroy(handle));
 }
 
-/// Puts off the destruction of a handle, if it is kept.
-pub fn postpone_destroy<H: Keepable>(handle: H) -> bool {
-    H::table().postpone(handle.address(), |postponed| postponed.destroy = true)
+/// Puts off the destruction of a handle, if it is kept; gives it back if not.
+pub fn postpone_destroy<H: Keepable>(handle: Owned<H>) -> Option<Owned<H>> {
+    let mut given_up = Some(handle);
+    let address = given_up.as_ref().map_or(0, |handle| handle.get().address());
+    H::table().postpone(address, |postponed| postponed.given_up = given_up.take());
+    given_up
 }
 
 /// Puts off that the content of a buffer is deleted, if it is kept.
@@ -58,7 +59,7 @@ pub fn donate(buffer: BufferHandle) {
 /// deleted or donated it.
 #[inline]
 pub fn is_deleted(buffer: BufferHandle) -> bool {
-    any_deleted() && BUFFERS.postponed(buffer.address()).delete
+    any_deleted() && BUFFERS.is_deleted(buffer.address())
 }
 
 /// Whether there is any such buffer.
@@ -68,27 +69,25 @@ pub fn any_deleted() -> bool {
 }
 
 /// A kind of handles that can be kept.
-pub trait Keepable: Destroy {
+pub trait Keepable: Destroy + 'static {
     /// Those that are kept.
-    fn table() -> &'static KeepAlive;
+    fn table() -> &'static KeepAlive<Owned<Self>>;
 
     /// Does what was put off.
-    fn catch_up(self, postponed: Postponed);
+    fn catch_up(self, postponed: Postponed<Owned<Self>>);
 }
 
-static BUFFERS: KeepAlive = KeepAlive::new();
-static CONTEXTS: KeepAlive = KeepAlive::new();
-static EXECUTABLES: KeepAlive = KeepAlive::new();
+static BUFFERS: KeepAlive<Owned<BufferHandle>> = KeepAlive::new();
+static CONTEXTS: KeepAlive<Owned<ContextHandle>> = KeepAlive::new();
+static EXECUTABLES: KeepAlive<Owned<LoadedHandle>> = KeepAlive::new();
 
 impl Keepable for BufferHandle {
-    fn table() -> &'static KeepAlive {
+    fn table() -> &'static KeepAlive<Owned<BufferHandle>> {
         &BUFFERS
     }
 
-    fn catch_up(self, postponed: Postponed) {
-        if postponed.destroy {
-            self.destroy();
-        } else if postponed.delete {
+    fn catch_up(self, postponed: Postponed<Owned<BufferHandle>>) {
+        if postponed.given_up.is_none() && postponed.delete {
             // A launch that failed has not taken what was donated to it.
             self.delete();
         }
@@ -97,57 +96,72 @@ impl Keepable for BufferHandle {
 
 /// The inner plugin's launches refer to their context until they have ended.
 impl Keepable for ContextHandle {
-    fn table() -> &'static KeepAlive {
+    fn table() -> &'static KeepAlive<Owned<ContextHandle>> {
         &CONTEXTS
     }
 
-    fn catch_up(self, postponed: Postponed) {
-        if postponed.destroy {
-            self.destroy();
-        }
+    fn catch_up(self, postponed: Postponed<Owned<ContextHandle>>) {
+        drop(postponed.given_up);
     }
 }
 
 impl Keepable for LoadedHandle {
-    fn table() -> &'static KeepAlive {
+    fn table() -> &'static KeepAlive<Owned<LoadedHandle>> {
         &EXECUTABLES
     }
 
-    fn catch_up(self, postponed: Postponed) {
-        if postponed.destroy {
+    fn catch_up(self, postponed: Postponed<Owned<LoadedHandle>>) {
+        if let Some(given_up) = postponed.given_up {
             side_table::forget(self.address());
-            self.destroy();
+            drop(given_up);
         }
     }
 }
 
-/// The handles of one kind that are kept, by address.
-pub struct KeepAlive {
+/// The handles of one kind that are kept, by address; `T` is one that was given up.
+pub struct KeepAlive<T> {
     /// How many there are; spares the lock where there are none.
     count: AtomicUsize,
     /// How many of them are to be deleted.
     deleted: AtomicUsize,
-    kept: Mutex<Option<HashMap<usize, Entry>>>,
+    kept: Mutex<Option<HashMap<usize, Entry<T>>>>,
 }
 
-#[derive(Default)]
-struct Entry {
+struct Entry<T> {
     times: usize,
-    postponed: Postponed,
+    postponed: Postponed<T>,
 }
 
 /// What the framework has asked for meanwhile.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Postponed {
+#[derive(Debug, PartialEq, Eq)]
+pub struct Postponed<T> {
     /// The content is to be deleted.
     pub delete: bool,
-    /// The handle is to be destroyed.
-    pub destroy: bool,
+    /// The handle, if it is to be destroyed.
+    pub given_up: Option<T>,
 }
 
-impl KeepAlive {
+impl<T> Default for Postponed<T> {
+    fn default() -> Postponed<T> {
+        Postponed {
+            delete: false,
+            given_up: None,
+        }
+    }
+}
+
+impl<T> Default for Entry<T> {
+    fn default() -> Entry<T> {
+        Entry {
+            times: 0,
+            postponed: Postponed::default(),
+        }
+    }
+}
+
+impl<T> KeepAlive<T> {
     /// No handle is kept.
-    const fn new() -> KeepAlive {
+    const fn new() -> KeepAlive<T> {
         KeepAlive {
             count: AtomicUsize::new(0),
             deleted: AtomicUsize::new(0),
@@ -164,7 +178,7 @@ impl KeepAlive {
     }
 
     /// Gives `handle` up once; has what is to be done if it is not kept any more.
-    fn release(&self, handle: usize) -> Postponed {
+    fn release(&self, handle: usize) -> Postponed<T> {
         let mut kept = self.kept.lock();
         let Some(kept) = kept.as_mut() else {
             return Postponed::default();
@@ -176,7 +190,7 @@ impl KeepAlive {
         if found.times > 0 {
             return Postponed::default();
         }
-        let postponed = found.postponed;
+        let postponed = std::mem::take(&mut found.postponed);
         kept.remove(&handle);
         if postponed.delete {
             self.deleted.fetch_sub(1, Ordering::AcqRel);
@@ -186,7 +200,7 @@ impl KeepAlive {
     }
 
     /// Puts off what `note` marks, if `handle` is kept.
-    fn postpone(&self, handle: usize, note: impl FnOnce(&mut Postponed)) -> bool {
+    fn postpone(&self, handle: usize, note: impl FnOnce(&mut Postponed<T>)) -> bool {
         if self.count.load(Ordering::Acquire) == 0 {
             return false;
         }
@@ -204,15 +218,14 @@ impl KeepAlive {
         }
     }
 
-    /// What has been put off for `handle`.
-    fn postponed(&self, handle: usize) -> Postponed {
+    /// Whether the content of `handle` is to be deleted.
+    fn is_deleted(&self, handle: usize) -> bool {
         if self.count.load(Ordering::Acquire) == 0 {
-            return Postponed::default();
+            return false;
         }
         let kept = self.kept.lock();
-        kept.as_ref()
-            .and_then(|kept| kept.get(&handle))
-            .map_or_else(Postponed::default, |found| found.postponed)
+        let found = kept.as_ref().and_then(|kept| kept.get(&handle));
+        found.is_some_and(|found| found.postponed.delete)
     }
 }
 
@@ -223,23 +236,24 @@ mod tests {
     #[test]
     fn what_is_kept_is_destroyed_after_the_last_release() {
         let table = KeepAlive::new();
-        assert!(!table.postpone(1, |postponed| postponed.destroy = true));
+        let give_up = |handle| table.postpone(handle, |postponed| postponed.given_up = Some("it"));
+        assert!(!give_up(1));
         table.keep(1);
         table.keep(1);
-        assert!(!table.postpone(2, |postponed| postponed.destroy = true));
+        assert!(!give_up(2));
         assert!(table.postpone(1, |postponed| postponed.delete = true));
-        assert!(table.postponed(1).delete && !table.postponed(2).delete);
+        assert!(table.is_deleted(1) && !table.is_deleted(2));
         assert!(table.postpone(1, |postponed| postponed.delete = true));
         assert_eq!(table.deleted.load(Ordering::Acquire), 1);
-        assert!(table.postpone(1, |postponed| postponed.destroy = true));
+        assert!(give_up(1));
         assert_eq!(table.release(1), Postponed::default());
         let both = Postponed {
             delete: true,
-            destroy: true,
+            given_up: Some("it"),
         };
         assert_eq!(table.release(1), both);
         assert_eq!(table.deleted.load(Ordering::Acquire), 0);
-        assert!(!table.postpone(1, |postponed| postponed.destroy = true));
+        assert!(!give_up(1));
         assert_eq!(table.release(1), Postponed::default());
     }
 }

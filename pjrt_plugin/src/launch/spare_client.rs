@@ -14,7 +14,7 @@ use crate::clients::{self, Client};
 use crate::error::Error;
 use crate::inner::execute_args::{ExecuteArgs, OwnLaunch};
 use crate::inner::handles::{
-    BufferHandle, Destroy, ExternalReference, Handle, HostArray, LoadedHandle, Owned,
+    BufferHandle, ClientHandle, ExternalReference, Handle, HostArray, LoadedHandle, Owned,
 };
 use crate::inner::side_table::SideTable;
 
@@ -32,6 +32,8 @@ const NOTHING: HostArray<'_> = HostArray {
 struct Spare {
     /// Its place among the spares.
     number: usize,
+    #[expect(dead_code, reason = "held for its drop")]
+    made: Owned<ClientHandle>,
     client: Client,
     /// A program runs here; others must go elsewhere.
     busy: AtomicBool,
@@ -76,7 +78,7 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
             buffer.view_on(home.handle, home.addressable[0], Some(result))
         })
         .collect();
-    args.give_results(shared?.into_iter().map(Owned::release));
+    args.give_results(&mut shared?)?;
     if let Some(event) = event.own() {
         args.give_event(event);
     }
@@ -86,9 +88,7 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
 /// The framework has destroyed its client.
 pub fn destroy_all() {
     COPIES.clear();
-    for spare in std::mem::take(&mut *SPARES.lock()) {
-        spare.client.handle.destroy();
-    }
+    drop(std::mem::take(&mut *SPARES.lock()));
 }
 
 /// A spare client in which nothing runs.
@@ -104,9 +104,11 @@ fn choose(home: &Client) -> Result<Busy, Error> {
              thread: launch from fewer threads, and use numpy in the innermost callback"
         )));
     }
+    let (made, client) = clients::create_inner(home.rank, home.size, &[])?;
     let spare = Arc::new(Spare {
         number: spares.len(),
-        client: clients::create_inner(home.rank, home.size, &[])?,
+        made,
+        client,
         busy: AtomicBool::new(true),
     });
     spares.push(spare.clone());

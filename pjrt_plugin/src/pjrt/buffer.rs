@@ -84,9 +84,12 @@ uses! {
 entry! {
     /// `PJRT_Buffer_Destroy`
     pub fn destroy(args: PJRT_Buffer_Destroy_Args, buffer: BufferHandle) {
-        if keep_alive::postpone_destroy(buffer) {
+        // SAFETY: the framework gives it up, and does not use it any more.
+        let given_up = unsafe { Owned::taken(buffer) };
+        let Some(unused) = keep_alive::postpone_destroy(given_up) else {
             return Ok(());
-        }
+        };
+        unused.release();
         args.pass_on(api().PJRT_Buffer_Destroy)
     }
 
@@ -101,7 +104,8 @@ entry! {
     /// `PJRT_Buffer_IsDeleted`
     pub fn is_deleted(args: PJRT_Buffer_IsDeleted_Args, buffer: BufferHandle) {
         if keep_alive::is_deleted(buffer) {
-            args.is_deleted = true;
+            // SAFETY: an answer for the framework.
+            unsafe { args.members() }.is_deleted = true;
             return Ok(());
         }
         args.pass_on(api().PJRT_Buffer_IsDeleted)
@@ -111,7 +115,9 @@ entry! {
     /// clients in C++ end the process if there is none.
     pub fn ready_event(args: PJRT_Buffer_ReadyEvent_Args, buffer: BufferHandle) {
         if keep_alive::is_deleted(buffer) {
-            args.event = event_of_deleted(buffer)?.release().raw();
+            let event = event_of_deleted(buffer)?.release().raw();
+            // SAFETY: the framework gets the event.
+            unsafe { args.members() }.event = event;
             return Ok(());
         }
         args.pass_on(api().PJRT_Buffer_ReadyEvent)

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::ffi::{self, memory};
 use crate::inner::call::bytes;
 use crate::inner::create_options::GivenOption;
-use crate::inner::handles::ClientHandle;
+use crate::inner::handles::{ClientHandle, Owned};
 use crate::inner::{api, inner, xla_flags};
 use crate::launch;
 use crate::pjrt::entry::entry;
@@ -24,7 +24,9 @@ entry! {
     pub fn create(
         args: PJRT_Client_Create_Args; given: Vec<GivenOption<'_>> = create_options, num_options
     ) {
-        args.client = create_client(given)?.raw();
+        let made = create_client(given)?.release().raw();
+        // SAFETY: the framework gets the client.
+        unsafe { args.members() }.client = made;
         Ok(())
     }
 
@@ -58,13 +60,15 @@ entry! {
                 String::from_utf8_lossy(inner)
             )
         });
+        // SAFETY: the text lives as long as the process.
+        let args = unsafe { args.members() };
         args.platform_version = text.as_ptr().cast::<c_char>();
         args.platform_version_size = text.len();
         Ok(())
     }
 }
 
-fn create_client(given: Vec<GivenOption<'_>>) -> Result<ClientHandle, Error> {
+fn create_client(given: Vec<GivenOption<'_>>) -> Result<Owned<ClientHandle>, Error> {
     let (own, given) = split_options(given);
     let config = config_with(&own)?;
     refuse_late_choice(&config)?;
@@ -92,11 +96,10 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<ClientHandle, Error> {
         .filter(|option| !DISTRIBUTED.contains(&&option.name[..]))
         .collect();
     launch::thread_order::adopt_first();
-    let client = clients::create_inner(rank, size, &passed_on)?;
-    let handle = client.handle;
-    clients::add(client);
+    let (made, client) = clients::create_inner(rank, size, &passed_on)?;
     ffi::register_all()?;
-    Ok(handle)
+    clients::add(client);
+    Ok(made)
 }
 
 /// Options of JAX's distributed service.

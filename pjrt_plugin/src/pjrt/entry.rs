@@ -1,7 +1,7 @@
 //! How C enters: one macro makes an entry of the function table from a body without raw pointers.
 
 use std::ffi::c_char;
-use std::ops::{Deref, DerefMut};
+use std::ops::Deref;
 
 use crate::error::Error;
 use crate::inner::call::{Function, bytes, call};
@@ -9,7 +9,7 @@ use crate::inner::handles::{Destroy, FromRaw, Owned};
 
 /// Arguments of a PJRT function that the framework has passed.
 ///
-/// They are valid for that function. Whoever changes a member must keep them so.
+/// They are valid for that function, so they can only be changed by whoever keeps them so.
 pub struct Passed<'a, Args>(&'a mut Args);
 
 impl<Args> Passed<'_, Args> {
@@ -32,7 +32,10 @@ impl<Args> Passed<'_, Args> {
     }
 
     /// Passes the call on, and takes what the inner plugin has made out of `member`.
-    pub fn make<H: Destroy + FromRaw<*mut Raw>, Raw>(
+    ///
+    /// # Safety
+    /// `member` must be that in which the function gives what it makes, and change nothing.
+    pub unsafe fn make<H: Destroy + FromRaw<*mut Raw>, Raw>(
         &mut self,
         function: Function<Args>,
         member: impl FnOnce(&mut Args) -> &mut *mut Raw,
@@ -43,8 +46,17 @@ impl<Args> Passed<'_, Args> {
         unsafe { Owned::new(made) }
     }
 
-    /// The arguments as the framework passed them, for a typed borrow.
-    pub fn get(&mut self) -> &mut Args {
+    /// The arguments to fill in or change.
+    ///
+    /// # Safety
+    /// They must stay valid for their function: pointers and the sizes beside them belong together,
+    /// and what the framework is given it may use.
+    pub unsafe fn members(&mut self) -> &mut Args {
+        self.0
+    }
+
+    /// The arguments for the inner plugin as they are.
+    pub fn raw(&mut self) -> *mut Args {
         self.0
     }
 }
@@ -53,12 +65,6 @@ impl<Args> Deref for Passed<'_, Args> {
     type Target = Args;
 
     fn deref(&self) -> &Args {
-        self.0
-    }
-}
-
-impl<Args> DerefMut for Passed<'_, Args> {
-    fn deref_mut(&mut self) -> &mut Args {
         self.0
     }
 }

@@ -19,6 +19,8 @@ entry! {
                 function: args.callback,
                 argument: args.user_arg,
             };
+            // SAFETY: the callback takes that argument.
+            let args = unsafe { args.members() };
             args.callback = Some(completed);
             args.user_arg = Box::into_raw(Box::new(callback)).cast();
         }

@@ -27,16 +27,19 @@ entry! {
         let loaded = compile::compile(client, program, options, |first_options| {
             compile_inner(&mut args, first_options)
         })?;
-        args.executable = loaded.release().raw();
+        // SAFETY: the framework gets the executable.
+        unsafe { args.members() }.executable = loaded.release().raw();
         Ok(())
     }
 
     /// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
     pub fn compile_ahead(args: PJRT_Compile_Args) {
+        // SAFETY: there it gives the executable.
         let compiled: Owned<ExecutableHandle> =
-            args.make(api().PJRT_Compile, |args| &mut args.executable)?;
+            unsafe { args.make(api().PJRT_Compile, |args| &mut args.executable) }?;
         compile::refuse_several_devices(compiled.get())?;
-        args.executable = compiled.release().raw();
+        // SAFETY: the framework gets the executable.
+        unsafe { args.members() }.executable = compiled.release().raw();
         Ok(())
     }
 
@@ -46,13 +49,17 @@ entry! {
         serialized: &[u8] = serialized_executable, serialized_executable_size
     ) {
         // SAFETY: the framework passes valid arguments, with options that outlive the call.
-        let options = unsafe { overridden_options(args.get()) };
+        let options = unsafe { overridden_options(args.raw()) };
         let loaded = compile::load(client, serialized, options, || {
-            args.make(api().PJRT_Executable_DeserializeAndLoad, |args| {
-                &mut args.loaded_executable
-            })
+            // SAFETY: there it gives the executable.
+            unsafe {
+                args.make(api().PJRT_Executable_DeserializeAndLoad, |args| {
+                    &mut args.loaded_executable
+                })
+            }
         })?;
-        args.loaded_executable = loaded.release().raw();
+        // SAFETY: the framework gets the executable.
+        unsafe { args.members() }.loaded_executable = loaded.release().raw();
         Ok(())
     }
 
@@ -65,7 +72,8 @@ entry! {
     /// `PJRT_Executable_NumPartitions`
     pub fn num_partitions(args: PJRT_Executable_NumPartitions_Args, executable: ExecutableHandle) {
         match spmd::find(executable.address()) {
-            Some(spmd) => args.num_partitions = spmd.devices.partitions(),
+            // SAFETY: a number for the framework.
+            Some(spmd) => unsafe { args.members() }.num_partitions = spmd.devices.partitions(),
             None => args.pass_on(api().PJRT_Executable_NumPartitions)?,
         }
         Ok(())
@@ -74,7 +82,8 @@ entry! {
     /// `PJRT_Executable_NumReplicas`
     pub fn num_replicas(args: PJRT_Executable_NumReplicas_Args, executable: ExecutableHandle) {
         match spmd::find(executable.address()) {
-            Some(spmd) => args.num_replicas = spmd.devices.replicas(),
+            // SAFETY: a number for the framework.
+            Some(spmd) => unsafe { args.members() }.num_replicas = spmd.devices.replicas(),
             None => args.pass_on(api().PJRT_Executable_NumReplicas)?,
         }
         Ok(())
@@ -86,6 +95,8 @@ entry! {
             return args.pass_on(api().PJRT_Executable_Serialize);
         };
         let serialized = Box::new(spmd.serialize()?);
+        // SAFETY: the bytes live until the framework calls the deleter with the box.
+        let args = unsafe { args.members() };
         args.serialized_bytes = serialized.as_ptr().cast();
         args.serialized_bytes_size = serialized.len();
         args.serialized_executable = Box::into_raw(serialized).cast::<c_void>().cast();
@@ -108,13 +119,19 @@ fn compile_inner(
     options: &[u8],
 ) -> Result<Owned<LoadedHandle>, Error> {
     let given = (args.compile_options, args.compile_options_size);
-    if !options.is_empty() {
-        args.compile_options = options.as_ptr().cast();
-        args.compile_options_size = options.len();
+    // SAFETY: the options live through the call, after which the framework's are there again; the
+    // function gives the executable there.
+    unsafe {
+        if !options.is_empty() {
+            let args = args.members();
+            args.compile_options = options.as_ptr().cast();
+            args.compile_options_size = options.len();
+        }
+        let compiled = args.make(api().PJRT_Client_Compile, |args| &mut args.executable);
+        let args = args.members();
+        (args.compile_options, args.compile_options_size) = given;
+        compiled
     }
-    let compiled = args.make(api().PJRT_Client_Compile, |args| &mut args.executable);
-    (args.compile_options, args.compile_options_size) = given;
-    compiled
 }
 
 /// The options that replace those in a serialized program; empty if there are none.

@@ -7,7 +7,7 @@ use pjrt_sys::*;
 use crate::compile::spmd;
 use crate::inner::api;
 use crate::inner::execute_args::ExecuteArgs;
-use crate::inner::handles::{Handle, LoadedHandle};
+use crate::inner::handles::{Handle, LoadedHandle, Owned};
 use crate::inner::side_table;
 use crate::launch::{self, keep_alive};
 use crate::pjrt::entry::entry;
@@ -20,14 +20,17 @@ entry! {
             return Ok(());
         }
         // SAFETY: the framework passes valid arguments, and each executable here has one device.
-        launch::execute(&mut unsafe { ExecuteArgs::new(args.get()) }?)
+        launch::execute(&mut unsafe { ExecuteArgs::new(args.members()) }?)
     }
 
     /// `PJRT_LoadedExecutable_Destroy`
     pub fn destroy(args: PJRT_LoadedExecutable_Destroy_Args, executable: LoadedHandle) {
-        if keep_alive::postpone_destroy(executable) {
+        // SAFETY: the framework gives it up, and does not use it any more.
+        let given_up = unsafe { Owned::taken(executable) };
+        let Some(unused) = keep_alive::postpone_destroy(given_up) else {
             return Ok(());
-        }
+        };
+        unused.release();
         side_table::forget(executable.address());
         args.pass_on(api().PJRT_LoadedExecutable_Destroy)
     }
@@ -48,7 +51,8 @@ entry! {
     ) {
         args.pass_on(api().PJRT_LoadedExecutable_AddressableDevices)?;
         if spmd::is_elsewhere(executable) {
-            args.num_addressable_devices = 0;
+            // SAFETY: a shorter list.
+            unsafe { args.members() }.num_addressable_devices = 0;
         }
         Ok(())
     }
@@ -61,6 +65,8 @@ entry! {
             return args.pass_on(api().PJRT_LoadedExecutable_GetDeviceAssignment);
         };
         let serialized = Box::new(spmd.devices.to_assignment()?);
+        // SAFETY: the bytes live until the framework calls the deleter with the box.
+        let args = unsafe { args.members() };
         args.serialized_bytes = serialized.as_ptr().cast();
         args.serialized_bytes_size = serialized.len();
         args.serialized_device_assignment = Box::into_raw(serialized).cast::<c_void>().cast();

@@ -24,14 +24,17 @@ fn unknown(what: &str) -> Error {
 entry! {
     /// `PJRT_Client_ProcessIndex`
     pub fn process_index(args: PJRT_Client_ProcessIndex_Args, client: ClientHandle) {
-        args.process_index = find(client)?.rank;
+        let rank = find(client)?.rank;
+        // SAFETY: a number for the framework.
+        unsafe { args.members() }.process_index = rank;
         Ok(())
     }
 
     /// `PJRT_Client_AddressableDevices`
     pub fn addressable_devices(args: PJRT_Client_AddressableDevices_Args, client: ClientHandle) {
-        // The list lives as long as the client, which is known until it is destroyed.
         let client = find(client)?;
+        // SAFETY: the list lives as long as the client, which is known until it is destroyed.
+        let args = unsafe { args.members() };
         args.addressable_devices = client.addressable.as_ptr().cast();
         args.num_addressable_devices = client.addressable.len();
         Ok(())
@@ -40,6 +43,8 @@ entry! {
     /// `PJRT_Client_AddressableMemories`
     pub fn addressable_memories(args: PJRT_Client_AddressableMemories_Args, client: ClientHandle) {
         let client = find(client)?;
+        // SAFETY: as in `addressable_devices`.
+        let args = unsafe { args.members() };
         args.addressable_memories = client.memories.as_ptr().cast();
         args.num_addressable_memories = client.memories.len();
         Ok(())
@@ -56,7 +61,8 @@ entry! {
                 args.local_hardware_id
             )));
         }
-        args.addressable_device = client.addressable[0].raw();
+        // SAFETY: the device lives as long as its client.
+        unsafe { args.members() }.addressable_device = client.addressable[0].raw();
         Ok(())
     }
 
@@ -76,13 +82,15 @@ entry! {
     /// `PJRT_Device_IsAddressable`
     pub fn is_addressable(args: PJRT_Device_IsAddressable_Args, device: DeviceHandle) {
         let (client, owner) = clients::owner(device.address()).ok_or_else(|| unknown("device"))?;
-        args.is_addressable = owner == client.rank;
+        // SAFETY: an answer for the framework.
+        unsafe { args.members() }.is_addressable = owner == client.rank;
         Ok(())
     }
 
     /// `PJRT_Device_LocalHardwareId`
     pub fn local_hardware_id(args: PJRT_Device_LocalHardwareId_Args) {
-        args.local_hardware_id = 0;
+        // SAFETY: a number for the framework.
+        unsafe { args.members() }.local_hardware_id = 0;
         Ok(())
     }
 
@@ -95,7 +103,9 @@ entry! {
         let described = unsafe {
             ask(api().PJRT_DeviceDescription_Id, |id| id.device_description = description)
         };
-        args.process_index = described?.id;
+        let id = described?.id;
+        // SAFETY: a number for the framework.
+        unsafe { args.members() }.process_index = id;
         Ok(())
     }
 }

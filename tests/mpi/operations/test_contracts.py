@@ -86,6 +86,15 @@ def test_attributes_of_another_name_or_type_are_refused(name: str, value: Any, s
     assert seen in refusal("mpi_cuda_allreduce", like(X), X, **{name: value})
 
 
+@pytest.mark.parametrize("operation", ["allreduce", "scan"])
+def test_a_result_in_the_operands_memory_is_refused(operation: str) -> None:
+    function = jax.ffi.ffi_call(f"mpi_cuda_{operation}", like(X), input_output_aliases={0: 0})
+    with pytest.raises(Exception, match=f"{operation} of .*: the result lies in the operand's"):
+        jax.block_until_ready(jax.jit(lambda x: function(x + 1, comm=np.int64(0)))(X))
+    result = call(f"mpi_cuda_{operation}", like(X), X, comm=np.int64(0))
+    jax.block_until_ready(result)
+
+
 def test_attributes_of_both_widths_are_taken() -> None:
     for kind in (np.int32, np.uint32, np.int64, np.uint64):
         result = call("mpi_cuda_allreduce", like(X), 2 * X, comm=kind(2), op=kind(3))

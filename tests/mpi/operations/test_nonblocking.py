@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -200,6 +201,12 @@ def test_misuse_is_refused_by_name() -> None:
     nt.wait(coming)
     with pytest.raises(Exception, match="it was waited for before"):
         nt.wait(coming).block_until_ready()
+    coming = nt.irecv(X, PREVIOUS, tag=1)
+    other = dataclasses.replace(coming, dtype=np.dtype("i4"))
+    with pytest.raises(Exception, match="posted for float32, and the result of wait is int32"):
+        nt.wait(other).block_until_ready()
+    nt.send(X * 2, NEXT, tag=1)
+    np.testing.assert_array_equal(nt.wait(coming), X * 2)
     with pytest.raises(TypeError, match="must be what isend or irecv returned"):
         nt.wait(X)
     with pytest.raises(ValueError, match="dest 1000 is not a rank"):

@@ -39,6 +39,9 @@ const SHARED: Duration = Duration::from_secs(10);
 /// Refused operations of which a rank does not wait for the ends of the rounds. The ring of the
 /// board has room for them, twice.
 const MOST_OWED: usize = 4;
+/// Why a communicator is closed whose ranks have differed on one of its nodes.
+pub(super) const OTHER_NODES: &str = "ranks of this node have differed in an operation, \
+    and those of other nodes may have executed it: this communicator cannot be used any more";
 
 type Words = [u64; RECORD];
 
@@ -55,6 +58,8 @@ pub(super) struct Channel {
     owed: VecDeque<Record>,
     /// The user's, who may use it with mpi4py too.
     shared: bool,
+    /// Some of its ranks are on other nodes, and do not hear of what differs here.
+    partial: bool,
     /// It is not used any more, for this reason.
     closed: Option<Failure>,
 }
@@ -114,15 +119,18 @@ impl Channel {
                 current: 1,
             })
         });
+        let peers: Vec<Peer> = peers.collect();
+        let partial = peers.len() + 1 < members.len();
         let mut own_rank = ranks.clone().filter(|&(_, &member)| member == own as i32);
         Channel {
             id,
             lane,
             rank: own_rank.next().map_or(-1, |(rank, _)| rank as i32),
-            peers: peers.collect(),
+            peers,
             written: 0,
             owed: VecDeque::new(),
             shared,
+            partial,
             closed: None,
         }
     }
@@ -145,7 +153,10 @@ impl Channel {
         match self.rounds(board, record)? {
             Outcome::Same => Ok(true),
             Outcome::LaunchesAreOver | Outcome::DeclinedAreOver => Ok(false),
-            Outcome::Differ => Err(self.explain(board, record.words(), words())),
+            Outcome::Differ => {
+                self.close_if_partial();
+                Err(self.explain(board, record.words(), words()))
+            }
         }
     }
 
@@ -175,6 +186,11 @@ impl Channel {
         board.free_lane(self.lane);
     }
 
+    /// Those on other nodes hear of it otherwise.
+    pub(super) fn is_told_elsewhere(&mut self) {
+        self.partial = false;
+    }
+
     /// Ends the rounds of operations that this rank has refused.
     #[inline]
     fn settle(&mut self, board: &Board) -> Result<(), Failure> {
@@ -182,9 +198,19 @@ impl Channel {
             return Err(closed.clone());
         }
         while let Some(own) = self.owed.pop_front() {
-            self.rounds(board, own)?;
+            if self.rounds(board, own)? == Outcome::Differ {
+                self.close_if_partial();
+                self.closed.clone().map_or(Ok(()), Err)?;
+            }
         }
         Ok(())
+    }
+
+    /// The ranks of this node have differed. If those of other nodes hear of it is not known here.
+    fn close_if_partial(&mut self) {
+        if self.shared && self.partial {
+            self.closed = Some(OTHER_NODES.into());
+        }
     }
 
     #[inline]
@@ -213,7 +239,7 @@ impl Channel {
                     }
                 }
             }
-            if outcome == Outcome::Differ || Record::is_refusal(&own) {
+            if outcome == Outcome::Differ {
                 let peers = self.peers.iter();
                 outcome = self::outcome(&own, peers.filter_map(|peer| peer.record(board)));
             }

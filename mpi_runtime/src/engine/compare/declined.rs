@@ -57,7 +57,8 @@ impl Comparison {
     /// launches nothing for it. Those on communicators of the user are not told.
     pub(in crate::engine) fn decline(&self, comm: i64, kind: Kind, words: &str) {
         let comm = usize::try_from(comm).unwrap_or(FIXED);
-        if self.fixed.get(comm).is_none_or(Option::is_none) {
+        // Those on other nodes would not see it.
+        if self.nodes.is_some() || self.fixed.get(comm).is_none_or(Option::is_none) {
             return;
         }
         let launches = self.launches.lock();

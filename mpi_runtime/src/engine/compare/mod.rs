@@ -7,6 +7,7 @@
 
 mod channel;
 mod declined;
+mod nodes;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -21,13 +22,17 @@ use mpi_shim_abi::ShimOp;
 use parking_lot::{Mutex, RwLock};
 
 use crate::engine::order::Ticket;
+use crate::engine::post::tags_of;
 use crate::engine::uniform::UniformProgram;
 use crate::error::Failure;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, DEFAULT, WORLD};
+use crate::mpi::shim::Shim;
 use crate::node::board::Board;
 use crate::operation::Operation;
 use channel::Channel;
 use declined::Declined;
+pub(crate) use nodes::ByMpi;
+use nodes::{ByMessages, Nodes, Step, Told};
 use record::{Compared, Record, Sequence};
 
 /// Lanes of the communicators that always exist: their numbers.
@@ -37,10 +42,14 @@ const FIXED: usize = 4;
 #[derive(Default)]
 pub(crate) struct Comparison {
     board: Option<Arc<Board>>,
+    /// With the ranks of other nodes.
+    nodes: Option<Nodes>,
     /// Of the communicators that always exist, by number.
     fixed: [Option<Row>; FIXED],
-    /// Of the user's communicators, by number; none where nothing can be compared.
-    users: RwLock<BTreeMap<i64, Option<Arc<Row>>>>,
+    /// The same at each operation of a communicator of the user's.
+    messages: Option<Messages>,
+    /// Of the user's communicators, by number.
+    users: RwLock<BTreeMap<i64, Arc<Users>>>,
     /// How many channels there are with these members.
     ordinals: Mutex<HashMap<Vec<i32>, u64>>,
     /// Launches in flight that are known to be one fixed sequence.
@@ -58,6 +67,22 @@ pub struct Launch {
     pub uniform: Option<UniformProgram>,
     /// The main thread of this process has dispatched it.
     pub by_main_thread: bool,
+}
+
+/// How ranks of a communicator of the user's tell each other what they do.
+struct Messages {
+    shim: Shim,
+    /// Handle of a communicator of ours.
+    comm: u64,
+    /// In the world.
+    rank: i32,
+}
+
+/// Of a communicator of the user's.
+#[derive(Default)]
+struct Users {
+    row: Option<Row>,
+    nodes: Option<Nodes>,
 }
 
 struct Row {
@@ -97,6 +122,18 @@ impl Comparison {
         }
     }
 
+    /// Compares with other nodes too, at each operation if `always`; those on communicators of the
+    /// user's only then, by messages on the communicator `messages`.
+    pub(super) fn between_nodes(&mut self, by: ByMpi, always: bool, rank: i32, messages: u64) {
+        self.messages = always.then_some(Messages {
+            shim: by.shim,
+            comm: messages,
+            rank,
+        });
+        let places = by.comms.len();
+        self.nodes = Some(Nodes::new(Box::new(by), places, always));
+    }
+
     /// The board, if the ranks of this node have one.
     pub(super) fn board(&self) -> Option<&Arc<Board>> {
         self.board.as_ref()
@@ -116,16 +153,21 @@ impl Comparison {
         described.insert(sequence, (code, words.to_owned()));
     }
 
+    /// Whether anything is compared.
+    fn is_used(&self) -> bool {
+        self.board.is_some() || self.nodes.is_some()
+    }
+
     /// Notes a launch, until [`Comparison::forget`].
     pub(super) fn note(&self, ticket: Ticket, launch: Launch) {
-        if self.board.is_some() {
+        if self.is_used() {
             self.launches.lock().push((ticket, launch));
         }
     }
 
     /// The launch has ended.
     pub(super) fn forget(&self, ticket: Ticket) {
-        if self.board.is_some() {
+        if self.is_used() {
             self.launches.lock().retain(|(known, _)| *known != ticket);
             if self.declined.are_any() {
                 self.tell_declined();
@@ -148,19 +190,40 @@ impl Comparison {
         prepared: &Result<ShimOp, Failure>,
         members: impl FnOnce() -> Option<Vec<i32>>,
     ) -> Result<(), Failure> {
-        let Some(board) = &self.board else {
-            return Ok(());
-        };
         if comm.size == 1 {
             return Ok(());
         }
-        let fixed = self.fixed.get(op.comm as usize).and_then(Option::as_ref);
-        if let Some(row) = fixed {
-            return self.compare(board, row, ticket, op, prepared);
+        let place = op.comm as usize;
+        if place < FIXED {
+            let row = self.fixed[place].as_ref();
+            let on_node = self.on_node(row, ticket, op, prepared);
+            return match &self.nodes {
+                Some(nodes) => self.between(nodes, place, ticket, op, prepared, on_node),
+                None => on_node,
+            };
         }
-        match self.users_row(board, ticket, op.comm, members) {
-            Some(row) => self.compare(board, &row, ticket, op, prepared),
-            None => Ok(()),
+        if self.board.is_none() && self.messages.is_none() {
+            return Ok(());
+        }
+        let users = self.users_comm(ticket, op.comm, members);
+        let on_node = self.on_node(users.row.as_ref(), ticket, op, prepared);
+        match &users.nodes {
+            Some(nodes) => self.between(nodes, 0, ticket, op, prepared, on_node),
+            None => on_node,
+        }
+    }
+
+    #[inline]
+    fn on_node(
+        &self,
+        row: Option<&Row>,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        prepared: &Result<ShimOp, Failure>,
+    ) -> Result<(), Failure> {
+        match (&self.board, row) {
+            (Some(board), Some(row)) => self.compare(board, row, ticket, op, prepared),
+            _ => Ok(()),
         }
     }
 
@@ -183,21 +246,13 @@ impl Comparison {
         let shim_op = match prepared {
             Ok(shim_op) => shim_op,
             Err(reason) => {
-                let words = format!("{op}, which it refused: {reason}");
-                channel.refuse(board, Record::Refused(op.kind), &words);
+                channel.refuse(board, Record::Refused(op.kind), &refused(op, reason));
                 return Ok(());
             }
         };
         if row.apart.load(Ordering::Relaxed) != ticket.0 {
-            if let Some(sequence) = self.sequence(ticket, op.comm) {
-                let described = self.described.lock().get(&sequence).cloned();
-                let begins = || format!("a program that begins with {op}");
-                let (code, words) = described.unwrap_or_else(|| (0, begins()));
-                let launch = Record::Launch(Sequence {
-                    hash: sequence,
-                    code,
-                    first: Some(op.kind),
-                });
+            if let Some((sequence, words)) = self.described(ticket, op) {
+                let launch = Record::Launch(sequence);
                 if channel.step(board, launch, || words.clone())? {
                     row.same.store(ticket.0, Ordering::Relaxed);
                     return Ok(());
@@ -216,6 +271,55 @@ impl Comparison {
             Some((_, place)) if op.place != 0 => format!("{op} {place}"),
             _ => op.to_string(),
         }
+    }
+
+    /// Compares `op` with other nodes, when this one has.
+    fn between(
+        &self,
+        nodes: &Nodes,
+        place: usize,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        prepared: &Result<ShimOp, Failure>,
+        on_node: Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let record = match prepared {
+            Ok(shim_op) => Record::Operation(Compared::new(op, shim_op)),
+            Err(_) => Record::Refused(op.kind),
+        };
+        let step = match (on_node, prepared) {
+            (Ok(()), Ok(_)) => Step::Execute(record.words()),
+            (Ok(()), Err(reason)) => Step::Refuse(record.words(), reason.clone()),
+            (Err(failure), _) => Step::Differ(record.words(), failure),
+        };
+        let sequence = || self.placed(ticket, op);
+        let words = |told| match (told, prepared, sequence()) {
+            (Told::Sequence, _, Some((_, words))) => words,
+            (_, Ok(_), _) => self.in_words(op),
+            (_, Err(reason), _) => refused(op, reason),
+        };
+        nodes.step(place, step, || sequence().map(|(it, _)| it), words)
+    }
+
+    /// The sequence that `op` is in, or its place in a program, with words.
+    fn placed(&self, ticket: Ticket, op: &Operation<'_>) -> Option<(Sequence, String)> {
+        let place = || Sequence {
+            hash: op.place,
+            code: record::program(op.place),
+            first: None,
+        };
+        let sequence = self.described(ticket, op);
+        sequence.or_else(|| (op.place != 0).then(|| (place(), self.in_words(op))))
+    }
+
+    /// The fixed sequence that `op` is in, if it is one, with words.
+    fn described(&self, ticket: Ticket, op: &Operation<'_>) -> Option<(Sequence, String)> {
+        let hash = self.sequence(ticket, op.comm)?;
+        let described = self.described.lock().get(&hash).cloned();
+        let begins = || format!("a program that begins with {op}");
+        let (code, words) = described.unwrap_or_else(|| (0, begins()));
+        let first = Some(op.kind);
+        Some((Sequence { hash, code, first }, words))
     }
 
     /// Compares a launch with collectives of XLA's that all ranks run.
@@ -249,16 +353,15 @@ impl Comparison {
         uniform.balance.is_none().then_some(uniform.sequence)
     }
 
-    /// The row of a communicator of the user's, made for its first collective. Ranks know it by
-    /// its members and by how many with these members came before. That is the same on all of them
-    /// as long as one thread uses them, so those of other threads are not compared.
-    fn users_row(
+    /// What a communicator of the user's is compared by, made for its first collective. Ranks know
+    /// it by its members and by how many with these members came before. That is the same on all
+    /// of them as long as one thread uses them, so those of other threads are not compared.
+    fn users_comm(
         &self,
-        board: &Board,
         ticket: Ticket,
         number: i64,
         members: impl FnOnce() -> Option<Vec<i32>>,
-    ) -> Option<Arc<Row>> {
+    ) -> Arc<Users> {
         if let Some(known) = self.users.read().get(&number) {
             return known.clone();
         }
@@ -266,19 +369,43 @@ impl Comparison {
         let launch = launches.iter().find(|(known, _)| *known == ticket);
         let by_main_thread = launch.is_some_and(|(_, launch)| launch.by_main_thread);
         drop(launches);
-        let row = members().filter(|_| by_main_thread).and_then(|members| {
-            let id = self.next_id(&members);
+        let members = members().filter(|_| by_main_thread);
+        let users =
+            Arc::new(members.map_or_else(Users::default, |members| self.compared(&members)));
+        self.users.write().insert(number, users.clone());
+        users
+    }
+
+    fn compared(&self, members: &[i32]) -> Users {
+        let id = self.next_id(members);
+        let row = self.board.as_ref().and_then(|board| {
             let lane = board.take_lane(id, FIXED)?;
-            let channel = Channel::new(board, id, lane, &members, true);
-            Some(Arc::new(Row::new(channel)))
+            let mut channel = Channel::new(board, id, lane, members, true);
+            if self.messages.is_some() {
+                channel.is_told_elsewhere();
+            }
+            Some(Row::new(channel))
         });
-        self.users.write().insert(number, row.clone());
-        row
+        let here = |&rank: &i32| self.board.as_ref().is_some_and(|b| b.sees(rank as usize));
+        let messages = self.messages.as_ref();
+        let messages = messages.filter(|_| !members.iter().all(here));
+        let nodes = messages.map(|messages| {
+            let by = ByMessages {
+                shim: messages.shim,
+                comm: messages.comm,
+                tag: tags_of(id),
+                rank: messages.rank,
+                members: members.to_vec(),
+            };
+            Nodes::new(Box::new(by), 1, true)
+        });
+        Users { row, nodes }
     }
 
     /// The communicator was freed.
     pub(super) fn free(&self, number: i64) {
-        let row = self.users.write().remove(&number).flatten();
+        let users = self.users.write().remove(&number);
+        let row = users.as_ref().and_then(|users| users.row.as_ref());
         if let (Some(board), Some(row)) = (&self.board, row) {
             row.channel.lock().give_back(board);
         }
@@ -292,4 +419,8 @@ impl Comparison {
         (members, *ordinal).hash(&mut hasher);
         hasher.finish().max(FIXED as u64 + 1)
     }
+}
+
+fn refused(op: &Operation<'_>, reason: &Failure) -> String {
+    format!("{op}, which it refused: {reason}")
 }

@@ -26,7 +26,7 @@ pub(super) enum Record {
 }
 
 /// A fixed sequence of collectives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sequence {
     pub(super) hash: u64,
     /// The same, but for how often its loops run; 0 if that is not known.
@@ -50,6 +50,11 @@ pub(super) struct Compared {
 
 /// Bits of a place that say which loop it is; those above say of which program.
 const SITE_BITS: u32 = 16;
+
+/// The program of a place; 0 if it is not known.
+pub(super) fn program(place: u64) -> u64 {
+    place >> SITE_BITS
+}
 
 impl Compared {
     #[inline]
@@ -123,15 +128,13 @@ impl Record {
             places.push(words[3]);
         }
         places.sort_unstable();
-        let program = |place: u64| place >> SITE_BITS;
         places.windows(2).all(|two| {
             two[0] == two[1] || program(two[0]) != program(two[1]) || program(two[0]) == 0
         })
     }
 
-    #[inline]
     pub(super) fn is_refusal(words: &[u64; RECORD]) -> bool {
-        matches!(words[0] & 0xff, REFUSED | DECLINED)
+        words[0] & 0xff == REFUSED
     }
 
     #[inline]
@@ -267,7 +270,7 @@ mod tests {
             &[1, 2, 3, 0],
             [[1, 2, 4, 0]].into_iter()
         ));
-        assert!(refused.iter().all(|one| Record::is_refusal(&one.words())));
+        assert!(Record::is_refusal(&refused[0].words()));
         assert!(Record::is_declined(&refused[1].words()));
         for garbage in [0, 9, OPERATION | 0xff << 8, OPERATION | 0xff << 16] {
             assert_eq!(Record::from_words(&[garbage, 0, 0, 0]), None);

@@ -21,14 +21,17 @@ pub struct HostArray<'a> {
 
 impl ClientHandle {
     /// A new client of the inner plugin.
-    pub fn create(given: &[GivenOption<'_>], own: &[(&str, Value)]) -> Result<ClientHandle, Error> {
+    pub fn create(
+        given: &[GivenOption<'_>],
+        own: &[(&str, Value)],
+    ) -> Result<Owned<ClientHandle>, Error> {
         let options = raw_options(given, own);
         let args = ask!(PJRT_Client_Create {
             create_options: options.as_ptr(),
             num_options: options.len(),
         })?;
-        // SAFETY: the inner plugin has made it, and it lives until somebody destroys it.
-        unsafe { ClientHandle::from_raw(args.client) }
+        // SAFETY: the inner plugin has just made it, for the caller.
+        unsafe { Owned::new(args.client) }
     }
 
     /// Its devices, those of other ranks too.

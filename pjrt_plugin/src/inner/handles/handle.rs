@@ -41,10 +41,13 @@ pub trait Handle: Copy {
     fn address(self) -> usize;
 }
 
-/// Destroying a handle, once.
+/// Destroying a handle, once. What is destroyed is [`Owned`].
 pub trait Destroy: Handle {
     /// Destroys it; a failure would leave nothing to do.
-    fn destroy(self);
+    ///
+    /// # Safety
+    /// Nobody else may destroy it, and nobody may use it from now on.
+    unsafe fn destroy(self);
 }
 
 macro_rules! handles {
@@ -110,7 +113,7 @@ handles! {
 macro_rules! destroyed {
     ($($name:ident: $function:ident($member:ident);)+) => {$(
         impl Destroy for $name {
-            fn destroy(self) {
+            unsafe fn destroy(self) {
                 // Whoever destroys it is the last to use it.
                 let _ = ask!($function { $member: self.raw() });
             }
@@ -145,6 +148,14 @@ impl<H: Destroy> Owned<H> {
         unsafe { H::from_raw(raw) }.map(Owned)
     }
 
+    /// Owns what the framework gives up.
+    ///
+    /// # Safety
+    /// Nobody else may destroy it.
+    pub unsafe fn taken(handle: H) -> Owned<H> {
+        Owned(handle)
+    }
+
     /// The handle, which stays owned.
     pub fn get(&self) -> H {
         self.0
@@ -160,6 +171,7 @@ impl<H: Destroy> Owned<H> {
 
 impl<H: Destroy> Drop for Owned<H> {
     fn drop(&mut self) {
-        self.0.destroy();
+        // SAFETY: whoever made this has given it to nobody else.
+        unsafe { self.0.destroy() };
     }
 }
