@@ -150,6 +150,12 @@ void mpi_cuda_reads_status(void);
  * attribute place means (code 0): its words come behind the operation. */
 void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
 
+/* This rank's program has refused a collective on that communicator, which is 0 or 1, before it
+ * called anything here: other ranks that wait in one of this kind ("allreduce" and so on) get an
+ * error with these words. If they wait in another kind, it was this rank's own affair. Waits for
+ * nobody; from the main thread. */
+void mpi_cuda_refuse(int64_t comm, const char *kind, const char *words);
+
 /* 1 if another rank of this node waits in an operation, 0 if not. */
 int mpi_cuda_is_awaited(void);
 

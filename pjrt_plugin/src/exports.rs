@@ -5,7 +5,9 @@ use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use mpi_runtime::Kind;
 use mpi_runtime::engine::recorder::file;
+use mpi_runtime::node::process::is_main_thread;
 use mpi_runtime::watch::place;
 
 use parking_lot::Mutex;
@@ -16,7 +18,7 @@ use crate::error::Error;
 use crate::ffi::callbacks::{self, Trampoline};
 use crate::ffi::{self, Handler};
 use crate::inner::on_gpu;
-use crate::launch;
+use crate::launch::{self, ticket};
 use crate::plugin::{config, load, start_world, world};
 
 thread_local! {
@@ -152,6 +154,31 @@ pub unsafe extern "C" fn mpi_cuda_describe(sequence: u64, code: u64, words: *con
         let words = unsafe { CStr::from_ptr(words) }.to_string_lossy();
         if let Some(world) = world() {
             world.engine.describe_sequence(sequence, code, &words);
+        }
+    });
+}
+
+/// The program has refused a collective, called `kind`, before it launched anything: the other
+/// ranks, which may wait in theirs, get an error with these words. Waits for nobody. Only what the
+/// main thread refuses outside of host callbacks is told.
+///
+/// # Safety
+/// `kind` and `words` must be NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_refuse(comm: i64, kind: *const c_char, words: *const c_char) {
+    quiet((), || {
+        // SAFETY: the caller's texts are NUL-terminated.
+        let (kind, words) = unsafe { (CStr::from_ptr(kind), CStr::from_ptr(words)) };
+        let kind = Kind::ALL
+            .iter()
+            .find(|one| one.name().as_bytes() == kind.to_bytes());
+        let kind = kind.filter(|kind| kind.is_collective());
+        if let (Some(world), Some(kind)) = (world_of_this_process(), kind)
+            && is_main_thread()
+            && ticket::callback_of().is_none()
+            && !ticket::is_inside_launch()
+        {
+            world.engine.decline(comm, *kind, &words.to_string_lossy());
         }
     });
 }

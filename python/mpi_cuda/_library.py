@@ -86,6 +86,7 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_status": (ctypes.c_int64, [ctypes.c_void_p]),
         "mpi_cuda_reads_status": (None, []),
         "mpi_cuda_describe": (None, [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p]),
+        "mpi_cuda_refuse": (None, [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p]),
         "mpi_cuda_is_awaited": (ctypes.c_int, []),
         "mpi_cuda_set_where": (None, [ctypes.c_void_p]),
         "mpi_cuda_wait": (ctypes.c_int, []),

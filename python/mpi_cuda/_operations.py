@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -127,6 +129,36 @@ def _require_leading(rule: str, x: Any, comm: Comm) -> None:
         )
 
 
+def tell_refused(operation: str, comm: Any, error: Exception) -> None:
+    """A collective was refused: tells the other ranks, which may be waiting in theirs.
+
+    Only outside of programs, and on the communicators that always exist.
+    """
+    if _library.started() is None or not jax_core.is_outside_programs():
+        return
+    try:
+        number = _arguments.resolve_comm(comm).number
+    except (RuntimeError, TypeError, ValueError):
+        return
+    words = f"{operation}, which it refused: {error}"
+    _library.load().mpi_cuda_refuse(number, operation.encode(), words.encode())
+
+
+def _collective(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The other ranks hear of it if this one refuses its arguments."""
+
+    @functools.wraps(operation)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return operation(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            tell_refused(operation.__name__, kwargs.get("comm"), error)
+            raise
+
+    return function
+
+
+@_collective
 def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Gathers `x` of every rank on every rank (MPI 4.0, section 6.7).
 
@@ -142,6 +174,7 @@ def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, To
     return bind("allgather", where, x, ((where.size, *x.shape), x.dtype), token)
 
 
+@_collective
 def allreduce(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over all ranks, with the result on every rank (MPI 4.0, section 6.9.6).
 
@@ -161,6 +194,7 @@ def allreduce(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[
     return bind("allreduce", where, x, (x.shape, x.dtype), token, op=number)
 
 
+@_collective
 def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x[i]` to rank i and receives from it (MPI 4.0, section 6.8).
 
@@ -180,6 +214,7 @@ def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Tok
     return bind("alltoall", where, x, (x.shape, x.dtype), token)
 
 
+@_collective
 def barrier(*, comm: Any = None, token: Any = None) -> Token:
     """Waits until every rank has come here (MPI 4.0, section 6.3).
 
@@ -193,6 +228,7 @@ def barrier(*, comm: Any = None, token: Any = None) -> Token:
     return bind("barrier", _arguments.resolve_comm(comm), None, None, token)[1]
 
 
+@_collective
 def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x` of the root to every rank (MPI 4.0, section 6.4).
 
@@ -210,6 +246,7 @@ def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Ar
     return bind("bcast", where, x, (x.shape, x.dtype), token, root=root)
 
 
+@_collective
 def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks before this one (MPI 4.0, section 6.11.2).
 
@@ -231,6 +268,7 @@ def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Arr
     return bind("exscan", where, x, (x.shape, x.dtype), token, op=number)
 
 
+@_collective
 def gather(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Gathers `x` of every rank on the root (MPI 4.0, section 6.5).
 
@@ -296,6 +334,7 @@ def recv(
     return bind("recv", where, None, result, token, template=template, paired=paired, **attributes)
 
 
+@_collective
 def reduce(
     x: Any, op: Any, root: int, *, comm: Any = None, token: Any = None
 ) -> tuple[Array, Token]:
@@ -317,6 +356,7 @@ def reduce(
     return bind("reduce", where, x, (x.shape, x.dtype), token, op=number, root=root)
 
 
+@_collective
 def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over all ranks, of which rank i gets `x[i]` (MPI 4.0, section 6.10.1).
 
@@ -338,6 +378,7 @@ def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> t
     return bind("reduce_scatter", where, x, (x.shape[1:], x.dtype), token, op=number)
 
 
+@_collective
 def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks up to and including this one (MPI 4.0, section 6.11.1).
 
@@ -355,6 +396,7 @@ def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array
     return bind("scan", where, x, (x.shape, x.dtype), token, op=number)
 
 
+@_collective
 def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x[i]` of the root to rank i (MPI 4.0, section 6.6).
 

@@ -35,6 +35,10 @@ __all__ = [
 
 
 def _without_token(operation: Callable[..., Any]) -> Callable[..., Any]:
+    is_collective = hasattr(operation, "__wrapped__")
+    # The refusals of collectives are told here: without one more call.
+    bare = inspect.unwrap(operation)
+
     @functools.wraps(operation)
     def function(*args: Any, **kwargs: Any) -> Any:
         if "token" in kwargs:
@@ -42,7 +46,12 @@ def _without_token(operation: Callable[..., Any]) -> Callable[..., Any]:
                 f"mpi_cuda.notoken.{operation.__name__} takes no token: operations are ordered "
                 f"automatically; use mpi_cuda.{operation.__name__} for explicit tokens"
             )
-        result = operation(*args, token=False, **kwargs)
+        try:
+            result = bare(*args, token=False, **kwargs)
+        except (TypeError, ValueError) as error:
+            if is_collective:
+                _operations.tell_refused(operation.__name__, kwargs.get("comm"), error)
+            raise
         return result[0] if isinstance(result, tuple) else None
 
     signature = inspect.signature(operation)

@@ -22,6 +22,7 @@ mod uniform;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use crate::device::Stream;
@@ -379,6 +380,12 @@ impl Engine {
     /// that differ only in how often their loops run.
     pub fn describe_sequence(&self, sequence: u64, code: u64, words: &str) {
         self.calls.comparison.describe(sequence, code, words);
+    }
+
+    /// The program has refused a collective on that communicator before it launched anything: tells
+    /// the other ranks, which may wait in theirs, and waits for nobody. From the main thread.
+    pub fn decline(&self, comm: i64, kind: Kind, words: &str) {
+        self.calls.comparison.decline(comm, kind, words);
     }
 
     /// Ends all messages that were started, and says which of them nobody has waited for. Last,

@@ -6,7 +6,7 @@
 //! `engine/compare/`.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::node::bell::Bell;
@@ -15,13 +15,15 @@ use crate::node::segment::{Atomics, Segment, SegmentName};
 
 /// Lanes of a rank.
 pub(crate) const LANES: usize = 128;
-/// Records that a lane keeps. A rank writes one only after it has seen those of all others before,
-/// and two at most without an answer, so none is overwritten before it is read.
-const RING: u64 = 8;
+/// Records that a lane keeps. A rank ends a round only after it has seen the records of all
+/// others, and writes four at most in advance. One that looks at its last round may be behind by
+/// those four, by the launch and the operation after them, and by four more: none is overwritten
+/// before it is read.
+const RING: u64 = 16;
 /// Numbers in a record.
 pub(crate) const RECORD: usize = 4;
 /// Texts that a rank keeps, and the bytes of one.
-const TEXTS: u64 = 16;
+const TEXTS: usize = 16;
 const TEXT: usize = 504;
 
 /// A record on a cache line of its own; its number is written last.
@@ -80,7 +82,7 @@ struct Shown {
     elsewhere: [AtomicU64; ELSEWHERE / IN_WORD],
     /// Other than 0 while an operation of another node waits, as far as this rank has heard.
     waits_elsewhere: AtomicU64,
-    texts: [Text; TEXTS as usize],
+    texts: [Text; TEXTS],
     lanes: [Lane; LANES],
 }
 
@@ -93,6 +95,8 @@ pub struct Board {
     rank: usize,
     /// By rank in the world; its own among them, if it could be made.
     all: Vec<Option<Segment>>,
+    /// How many texts this rank has left.
+    texts: AtomicUsize,
 }
 
 impl Board {
@@ -106,7 +110,12 @@ impl Board {
             word.store(value, Ordering::SeqCst);
         }
         all[rank] = Some(own);
-        Ok(Board { number, rank, all })
+        Ok(Board {
+            number,
+            rank,
+            all,
+            texts: AtomicUsize::new(0),
+        })
     }
 
     /// Maps those of the other ranks of this node.
@@ -210,7 +219,7 @@ impl Board {
     /// Leaves words about something that other ranks know by `key`, which is not 0.
     pub(crate) fn write_text(&self, key: u64, text: &str) {
         let own = self.of(self.rank);
-        let place = &own.texts[(key % TEXTS) as usize];
+        let place = &own.texts[self.texts.fetch_add(1, Ordering::SeqCst) % TEXTS];
         place.key.store(0, Ordering::SeqCst);
         store_text(&place.bytes, text);
         place.key.store(key, Ordering::SeqCst);
@@ -219,13 +228,11 @@ impl Board {
 
     /// The words that `rank` has left under `key`.
     pub(crate) fn text(&self, rank: usize, key: u64) -> Option<String> {
-        let place = &self.of(rank).texts[(key % TEXTS) as usize];
-        let is_there = || place.key.load(Ordering::SeqCst) == key;
-        if !is_there() {
-            return None;
-        }
+        let mut texts = self.of(rank).texts.iter();
+        let is = |place: &Text| place.key.load(Ordering::SeqCst) == key;
+        let place = texts.find(|place| is(place))?;
         let text = load_text(&place.bytes);
-        is_there().then_some(text)
+        is(place).then_some(text)
     }
 
     /// Asks all ranks of the node what they do; the number of the question.
@@ -423,9 +430,13 @@ mod tests {
         second.write_text(33, "allreduce");
         assert_eq!(first.text(1, 33).as_deref(), Some("allreduce"));
         assert_eq!(first.text(1, 34), None);
-        assert_eq!(first.text(1, 33 + TEXTS), None);
-        second.write_text(3, &"x".repeat(2 * TEXT));
-        assert_eq!(first.text(1, 3).unwrap().len(), TEXT);
+        for key in 34..33 + TEXTS as u64 {
+            second.write_text(key, &"x".repeat(2 * TEXT));
+            assert_eq!(first.text(1, key).unwrap().len(), TEXT);
+            assert!(first.text(1, 33).is_some());
+        }
+        second.write_text(3, "the next one has no room beside the others");
+        assert_eq!(first.text(1, 33), None);
     }
 
     #[test]

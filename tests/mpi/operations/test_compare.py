@@ -266,6 +266,71 @@ def test_ranks_may_put_the_same_operations_into_different_programs() -> None:
     check_all_right()
 
 
+def check_all_told(call: Callable[[], Any], *words: str) -> None:
+    """The first rank refuses its arguments, and the others do not wait for it."""
+    if FIRST:
+        with pytest.raises((TypeError, ValueError)):
+            call()
+    else:
+        with pytest.raises(Exception, match="different") as raised:
+            jax.block_until_ready(call())
+        for word in ("Rank 0: ", "which it refused", *words):
+            assert re.search(word, str(raised.value)), raised.value
+
+
+@pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
+def test_what_one_rank_refuses_before_it_communicates() -> None:
+    wide = jnp.zeros((SIZE + 1, 2))
+    x = wide if FIRST else jnp.zeros(2)
+    check_all_told(lambda: nt.scatter(x, 0), "leading dimension", "scatter of")
+    check_all_right()
+    check_all_told(lambda: m.scatter(x, 0, comm=m.COMM_WORLD), "leading dimension")
+    check_all_told(lambda: nt.allreduce(X, "SUM" if FIRST else m.SUM), "op must be")
+    check_all_told(lambda: nt.bcast(X, SIZE if FIRST else 0), "is not a rank", "bcast of")
+    # In a program, too, and behind what has not ended yet.
+    y = jax.jit(lambda x: nt.allreduce(x, m.SUM))(X)
+    check_all_told(
+        lambda: nt.alltoall(wide) if FIRST else jax.jit(nt.alltoall)(wide[1:]), "alltoall of"
+    )
+    np.testing.assert_array_equal(y, X * SIZE)
+    if not FIRST:
+        with pytest.raises(Exception, match="different"):
+            jax.jit(lambda x: repeated(rounds_of(2), nt.reduce(x, m.SUM, 0)))(X).block_until_ready()
+    else:
+        with pytest.raises(TypeError):
+            nt.reduce(X, "SUM", 0)
+    check_all_right()
+
+
+def test_what_a_rank_refuses_may_be_its_own_affair() -> None:
+    wide = jnp.zeros((SIZE + 1, 2))
+
+    def refused(times: int) -> None:
+        for _ in range(times):
+            with pytest.raises(ValueError, match="leading dimension"):
+                nt.alltoall(wide)
+
+    for times in (1, 3, 10):
+        if FIRST:
+            refused(times)
+        check_all_right()
+        # All of them, and one more often than the others.
+        refused(times + 2 * FIRST)
+        check_all_right()
+        y = nt.allreduce(X, m.SUM)
+        if RANK == SIZE - 1:
+            refused(times)
+        np.testing.assert_array_equal(nt.allgather(y)[0], X * SIZE)
+    # Who has only refused something waits for nobody.
+    if FIRST:
+        refused(2)
+        nt.send(X, 1)
+    elif RANK == 1:
+        refused(1)
+        np.testing.assert_array_equal(nt.recv(X, 0), X)
+    check_all_right()
+
+
 def check_message_refused(receive: Callable[[], Any], *words: str) -> None:
     if RANK == 1:
         with pytest.raises(Exception, match=words[0]) as raised:

@@ -11,12 +11,17 @@
 //! | the same operation everywhere | it may run |
 //! | it, but in different loops of one program | all ranks fail |
 //! | different operations, or a refused one | all ranks fail |
+//! | collectives that programs have refused, and others of such a kind | all ranks fail |
+//! | ... and none of such a kind | those are used up, and the others stay |
 //!
 //! Ranks that fail have used up the same records, so a program may go on after the error.
 
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
+
+use mpi_shim_abi::Kind;
 
 use crate::engine::compare::record::Record;
 use crate::engine::compare::words;
@@ -31,6 +36,9 @@ const EXPLAIN: Duration = Duration::from_secs(2);
 /// How long a rank waits for one that may be in a call of mpi4py's on the same communicator.
 const SHARED: Duration = Duration::from_secs(10);
 
+/// Refused operations of which a rank does not wait for the ends of the rounds. The ring of the
+/// board has room for them, twice.
+const MOST_OWED: usize = 4;
 /// Why a communicator is closed whose ranks have differed on one of its nodes.
 pub(super) const OTHER_NODES: &str = "ranks of this node have differed in an operation, \
     and those of other nodes may have executed it: this communicator cannot be used any more";
@@ -47,7 +55,7 @@ pub(super) struct Channel {
     /// The records that this rank has written.
     written: u64,
     /// Refused operations whose rounds are not over: this rank did not wait for the others.
-    owed: Option<Record>,
+    owed: VecDeque<Record>,
     /// The user's, who may use it with mpi4py too.
     shared: bool,
     /// Some of its ranks are on other nodes, and do not hear of what differs here.
@@ -80,6 +88,20 @@ enum Outcome {
     Differ,
     /// Some ranks have launched a sequence, and some execute operations.
     LaunchesAreOver,
+    /// What some programs have refused is nothing to the other ranks.
+    DeclinedAreOver,
+}
+
+impl Outcome {
+    /// Whether a record is used up by it.
+    #[inline]
+    fn uses_up(self, record: &Words) -> bool {
+        match self {
+            Outcome::Same | Outcome::Differ => true,
+            Outcome::LaunchesAreOver => Record::is_launch(record),
+            Outcome::DeclinedAreOver => Record::is_declined(record),
+        }
+    }
 }
 
 impl Channel {
@@ -106,7 +128,7 @@ impl Channel {
             rank: own_rank.next().map_or(-1, |(rank, _)| rank as i32),
             peers,
             written: 0,
-            owed: None,
+            owed: VecDeque::new(),
             shared,
             partial,
             closed: None,
@@ -130,7 +152,7 @@ impl Channel {
         self.write(board, record);
         match self.rounds(board, record)? {
             Outcome::Same => Ok(true),
-            Outcome::LaunchesAreOver => Ok(false),
+            Outcome::LaunchesAreOver | Outcome::DeclinedAreOver => Ok(false),
             Outcome::Differ => {
                 self.close_if_partial();
                 Err(self.explain(board, record.words(), words()))
@@ -142,7 +164,18 @@ impl Channel {
     pub(super) fn refuse(&mut self, board: &Board, record: Record, words: &str) {
         if self.settle(board).is_ok() {
             board.write_text(self.key(self.rank, self.written + 1), words);
-            self.owed = Some(record);
+            self.owed.push_back(record);
+            self.write(board, record);
+        }
+    }
+
+    /// Tells the others that the program has refused a collective, without waiting for rounds that
+    /// are not over; not if there are many of those.
+    pub(super) fn decline(&mut self, board: &Board, kind: Kind, words: &str) {
+        if self.closed.is_none() && self.owed.len() < MOST_OWED {
+            let record = Record::Declined(kind);
+            board.write_text(self.key(self.rank, self.written + 1), words);
+            self.owed.push_back(record);
             self.write(board, record);
         }
     }
@@ -158,21 +191,19 @@ impl Channel {
         self.partial = false;
     }
 
-    /// Ends the round of an operation that this rank has refused.
+    /// Ends the rounds of operations that this rank has refused.
+    #[inline]
     fn settle(&mut self, board: &Board) -> Result<(), Failure> {
         if let Some(closed) = &self.closed {
             return Err(closed.clone());
         }
-        match self.owed.take() {
-            Some(own) => match self.rounds(board, own)? {
-                Outcome::Differ => {
-                    self.close_if_partial();
-                    self.closed.clone().map_or(Ok(()), Err)
-                }
-                Outcome::Same | Outcome::LaunchesAreOver => Ok(()),
-            },
-            None => Ok(()),
+        while let Some(own) = self.owed.pop_front() {
+            if self.rounds(board, own)? == Outcome::Differ {
+                self.close_if_partial();
+                self.closed.clone().map_or(Ok(()), Err)?;
+            }
         }
+        Ok(())
     }
 
     /// The ranks of this node have differed. If those of other nodes hear of it is not known here.
@@ -213,7 +244,7 @@ impl Channel {
                 outcome = self::outcome(&own, peers.filter_map(|peer| peer.record(board)));
             }
             self.use_up(board, outcome);
-            if outcome != Outcome::LaunchesAreOver || Record::is_launch(&own) {
+            if outcome.uses_up(&own) {
                 return Ok(outcome);
             }
         }
@@ -222,9 +253,9 @@ impl Channel {
     #[inline]
     fn use_up(&mut self, board: &Board, outcome: Outcome) {
         for peer in &mut self.peers {
-            let is_launch = || peer.record(board).is_some_and(|r| Record::is_launch(&r));
-            let stays = outcome == Outcome::LaunchesAreOver && !is_launch();
-            peer.current += u64::from(!stays);
+            let all = matches!(outcome, Outcome::Same | Outcome::Differ);
+            let used = all || peer.record(board).is_some_and(|r| outcome.uses_up(&r));
+            peer.current += u64::from(used);
         }
     }
 
@@ -329,6 +360,9 @@ fn text_until(board: &Board, rank: usize, key: u64, deadline: Instant) -> Option
 #[cold]
 fn outcome(own: &Words, others: impl Iterator<Item = Words> + Clone) -> Outcome {
     let all = || others.clone().chain([*own]);
+    if all().any(|one| Record::is_declined(&one)) {
+        return outcome_of_declined(all());
+    }
     let launches = || all().filter(Record::is_launch);
     // Few ranks differ, if any, so that this is quadratic does not matter.
     let clash = |one: Words| launches().any(|other| Record::clash(&one, &other));
@@ -342,5 +376,22 @@ fn outcome(own: &Words, others: impl Iterator<Item = Words> + Clone) -> Outcome 
         Outcome::Differ
     } else {
         Outcome::LaunchesAreOver
+    }
+}
+
+/// What follows where programs have refused collectives. Those are nothing to the others if none of
+/// them does anything of such a kind.
+fn outcome_of_declined(all: impl Iterator<Item = Words> + Clone) -> Outcome {
+    let kinds = |declined: bool| {
+        let some = all.clone();
+        let some = some.filter(move |one| Record::is_declined(one) == declined);
+        some.fold(0, |kinds, one| kinds | Record::kind_bit(&one))
+    };
+    if all.clone().all(|one| Record::is_declined(&one)) {
+        Outcome::Same
+    } else if kinds(true) & kinds(false) != 0 {
+        Outcome::Differ
+    } else {
+        Outcome::DeclinedAreOver
     }
 }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod declined;
 mod nodes;
 mod record;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use crate::mpi::shim::Shim;
 use crate::node::board::Board;
 use crate::operation::Operation;
 use channel::Channel;
+use declined::Declined;
 use nodes::{ByMessages, Nodes, Step, Told};
 pub(crate) use nodes::{ByMpi, Progress};
 use record::{Compared, Record, Sequence};
@@ -54,6 +56,8 @@ pub(crate) struct Comparison {
     launches: Mutex<Vec<(Ticket, Launch)>>,
     /// Sequences of operations in words.
     described: Mutex<HashMap<u64, (u64, String)>>,
+    /// What the program has refused, and the others have not been told yet.
+    declined: Declined,
 }
 
 /// What is known of a launch.
@@ -170,6 +174,9 @@ impl Comparison {
     pub(super) fn forget(&self, ticket: Ticket) {
         if self.is_used() {
             self.launches.lock().retain(|(known, _)| *known != ticket);
+            if self.declined.are_any() {
+                self.tell_declined();
+            }
         }
     }
 
@@ -238,6 +245,9 @@ impl Comparison {
             return Ok(());
         }
         let mut channel = row.channel.lock();
+        if self.declined.are_any() {
+            self.tell_declined_before(ticket, op.comm, &mut channel, board);
+        }
         let shim_op = match prepared {
             Ok(shim_op) => shim_op,
             Err(reason) => {
@@ -301,6 +311,7 @@ impl Comparison {
         let place = || Sequence {
             hash: op.place,
             code: record::program(op.place),
+            first: None,
         };
         let sequence = self.described(ticket, op);
         sequence.or_else(|| (op.place != 0).then(|| (place(), self.in_words(op))))
@@ -312,7 +323,8 @@ impl Comparison {
         let described = self.described.lock().get(&hash).cloned();
         let begins = || format!("a program that begins with {op}");
         let (code, words) = described.unwrap_or_else(|| (0, begins()));
-        Some((Sequence { hash, code }, words))
+        let first = Some(op.kind);
+        Some((Sequence { hash, code, first }, words))
     }
 
     /// Compares a launch with collectives of XLA's that all ranks run.
@@ -328,6 +340,7 @@ impl Comparison {
                 let record = Record::Launch(Sequence {
                     hash: sequence,
                     code: 1,
+                    first: None,
                 });
                 row.channel.lock().step(board, record, words)
             }

@@ -130,7 +130,7 @@ impl Nodes {
             row.closed = matches!(step, Step::Differ(..));
             return step.result();
         }
-        let Sequence { code, hash } = sequence().unwrap_or_default();
+        let Sequence { code, hash, .. } = sequence().unwrap_or_default();
         let own = [row.running, code, hash];
         let [a, b, c] = own;
         progress.begun.fetch_add(1, Ordering::SeqCst);
@@ -485,7 +485,15 @@ mod tests {
         let heard = each_rank(|rank| {
             let nodes = Nodes::new(Box::new(OfRank(threads.clone(), rank)), 1, true);
             let hash = 5 + (rank == 2) as u64;
-            let sequence = |code| move || Some(Sequence { code, hash });
+            let sequence = |code| {
+                move || {
+                    Some(Sequence {
+                        code,
+                        hash,
+                        first: None,
+                    })
+                }
+            };
             let words = |_| format!("a loop that runs {hash} times");
             // Programs that differ have other codes, or none.
             for code in [rank as u64 + 1, 0] {

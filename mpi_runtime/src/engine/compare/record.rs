@@ -18,8 +18,11 @@ pub(super) enum Record {
     Operation(Compared),
     /// A launch of a program that is one fixed sequence of collectives.
     Launch(Sequence),
-    /// A collective that this rank has refused before it communicated.
+    /// A collective of a launch that this rank has refused before it communicated.
     Refused(Kind),
+    /// A collective that this rank's program has refused before it launched anything. It may be the
+    /// rank's own affair: then the others do none of this kind.
+    Declined(Kind),
 }
 
 /// A fixed sequence of collectives.
@@ -28,6 +31,8 @@ pub(super) struct Sequence {
     pub(super) hash: u64,
     /// The same, but for how often its loops run; 0 if that is not known.
     pub(super) code: u64,
+    /// The first of them, if that is known.
+    pub(super) first: Option<Kind>,
 }
 
 /// What must be the same on all ranks of a collective.
@@ -73,6 +78,9 @@ impl Compared {
 const OPERATION: u64 = 1;
 const LAUNCH: u64 = 2;
 const REFUSED: u64 = 3;
+const DECLINED: u64 = 4;
+/// Stands for a kind that is not known.
+const NO_KIND: u64 = 0xff;
 
 impl Record {
     /// As it stands in shared memory: what it is and the numbers of kind, dtype and reduction (0
@@ -86,15 +94,19 @@ impl Record {
                     OPERATION | (own.kind as u64) << 8 | (own.dtype as u64) << 16 | reduction << 24;
                 [first, own.root as u64, own.count as u64, own.place]
             }
-            Record::Launch(own) => [LAUNCH, own.code, own.hash, 0],
+            Record::Launch(own) => {
+                let first = own.first.map_or(NO_KIND, |kind| kind as u64);
+                [LAUNCH | first << 8, own.code, own.hash, 0]
+            }
             Record::Refused(kind) => [REFUSED | (kind as u64) << 8, 0, 0, 0],
+            Record::Declined(kind) => [DECLINED | (kind as u64) << 8, 0, 0, 0],
         }
     }
 
     /// Whether these are those of a launch.
     #[inline]
     pub(super) fn is_launch(words: &[u64; RECORD]) -> bool {
-        words[0] == LAUNCH
+        words[0] & 0xff == LAUNCH
     }
 
     /// Whether two launches run the same code, but differently.
@@ -125,6 +137,17 @@ impl Record {
         words[0] & 0xff == REFUSED
     }
 
+    #[inline]
+    pub(super) fn is_declined(words: &[u64; RECORD]) -> bool {
+        words[0] & 0xff == DECLINED
+    }
+
+    /// The kind of the collective, or of the first one of a launch, as a bit; 0 if it is not known.
+    pub(super) fn kind_bit(words: &[u64; RECORD]) -> u64 {
+        let kind = (words[0] >> 8 & 0xff) as u32;
+        1u64.checked_shl(kind).unwrap_or(0)
+    }
+
     /// From what another rank has written.
     fn from_words(words: &[u64; RECORD]) -> Option<Record> {
         let byte = |index: u32| (words[0] >> (8 * index)) as u8 as usize;
@@ -144,8 +167,10 @@ impl Record {
             LAUNCH => Record::Launch(Sequence {
                 hash: words[2],
                 code: words[1],
+                first: kind,
             }),
             REFUSED => Record::Refused(kind?),
+            DECLINED => Record::Declined(kind?),
             _ => return None,
         })
     }
@@ -177,7 +202,9 @@ impl fmt::Display for Record {
                 Ok(())
             }
             Record::Launch(..) => f.write_str("another sequence of operations"),
-            Record::Refused(kind) => write!(f, "{}, which it refused", kind.name()),
+            Record::Refused(kind) | Record::Declined(kind) => {
+                write!(f, "{}, which it refused", kind.name())
+            }
         }
     }
 }
@@ -209,12 +236,24 @@ mod tests {
         let launch = Record::Launch(Sequence {
             hash: u64::MAX,
             code: 3,
+            first: None,
         });
-        for record in [launch, Record::Refused(Kind::Scatter)] {
+        let scatter = Record::Launch(Sequence {
+            hash: 1,
+            code: 0,
+            first: Some(Kind::Scatter),
+        });
+        let refused = [Record::Refused, Record::Declined].map(|of| of(Kind::Scatter));
+        for record in [launch, scatter, refused[0], refused[1]] {
             assert_eq!(Record::from_words(&record.words()), Some(record));
         }
-        assert!(Record::is_launch(&launch.words()));
-        let words = |hash, code| Record::Launch(Sequence { hash, code }).words();
+        assert!(Record::is_launch(&launch.words()) && Record::is_launch(&scatter.words()));
+        assert_eq!(Record::kind_bit(&launch.words()), 0);
+        for record in [scatter, refused[0], refused[1]] {
+            assert_eq!(Record::kind_bit(&record.words()), 1 << Kind::Scatter as u64);
+        }
+        let first = None;
+        let words = |hash, code| Record::Launch(Sequence { hash, code, first }).words();
         assert!(Record::clash(&words(1, 5), &words(2, 5)));
         for other in [words(1, 5), words(2, 6), words(2, 0)] {
             assert!(!Record::clash(&words(1, 5), &other));
@@ -231,6 +270,8 @@ mod tests {
             &[1, 2, 3, 0],
             [[1, 2, 4, 0]].into_iter()
         ));
+        assert!(Record::is_refusal(&refused[0].words()));
+        assert!(Record::is_declined(&refused[1].words()));
         for garbage in [0, 9, OPERATION | 0xff << 8, OPERATION | 0xff << 16] {
             assert_eq!(Record::from_words(&[garbage, 0, 0, 0]), None);
         }

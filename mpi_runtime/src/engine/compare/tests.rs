@@ -181,6 +181,57 @@ fn a_refusal_reaches_the_others_and_waits_for_nobody() {
 }
 
 #[test]
+fn what_a_program_refuses_reaches_those_that_wait_in_it() {
+    let declines = |rank: &Rank| {
+        let words = "barrier, which it refused: bad";
+        rank.comparison.decline(WORLD, Kind::Barrier, words);
+    };
+    let results = on_all(|rank| {
+        for launched in [None, Some(7)] {
+            let error = match rank.rank {
+                0 => {
+                    // Not while something that was launched before has not ended.
+                    rank.allreduce(3, Reduction::Sum)?;
+                    declines(rank);
+                    rank.launches(None);
+                    Err("refused: bad".into())
+                }
+                _ => {
+                    rank.allreduce(3, Reduction::Sum)?;
+                    rank.launches(launched);
+                    rank.barrier()
+                }
+            };
+            assert!(error.unwrap_err().contains("refused: bad"));
+            rank.launches(None);
+            rank.barrier()?;
+        }
+        Ok::<_, String>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn what_a_program_refuses_may_be_nothing_to_the_others() {
+    let results = on_all(|rank| {
+        for round in 0..60 {
+            // More often on some ranks, also than there is room for.
+            for _ in 0..(round + 3 * rank.rank) % 7 {
+                let words = "scatter, which it refused";
+                rank.comparison.decline(WORLD, Kind::Scatter, words);
+            }
+            rank.launches((round % 3 == 0).then_some(round as u64));
+            rank.allreduce(round.into(), Reduction::Sum)?;
+            if round % 2 == rank.rank {
+                rank.launches(None);
+            }
+        }
+        Ok::<_, String>(())
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
 fn launches_of_the_same_sequence_are_compared_once() {
     let results = on_all(|rank| {
         rank.launches(Some(7));
