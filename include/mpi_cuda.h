@@ -70,6 +70,10 @@ extern "C" {
  * must not be in such a program, nor operations on other communicators, nor host callbacks.
  * (mpi_cuda_alike_ at the beginning of the name is accepted too, with a warning.)
  *
+ * Optional, of all collectives: an attribute place. Where its bits above the lowest 16 (a hash of
+ * the program) are the same and others than 0, the lowest 16 must be, too: ranks whose collectives
+ * meet from different loops of one program all get an error. 0 is no place.
+ *
  * Where a rank receives nothing (bcast on the root, gather and reduce elsewhere), y is x.
  * Defaults: comm MPI_CUDA_COMM_DEFAULT, op MPI_CUDA_SUM, root and dest 0, tag 0,
  * source MPI_CUDA_ANY_SOURCE, recvtag MPI_CUDA_ANY_TAG, status 0 (none).
@@ -142,7 +146,8 @@ void mpi_cuda_reads_status(void);
 
 /* Says in words what a sequence of operations is, by the hash that stands in a program's mark
  * (mpi_cuda_uniform_...): errors of ranks that run different programs name it so. code is the same
- * for sequences that differ only in how often their loops run, and other than 0. */
+ * for sequences that differ only in how often their loops run, and other than 0. Likewise what an
+ * attribute place means (code 0): its words come behind the operation. */
 void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
 
 /* 1 if another rank of this node waits in an operation, 0 if not. */

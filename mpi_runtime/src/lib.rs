@@ -3,12 +3,13 @@
 //!
 //! Read [`operation`] first (what an operation is), then [`engine`] (what happens to it). The
 //! folders stand on each other in this order: [`mpi`] and [`device`] at the ground, then [`node`],
-//! [`transfer`], [`engine`], [`watch`], [`world`].
+//! [`link`], [`transfer`], [`engine`], [`watch`], [`world`].
 
 pub mod buffer;
 pub mod device;
 pub mod engine;
 pub mod error;
+mod link;
 pub mod log;
 pub mod mpi;
 pub mod node;

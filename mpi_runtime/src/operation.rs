@@ -39,6 +39,9 @@ pub struct Operation<'a> {
     pub recv_tag: i32,
     /// Address of an `MPI_Status` to fill, or 0.
     pub status: usize,
+    /// Where it stands in a program of which data decides how often it runs: the program in the
+    /// bits above the lowest 16, and there the number of the loop. 0 if that is not known.
+    pub place: u64,
 }
 
 impl<'a> Operation<'a> {
@@ -59,6 +62,7 @@ impl<'a> Operation<'a> {
             send_tag: 0,
             recv_tag: ANY,
             status: 0,
+            place: 0,
         }
     }
 
@@ -91,6 +95,7 @@ impl<'a> Operation<'a> {
             send_tag,
             recv_tag,
             status,
+            place,
             ..
         } = *self;
         let none = |like: &Buffer<'_>| Buffer::described(like.dtype(), &[0]);
@@ -108,6 +113,7 @@ impl<'a> Operation<'a> {
             send_tag,
             recv_tag,
             status,
+            place,
         }
     }
 }

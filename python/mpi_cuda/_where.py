@@ -15,10 +15,16 @@ _LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"
 _STANDARD = os.path.dirname(os.path.abspath(threading.__file__))
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a file of Python is the user's code."""
     if file.startswith("<") or file.startswith((_OWN, _STANDARD)):
         return False
     return not any(folder in file for folder in _LIBRARIES)
+
+
+def words(file: str, line: int, function: str) -> str:
+    """How a line of Python is called: `train.py:12 in step`."""
+    return f"{os.path.basename(file)}:{line} in {function}"
 
 
 def _line(frame: FrameType | None) -> str | None:
@@ -26,9 +32,9 @@ def _line(frame: FrameType | None) -> str | None:
     called = None
     while frame is not None:
         code = frame.f_code
-        if _is_users(code.co_filename):
-            words = f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
-            return f"{words} (in {called})" if called else words
+        if is_users(code.co_filename):
+            line = words(code.co_filename, frame.f_lineno, code.co_name)
+            return f"{line} (in {called})" if called else line
         called = code.co_name
         frame = frame.f_back
     return None
@@ -47,9 +53,9 @@ def where() -> str:
 
 
 def _write(text: int, capacity: int) -> int:
-    words = where().encode()[:capacity]
-    ctypes.memmove(text, words, len(words))
-    return len(words)
+    said = where().encode()[:capacity]
+    ctypes.memmove(text, said, len(said))
+    return len(said)
 
 
 _callback = _SIGNATURE(_write)

@@ -17,10 +17,16 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def job(
-    mpi: str | None, code: str, *arguments: str, ranks: int = 2, limit: float = 60, **variables: str
+    mpi: str | None,
+    code: str,
+    *arguments: str,
+    ranks: int = 2,
+    limit: float = 60,
+    options: tuple[str, ...] = (),
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `code` on some ranks."""
-    launcher = [] if mpi is None else [f"mpirun.{mpi}", "-n", str(ranks)]
+    """Runs `code` on some ranks, with options of the launcher."""
+    launcher = [] if mpi is None else [f"mpirun.{mpi}", *options, "-n", str(ranks)]
     return subprocess.run(
         [*launcher, sys.executable, "-c", code, *arguments],
         env=environment(**variables),

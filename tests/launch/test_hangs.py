@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -10,7 +11,7 @@ from jobs import MPIS, job
 STUCK = 35
 
 BEGIN = """if True:
-    import os, sys, threading, time
+    import os, signal, sys, threading, time
     import jax, jax.numpy as jnp, mpi_cuda as m
     from mpi_cuda import notoken as nt
     R, S, X = m.COMM_WORLD.rank, m.COMM_WORLD.size, jnp.ones(3)
@@ -18,15 +19,25 @@ BEGIN = """if True:
 """
 
 
-def run(mpi: str, code: str, ranks: int = 2, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    mpi: str,
+    code: str,
+    ranks: int = 2,
+    nodes: int = 1,
+    options: tuple[str, ...] = (),
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Runs that on some ranks, which behave as if they were on several nodes."""
     lines = "".join(f"    {line}\n" for line in code.strip().splitlines())
-    return job(mpi, BEGIN + lines, ranks=ranks, **variables)
+    if nodes > 1:
+        variables["MPI_CUDA_PRETEND_NODES"] = str(nodes)
+    return job(mpi, BEGIN + lines, ranks=ranks, options=options, **variables)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("mpi", MPIS)
-def test_a_circle_of_receives(mpi: str, ranks: int) -> None:
-    result = run(mpi, "nt.recv(X, (R + 1) % S).block_until_ready()", ranks)
+def test_a_circle_of_receives(mpi: str, ranks: int, nodes: int) -> None:
+    result = run(mpi, "nt.recv(X, (R + 1) % S).block_until_ready()", ranks, nodes)
     circle = " waits for ".join(str(rank % ranks) for rank in range(ranks + 1))
     assert result.returncode == STUCK, result.stderr
     assert f"deadlock: {circle}." in result.stderr, result.stderr
@@ -89,6 +100,47 @@ def test_what_never_ends_is_ended(mpi: str, program: str) -> None:
     assert result.returncode != 0 and expected in result.stderr, result.stderr
 
 
+# What is said of those across nodes, where it differs.
+ACROSS_NODES = {
+    "a receive from a rank that has ended": None,
+    "a missing collective": "rank 0 waits in vain: rank 1 has ended its program",
+    "a rank that leaves by os._exit": None,
+}
+
+
+@pytest.mark.parametrize("program", ACROSS_NODES)
+@pytest.mark.parametrize("mpi", MPIS)
+def test_what_never_ends_across_nodes_is_ended(mpi: str, program: str) -> None:
+    code, expected = PROGRAMS[program]
+    result = run(mpi, code, nodes=2)
+    expected = ACROSS_NODES[program] or expected
+    assert result.returncode != 0 and expected in result.stderr, result.stderr
+
+
+# Ranks 0 and 1 are on one node, 2 and 3 on another one; one of them waits for one that is killed.
+@pytest.mark.parametrize(("killed", "waits"), [(0, 2), (2, 1), (3, 0)])
+def test_a_rank_of_another_node_that_is_killed_is_missed(killed: int, waits: int) -> None:
+    code = f"""
+if R == {killed}:
+    time.sleep(0.5)
+    # A child has all that its parent had open, and lives longer.
+    if os.fork() == 0:
+        os.closerange(0, 3)
+        time.sleep(10)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Timer(5, os._exit, [1]).start()
+if R == {waits}:
+    nt.recv(X, {killed}).block_until_ready()
+time.sleep(10)
+"""
+    # Else the launcher ends the job first, which Slurm's does not; and MPI_Abort ends no others.
+    goes_on = ("--mca", "orte_enable_recovery", "1")
+    result = run("openmpi", code, ranks=4, nodes=2, options=goes_on)
+    expected = f"rank {killed}( of the world, which this waits for,)? has died"
+    assert re.search(expected, result.stderr), result.stderr
+
+
 @pytest.mark.parametrize("mpi", MPIS)
 def test_what_waits_is_reported_with_what_the_others_do(mpi: str) -> None:
     code = """
@@ -109,17 +161,20 @@ else:
     assert "deadlock" not in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (3, 2)])
 @pytest.mark.parametrize("mpi", MPIS)
-def test_a_job_may_be_ended_after_a_time(mpi: str) -> None:
+def test_a_job_may_be_ended_after_a_time(mpi: str, ranks: int, nodes: int) -> None:
     code = "nt.recv(X, 1).block_until_ready() if R == 0 else time.sleep(60)"
-    result = run(mpi, code, MPI_CUDA_ABORT_AFTER="2")
+    result = run(mpi, code, ranks, nodes, MPI_CUDA_ABORT_AFTER="2")
     assert result.returncode == STUCK, result.stderr
     assert "MPI_CUDA_ABORT_AFTER is 2: the job ends" in result.stderr, result.stderr
     assert "rank 0 is waiting in recv into float32[3] from rank 1" in result.stderr, result.stderr
+    others = "rank 1 is in Python" if ranks == 2 else "ranks 1-2 are in Python"
+    assert others in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("mpi", MPIS)
-def test_long_messages_and_slow_ranks_are_no_deadlock(mpi: str) -> None:
+@pytest.mark.parametrize(("mpi", "nodes"), [("openmpi", 1), ("mpich", 1), ("openmpi", 2)])
+def test_long_messages_and_slow_ranks_are_no_deadlock(mpi: str, nodes: int) -> None:
     code = """
 big = jnp.ones(1 << 26)
 for _ in range(3):
@@ -132,5 +187,5 @@ for _ in range(3):
         nt.send(X, 0)
 print("fine")
 """
-    result = run(mpi, code, MPI_CUDA_WARN_AFTER="0.5")
+    result = run(mpi, code, nodes=nodes, MPI_CUDA_WARN_AFTER="0.5")
     assert result.returncode == 0 and result.stdout.count("fine") == 2, result.stderr

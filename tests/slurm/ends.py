@@ -19,7 +19,9 @@ if other and ending == "exit":
     sys.exit(3)
 mean = jax.jit(lambda x: mpi.allreduce(x, m.SUM) / m.COMM_WORLD.size)
 x = mean(jnp.float32(1)).block_until_ready()
-if other and ending == "kill":
+if ending == "circle":
+    mpi.recv(x, (m.COMM_WORLD.rank + 1) % m.COMM_WORLD.size).block_until_ready()
+if (other and ending == "kill") or (m.COMM_WORLD.rank == 0 and ending == "kill0"):
     os.kill(os.getpid(), signal.SIGKILL)
 if ending == "stop":
     m.stop_on()

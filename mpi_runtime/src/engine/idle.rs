@@ -10,6 +10,8 @@ use mpi_shim_abi::{ANY, ShimOp, ShimReceived};
 
 use crate::buffer::ElementType;
 use crate::engine::check::code;
+use crate::link::Link;
+use crate::link::gone::Gone;
 use crate::mpi::backoff;
 use crate::mpi::shim::{Shim, give_up};
 use crate::node::board::Board;
@@ -30,14 +32,30 @@ const GRACE: Duration = Duration::from_secs(1);
 struct Context {
     shim: Shim,
     board: Option<Arc<Board>>,
+    link: Option<Arc<Link>>,
 }
 
 static CONTEXT: OnceLock<Context> = OnceLock::new();
 
 /// Says over what this rank waits; before the first operation.
-pub(crate) fn start(shim: Shim, board: Option<Arc<Board>>) {
+pub(crate) fn start(shim: Shim, board: Option<Arc<Board>>, link: Option<Arc<Link>>) {
     // Only the first counts: there is one world.
-    let _ = CONTEXT.set(Context { shim, board });
+    let _ = CONTEXT.set(Context { shim, board, link });
+}
+
+/// Why a rank of the world does nothing any more, if that is known; of any node.
+pub(crate) fn gone(rank: usize) -> Option<&'static str> {
+    let context = CONTEXT.get()?;
+    match context.board.as_ref().filter(|board| board.sees(rank)) {
+        Some(board) => board.gone(rank),
+        None => context.link.as_ref()?.gone(rank).map(Gone::words),
+    }
+}
+
+/// Whether an operation of another node waits for long while this rank has not come to its end.
+pub(crate) fn is_awaited_elsewhere() -> bool {
+    let link = CONTEXT.get().and_then(|context| context.link.as_ref());
+    link.is_some_and(|link| link.is_awaited())
 }
 
 /// See [`mpi_shim_abi::Idle`].
@@ -62,8 +80,8 @@ fn idle_for(op: *const ShimOp, microseconds: u64) -> Option<String> {
         return None;
     }
     thread_local! {
-        static GONE: Cell<Gone> = const {
-            Cell::new(Gone {
+        static GONE: Cell<GoneSince> = const {
+            Cell::new(GoneSince {
                 waited: 0,
                 since: None,
             })
@@ -76,14 +94,14 @@ fn idle_for(op: *const ShimOp, microseconds: u64) -> Option<String> {
     }
     gone.waited = microseconds;
     let reason = context.other_type(op);
-    let reason = reason.or_else(|| context.gone(op, &mut gone.since));
+    let reason = reason.or_else(|| sender_gone(op, &mut gone.since));
     GONE.set(gone);
     reason
 }
 
 /// Since when the sender of the message that a thread waits for is known to have gone.
 #[derive(Clone, Copy)]
-struct Gone {
+struct GoneSince {
     /// How long the thread had waited when it last looked.
     waited: u64,
     since: Option<Instant>,
@@ -133,7 +151,7 @@ impl MessageWait {
         }
         let gone_since = &mut self.gone_since;
         let reason = context.other_type(op);
-        reason.or_else(|| context.gone(op, gone_since))
+        reason.or_else(|| sender_gone(op, gone_since))
     }
 }
 
@@ -153,20 +171,20 @@ impl Context {
         })?;
         Some(other_type(&found, own))
     }
+}
 
-    /// Why the message will never come, if the sender has gone and what it sent would have come.
-    fn gone(&self, op: &ShimOp, since: &mut Option<Instant>) -> Option<String> {
-        let source = usize::try_from(op.source_in_world).ok()?;
-        let board = self.board.as_ref().filter(|board| board.sees(source))?;
-        let gone = board.gone(source)?;
-        if since.get_or_insert_with(Instant::now).elapsed() < GRACE {
-            return None;
-        }
-        Some(format!(
-            "rank {source} of the world, which this waits for, {gone}; look for an error of that \
-             rank, or for a message that it does not send"
-        ))
+/// Why the message of `op` will never come, if its sender has gone and what it sent would have
+/// come.
+fn sender_gone(op: &ShimOp, since: &mut Option<Instant>) -> Option<String> {
+    let source = usize::try_from(op.source_in_world).ok()?;
+    let gone = gone(source)?;
+    if since.get_or_insert_with(Instant::now).elapsed() < GRACE {
+        return None;
     }
+    Some(format!(
+        "rank {source} of the world, which this waits for, {gone}; look for an error of that rank, \
+         or for a message that it does not send"
+    ))
 }
 
 /// What is wrong with a message of another element type than the result's.

@@ -305,16 +305,19 @@ impl Engine {
         prepared.map(drop)
     }
 
-    /// Whether another rank of this node waits in an operation while this one has not come to its
-    /// end. It shows that after a moment, for which this waits.
+    /// Whether another rank waits in an operation while this one has not come to its end. It shows
+    /// that after a moment, for which this waits.
     pub fn is_awaited(&self) -> bool {
         let Some(board) = self.calls.comparison.board() else {
-            return false;
+            return idle::is_awaited_elsewhere();
         };
-        if board.has_left() {
+        if board.has_left(board.rank()) {
             return false;
         }
-        let awaited = || board.others().any(|rank| !board.waiting(rank).is_zero());
+        let awaited = || {
+            let mut others = board.others();
+            others.any(|rank| !board.waiting(rank).is_zero()) || idle::is_awaited_elsewhere()
+        };
         for _ in 0..SHOWN.as_millis() / 10 {
             if awaited() {
                 return true;

@@ -52,6 +52,11 @@ struct Answer {
     bytes: [AtomicU64; ANSWER / size_of::<u64>()],
 }
 
+/// Ranks of which a board can show that they have gone, of all nodes; no more are told of.
+const ELSEWHERE: usize = 16 << 10;
+/// Numbers below 4 in a word.
+const IN_WORD: usize = u64::BITS as usize / 2;
+
 /// Words for people; the key says what of, and is written last.
 #[repr(C)]
 struct Text {
@@ -71,6 +76,10 @@ struct Shown {
     /// Rung by whoever sends a message to this rank.
     messages: Bell,
     answer: Answer,
+    /// Which ranks of other nodes have gone and how, as far as this rank has heard.
+    elsewhere: [AtomicU64; ELSEWHERE / IN_WORD],
+    /// Other than 0 while an operation of another node waits, as far as this rank has heard.
+    waits_elsewhere: AtomicU64,
     texts: [Text; TEXTS as usize],
     lanes: [Lane; LANES],
 }
@@ -267,6 +276,45 @@ impl Board {
         Duration::from_millis(self.of(rank).answer.waiting.load(Ordering::Relaxed))
     }
 
+    /// Shows the others of this node that `rank` of another node has gone, how by a number from 1
+    /// to 3. Once for a rank.
+    pub(crate) fn show_gone_elsewhere(&self, rank: usize, how: u8) {
+        if rank < ELSEWHERE && self.sees(self.rank) {
+            let word = &self.of(self.rank).elsewhere[rank / IN_WORD];
+            word.fetch_or(u64::from(how) << (2 * (rank % IN_WORD)), Ordering::SeqCst);
+        }
+    }
+
+    /// Shows the others of this node whether an operation of another node waits.
+    pub(crate) fn show_waits_elsewhere(&self, waits: bool) {
+        if self.sees(self.rank) {
+            let own = &self.of(self.rank).waits_elsewhere;
+            own.store(u64::from(waits), Ordering::SeqCst);
+        }
+    }
+
+    /// Whether some rank of this node shows that an operation of another node waits.
+    pub(crate) fn waits_elsewhere(&self) -> bool {
+        let mut all = self.all.iter().flatten().map(|segment| {
+            let shown: &Shown = segment.atomics(0);
+            &shown.waits_elsewhere
+        });
+        all.any(|one| one.load(Ordering::SeqCst) != 0)
+    }
+
+    /// What some rank of this node shows of `rank`, if anything; else 0.
+    pub(crate) fn gone_elsewhere(&self, rank: usize) -> u8 {
+        if rank >= ELSEWHERE {
+            return 0;
+        }
+        let words = self.all.iter().flatten().map(|segment| {
+            let shown: &Shown = segment.atomics(0);
+            shown.elsewhere[rank / IN_WORD].load(Ordering::SeqCst)
+        });
+        let mut numbers = words.map(|word| (word >> (2 * (rank % IN_WORD)) & 3) as u8);
+        numbers.find(|&how| how != 0).unwrap_or(0)
+    }
+
     /// Wakes that rank, if it sleeps until a message comes.
     #[inline]
     pub(crate) fn wake(&self, rank: usize) {
@@ -294,20 +342,31 @@ impl Board {
         }
     }
 
-    /// Whether this rank has said that it leaves.
-    pub(crate) fn has_left(&self) -> bool {
-        self.of(self.rank).left.load(Ordering::SeqCst) != 0
+    /// Whether a rank has said that it leaves.
+    pub(crate) fn has_left(&self, rank: usize) -> bool {
+        self.of(rank).left.load(Ordering::SeqCst) != 0
     }
 
     /// Why `rank` will show nothing new, if so.
     pub(crate) fn gone(&self, rank: usize) -> Option<&'static str> {
-        let shown = self.of(rank);
-        if shown.left.load(Ordering::SeqCst) != 0 {
+        if self.of(rank).left.load(Ordering::SeqCst) != 0 {
             return Some("has ended its program");
         }
-        let words = [0, 1, 2].map(|word| shown.process[word].load(Ordering::SeqCst));
-        let is_gone = !Process::from_words(words).is_alive();
-        is_gone.then_some("has died")
+        (!self.is_alive(rank)).then_some("has died")
+    }
+
+    /// Why `rank` does nothing any more, if so: one that has left may still wait for what it has
+    /// sent.
+    pub(crate) fn ended(&self, rank: usize) -> Option<&'static str> {
+        let gone = self.gone(rank)?;
+        let waits = || !self.waiting(rank).is_zero() && self.is_alive(rank);
+        (!waits()).then_some(gone)
+    }
+
+    fn is_alive(&self, rank: usize) -> bool {
+        let process = &self.of(rank).process;
+        let words = [0, 1, 2].map(|word| process[word].load(Ordering::SeqCst));
+        Process::from_words(words).is_alive()
     }
 }
 
@@ -370,12 +429,38 @@ mod tests {
     }
 
     #[test]
+    fn what_one_has_heard_of_other_nodes_the_others_know() {
+        let [first, second] = pair();
+        second.show_gone_elsewhere(2, 1);
+        second.show_gone_elsewhere(3, 2);
+        second.show_gone_elsewhere(ELSEWHERE, 2);
+        assert!(!first.waits_elsewhere());
+        second.show_waits_elsewhere(true);
+        assert!(first.waits_elsewhere());
+        let of = |rank| [first.gone_elsewhere(rank), second.gone_elsewhere(rank)];
+        assert_eq!(
+            [2, 3, 1, ELSEWHERE].map(of),
+            [[1; 2], [2; 2], [0; 2], [0; 2]]
+        );
+    }
+
+    #[test]
+    fn who_has_left_and_still_waits_has_not_ended() {
+        let [first, second] = pair();
+        second.show_waiting(Duration::from_secs(1));
+        second.leave();
+        assert!(first.gone(1).is_some() && first.ended(1).is_none());
+        second.show_waiting(Duration::ZERO);
+        assert_eq!(first.ended(1), Some("has ended its program"));
+    }
+
+    #[test]
     fn who_has_left_is_gone() {
         let [first, second] = pair();
         assert_eq!(first.gone(1), None);
-        assert!(!second.has_left());
+        assert!(!second.has_left(1));
         second.leave();
-        assert!(second.has_left() && !first.has_left());
+        assert!(second.has_left(1) && !first.has_left(0));
         assert_eq!(first.gone(1), Some("has ended its program"));
         let shown = first.of(1);
         shown.left.store(0, Ordering::SeqCst);

@@ -4,28 +4,34 @@
 
 #![forbid(unsafe_code)]
 
+mod nodes;
 pub mod place;
 mod report;
 mod state;
 mod stuck;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
+use crate::link::Link;
 use crate::log;
 use crate::node::board::Board;
+use nodes::{Nodes, Seen};
 use state::{State, Wait};
 use stuck::Known;
 
 /// How often the thread looks.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long ranks may take to tell what they do.
-const ANSWER: Duration = Duration::from_millis(1500);
 /// An operation that waits so long may do so in vain; asked again after growing times.
 const SUSPICIOUS: Duration = Duration::from_secs(2);
-/// The longest time between questions.
+/// The same once a rank of another node has died.
+const AT_ONCE: Duration = Duration::from_millis(300);
+/// The time to the next question then: a receive from that rank fails before it.
+const AFTER_ERROR: Duration = Duration::from_millis(1500);
+/// The shortest and the longest time between questions.
+const SOON: Duration = Duration::from_secs(1);
 const SELDOM: Duration = Duration::from_secs(30);
 /// Status of a job that was ended since it could never go on, or waited too long: `EDEADLK`.
 pub const STATUS: i32 = 35;
@@ -36,6 +42,8 @@ pub struct Watch {
     pub pending: Arc<PendingTable>,
     /// The ranks of this node, if they share memory.
     pub board: Option<Arc<Board>>,
+    /// To the other nodes, if there are any.
+    pub(crate) link: Option<Arc<Link>>,
     /// In the world.
     pub rank: i32,
     /// Of the world.
@@ -58,8 +66,14 @@ struct Memory {
     report_after: Duration,
     /// The next question whether the job can go on.
     ask_after: Duration,
+    /// The time from that question to the next one.
+    pause: Duration,
+    /// How many ranks of other nodes were known to have died.
+    missing: usize,
     /// What the ranks told last.
     before: Vec<Known>,
+    /// What was seen of the ranks.
+    seen: Seen,
 }
 
 impl Watch {
@@ -69,7 +83,16 @@ impl Watch {
             answered: 0,
             report_after: self.warn_after,
             ask_after: SUSPICIOUS,
+            pause: SOON,
+            missing: 0,
             before: Vec::new(),
+            seen: Seen::default(),
+        };
+        let nodes = Nodes {
+            board: self.board.clone(),
+            link: self.link.clone(),
+            rank: self.rank as usize,
+            size: self.size as usize,
         };
         // Without a thread nothing is watched, as without this library.
         let _ = std::thread::Builder::new()
@@ -78,62 +101,51 @@ impl Watch {
                 let pause = LOOK.min(self.warn_after / 4).max(Duration::from_millis(20));
                 loop {
                     std::thread::sleep(pause);
-                    self.look(&mut memory);
+                    self.look(&nodes, &mut memory);
                 }
             });
     }
 
-    fn look(&self, memory: &mut Memory) {
-        let own = self.pending.longest();
+    fn look(&self, nodes: &Nodes, memory: &mut Memory) {
+        let own = self.pending.longest().unwrap_or_default();
         if let Some(board) = &self.board {
-            board.show_waiting(own.unwrap_or_default());
+            board.show_waiting(own);
             let question = board.question();
             if question != memory.answered {
                 memory.answered = question;
                 board.answer(question, &self.state().encode());
             }
         }
-        let longest = self.longest(own.unwrap_or_default());
-        if longest < SUSPICIOUS.min(self.warn_after) {
+        nodes.speak(own, &mut memory.seen, || self.state());
+        let longest = nodes.longest(own);
+        let missing = nodes.missing();
+        let (suspicious, pause) = match missing {
+            0 => (SUSPICIOUS, SOON),
+            _ => (AT_ONCE, AFTER_ERROR),
+        };
+        if longest < suspicious.min(self.warn_after) {
             memory.report_after = self.warn_after;
-            memory.ask_after = SUSPICIOUS;
+            memory.ask_after = suspicious;
+            memory.pause = pause;
             memory.before.clear();
             return;
         }
-        if self.is_first() {
-            self.examine(longest, memory);
+        if missing != memory.missing {
+            memory.missing = missing;
+            memory.ask_after = longest.min(memory.ask_after);
+            memory.pause = pause;
+        }
+        if nodes.examines() {
+            self.examine(nodes, longest, memory);
         }
     }
 
-    /// Whether this is the rank that asks: the lowest of its node that runs.
-    fn is_first(&self) -> bool {
-        let lower = 0..self.rank as usize;
-        let Some(board) = &self.board else {
-            return true;
-        };
-        lower
-            .into_iter()
-            .all(|rank| !board.sees(rank) || board.gone(rank).is_some())
-    }
-
-    /// How long the operation has waited that has waited longest, of all ranks of the node.
-    fn longest(&self, own: Duration) -> Duration {
-        let Some(board) = &self.board else { return own };
-        let seen = (0..self.size as usize).filter(|&rank| board.sees(rank));
-        let running = seen.filter(|&rank| board.gone(rank).is_none());
-        running
-            .map(|rank| board.waiting(rank))
-            .max()
-            .unwrap_or_default()
-            .max(own)
-    }
-
-    fn examine(&self, longest: Duration, memory: &mut Memory) {
+    fn examine(&self, nodes: &Nodes, longest: Duration, memory: &mut Memory) {
         let reports = longest >= memory.report_after;
         if !reports && longest < memory.ask_after {
             return;
         }
-        let ranks = self.ask();
+        let ranks = nodes.ask(|| self.state());
         // Twice the same: what was on its way has arrived.
         let verdict = match is_still(&memory.before, &ranks) {
             true => report::verdict(&ranks),
@@ -165,7 +177,8 @@ impl Watch {
             RECORDER.why(why.as_bytes());
             (self.abort)(STATUS);
         }
-        memory.ask_after = longest + (longest / 2).clamp(Duration::from_secs(1), SELDOM);
+        memory.ask_after = longest + memory.pause;
+        memory.pause = (memory.pause * 2).min(SELDOM);
         memory.before = ranks;
     }
 
@@ -178,42 +191,6 @@ impl Watch {
             waits: waits.into_iter().map(Wait::new).collect(),
             place: place::place(),
         }
-    }
-
-    /// What all ranks do, as far as they tell.
-    fn ask(&self) -> Vec<Known> {
-        let Some(board) = &self.board else {
-            let mut ranks = vec![Known::Nothing; self.size as usize];
-            ranks[self.rank as usize] = Known::Told(self.state());
-            return ranks;
-        };
-        let question = board.ask();
-        let own = self.state();
-        let deadline = Instant::now() + ANSWER;
-        (0..self.size as usize)
-            .map(|rank| match rank == self.rank as usize {
-                true => Known::Told(own.clone()),
-                false => told(board, rank, question, deadline),
-            })
-            .collect()
-    }
-}
-
-fn told(board: &Board, rank: usize, question: u64, deadline: Instant) -> Known {
-    if !board.sees(rank) {
-        return Known::Nothing;
-    }
-    loop {
-        if let Some(gone) = board.gone(rank) {
-            return Known::Ended(gone.to_string());
-        }
-        if let Some(text) = board.answered(rank, question) {
-            return State::decode(&text).map_or(Known::Nothing, Known::Told);
-        }
-        if Instant::now() > deadline {
-            return Known::Nothing;
-        }
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

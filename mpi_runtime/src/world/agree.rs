@@ -122,9 +122,18 @@ pub(super) struct AllRanks<'a> {
 impl AllRanks<'_> {
     /// The largest of the ranks' numbers; collective.
     pub(super) fn largest(&self, own: u64) -> Result<u64, MpiError> {
-        let mut largest = [0];
-        self.shim.largest(self.comm.handle, &[own], &mut largest)?;
-        Ok(largest[0])
+        let [largest] = self.largest_of(&[own])?;
+        Ok(largest)
+    }
+
+    /// The same of several numbers, each by itself.
+    pub(super) fn largest_of<const COUNT: usize>(
+        &self,
+        own: &[u64; COUNT],
+    ) -> Result<[u64; COUNT], MpiError> {
+        let mut largest = [0; COUNT];
+        self.shim.largest(self.comm.handle, own, &mut largest)?;
+        Ok(largest)
     }
 
     /// The same at start.

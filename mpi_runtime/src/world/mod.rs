@@ -2,6 +2,7 @@
 
 mod agree;
 mod child;
+mod connect;
 mod end;
 mod environment;
 mod join;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use crate::engine::recorder::{About, clock, file};
 use crate::engine::{Engine, idle};
 use crate::error::{MpiError, StartError};
+use crate::link::Link;
 use crate::log;
 use crate::mpi::communicators::{Communicator, DEFAULT, NAMES};
 use crate::mpi::family::Family;
@@ -47,6 +49,8 @@ pub struct World {
     pub shm_rings: Option<Arc<ShmRings>>,
     /// The engine.
     pub engine: Engine,
+    /// To the other nodes, if there are any.
+    link: Option<Arc<Link>>,
     shim: Option<Shim>,
     /// We initialised MPI, so we finalize it.
     owns_mpi: bool,
@@ -71,9 +75,11 @@ impl World {
         shim.configure(agreed.oversubscribed, options.part_bytes, idle::idle);
         let shared = share::share_memory(&ranks, options, &agreed)?;
         engine.rendezvous = shared.rendezvous;
+        let link = connect::connect(&ranks, shared.board.as_ref())?;
         Watch {
             pending: engine.pending(),
             board: shared.board.clone(),
+            link: link.clone(),
             rank: joined.rank,
             size: joined.size,
             warn_after: options.warn_after,
@@ -82,7 +88,7 @@ impl World {
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
-        idle::start(shim, shared.board.clone());
+        idle::start(shim, shared.board.clone(), link.clone());
         let in_sight = shared.board.as_ref().map_or(1, |board| board.ranks());
         if let Some(board) = shared.board {
             engine.compare_on(board, joined.size);
@@ -110,6 +116,7 @@ impl World {
             oversubscribed: agreed.oversubscribed,
             shm_rings: shared.shm_rings,
             engine,
+            link,
             shim: Some(shim),
             owns_mpi: joined.owns_mpi,
         })
@@ -165,6 +172,7 @@ impl World {
                 reason: "there is no MPI".into(),
             }),
             engine,
+            link: None,
             shim: None,
             owns_mpi: false,
         }
@@ -189,6 +197,9 @@ impl World {
     fn finish(&self) {
         self.engine.wait_idle();
         self.engine.leave();
+        if let Some(link) = &self.link {
+            link.leave();
+        }
         let Some(shim) = &self.shim else { return };
         if shim.state() == MpiState::Running {
             self.engine.finish_messages();

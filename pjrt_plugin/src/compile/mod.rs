@@ -149,7 +149,7 @@ fn note(loaded: Owned<LoadedHandle>, contents: Contents) -> Result<Owned<LoadedH
             callbacks: contents.callbacks,
             cheap,
             status: contents.status,
-            uniform: contents.uniform.filter(|_| cheap && !contents.callbacks),
+            uniform: contents.uniform.filter(|_| !contents.callbacks),
             comms: match contents.operations {
                 true => communicators::of(handle, contents.channel),
                 false => ProgramComms::NONE,

@@ -24,6 +24,8 @@ pub struct Contract {
     /// of programs may stand beside them (`targets.rs`). Else they are int64, and none is left out
     /// whose value is used.
     pub is_public: bool,
+    /// Those that may be left out and are 0 then, by their bits: nothing has to be put in.
+    pub zeros: u32,
 }
 
 /// What stands before the tokens, as operand or as result.
@@ -78,7 +80,7 @@ macro_rules! fields {
     };
 }
 fields!(
-    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program
+    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program, Place
 );
 
 /// The values of the attributes, by field.
@@ -140,7 +142,7 @@ impl Contract {
                 Meaning::Unused => {}
             }
         }
-        if seen != (1 << rows.len()) - 1 {
+        if seen | self.zeros != (1 << rows.len()) - 1 {
             self.complete(seen, values)?;
         }
         Ok(())

@@ -18,20 +18,20 @@ pub const ATTRIBUTE_PROC_NULL: i64 = -2;
 #[rustfmt::skip]
 pub static OURS: [Contract; 18] = [
     //   target                     operand  result   attributes
-    ours("mpi_cuda_allgather",      Array,   Like,    &[COMM]),
-    ours("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP]),
-    ours("mpi_cuda_alltoall",       Array,   Like,    &[COMM]),
-    ours("mpi_cuda_barrier",        Nothing, Nothing, &[COMM]),
-    ours("mpi_cuda_bcast",          Array,   Like,    &[COMM, ROOT]),
-    ours("mpi_cuda_gather",         Array,   Like,    &[COMM, ROOT]),
+    ours("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE]),
+    ours("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
+    ours("mpi_cuda_alltoall",       Array,   Like,    &[COMM, PLACE]),
+    ours("mpi_cuda_barrier",        Nothing, Nothing, &[COMM, PLACE]),
+    ours("mpi_cuda_bcast",          Array,   Like,    &[COMM, PLACE, ROOT]),
+    ours("mpi_cuda_gather",         Array,   Like,    &[COMM, PLACE, ROOT]),
     ours("mpi_cuda_recv",           Nothing, Array,   &[COMM, RECVTAG, SOURCE, STATUS]),
-    ours("mpi_cuda_reduce",         Array,   Like,    &[COMM, OP, ROOT]),
-    ours("mpi_cuda_scan",           Array,   Like,    &[COMM, OP]),
-    ours("mpi_cuda_scatter",        Array,   Like,    &[COMM, ROOT]),
+    ours("mpi_cuda_reduce",         Array,   Like,    &[COMM, OP, PLACE, ROOT]),
+    ours("mpi_cuda_scan",           Array,   Like,    &[COMM, OP, PLACE]),
+    ours("mpi_cuda_scatter",        Array,   Like,    &[COMM, PLACE, ROOT]),
     ours("mpi_cuda_send",           Array,   Nothing, &[COMM, DEST, TAG]),
     ours("mpi_cuda_sendrecv",       Array,   Array,   &[COMM, DEST, RECVTAG, SOURCE, STATUS, TAG]),
-    ours("mpi_cuda_exscan",         Array,   Like,    &[COMM, OP]),
-    ours("mpi_cuda_reduce_scatter", Array,   Like,    &[COMM, OP]),
+    ours("mpi_cuda_exscan",         Array,   Like,    &[COMM, OP, PLACE]),
+    ours("mpi_cuda_reduce_scatter", Array,   Like,    &[COMM, OP, PLACE]),
     ours("mpi_cuda_isend",          Array,   Number,  &[COMM, DEST, TAG]),
     ours("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE]),
     ours("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS]),
@@ -96,6 +96,7 @@ pub static ASYNC_BARRIER: Contract = exact("mpi_cuda_async_barrier", Nothing, No
 
 const COMM: Attribute = value("comm", Field::Comm, DEFAULT);
 const OP: Attribute = value("op", Field::Op, 0);
+const PLACE: Attribute = value("place", Field::Place, 0);
 const ROOT: Attribute = value("root", Field::Peer, 0);
 const DEST: Attribute = value("dest", Field::Peer, 0);
 const SOURCE: Attribute = value("source", Field::Source, ATTRIBUTE_ANY);
@@ -149,6 +150,7 @@ const fn ours(
 ) -> Contract {
     Contract {
         is_public: true,
+        zeros: zeros(attributes),
         ..exact(target, operand, result, attributes)
     }
 }
@@ -176,7 +178,20 @@ const fn exact(
         result,
         attributes,
         is_public: false,
+        zeros: 0,
     }
+}
+
+/// The bits of attributes whose default is 0.
+const fn zeros(attributes: &[Attribute]) -> u32 {
+    let (mut bits, mut index) = (0, 0);
+    while index < attributes.len() {
+        if attributes[index].default == 0 {
+            bits |= 1 << index;
+        }
+        index += 1;
+    }
+    bits
 }
 
 #[cfg(test)]

@@ -157,6 +157,7 @@ fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), E
             tag => small(tag, "recvtag")?,
         },
         status: status::address(values.get(Field::Status))?,
+        place: values.get(Field::Place) as u64,
         ..Operation::new(kind, comm, send, recv)
     };
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));

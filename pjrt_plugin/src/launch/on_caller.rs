@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use mpi_runtime::{Ticket, World};
 
 use crate::inner::execute_args::ExecuteArgs;
-use crate::inner::on_gpu;
 use crate::launch::executables::ProgramInfo;
 
 /// Launches that ran on the calling thread because all ranks were there.
@@ -25,8 +24,8 @@ pub fn is_possible(
     let Some(uniform) = program.uniform else {
         return false;
     };
-    // XLA:GPU runs every launch on a thread of its own.
-    !on_gpu()
+    // XLA:GPU runs every launch on a thread of its own, and no program there is cheap.
+    program.cheap
         && WITH_CALLBACKS.load(Ordering::Acquire) == 0
         // With an error in an input XLA would run nothing, and the others would wait.
         && args.inputs.iter().all(|input| input.has_content())

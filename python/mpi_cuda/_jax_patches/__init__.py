@@ -21,7 +21,7 @@ INSTALLED: dict[Moment, tuple[str, ...]] = {
     "start": ("backends", "call_location", "dlpack", "older_plugin"),
 }
 #: The others, whose functions are called.
-CALLED = ("custom_calls", "effect", "jax_core", "jaxprs", "uniform")
+CALLED = ("custom_calls", "effect", "jax_core", "jaxprs", "places", "uniform")
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from jax._src.interpreters import mlir as private_mlir
 from jax._src.interpreters import pxla
 from jax.interpreters import mlir
 
-from mpi_cuda._jax_patches import jax_core, jaxprs, uniform
+from mpi_cuda._jax_patches import jax_core, jaxprs, places, uniform
 from mpi_cuda._jax_patches.effect import effect, only_operations
 from mpi_cuda._jax_patches.patch import Patch
 
@@ -51,11 +51,13 @@ def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: Any) -> Any:
     inner = mlir.TokenSet.create([effect])
     tokens = mlir.TokenSet({**dict(ctx.tokens_in.items()), **dict(inner.items())})
     consts = [mlir.ir_constant(c, aval=jax.typeof(c)) for c in program.consts]
-    uniform.set_pending(uniform.mark(program.jaxpr, effect))
+    mark = uniform.mark(program.jaxpr, effect)
+    jaxpr = program.jaxpr if mark else places.place(program.jaxpr, effect)
+    uniform.set_pending(mark)
     try:
         results, tokens_out = private_mlir.jaxpr_subcomp(
             ctx.module_context,
-            program.jaxpr,
+            jaxpr,
             ctx.name_stack,
             tokens,
             consts,

@@ -48,5 +48,6 @@ def program(
 
 def replace(program: Any, **changes: Any) -> Any:
     """The program with other variables, equations or effects."""
-    jaxpr = program.jaxpr.replace(**changes)
-    return program.replace(jaxpr=jaxpr) if program.jaxpr is not program else jaxpr
+    jaxpr = bare(program)
+    changed = jaxpr.replace(**changes)
+    return changed if jaxpr is program else program.replace(jaxpr=changed)

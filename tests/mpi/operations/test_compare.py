@@ -24,6 +24,9 @@ FIRST = RANK == 0
 X = jnp.arange(3.0)
 CHECK = os.environ.get("MPI_CUDA_CHECK") == "1"
 SEVERAL_NODES = int(os.environ.get("MPI_CUDA_PRETEND_NODES", "1")) > 1
+if_told = pytest.mark.skipif(
+    SEVERAL_NODES and not CHECK, reason="between nodes this is compared at each operation if asked"
+)
 
 
 def check_all_right() -> None:
@@ -129,6 +132,96 @@ def test_loops_of_different_lengths() -> None:
     check_refused(lambda: jax.jit(program)(X), "2 times", "4 times")
 
 
+def rounds_of(times: int) -> jax.Array:
+    """A number that JAX does not know when it traces."""
+    return jnp.asarray(times)
+
+
+def highest(x: jax.Array) -> jax.Array:
+    return nt.allreduce(x, m.MAX)
+
+
+def repeated(times: Any, x: jax.Array) -> jax.Array:
+    """As many allreduces, if the number depends on data."""
+
+    def body(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        return carry[0] + 1, highest(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0] < times, body, (0, x))[1]
+
+
+@if_told
+def test_loops_whose_length_depends_on_data() -> None:
+    def after(times: Any, x: jax.Array) -> jax.Array:
+        return highest(repeated(times, x))
+
+    def fori(times: Any, x: jax.Array) -> jax.Array:
+        x = jax.lax.fori_loop(0, times, lambda _, x: highest(x), x)
+        return highest(x)
+
+    def called(times: Any, x: jax.Array) -> jax.Array:
+        step = jax.jit(highest)
+        x = jax.lax.fori_loop(0, times, lambda _, x: step(x), step(x))
+        return step(x)
+
+    def nested(times: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 3, lambda _, x: highest(repeated(times, x)), x)
+
+    def in_two(times: Any, x: jax.Array) -> jax.Array:
+        return repeated(7 - times, repeated(times, x))
+
+    for program in (after, fori, called, nested):
+        times = rounds_of(2 if FIRST else 4)
+        other = r"in loop 1 of" if program is nested else "outside of the loops of"
+        words = rf"in loop [12] of {program.__name__} \(test_compare.py:[0-9]+ in ", other
+        check_refused(lambda program=program, times=times: jax.jit(program)(times, X), *words)
+        # It is the same program on all ranks.
+        y = jax.jit(program)(rounds_of(3), X)
+        np.testing.assert_array_equal(y, X)
+    times = rounds_of(2 if FIRST else 4)
+    check_refused(lambda: jax.jit(in_two)(times, X), "in loop 1 of in_two", "in loop 2 of in_two")
+
+
+def test_ranks_may_take_different_branches_with_the_same_operations() -> None:
+    def program(first: Any, x: jax.Array) -> jax.Array:
+        def other(x: jax.Array) -> jax.Array:
+            return -highest(x * 1) * -1
+
+        def once(x: jax.Array) -> jax.Array:
+            return repeated(1, x)
+
+        x = jax.lax.cond(first, highest, other, x)
+        x = jax.lax.cond(first, once, other, x)
+        # One rank here, and the others in the next.
+        x = jax.lax.cond(first, highest, lambda x: x, x)
+        x = jax.lax.cond(first, lambda x: x, highest, x)
+        return repeated(3, x)
+
+    for _ in range(2):
+        np.testing.assert_array_equal(jax.jit(program)(jnp.asarray(FIRST), X), X)
+    check_all_right()
+
+
+def test_ranks_may_have_the_same_operations_in_different_loops_of_different_programs() -> None:
+    def first(times: Any, x: jax.Array) -> jax.Array:
+        return highest(repeated(times, x))
+
+    def second(times: Any, x: jax.Array) -> jax.Array:
+        return repeated(times, highest(x))
+
+    program = first if FIRST else second
+    np.testing.assert_array_equal(jax.jit(program)(rounds_of(3), X), X)
+    # Or in a loop of Python.
+    if FIRST:
+        x = X
+        for _ in range(3):
+            x = highest(x)
+    else:
+        x = jax.jit(repeated)(rounds_of(3), X)
+    np.testing.assert_array_equal(x, X)
+    check_all_right()
+
+
 def test_a_missing_operation() -> None:
     def program(x: jax.Array) -> jax.Array:
         if FIRST:
@@ -138,7 +231,7 @@ def test_a_missing_operation() -> None:
     check_refused(lambda: jax.jit(program)(X), "barrier", "allgather")
 
 
-@pytest.mark.skipif(SEVERAL_NODES and not CHECK, reason="compared between nodes if asked")
+@if_told
 def test_communicators_of_the_user() -> None:
     comm = MPI.COMM_WORLD.Dup()
     half = MPI.COMM_WORLD.Split(RANK // 2)
@@ -183,7 +276,8 @@ def check_message_refused(receive: Callable[[], Any], *words: str) -> None:
 
 
 ON_DEVICE = pytest.mark.skipif(
-    "MPI_CUDA_PRETEND_DEVICE" in os.environ, reason="messages of devices do not carry their dtype"
+    "MPI_CUDA_PRETEND_DEVICE" in os.environ or os.environ.get("MPI_CUDA_DEVICE") == "cuda",
+    reason="messages of devices do not carry their dtype",
 )
 
 

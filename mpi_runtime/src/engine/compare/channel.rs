@@ -9,6 +9,7 @@
 //! | launches of the same code with loops of other lengths | all ranks fail |
 //! | other launches, and operations | the launches are over; their operations are compared |
 //! | the same operation everywhere | it may run |
+//! | it, but in different loops of one program | all ranks fail |
 //! | different operations, or a refused one | all ranks fail |
 //!
 //! Ranks that fail have used up the same records, so a program may go on after the error.
@@ -31,8 +32,8 @@ const EXPLAIN: Duration = Duration::from_secs(2);
 const SHARED: Duration = Duration::from_secs(10);
 
 /// Why a communicator is closed whose ranks have differed on one of its nodes.
-pub(super) const OTHER_NODES: &str = "ranks of this node have differed in an operation here, and those of other nodes may have \
-     executed it: this communicator cannot be used any more";
+pub(super) const OTHER_NODES: &str = "ranks of this node have differed in an operation, \
+    and those of other nodes may have executed it: this communicator cannot be used any more";
 
 type Words = [u64; RECORD];
 
@@ -331,7 +332,13 @@ fn outcome(own: &Words, others: impl Iterator<Item = Words> + Clone) -> Outcome 
     let launches = || all().filter(Record::is_launch);
     // Few ranks differ, if any, so that this is quadratic does not matter.
     let clash = |one: Words| launches().any(|other| Record::clash(&one, &other));
-    if launches().next().is_none() || launches().any(clash) {
+    if launches().next().is_none() {
+        let refused = all().any(|one| Record::is_refusal(&one));
+        match !refused && Record::belong_together(own, all()) {
+            true => Outcome::Same,
+            false => Outcome::Differ,
+        }
+    } else if launches().any(clash) {
         Outcome::Differ
     } else {
         Outcome::LaunchesAreOver

@@ -251,7 +251,16 @@ impl Comparison {
             row.apart.store(ticket.0, Ordering::Relaxed);
         }
         let record = Record::Operation(Compared::new(op, shim_op));
-        channel.step(board, record, || op.to_string()).map(drop)
+        let words = || self.in_words(op);
+        channel.step(board, record, words).map(drop)
+    }
+
+    /// What an operation is and, if that is known, where it stands.
+    fn in_words(&self, op: &Operation<'_>) -> String {
+        match self.described.lock().get(&op.place) {
+            Some((_, place)) if op.place != 0 => format!("{op} {place}"),
+            _ => op.to_string(),
+        }
     }
 
     /// Compares `op` with other nodes, when this one has.
@@ -273,13 +282,23 @@ impl Comparison {
             (Ok(()), Err(reason)) => Step::Refuse(record.words(), reason.clone()),
             (Err(failure), _) => Step::Differ(record.words(), failure),
         };
-        let sequence = || self.described(ticket, op);
+        let sequence = || self.placed(ticket, op);
         let words = |told| match (told, prepared, sequence()) {
             (Told::Sequence, _, Some((_, words))) => words,
-            (_, Ok(_), _) => op.to_string(),
+            (_, Ok(_), _) => self.in_words(op),
             (_, Err(reason), _) => refused(op, reason),
         };
         nodes.step(place, step, || sequence().map(|(it, _)| it), words)
+    }
+
+    /// The sequence that `op` is in, or its place in a program, with words.
+    fn placed(&self, ticket: Ticket, op: &Operation<'_>) -> Option<(Sequence, String)> {
+        let place = || Sequence {
+            hash: op.place,
+            code: record::program(op.place),
+        };
+        let sequence = self.described(ticket, op);
+        sequence.or_else(|| (op.place != 0).then(|| (place(), self.in_words(op))))
     }
 
     /// The fixed sequence that `op` is in, if it is one, with words.

@@ -39,6 +39,16 @@ pub(super) struct Compared {
     root: i32,
     /// Elements, of one rank where each has a block.
     count: i64,
+    /// [`Operation::place`].
+    place: u64,
+}
+
+/// Bits of a place that say which loop it is; those above say of which program.
+const SITE_BITS: u32 = 16;
+
+/// The program of a place; 0 if it is not known.
+pub(super) fn program(place: u64) -> u64 {
+    place >> SITE_BITS
 }
 
 impl Compared {
@@ -55,6 +65,7 @@ impl Compared {
             reduction: op.reduction,
             root: if op.kind.has_root() { op.root } else { 0 },
             count: shim_op.count.max(shim_op.recv_count),
+            place: op.place,
         }
     }
 }
@@ -65,7 +76,7 @@ const REFUSED: u64 = 3;
 
 impl Record {
     /// As it stands in shared memory: what it is and the numbers of kind, dtype and reduction (0
-    /// for none) in the bytes of the first, then root, and count or hash.
+    /// for none) in the bytes of the first, then root, count or hash, and place.
     #[inline]
     pub(super) fn words(self) -> [u64; RECORD] {
         match self {
@@ -73,7 +84,7 @@ impl Record {
                 let reduction = own.reduction.map_or(0, |reduction| reduction as u64 + 1);
                 let first =
                     OPERATION | (own.kind as u64) << 8 | (own.dtype as u64) << 16 | reduction << 24;
-                [first, own.root as u64, own.count as u64, 0]
+                [first, own.root as u64, own.count as u64, own.place]
             }
             Record::Launch(own) => [LAUNCH, own.code, own.hash, 0],
             Record::Refused(kind) => [REFUSED | (kind as u64) << 8, 0, 0, 0],
@@ -91,6 +102,29 @@ impl Record {
         one[1] != 0 && one[1] == other[1] && one[2] != other[2]
     }
 
+    /// Whether collectives belong together: they are as `own`, and no two of them stand in
+    /// different loops of one program.
+    pub(super) fn belong_together(
+        own: &[u64; RECORD],
+        all: impl Iterator<Item = [u64; RECORD]>,
+    ) -> bool {
+        let mut places = Vec::new();
+        for words in all {
+            if words[..3] != own[..3] {
+                return false;
+            }
+            places.push(words[3]);
+        }
+        places.sort_unstable();
+        places.windows(2).all(|two| {
+            two[0] == two[1] || program(two[0]) != program(two[1]) || program(two[0]) == 0
+        })
+    }
+
+    pub(super) fn is_refusal(words: &[u64; RECORD]) -> bool {
+        words[0] & 0xff == REFUSED
+    }
+
     /// From what another rank has written.
     fn from_words(words: &[u64; RECORD]) -> Option<Record> {
         let byte = |index: u32| (words[0] >> (8 * index)) as u8 as usize;
@@ -105,6 +139,7 @@ impl Record {
                 },
                 root: words[1] as i32,
                 count: words[2] as i64,
+                place: words[3],
             }),
             LAUNCH => Record::Launch(Sequence {
                 hash: words[2],
@@ -158,6 +193,7 @@ mod tests {
             reduction,
             root: 3,
             count: 1 << 40,
+            place: 5 << SITE_BITS | 1,
         })
     }
 
@@ -184,6 +220,17 @@ mod tests {
             assert!(!Record::clash(&words(1, 5), &other));
         }
         assert!(!Record::clash(&words(1, 0), &words(2, 0)));
+        let places = |places: &[u64]| {
+            let all = places.iter().map(|&place| [1, 2, 3, place]);
+            Record::belong_together(&[1, 2, 3, 0], all)
+        };
+        let (loop_1, loop_2, other) = (7 << SITE_BITS | 1, 7 << SITE_BITS | 2, 8 << SITE_BITS);
+        assert!(places(&[loop_1, 0, loop_1, other, 0]) && places(&[0, 1]));
+        assert!(!places(&[loop_1, 0, other, loop_2]));
+        assert!(!Record::belong_together(
+            &[1, 2, 3, 0],
+            [[1, 2, 4, 0]].into_iter()
+        ));
         for garbage in [0, 9, OPERATION | 0xff << 8, OPERATION | 0xff << 16] {
             assert_eq!(Record::from_words(&[garbage, 0, 0, 0]), None);
         }

@@ -215,6 +215,27 @@ fn launches_of_the_same_code_that_differ_fail() {
 }
 
 #[test]
+fn different_loops_of_one_program_do_not_match() {
+    let (first, second, other) = (7 << 16, 7 << 16 | 1, 8 << 16);
+    let results = on_all(|rank| {
+        rank.comparison.describe(first, 0, "before its loop");
+        let at = |place| {
+            let op = Operation::new(Kind::Barrier, WORLD, Buffer::NONE, Buffer::NONE);
+            rank.run(WORLD, Operation { place, ..op })
+        };
+        // Of other programs, or of none.
+        at([first, other, 0][rank.rank as usize])?;
+        let error = at([first, other, second][rank.rank as usize]).unwrap_err();
+        at(second)?;
+        Ok::<_, String>(error)
+    });
+    for result in results {
+        let text = result.unwrap();
+        assert!(text.contains("Rank 0: barrier before its loop."), "{text}");
+    }
+}
+
+#[test]
 fn the_same_operations_from_different_programs_match() {
     let results = on_all(|rank| {
         for round in 0..50 {
