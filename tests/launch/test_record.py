@@ -26,7 +26,9 @@ START = """if True:
         x = step(x) / size
     x.block_until_ready()
 """
-RANKS = [2, 3]
+on_ranks = pytest.mark.parametrize(
+    ("mpi", "ranks"), [(mpi, ranks) for mpi in MPIS for ranks in (2, 3)]
+)
 
 
 def lines(*own: str) -> str:
@@ -46,6 +48,13 @@ def report(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
+def reported(mpi: str, folder: Path, *own: str, ranks: int = 2) -> str:
+    """What is reported of a job that fails."""
+    result = job(mpi, lines(*own), ranks=ranks, MPI_CUDA_RECORD_DIR=str(folder))
+    assert result.returncode != 0
+    return report(folder)
+
+
 def records(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*"))
 
@@ -60,8 +69,7 @@ def of_rank(text: str, rank: int) -> str:
     return end.split(f"\n  rank {rank} ")[1].split("\n  rank ")[0]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("mpi", MPIS)
+@on_ranks
 def test_a_rank_that_raises_and_one_that_waits(mpi: str, ranks: int, tmp_path: Path) -> None:
     code = lines(
         "if rank == 1:",
@@ -85,8 +93,7 @@ def test_a_rank_that_raises_and_one_that_waits(mpi: str, ranks: int, tmp_path: P
     assert "(its collective 4), in jit__lambda" in text and "<string>:8" in text
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("mpi", MPIS)
+@on_ranks
 def test_a_segmentation_fault(mpi: str, ranks: int, tmp_path: Path) -> None:
     code = lines(
         "import ctypes, faulthandler",
@@ -109,32 +116,32 @@ def test_a_segmentation_fault(mpi: str, ranks: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mpi", MPIS)
 def test_a_rank_that_is_killed(mpi: str, tmp_path: Path) -> None:
-    code = lines(
+    text = reported(
+        mpi,
+        tmp_path,
         "time.sleep(0.5)",
         "if rank == 1:",
         "    os.kill(os.getpid(), signal.SIGKILL)",
         "step(x).block_until_ready()",
     )
-    job(mpi, code, MPI_CUDA_RECORD_DIR=str(tmp_path))
-    text = report(tmp_path)
     assert "was killed, or ended without a word" in of_rank(text, 1), text
     assert "the last was allreduce of 3 float32 with SUM" in of_rank(text, 1)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("mpi", MPIS)
+@on_ranks
 def test_the_first_divergence_is_named(mpi: str, ranks: int, tmp_path: Path) -> None:
     """A reduction that differs; whoever refuses it, or nobody, the record has it."""
-    code = lines(
+    text = reported(
+        mpi,
+        tmp_path,
         "y = nt.allreduce(x, m.MAX if rank == 1 else m.SUM)",
         "try: y.block_until_ready()",
         "except Exception: pass",
         "os.kill(os.getpid(), signal.SIGUSR1)",
         "time.sleep(0.3)",
         "os._exit(3)",
+        ranks=ranks,
     )
-    job(mpi, code, ranks=ranks, MPI_CUDA_RECORD_DIR=str(tmp_path))
-    text = report(tmp_path)
     who = "rank 1" if ranks > 2 else "the ranks"
     place = "collective 5 on the default communicator"
     assert f"{who} diverged first at {place}:" in text, text
@@ -181,10 +188,8 @@ def test_a_job_that_hangs_is_asked(mpi: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mpi", MPIS)
 def test_a_deadlock_that_ends_the_job(mpi: str, tmp_path: Path) -> None:
-    code = lines("nt.recv(x, (rank + 1) % size).block_until_ready()")
-    result = job(mpi, code, ranks=3, MPI_CUDA_RECORD_DIR=str(tmp_path))
-    assert result.returncode != 0
-    text = report(tmp_path)
+    waits = "nt.recv(x, (rank + 1) % size).block_until_ready()"
+    text = reported(mpi, tmp_path, waits, ranks=3)
     assert re.search(r"ended the job with status \d+ at [\d:.]+: deadlock: ", text), text
     assert "\ndeadlock: 0 waits for 1 waits for 2 waits for 0" in text, text
 
@@ -223,8 +228,7 @@ NATIVE = lines(
 )
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("mpi", MPIS)
+@on_ranks
 def test_a_timeline_and_a_picture(mpi: str, ranks: int, tmp_path: Path) -> None:
     folder, trace, plot = tmp_path / "records", tmp_path / "trace.json", tmp_path / "plot.png"
     keep = {"MPI_CUDA_RECORD_DIR": str(folder), "MPI_CUDA_RECORD": "always"}

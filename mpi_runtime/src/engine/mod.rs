@@ -9,6 +9,7 @@ mod compare;
 mod freed_comms;
 mod identity;
 pub(crate) mod idle;
+mod launches;
 mod mpi_calls;
 mod nonblocking;
 pub mod order;
@@ -18,6 +19,8 @@ pub mod recorder;
 mod result_canary;
 mod single_rank;
 mod uniform;
+mod unread;
+mod user_comms;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,14 +37,15 @@ pub(crate) use crate::engine::compare::{ByMpi, Progress};
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::{MpiCalls, done};
 use crate::engine::nonblocking::NonblockingMessages;
-use crate::engine::order::{LaunchOrder, Order, Ticket};
+use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
 pub use crate::engine::uniform::UniformProgram;
+use crate::engine::unread::UnreadError;
 use crate::error::{Failure, OperationError};
 use crate::log;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators};
-use crate::mpi::shim::{self, Shim};
+use crate::mpi::shim::Shim;
 use crate::node::board::Board;
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::Operation;
@@ -69,13 +73,6 @@ pub struct Engine {
     verbose: bool,
     /// Where the ranks meet, if all of them are on this node.
     pub(crate) rendezvous: Option<Rendezvous>,
-}
-
-/// An error that nobody may have read yet.
-struct UnreadError {
-    text: String,
-    /// The thread that has launched what failed, by the number of its order.
-    thread: Option<u32>,
 }
 
 /// Where the buffers of an operation are.
@@ -394,167 +391,5 @@ impl Engine {
         for lost in self.calls.finish_messages(&self.communicators) {
             log::line(&format!("rank {}: {lost}", self.rank));
         }
-    }
-
-    /// Takes the ticket of what a host callback launches, if its own program has none: that program
-    /// runs now, so it comes before everything that has not begun.
-    pub fn issue_ticket_now(&self, order: LaunchOrder) -> Ticket {
-        self.order.issue_first(order)
-    }
-
-    /// Takes the ticket of a new launch.
-    pub fn issue_ticket(&self, order: LaunchOrder) -> Ticket {
-        self.order.issue(order)
-    }
-
-    /// Waits until every earlier launch of other threads that this one is ordered with has ended.
-    pub fn wait_for_other_threads(&self, ticket: Ticket) {
-        self.order.wait_for_other_threads(ticket);
-    }
-
-    /// Waits until it is the launch's turn.
-    pub fn wait_turn(&self, ticket: Ticket) {
-        self.order.wait_turn(ticket);
-    }
-
-    /// Whether a launch of another thread is in flight that one like this would be ordered with.
-    pub fn has_other_threads(&self, order: &LaunchOrder) -> bool {
-        self.order.has_other_threads(order)
-    }
-
-    /// Ends a launch; without this, later launches wait forever.
-    pub fn retire(&self, ticket: Ticket) {
-        self.calls.comparison.forget(ticket);
-        self.order.retire(ticket);
-        // Nobody else has used these communicators.
-        for comm in self.freed_comms.let_go(ticket) {
-            if let Some(nonblocking) = &self.calls.nonblocking {
-                nonblocking.free(comm.handle);
-            }
-            if let Some(shim) = &self.calls.shim
-                && let Err(error) = shim.comm_free(comm.handle)
-            {
-                log::line(&format!(
-                    "rank {}: cannot free communicator {}: {}",
-                    self.rank, comm.number, error
-                ));
-            }
-        }
-    }
-
-    /// Waits until the launches dispatched so far have ended.
-    pub fn wait_idle(&self) {
-        self.order.wait_idle();
-    }
-
-    /// The operations that have waited longer than that, in words.
-    pub(crate) fn waiting_longer_than(&self, age: Duration) -> Vec<String> {
-        self.pending.longer_than(age)
-    }
-
-    /// Waits until a launch has ended.
-    pub fn wait_launch(&self, ticket: Ticket) {
-        self.order.wait_launch(ticket);
-    }
-
-    /// Number of launches that have not ended.
-    pub fn in_flight(&self) -> usize {
-        self.order.in_flight()
-    }
-
-    /// Notes an error of an operation that a thread has launched, by the number of its order; none
-    /// if that is not known. Somebody may still read it.
-    pub fn note_unread(&self, error: &str, thread: Option<u32>) {
-        let mut unread = self.unread.lock();
-        if !unread.iter().any(|known| error.contains(&known.text)) {
-            let text = error.to_owned();
-            unread.push(UnreadError { text, thread });
-        }
-    }
-
-    /// The first error that nobody has read, of what the thread with that number has launched, or
-    /// of all threads; forgets the others of these. What no thread is known for is the first
-    /// thread's.
-    pub fn take_unread_error(&self, thread: Option<u32>) -> Option<String> {
-        let mut unread = self.unread.lock();
-        let concerns = |error: &UnreadError| {
-            thread.is_none_or(|thread| error.thread.unwrap_or_default() == thread)
-        };
-        let first = unread.iter().find(|error| concerns(error));
-        let first = first.map(|error| error.text.clone());
-        unread.retain(|error| !concerns(error));
-        first
-    }
-
-    /// The number of the order of the thread that has launched what has this ticket.
-    pub fn thread(&self, ticket: Ticket) -> Option<u32> {
-        self.order.thread(ticket)
-    }
-
-    /// Somebody has read an error with this text.
-    pub fn mark_read(&self, text: &str) {
-        let mut unread = self.unread.lock();
-        if !unread.is_empty() {
-            unread.retain(|error| !text.contains(&error.text));
-        }
-    }
-
-    /// The number of the user's communicator `handle`, which is registered at first use.
-    /// Nothing collective happens: it is used as it is.
-    pub fn register(
-        &self,
-        handle: u64,
-        name: &str,
-        deleted: mpi_shim_abi::CommDeleted,
-    ) -> Result<i64, Failure> {
-        if let Some(number) = self.communicators.find(handle) {
-            return Ok(number);
-        }
-        let Some(shim) = &self.calls.shim else {
-            return Err("communicators need an MPI, and this process runs without one".into());
-        };
-        let (rank, size, inter) = shim.comm_info(handle)?;
-        if inter {
-            return Err("intercommunicators are not supported; use an intracommunicator".into());
-        }
-        let members = shim.comm_members(handle, size)?;
-        let row = Communicator {
-            // Few communicators live as long as the process; their names may.
-            name: String::leak(name.to_owned()),
-            handle,
-            user_handle: handle,
-            rank,
-            size,
-            members: Vec::leak(members.clone()),
-            largest_tag: 0,
-            freed: false,
-        };
-        let number = self.communicators.add_users(&members, row);
-        shim.comm_watch(handle, number, deleted)?;
-        Ok(number)
-    }
-
-    /// The user frees communicator `number`: waits for our operations if `may_wait`, then refuses
-    /// later ones. Whether MPI must keep it for launches dispatched before.
-    ///
-    /// MPICH calls this when the last operation in progress on it ends, on that operation's own
-    /// thread, which must not wait for itself: it is freed when the launches that may use it have
-    /// ended.
-    pub fn comm_deleted(&self, number: i64, may_wait: bool) -> bool {
-        let executing = shim::is_in_call();
-        if may_wait && !executing {
-            self.order.wait_comm(number);
-        }
-        let handle = self.communicators.get(number).map(|comm| comm.handle);
-        if !executing && let (Some(nonblocking), Some(handle)) = (&self.calls.nonblocking, handle) {
-            nonblocking.free(handle);
-        }
-        if executing && let Some(handle) = handle {
-            self.freed_comms
-                .keep(number, handle, || self.order.not_ended(number));
-        }
-        self.communicators.free(number);
-        self.calls.comparison.free(number);
-        executing
     }
 }

@@ -16,27 +16,27 @@ pub const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 /// Ours, in the order of the kinds of operations.
 #[rustfmt::skip]
-pub static OURS: [Contract; 18] = [
-    //   target                     operand  result   attributes
-    ours("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE]),
-    ours("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
-    ours("mpi_cuda_alltoall",       Array,   Like,    &[COMM, PLACE]),
-    ours("mpi_cuda_barrier",        Nothing, Nothing, &[COMM, PLACE]),
-    ours("mpi_cuda_bcast",          Array,   Like,    &[COMM, PLACE, ROOT]),
-    ours("mpi_cuda_gather",         Array,   Like,    &[COMM, PLACE, ROOT]),
-    ours("mpi_cuda_recv",           Nothing, Array,   &[COMM, RECVTAG, SOURCE, STATUS]),
-    ours("mpi_cuda_reduce",         Array,   Like,    &[COMM, OP, PLACE, ROOT]),
-    ours("mpi_cuda_scan",           Array,   Like,    &[COMM, OP, PLACE]),
-    ours("mpi_cuda_scatter",        Array,   Like,    &[COMM, PLACE, ROOT]),
-    ours("mpi_cuda_send",           Array,   Nothing, &[COMM, DEST, TAG]),
-    ours("mpi_cuda_sendrecv",       Array,   Array,   &[COMM, DEST, RECVTAG, SOURCE, STATUS, TAG]),
-    ours("mpi_cuda_exscan",         Array,   Like,    &[COMM, OP, PLACE]),
-    ours("mpi_cuda_reduce_scatter", Array,   Like,    &[COMM, OP, PLACE]),
-    ours("mpi_cuda_isend",          Array,   Number,  &[COMM, DEST, TAG]),
-    ours("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE]),
-    ours("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS]),
-    ours("mpi_cuda_wait_send",      Number,  Nothing, &[COMM]),
-];
+pub static OURS: [Contract; 18] = public([
+    //    target                     operand  result   attributes
+    exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE]),
+    exact("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
+    exact("mpi_cuda_alltoall",       Array,   Like,    &[COMM, PLACE]),
+    exact("mpi_cuda_barrier",        Nothing, Nothing, &[COMM, PLACE]),
+    exact("mpi_cuda_bcast",          Array,   Like,    &[COMM, PLACE, ROOT]),
+    exact("mpi_cuda_gather",         Array,   Like,    &[COMM, PLACE, ROOT]),
+    exact("mpi_cuda_recv",           Nothing, Array,   &[COMM, RECVTAG, SOURCE, STATUS]),
+    exact("mpi_cuda_reduce",         Array,   Like,    &[COMM, OP, PLACE, ROOT]),
+    exact("mpi_cuda_scan",           Array,   Like,    &[COMM, OP, PLACE]),
+    exact("mpi_cuda_scatter",        Array,   Like,    &[COMM, PLACE, ROOT]),
+    exact("mpi_cuda_send",           Array,   Nothing, &[COMM, DEST, TAG]),
+    exact("mpi_cuda_sendrecv",       Array,   Array,   &[COMM, DEST, RECVTAG, SOURCE, STATUS, TAG]),
+    exact("mpi_cuda_exscan",         Array,   Like,    &[COMM, OP, PLACE]),
+    exact("mpi_cuda_reduce_scatter", Array,   Like,    &[COMM, OP, PLACE]),
+    exact("mpi_cuda_isend",          Array,   Number,  &[COMM, DEST, TAG]),
+    exact("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE]),
+    exact("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS]),
+    exact("mpi_cuda_wait_send",      Number,  Nothing, &[COMM]),
+]);
 
 /// mpi4jax's, in the order of the kinds of operations. It passes each of its attributes, of which
 /// arrays say what they count and their type.
@@ -142,17 +142,16 @@ const fn attribute(name: &'static str, meaning: Meaning, default: i64) -> Attrib
     }
 }
 
-const fn ours(
-    target: &'static str,
-    operand: Data,
-    result: Data,
-    attributes: &'static [Attribute],
-) -> Contract {
-    Contract {
-        is_public: true,
-        zeros: zeros(attributes),
-        ..exact(target, operand, result, attributes)
+/// Contracts of targets that anybody may call.
+const fn public<const COUNT: usize>(mut contracts: [Contract; COUNT]) -> [Contract; COUNT] {
+    let mut index = 0;
+    while index < COUNT {
+        let contract = &mut contracts[index];
+        contract.is_public = true;
+        contract.zeros = zeros(contract.attributes);
+        index += 1;
     }
+    contracts
 }
 
 const fn collective(

@@ -1,0 +1,82 @@
+//! The launches of an engine: their tickets, what waits for them, and their end.
+
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use super::Engine;
+use super::order::{LaunchOrder, Ticket};
+use crate::log;
+
+impl Engine {
+    /// Takes the ticket of what a host callback launches, if its own program has none: that program
+    /// runs now, so it comes before everything that has not begun.
+    pub fn issue_ticket_now(&self, order: LaunchOrder) -> Ticket {
+        self.order.issue_first(order)
+    }
+
+    /// Takes the ticket of a new launch.
+    pub fn issue_ticket(&self, order: LaunchOrder) -> Ticket {
+        self.order.issue(order)
+    }
+
+    /// Waits until every earlier launch of other threads that this one is ordered with has ended.
+    pub fn wait_for_other_threads(&self, ticket: Ticket) {
+        self.order.wait_for_other_threads(ticket);
+    }
+
+    /// Waits until it is the launch's turn.
+    pub fn wait_turn(&self, ticket: Ticket) {
+        self.order.wait_turn(ticket);
+    }
+
+    /// Whether a launch of another thread is in flight that one like this would be ordered with.
+    pub fn has_other_threads(&self, order: &LaunchOrder) -> bool {
+        self.order.has_other_threads(order)
+    }
+
+    /// Ends a launch; without this, later launches wait forever.
+    pub fn retire(&self, ticket: Ticket) {
+        self.calls.comparison.forget(ticket);
+        self.order.retire(ticket);
+        // Nobody else has used these communicators.
+        for comm in self.freed_comms.let_go(ticket) {
+            if let Some(nonblocking) = &self.calls.nonblocking {
+                nonblocking.free(comm.handle);
+            }
+            if let Some(shim) = &self.calls.shim
+                && let Err(error) = shim.comm_free(comm.handle)
+            {
+                log::line(&format!(
+                    "rank {}: cannot free communicator {}: {}",
+                    self.rank, comm.number, error
+                ));
+            }
+        }
+    }
+
+    /// Waits until the launches dispatched so far have ended.
+    pub fn wait_idle(&self) {
+        self.order.wait_idle();
+    }
+
+    /// The operations that have waited longer than that, in words.
+    pub(crate) fn waiting_longer_than(&self, age: Duration) -> Vec<String> {
+        self.pending.longer_than(age)
+    }
+
+    /// Waits until a launch has ended.
+    pub fn wait_launch(&self, ticket: Ticket) {
+        self.order.wait_launch(ticket);
+    }
+
+    /// Number of launches that have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.order.in_flight()
+    }
+
+    /// The number of the order of the thread that has launched what has this ticket.
+    pub fn thread(&self, ticket: Ticket) -> Option<u32> {
+        self.order.thread(ticket)
+    }
+}
