@@ -64,6 +64,25 @@ pub fn find(args: &ExecuteArgs<'_>) -> Result<Vec<usize>, Error> {
     Ok(donated)
 }
 
+/// Whether the inner plugin will refuse a launch, since it donates an input that it also uses.
+pub fn is_refused(args: &ExecuteArgs<'_>) -> bool {
+    has_twice(args.inputs) && find(args).is_err()
+}
+
+/// Whether a buffer is there twice.
+fn has_twice(inputs: &[BufferHandle]) -> bool {
+    if inputs.len() <= FEW {
+        let mut rest = inputs.iter().enumerate();
+        return rest.any(|(index, input)| inputs[..index].contains(input));
+    }
+    let mut addresses: Vec<usize> = inputs.iter().map(|input| input.address()).collect();
+    addresses.sort_unstable();
+    addresses.windows(2).any(|two| two[0] == two[1])
+}
+
+/// So many are compared with each other faster than they are sorted.
+const FEW: usize = 16;
+
 /// Donates those inputs of a launch that is deferred. The caller keeps the inputs until it has
 /// ended.
 pub fn donate(donated: &[usize], inputs: &[BufferHandle], options: &mut ExecuteOptions) {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use mpi_runtime::{Ticket, World};
 
 use crate::inner::execute_args::ExecuteArgs;
+use crate::launch::donation;
 use crate::launch::executables::ProgramInfo;
 
 /// Launches that ran on the calling thread because all ranks were there.
@@ -29,6 +30,8 @@ pub fn is_possible(
         && WITH_CALLBACKS.load(Ordering::Acquire) == 0
         // With an error in an input XLA would run nothing, and the others would wait.
         && args.inputs.iter().all(|input| input.has_content())
+        // Nor if it is refused, and others see by then that this rank has arrived.
+        && !donation::is_refused(args)
         && world.engine.all_have_arrived(ticket, uniform)
 }
 
