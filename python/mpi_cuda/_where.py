@@ -41,15 +41,23 @@ def _line(frame: FrameType | None) -> str | None:
 
 
 def where() -> str:
-    """A line for each thread that is in the user's code; the main thread first."""
+    """The lines of the user's code that the threads are at; the main thread first.
+
+    Other threads are named even if they are in no such line: they may come to one, so the watch
+    takes nobody for stuck beside them (`mpi_runtime/src/watch/mod.rs` looks for the word thread).
+    """
     frames = sys._current_frames()
     main = threading.main_thread()
     lines = []
     for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
         line = _line(frames.get(thread.ident or 0))
-        if line is not None:
-            lines.append(line if thread is main else f"thread {thread.name} at {line}")
-    return ", ".join(lines) or "at its end"
+        if thread is main:
+            lines.append(line or "at its end")
+        elif line is not None:
+            lines.append(f"thread {thread.name} at {line}")
+        elif not thread.name.startswith("Dummy-"):
+            lines.append(f"thread {thread.name}")
+    return ", ".join(lines)
 
 
 def _write(text: int, capacity: int) -> int:

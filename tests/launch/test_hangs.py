@@ -212,3 +212,22 @@ print("fine")
 """
     result = run(mpi, code, nodes=nodes, MPI_CUDA_WARN_AFTER="0.5")
     assert result.returncode == 0 and result.stdout.count("fine") == 2, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_thread_that_has_launched_nothing_yet_may_help(mpi: str) -> None:
+    code = """
+def late():
+    time.sleep(6)
+    nt.send(X, 0, comm=m.COMM_WORLD).block_until_ready()
+if R == 0:
+    nt.recv(X, 1, comm=m.COMM_WORLD).block_until_ready()
+    nt.send(X, 1)
+else:
+    thread = threading.Thread(target=late)
+    thread.start()
+    nt.recv(X, 0).block_until_ready()
+    thread.join()
+"""
+    result = run(mpi, code)
+    assert result.returncode == 0, result.stderr

@@ -124,10 +124,10 @@ pub(super) fn duplicate(
 }
 
 /// Communicators for what ranks of several nodes tell each other of operations on [`WORLD`] and
-/// [`DEFAULT`]. Collective.
+/// [`DEFAULT`], and of programs for several devices. Collective.
 pub(super) fn duplicates_to_compare(shim: &Shim, joined: &Joined) -> Result<ByMpi, StartError> {
     let duplicate = |_| shim.comm_dup(shim.comm_world());
-    let comms = [WORLD, DEFAULT].map(duplicate).into_iter();
+    let comms = [WORLD, DEFAULT, COLLECTIVES].map(duplicate).into_iter();
     Ok(ByMpi {
         shim: *shim,
         comms: comms

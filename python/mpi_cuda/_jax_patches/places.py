@@ -2,8 +2,9 @@
 
 Ranks compare such collectives one by one. Those of one program that stand in different loops, or in
 a loop and outside of it, do not belong together, however alike they are: a rank has run its loop
-more often than another. So each says its place, which is the innermost loop around it. Branches of
-a `cond` may differ between ranks, and may do the same operations, so what is in them says none.
+more often than another. So each says its place, which is the innermost loop around it. A loop is
+known by the collectives in it and its line. Branches of a `cond` may differ between ranks, and may
+do the same operations, so what is in them says none.
 """
 
 from __future__ import annotations
@@ -84,27 +85,47 @@ def _line(eqn: Any) -> str:
     return ""
 
 
+def _loop(eqn: Any, effect: Any) -> tuple[str, str] | None:
+    """What a loop is known by: the collectives in it, if there are some, and its line."""
+    inside = [_structure(jaxprs.bare(p), effect) for p in jaxprs.in_params(eqn.params)]
+    return (repr((eqn.primitive.name, inside)), _line(eqn)) if any(inside) else None
+
+
 class _Places:
     """Gives the collectives of one program their places."""
 
-    def __init__(self, structure: list[Any], effect: Any, name: str):
-        digest = hashlib.blake2b(repr(structure).encode(), digest_size=8).digest()
+    def __init__(self, jaxpr: Any, structure: list[Any], effect: Any, name: str):
+        # By what is in a loop and its line. JAX decides by itself which calls of a function share a
+        # program, and that may differ between ranks.
+        self.sites: dict[tuple[str, str], int] = {}
+        numbers = self.loops(jaxpr, effect)
+        # Programs whose loops are told apart otherwise are others.
+        known = repr((structure, numbers)).encode()
+        digest = hashlib.blake2b(known, digest_size=8).digest()
         program = int.from_bytes(digest, "little") >> (_SITE_BITS + 1)
         self.first = (program or 1) << _SITE_BITS
         self.effect = effect
         self.name = name
-        self.sites = 0
         # A program that is called twice in one place stays one program, which is lowered once.
         self.placed: dict[tuple[int, int], tuple[Any, Any]] = {}
         self.describe(0, f"outside of the loops of {name}")
+        for (_, line), number in self.sites.items():
+            self.describe(number, f"in loop {number} of {name}{line}")
 
     def describe(self, site: int, words: str) -> None:
         _library.load().mpi_cuda_describe(self.first + site, 0, words.encode())
 
-    def new_site(self, eqn: Any) -> int:
-        self.sites += 1
-        self.describe(self.sites, f"in loop {self.sites} of {self.name}{_line(eqn)}")
-        return self.sites
+    def loops(self, jaxpr: Any, effect: Any) -> list[int]:
+        """The numbers of the loops with collectives, in their order."""
+        found = []
+        for eqn in jaxprs.bare(jaxpr).eqns:
+            if effect in eqn.effects and "attributes" not in eqn.params:
+                key = _loop(eqn, effect) if eqn.primitive.name in _LOOPS else None
+                if key is not None:
+                    found.append(self.sites.setdefault(key, len(self.sites) + 1))
+                for program in jaxprs.in_params(eqn.params):
+                    found += self.loops(program, effect)
+        return found
 
     def program(self, program: Any, site: int) -> Any:
         known = self.placed.get((id(program), site))
@@ -126,7 +147,8 @@ class _Places:
             attributes = tuple(sorted((*eqn.params["attributes"], place)))
             return eqn.replace(params={**eqn.params, "attributes": attributes})
         if name in _LOOPS:
-            site = self.new_site(eqn)
+            # One without collectives is none.
+            site = self.sites.get(_loop(eqn, self.effect) or ("", ""), site)
         params = dict(eqn.params)
         for key, value in eqn.params.items():
             if self.effect in getattr(value, "effects", ()) and hasattr(value, "eqns"):
@@ -140,4 +162,4 @@ def place(jaxpr: Any, effect: Any) -> Any:
     if not _has_loop(structure):
         return jaxpr
     name = str(getattr(jaxpr.debug_info, "func_name", "the program"))
-    return _Places(structure, effect, name).program(jaxpr, 0)
+    return _Places(jaxpr, structure, effect, name).program(jaxpr, 0)

@@ -168,7 +168,8 @@ def test_loops_whose_length_depends_on_data() -> None:
         return jax.lax.fori_loop(0, 3, lambda _, x: highest(repeated(times, x)), x)
 
     def in_two(times: Any, x: jax.Array) -> jax.Array:
-        return repeated(7 - times, repeated(times, x))
+        x = jax.lax.fori_loop(0, times, lambda _, x: highest(x), x)
+        return jax.lax.fori_loop(0, 7 - times, lambda _, x: highest(x), x)
 
     for program in (after, fori, called, nested):
         times = rounds_of(2 if FIRST else 4)
@@ -388,4 +389,51 @@ def test_the_tag_of_a_status_is_that_of_the_message() -> None:
         assert (status.Get_tag(), status.Get_source()) == (19, 0)
         nt.wait(nt.irecv(X, 0, tag=m.ANY_TAG), status=status)
         assert (status.Get_tag(), status.Get_source()) == (20, 0)
+    check_all_right()
+
+
+@pytest.mark.not_on_gpu("XLA:GPU compiles them for devices of one process")
+@if_told
+def test_programs_for_all_devices_that_are_known() -> None:
+    mesh = jax.make_mesh((SIZE,), ("x",))
+    spec = jax.P("x")
+
+    def over(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec))
+
+    total = over(lambda x: x + jax.lax.psum(x, "x"))
+    highest = over(lambda x: x + jax.lax.pmax(x, "x"))
+    sharding = jax.NamedSharding(mesh, spec)
+    ranks = jax.make_array_from_callback((SIZE,), sharding, lambda i: np.arange(SIZE)[i])
+    for program in (total, highest, total, total, highest, highest):
+        program(ranks).block_until_ready()
+    for _ in range(2):
+        check_refused(lambda: (total if FIRST else highest)(ranks), "SUM", "MAX")
+        mine = total(ranks).addressable_shards[0].data
+        np.testing.assert_array_equal(mine, [RANK + SIZE * (SIZE - 1) // 2])
+
+
+def test_loops_that_ranks_write_in_another_way() -> None:
+    """Their collectives are the same, so the programs may be."""
+
+    def messages(x: jax.Array, times: int) -> jax.Array:
+        if FIRST:
+            jax.lax.fori_loop(0, times, lambda _, x: (nt.send(x, 1), x)[1], x)
+        elif RANK == 1:
+            for _ in range(3):
+                nt.recv(x, 0)
+        return repeated(times, x)
+
+    own = jax.jit(repeated)
+
+    def inner(x: jax.Array, times: int) -> jax.Array:
+        call = own if FIRST else repeated
+        return call(times, call(times, x))
+
+    def weak(x: jax.Array, times: int) -> jax.Array:
+        first = own(times, jnp.float32(1) if FIRST else 1.0)
+        return own(times, x) + 0 * first
+
+    for program in (messages, inner, weak):
+        np.testing.assert_array_equal(jax.jit(program)(X, 3), X)
     check_all_right()

@@ -35,6 +35,8 @@ use nodes::{ByMessages, Nodes, Step, Told};
 pub(crate) use nodes::{ByMpi, Progress};
 use record::{Compared, Record, Sequence};
 
+/// Where programs for several devices are compared between nodes.
+const PROGRAMS: usize = 2;
 /// Lanes of the communicators that always exist: their numbers.
 const FIXED: usize = 4;
 
@@ -334,18 +336,25 @@ impl Comparison {
         words: impl Fn() -> String,
     ) -> Result<bool, Failure> {
         let row = self.fixed[COLLECTIVES as usize].as_ref();
-        match (&self.board, row) {
-            (Some(board), Some(row)) => {
-                // All ranks run the same programs of this kind.
-                let record = Record::Launch(Sequence {
-                    hash: sequence,
-                    code: 1,
-                    first: None,
-                });
-                row.channel.lock().step(board, record, words)
-            }
+        // All ranks run the same programs of this kind.
+        let record = Record::Launch(Sequence {
+            hash: sequence,
+            code: 1,
+            first: None,
+        });
+        let on_node = match (&self.board, row) {
+            (Some(board), Some(row)) => row.channel.lock().step(board, record, &words),
             _ => Ok(true),
-        }
+        };
+        let Some(nodes) = &self.nodes else {
+            return on_node;
+        };
+        let step = match on_node {
+            Ok(_) => Step::Execute(record.words()),
+            Err(failure) => Step::Differ(record.words(), failure),
+        };
+        nodes.step(PROGRAMS, step, || None, |_| words())?;
+        Ok(true)
     }
 
     /// The sequence of a launch whose operations are all on `comm`, if it is fixed, and can be

@@ -266,7 +266,8 @@ fn from_text(text: &Text) -> String {
 /// Over communicators that nothing else uses.
 pub(crate) struct ByMpi {
     pub(crate) shim: Shim,
-    /// By the number of the communicator whose operations are compared there.
+    /// By the number of the communicator whose operations are compared there; then for programs for
+    /// several devices.
     pub(crate) comms: Vec<u64>,
     /// Of each of them.
     pub(crate) size: usize,
