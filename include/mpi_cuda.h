@@ -156,7 +156,7 @@ void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
  * nobody; from the main thread. */
 void mpi_cuda_refuse(int64_t comm, const char *kind, const char *words);
 
-/* 1 if another rank of this node waits in an operation, 0 if not. */
+/* 1 if another rank waits in an operation, 0 if not. */
 int mpi_cuda_is_awaited(void);
 
 /* Installs the function that says where the threads of Python are, for reports of jobs that wait:

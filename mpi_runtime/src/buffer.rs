@@ -62,7 +62,10 @@ impl<'a> Buffer<'a> {
     }
 
     /// The first elements of this one, with another shape.
-    pub fn shaped(self, shape: &[i64]) -> Buffer<'_> {
+    pub fn shaped<'b>(self, shape: &'b [i64]) -> Buffer<'b>
+    where
+        'a: 'b,
+    {
         let Buffer { data, dtype, .. } = self;
         let first = Buffer { data, dtype, shape };
         assert!(first.bytes() <= self.bytes());
@@ -70,7 +73,10 @@ impl<'a> Buffer<'a> {
     }
 
     /// An array like `like` in the memory of this one, from byte `place` on.
-    pub fn part<'b>(&self, place: usize, like: &Buffer<'b>) -> Buffer<'b> {
+    pub fn part<'b>(&self, place: usize, like: &Buffer<'b>) -> Buffer<'b>
+    where
+        'a: 'b,
+    {
         let end = place.checked_add(like.bytes());
         assert!(end.is_some_and(|end| end <= self.bytes()));
         Buffer {

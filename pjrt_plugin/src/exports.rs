@@ -183,7 +183,7 @@ pub unsafe extern "C" fn mpi_cuda_refuse(comm: i64, kind: *const c_char, words: 
     });
 }
 
-/// Whether another rank of this node waits in an operation, which it has for a moment.
+/// Whether another rank waits in an operation, which it has for a moment.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_is_awaited() -> c_int {
     quiet(0, || {

@@ -140,6 +140,14 @@ else: {step}.block_until_ready()
     assert f"rank 1 is waiting in {kind} of float32[3]" in result.stderr, result.stderr
 
 
+def test_a_rank_that_has_ended_is_named_to_those_of_its_node() -> None:
+    """They do not ask the other nodes first, which nobody of this one would take part in."""
+    code = "if R != 1: nt.bcast(X, 0).block_until_ready()"
+    result = run("openmpi", code, ranks=3, nodes=2)
+    assert result.returncode not in (0, STUCK), result.stderr
+    assert "rank 1, which this waits for, has ended its program" in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize(("killed", "waits"), [(0, 2), (2, 1), (3, 0)])
 def test_a_rank_of_another_node_that_is_killed_is_missed(killed: int, waits: int) -> None:
     code = f"""

@@ -1,5 +1,5 @@
 //! The watch over a job: a thread of each rank that sees whether an operation waits for long, and
-//! asks the others of its node what they do. One rank says it for all: who waits for whom. A job
+//! asks the others what they do. One rank says it for all: who waits for whom. A job
 //! that can never go on is ended.
 
 #![forbid(unsafe_code)]
@@ -209,7 +209,7 @@ fn is_still(before: &[Known], now: &[Known]) -> bool {
             let words = |state: &State| -> Vec<String> {
                 state.waits.iter().map(|wait| wait.words.clone()).collect()
             };
-            one.done == other.done && words(one) == words(other)
+            one.done == other.done && one.compared == other.compared && words(one) == words(other)
         }
         (one, other) => one == other,
     };

@@ -186,6 +186,11 @@ impl Channel {
         board.free_lane(self.lane);
     }
 
+    /// Whether it is not used any more: a rank has gone, or ranks have differed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.is_some()
+    }
+
     /// Those on other nodes hear of it otherwise.
     pub(super) fn is_told_elsewhere(&mut self) {
         self.partial = false;

@@ -205,18 +205,23 @@ impl Comparison {
             let row = self.fixed[place].as_ref();
             let on_node = self.on_node(row, ticket, op, prepared);
             return match &self.nodes {
-                Some(nodes) => self.between(nodes, place, ticket, op, prepared, on_node),
-                None => on_node,
+                Some(nodes) if on_node.is_ok() || !is_closed(row) => {
+                    self.between(nodes, place, ticket, op, prepared, on_node)
+                }
+                _ => on_node,
             };
         }
         if self.board.is_none() && self.messages.is_none() {
             return Ok(());
         }
         let users = self.users_comm(ticket, op.comm, members);
-        let on_node = self.on_node(users.row.as_ref(), ticket, op, prepared);
+        let row = users.row.as_ref();
+        let on_node = self.on_node(row, ticket, op, prepared);
         match &users.nodes {
-            Some(nodes) => self.between(nodes, 0, ticket, op, prepared, on_node),
-            None => on_node,
+            Some(nodes) if on_node.is_ok() || !is_closed(row) => {
+                self.between(nodes, 0, ticket, op, prepared, on_node)
+            }
+            _ => on_node,
         }
     }
 
@@ -346,8 +351,10 @@ impl Comparison {
             (Some(board), Some(row)) => row.channel.lock().step(board, record, &words),
             _ => Ok(true),
         };
-        let Some(nodes) = &self.nodes else {
-            return on_node;
+        let nodes = match &self.nodes {
+            Some(nodes) if on_node.is_ok() || !is_closed(row) => nodes,
+            // Who has gone takes part in nothing more.
+            _ => return on_node,
         };
         let step = match on_node {
             Ok(_) => Step::Execute(record.words()),
@@ -433,6 +440,10 @@ impl Comparison {
         (members, *ordinal).hash(&mut hasher);
         hasher.finish().max(FIXED as u64 + 1)
     }
+}
+
+fn is_closed(row: Option<&Row>) -> bool {
+    row.is_some_and(|row| row.channel.lock().is_closed())
 }
 
 fn refused(op: &Operation<'_>, reason: &Failure) -> String {

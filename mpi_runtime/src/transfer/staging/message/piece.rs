@@ -22,12 +22,13 @@ impl Piece {
     pub(super) fn buffer<'a>(&self, shape: &'a [i64]) -> Buffer<'a> {
         let array = Buffer::described(self.dtype, shape);
         match &self.memory {
-            Some(memory) if array.bytes() <= memory.bytes => {
+            Some(memory) => {
+                assert!(array.bytes() <= memory.bytes);
                 // SAFETY: memory of the pool's, with room for it, which is put back when the
                 // operation that has the array has returned.
                 unsafe { array.placed(memory.data.as_ptr().cast()) }
             }
-            _ => array,
+            None => array,
         }
     }
 
