@@ -160,8 +160,9 @@ void mpi_cuda_refuse(int64_t comm, const char *kind, const char *words);
 int mpi_cuda_is_awaited(void);
 
 /* Installs the function that says where the threads of Python are, for reports of jobs that wait:
- * it writes at most capacity bytes to text, and returns how many. NULL removes it. */
-void mpi_cuda_set_where(size_t (*function)(char *text, size_t capacity));
+ * it writes at most capacity bytes to text and returns how many, and writes to others how many
+ * threads there are beside the main one. NULL removes it. */
+void mpi_cuda_set_where(size_t (*function)(char *text, size_t capacity, size_t *others));
 
 /* Waits until everything dispatched so far has ended; -1 if an operation failed and nobody read
  * its error. */

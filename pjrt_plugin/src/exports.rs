@@ -192,7 +192,8 @@ pub extern "C" fn mpi_cuda_is_awaited() -> c_int {
 }
 
 /// Installs the function that says where the threads of Python are: it writes at most `capacity`
-/// bytes to `text`, and returns how many. Null removes it.
+/// bytes to `text` and returns how many, and writes how many threads there are beside the main one
+/// to `others`. Null removes it.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_set_where(function: Option<WhereInPython>) {
     quiet((), || {
@@ -202,16 +203,19 @@ pub extern "C" fn mpi_cuda_set_where(function: Option<WhereInPython>) {
 }
 
 /// See [`mpi_cuda_set_where`].
-pub type WhereInPython = extern "C" fn(text: *mut c_char, capacity: usize) -> usize;
+pub type WhereInPython =
+    extern "C" fn(text: *mut c_char, capacity: usize, others: *mut usize) -> usize;
 
 static WHERE_IN_PYTHON: Mutex<Option<WhereInPython>> = Mutex::new(None);
 
-fn where_in_python() -> Option<String> {
+fn where_in_python() -> Option<place::Threads> {
     let function = (*WHERE_IN_PYTHON.lock())?;
     let mut text = vec![0u8; 4 << 10];
-    let length = function(text.as_mut_ptr().cast(), text.len());
+    let mut others = 0;
+    let length = function(text.as_mut_ptr().cast(), text.len(), &raw mut others);
     text.truncate(length);
-    Some(String::from_utf8_lossy(&text).into_owned())
+    let words = String::from_utf8_lossy(&text).into_owned();
+    Some(place::Threads { words, others })
 }
 
 /// Waits until everything dispatched so far has ended; −1 if an operation failed unnoticed.

@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
-_SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t)
+_NUMBER = ctypes.POINTER(ctypes.c_size_t)
+_SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, _NUMBER)
 # Folders of code that is not the user's.
 _OWN = os.path.dirname(os.path.abspath(__file__))
 _LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
@@ -40,28 +42,27 @@ def _line(frame: FrameType | None) -> str | None:
     return None
 
 
-def where() -> str:
-    """The lines of the user's code that the threads are at; the main thread first.
+def where() -> tuple[str, int]:
+    """The lines of the user's code that the threads are at, the main thread first.
 
-    Other threads are named even if they are in no such line: they may come to one, so the watch
-    takes nobody for stuck beside them (`mpi_runtime/src/watch/mod.rs` looks for the word thread).
+    Also how many other threads there are, in whatever code: they may still come to an operation.
     """
     frames = sys._current_frames()
     main = threading.main_thread()
-    lines = []
+    lines, others = [], 0
     for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
         line = _line(frames.get(thread.ident or 0))
         if thread is main:
             lines.append(line or "at its end")
-        elif line is not None:
-            lines.append(f"thread {thread.name} at {line}")
-        elif not thread.name.startswith("Dummy-"):
-            lines.append(f"thread {thread.name}")
-    return ", ".join(lines)
+        elif line is not None or not thread.name.startswith("Dummy-"):
+            others += 1
+            lines.append(f"thread {thread.name}" + (f" at {line}" if line else ""))
+    return ", ".join(lines), others
 
 
-def _write(text: int, capacity: int) -> int:
-    said = where().encode()[:capacity]
+def _write(text: int, capacity: int, others: Any) -> int:
+    words, others[0] = where()
+    said = words.encode()[:capacity]
     ctypes.memmove(text, said, len(said))
     return len(said)
 

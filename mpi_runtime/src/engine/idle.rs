@@ -58,6 +58,12 @@ pub(crate) fn is_awaited_elsewhere() -> bool {
     link.is_some_and(|link| link.is_awaited())
 }
 
+/// How long that is still said when it is over: the watches of three ranks pass it on.
+pub(crate) fn shown_elsewhere() -> Duration {
+    let link = CONTEXT.get().and_then(|context| context.link.as_ref());
+    link.map_or(Duration::ZERO, |_| Duration::from_millis(500))
+}
+
 /// See [`mpi_shim_abi::Idle`].
 pub(crate) extern "C" fn idle(op: *const ShimOp, microseconds: u64) -> c_int {
     idle_for(op, microseconds).map_or(0, |reason| {

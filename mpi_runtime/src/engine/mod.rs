@@ -304,7 +304,7 @@ impl Engine {
     }
 
     /// Whether another rank waits in an operation while this one has not come to its end. It shows
-    /// that after a moment, for which this waits.
+    /// that after a moment, and shows it for a moment longer: this waits for both.
     pub fn is_awaited(&self) -> bool {
         let Some(board) = self.calls.comparison.board() else {
             return idle::is_awaited_elsewhere();
@@ -318,11 +318,14 @@ impl Engine {
         };
         for _ in 0..SHOWN.as_millis() / 10 {
             if awaited() {
-                return true;
+                break;
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        awaited()
+        awaited() && {
+            std::thread::sleep(SHOWN + idle::shown_elsewhere());
+            awaited()
+        }
     }
 
     /// Whether messages are on their way whose end nobody waits for.

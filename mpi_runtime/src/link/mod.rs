@@ -92,8 +92,10 @@ impl Link {
         Hub::listen(self)
     }
 
-    /// Of the others: how to join, now or later. Whether this rank has to join now, as the lowest
-    /// of its node, and cannot.
+    /// Of the others: how to join. The lowest rank of a node does so now, and others may later.
+    ///
+    /// # Errors
+    /// If this rank has to join now and cannot.
     pub(crate) fn accept(self: &Arc<Link>, invitation: Invitation) -> io::Result<()> {
         let Role::Spoke(spoke) = &self.role else {
             return Ok(());

@@ -189,13 +189,13 @@ impl Watch {
     /// What this rank does.
     fn state(&self) -> State {
         let (waits, done) = self.pending.waiting();
-        let place = place::place();
+        let (place, may_launch) = place::place();
         let progress = self.progress.iter().flat_map(|progress| progress.iter());
         State {
             done,
             compared: progress.map(|one| one.read().into()).collect(),
             // A thread of the program's that has launched nothing yet may do so.
-            others: self.pending.threads() > 1 || (self.sends)() || place.contains("thread "),
+            others: self.pending.threads() > 1 || (self.sends)() || may_launch,
             waits: waits.into_iter().map(Wait::new).collect(),
             place,
         }

@@ -7,7 +7,16 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// Says where the program's threads are.
-pub type Where = fn() -> Option<String>;
+pub type Where = fn() -> Option<Threads>;
+
+/// What the program says of its threads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Threads {
+    /// Where they are, in words.
+    pub words: String,
+    /// How many there are beside the main one.
+    pub others: usize,
+}
 
 static WHERE: Mutex<Option<Where>> = Mutex::new(None);
 static ACTIVITIES: Mutex<Vec<(u64, String, Instant)>> = Mutex::new(Vec::new());
@@ -42,8 +51,9 @@ impl Drop for Activity {
     }
 }
 
-/// Where this process is, in words.
-pub(super) fn place() -> String {
+/// Where this process is, in words, and whether a thread of the program's other than the main one
+/// may launch something.
+pub(super) fn place() -> (String, bool) {
     let mut words = Vec::new();
     for (_, what, since) in &*ACTIVITIES
         .lock()
@@ -55,17 +65,29 @@ pub(super) fn place() -> String {
         ));
     }
     let function = *WHERE.lock().unwrap_or_else(|locked| locked.into_inner());
+    let mut others = false;
     if let Some(function) = function {
-        words.push(match ask(function) {
-            Some(place) => format!("in Python: {place}"),
-            None => "in Python, which does not answer: native code holds its lock".into(),
-        });
+        let (place, may_launch) = threads(ask(function));
+        words.push(place);
+        others = may_launch;
     }
-    words.join("; ")
+    (words.join("; "), others)
+}
+
+/// What an answer of the program's means.
+fn threads(answer: Option<Threads>) -> (String, bool) {
+    match answer {
+        Some(Threads { words, others }) => (format!("in Python: {words}"), others > 0),
+        // Who holds Python's lock is a thread that waits in no operation.
+        None => {
+            let words = "in Python, which does not answer: native code holds its lock";
+            (words.into(), true)
+        }
+    }
 }
 
 /// Asks on a thread of its own, since Python may be busy for long.
-fn ask(function: Where) -> Option<String> {
+fn ask(function: Where) -> Option<Threads> {
     let (answer, answered) = mpsc::channel();
     let asking = std::thread::Builder::new().name("mpi_cuda where".into());
     asking.spawn(move || answer.send(function())).ok()?;
@@ -79,11 +101,20 @@ mod tests {
     #[test]
     fn what_a_process_does_is_told_until_it_ends() {
         let activity = enter("a compilation of step".into());
-        assert!(place().contains("in a compilation of step for 0 s"));
-        set_where(Some(|| Some("train.py:3".into())));
-        assert!(place().ends_with("in Python: train.py:3"));
-        set_where(None);
+        assert!(place().0.contains("in a compilation of step for 0 s"));
+        let said = |others| {
+            let words = "train.py:3".into();
+            Some(Threads { words, others })
+        };
+        for (others, may_launch) in [(0, false), (2, true)] {
+            let (words, others) = threads(said(others));
+            assert_eq!(
+                (words.as_str(), others),
+                ("in Python: train.py:3", may_launch)
+            );
+        }
+        assert!(threads(None).1);
         drop(activity);
-        assert_eq!(place(), "");
+        assert_eq!(place(), (String::new(), false));
     }
 }

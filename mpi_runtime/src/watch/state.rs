@@ -16,14 +16,14 @@ pub(super) struct State {
     pub(super) others: bool,
     pub(super) waits: Vec<Wait>,
     /// How far it is in comparing with other nodes, by communicator.
-    pub(super) compared: Vec<Compared>,
+    pub(super) compared: Vec<Comparing>,
     /// Where the program is, in words.
     pub(super) place: String,
 }
 
 /// How far a rank is in comparing collectives with other nodes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Compared {
+pub(super) struct Comparing {
     /// Operations, the one among them that is compared now.
     pub(super) executed: u64,
     /// Exchanges that have begun.
@@ -32,9 +32,9 @@ pub(super) struct Compared {
     pub(super) waits: bool,
 }
 
-impl From<(u64, u64, bool)> for Compared {
-    fn from((executed, begun, waits): (u64, u64, bool)) -> Compared {
-        Compared {
+impl From<(u64, u64, bool)> for Comparing {
+    fn from((executed, begun, waits): (u64, u64, bool)) -> Comparing {
+        Comparing {
             executed,
             begun,
             waits,
@@ -160,7 +160,7 @@ impl State {
     }
 }
 
-fn compared(field: &str) -> Option<Compared> {
+fn compared(field: &str) -> Option<Comparing> {
     let mut numbers = field.split(',').map(str::parse);
     let mut next = || numbers.next()?.ok();
     Some((next()?, next()?, next()? != 0).into())

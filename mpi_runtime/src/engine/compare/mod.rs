@@ -7,6 +7,7 @@
 
 mod channel;
 mod declined;
+mod exchange;
 mod nodes;
 mod record;
 #[cfg(test)]
@@ -31,8 +32,10 @@ use crate::node::board::Board;
 use crate::operation::Operation;
 use channel::Channel;
 use declined::Declined;
-use nodes::{ByMessages, Nodes, Step, Told};
-pub(crate) use nodes::{ByMpi, Progress};
+use exchange::ByMessages;
+pub(crate) use exchange::ByMpi;
+pub(crate) use nodes::Progress;
+use nodes::{BetweenNodes, Step, Told};
 use record::{Compared, Record, Sequence};
 
 /// Where programs for several devices are compared between nodes.
@@ -45,10 +48,10 @@ const FIXED: usize = 4;
 pub(crate) struct Comparison {
     board: Option<Arc<Board>>,
     /// With the ranks of other nodes.
-    nodes: Option<Nodes>,
+    nodes: Option<BetweenNodes>,
     /// Of the communicators that always exist, by number.
     fixed: [Option<Row>; FIXED],
-    /// The same at each operation of a communicator of the user's.
+    /// How communicators of the user's are compared between nodes, if they are.
     messages: Option<Messages>,
     /// Of the user's communicators, by number.
     users: RwLock<BTreeMap<i64, Arc<Users>>>,
@@ -84,7 +87,7 @@ struct Messages {
 #[derive(Default)]
 struct Users {
     row: Option<Row>,
-    nodes: Option<Nodes>,
+    nodes: Option<BetweenNodes>,
 }
 
 struct Row {
@@ -133,7 +136,7 @@ impl Comparison {
             rank,
         });
         let places = by.comms.len();
-        self.nodes = Some(Nodes::new(Box::new(by), places, always));
+        self.nodes = Some(BetweenNodes::new(Box::new(by), places, always));
     }
 
     /// How far this rank is in comparing with other nodes, for the communicators that are.
@@ -205,7 +208,7 @@ impl Comparison {
             let row = self.fixed[place].as_ref();
             let on_node = self.on_node(row, ticket, op, prepared);
             return match &self.nodes {
-                Some(nodes) if on_node.is_ok() || !is_closed(row) => {
+                Some(nodes) if may_ask(&on_node, row) => {
                     self.between(nodes, place, ticket, op, prepared, on_node)
                 }
                 _ => on_node,
@@ -218,7 +221,7 @@ impl Comparison {
         let row = users.row.as_ref();
         let on_node = self.on_node(row, ticket, op, prepared);
         match &users.nodes {
-            Some(nodes) if on_node.is_ok() || !is_closed(row) => {
+            Some(nodes) if may_ask(&on_node, row) => {
                 self.between(nodes, 0, ticket, op, prepared, on_node)
             }
             _ => on_node,
@@ -288,7 +291,7 @@ impl Comparison {
     /// Compares `op` with other nodes, when this one has.
     fn between(
         &self,
-        nodes: &Nodes,
+        nodes: &BetweenNodes,
         place: usize,
         ticket: Ticket,
         op: &Operation<'_>,
@@ -352,8 +355,7 @@ impl Comparison {
             _ => Ok(true),
         };
         let nodes = match &self.nodes {
-            Some(nodes) if on_node.is_ok() || !is_closed(row) => nodes,
-            // Who has gone takes part in nothing more.
+            Some(nodes) if may_ask(&on_node, row) => nodes,
             _ => return on_node,
         };
         let step = match on_node {
@@ -418,7 +420,7 @@ impl Comparison {
                 rank: messages.rank,
                 members: members.to_vec(),
             };
-            Nodes::new(Box::new(by), 1, true)
+            BetweenNodes::new(Box::new(by), 1, true)
         });
         Users { row, nodes }
     }
@@ -442,8 +444,11 @@ impl Comparison {
     }
 }
 
-fn is_closed(row: Option<&Row>) -> bool {
-    row.is_some_and(|row| row.channel.lock().is_closed())
+/// Whether the other nodes can be asked after this on the own one: not if one of its ranks has
+/// gone, which takes part in nothing more.
+#[inline]
+fn may_ask<T>(on_node: &Result<T, Failure>, row: Option<&Row>) -> bool {
+    on_node.is_ok() || !row.is_some_and(|row| row.channel.lock().is_closed())
 }
 
 fn refused(op: &Operation<'_>, reason: &Failure) -> String {
