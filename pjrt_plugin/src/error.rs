@@ -16,13 +16,13 @@ use pjrt_sys::*;
 /// What our errors begin with, among the many texts that a user's program prints.
 pub const PREFIX: &str = "mpi_cuda: ";
 
-/// An error on its way to the framework.
+/// An error on its way to the framework. It is small, since results with it are moved often.
 #[derive(Debug)]
 pub enum Error {
     /// Made here.
-    Own(OwnError),
+    Own(Box<OwnError>),
     /// Made by the inner plugin.
-    Inner(InnerError),
+    Inner(Box<InnerError>),
 }
 
 /// An error that is made here.
@@ -67,10 +67,10 @@ impl Error {
 
     /// A message as it is: it says already whose it is.
     pub fn verbatim(code: PJRT_Error_Code, message: impl Into<String>) -> Error {
-        Error::Own(OwnError {
+        Error::Own(Box::new(OwnError {
             code,
             message: message.into(),
-        })
+        }))
     }
 
     /// A message of ours begins with our name, among the many that a user's program prints.
@@ -89,7 +89,7 @@ impl Error {
         match self {
             Error::Inner(error) => error.into_raw(),
             Error::Own(own) => {
-                let raw = Box::into_raw(Box::new(own));
+                let raw = Box::into_raw(own);
                 OURS.lock().insert(raw as usize);
                 raw.cast()
             }
@@ -106,9 +106,15 @@ impl fmt::Display for Error {
     }
 }
 
+impl From<InnerError> for Error {
+    fn from(error: InnerError) -> Error {
+        Error::Inner(Box::new(error))
+    }
+}
+
 /// An operation's error says already whose it is.
-impl From<OperationError> for Error {
-    fn from(error: OperationError) -> Error {
+impl From<Box<OperationError>> for Error {
+    fn from(error: Box<OperationError>) -> Error {
         Error::verbatim(PJRT_Error_Code_INTERNAL, error.to_string())
     }
 }

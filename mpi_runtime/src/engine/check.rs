@@ -12,13 +12,23 @@ use crate::mpi::communicators::Communicator;
 use crate::operation::{Operation, reduction_name};
 
 /// The operation as the shim executes it, or what is wrong with it.
-#[inline]
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failure> {
+    let mut shim = ShimOp::new(op.kind, comm.handle);
+    prepare_in(&mut shim, op, comm).map(|()| shim)
+}
+
+/// The same in a place of the caller's: it is not moved, which takes as long as all checks.
+#[inline]
+pub fn prepare_in(
+    shim: &mut ShimOp,
+    op: &Operation<'_>,
+    comm: &Communicator,
+) -> Result<(), Failure> {
     if comm.freed {
         return Err("the communicator has been freed".into());
     }
     check_ranks(op, comm)?;
-    let mut shim = ShimOp {
+    *shim = ShimOp {
         user_reduction: op.user_reduction,
         root: op.root,
         dest: op.dest,
@@ -31,7 +41,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
         ..ShimOp::new(op.kind, comm.handle)
     };
     if op.kind == Kind::Barrier {
-        return Ok(shim);
+        return Ok(());
     }
     let described = if op.kind.has_operand() {
         &op.send
@@ -45,7 +55,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
         shim.datatype
     };
     if op.kind.sends() || op.kind.receives() {
-        add_codes(&mut shim, op, comm);
+        add_codes(shim, op, comm);
     }
     if let Some(reduction) = op.reduction {
         check_reduction(reduction, described)?;
@@ -64,7 +74,7 @@ pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failur
     if op.kind == Kind::Scatter && !is_root {
         shim.send = std::ptr::null_mut();
     }
-    Ok(shim)
+    Ok(())
 }
 
 /// An MPI takes the same memory for both as an error that ends the job, or writes what it reads

@@ -62,7 +62,7 @@ impl ReplicaGroups {
         &self,
         on: CollectiveContext<'_>,
         op: &Operation<'_>,
-    ) -> Result<Option<Communicator>, OperationError> {
+    ) -> Result<Option<Communicator>, Box<OperationError>> {
         let apart = self.apart.lock().get(&op.comm).copied();
         let group = apart.unwrap_or(op.comm);
         let Some(members) = self.members.lock().get(&group).cloned() else {
@@ -74,12 +74,14 @@ impl ReplicaGroups {
         };
         let name: &'static str = String::leak(format!("the ranks {}", Ranks(&members)));
         let position = members.iter().position(|&rank| rank == on.rank);
-        let failed = |reason: Failure| OperationError {
-            operation: op.to_string(),
-            rank: on.rank,
-            comm: name.to_owned(),
-            size: members.len() as i32,
-            reason,
+        let failed = |reason: Failure| {
+            Box::new(OperationError {
+                operation: op.to_string(),
+                rank: on.rank,
+                comm: name.to_owned(),
+                size: members.len() as i32,
+                reason,
+            })
         };
         let position = position.ok_or_else(|| failed("this rank is not in its group".into()))?;
         if let Some(&missing) = members.iter().find(|&&rank| rank >= world.size) {
@@ -126,7 +128,7 @@ impl ReplicaGroups {
         &self,
         on: CollectiveContext<'_>,
         program: &CollectiveSequence,
-    ) -> Result<(), OperationError> {
+    ) -> Result<(), Box<OperationError>> {
         if program.everybody {
             let _pending = wait_for_all(on, program);
             let words = || words_or(Some(&program.summary));
@@ -152,7 +154,7 @@ impl ReplicaGroups {
         on: CollectiveContext<'_>,
         program: &CollectiveSequence,
         channel: u64,
-    ) -> Result<(), OperationError> {
+    ) -> Result<(), Box<OperationError>> {
         if !self.begun_apart.lock().contains(&channel) {
             meet(on, program, tags_of(channel))?;
             self.begun_apart.lock().insert(channel);
@@ -226,14 +228,14 @@ fn failed(
     on: CollectiveContext<'_>,
     program: &CollectiveSequence,
     reason: Failure,
-) -> OperationError {
-    OperationError {
+) -> Box<OperationError> {
+    Box::new(OperationError {
         operation: "the start of a program".into(),
         rank: on.rank,
         comm: format!("the ranks {}", Ranks(program.members)),
         size: program.members.len() as i32,
         reason,
-    }
+    })
 }
 
 /// The first of the members collects what each is about to run, and tells them whether it is the
@@ -242,7 +244,7 @@ fn meet(
     on: CollectiveContext<'_>,
     program: &CollectiveSequence,
     first_tag: i32,
-) -> Result<(), OperationError> {
+) -> Result<(), Box<OperationError>> {
     let (arrival_tag, verdict_tag) = (first_tag, first_tag + 1);
     // The same one in every program with the same members, in whatever order.
     let mut members = program.members.to_vec();

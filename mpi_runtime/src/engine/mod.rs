@@ -25,7 +25,7 @@ mod user_comms;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::Kind;
+use mpi_shim_abi::{Kind, ShimOp};
 use parking_lot::Mutex;
 
 use crate::device::Stream;
@@ -40,6 +40,7 @@ use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
+use crate::engine::recorder::clock::Ticks;
 pub use crate::engine::uniform::UniformProgram;
 use crate::engine::unread::UnreadError;
 use crate::error::{Failure, OperationError};
@@ -151,7 +152,7 @@ impl Engine {
         &self,
         ticket: Ticket,
         program: &CollectiveSequence,
-    ) -> Result<(), OperationError> {
+    ) -> Result<(), Box<OperationError>> {
         let channel = self.order.wait_turn(ticket);
         if program.everybody && channel == 0 {
             self.calls.histories.count_collective_launch();
@@ -184,7 +185,7 @@ impl Engine {
         ticket: Ticket,
         op: &Operation<'_>,
         place: Place<'_>,
-    ) -> Result<(), OperationError> {
+    ) -> Result<(), Box<OperationError>> {
         let channel = self.order.wait_turn(ticket);
         let apart;
         let op = match channel {
@@ -196,7 +197,7 @@ impl Engine {
         };
         let start = self.verbose.then(Instant::now);
         let recording = RECORDER.begin(ticket, op, || self.communicators.get(op.comm));
-        let result = self.run(ticket, op, place);
+        let result = self.run(ticket, recording.start, op, place);
         recording.end(&result);
         if let Some(start) = start {
             self.log(ticket, op, start.elapsed(), result.is_ok());
@@ -220,51 +221,57 @@ impl Engine {
     fn run(
         &self,
         ticket: Ticket,
+        start: Ticks,
         op: &Operation<'_>,
         place: Place<'_>,
-    ) -> Result<(), OperationError> {
+    ) -> Result<(), Box<OperationError>> {
         let mut comm = self.communicator(op)?;
         if comm.freed && self.freed_comms.are_used_by(op.comm, ticket) {
             comm.freed = false;
         }
-        self.run_at(ticket, place, op, &comm)
-            .map_err(|reason| OperationError {
-                operation: op.to_string(),
-                rank: comm.rank,
-                comm: comm.name.to_owned(),
-                size: comm.size,
-                reason,
+        self.run_at(ticket, start, place, op, &comm)
+            .map_err(|reason| {
+                Box::new(OperationError {
+                    operation: op.to_string(),
+                    rank: comm.rank,
+                    comm: comm.name.to_owned(),
+                    size: comm.size,
+                    reason,
+                })
             })
     }
 
     /// The communicator of an operation; that of a replica group is made for the first one.
-    fn communicator(&self, op: &Operation<'_>) -> Result<Communicator, OperationError> {
+    fn communicator(&self, op: &Operation<'_>) -> Result<Communicator, Box<OperationError>> {
         if let Some(known) = self.communicators.get(op.comm) {
             return Ok(known);
         }
         let made = self.groups.make(self.collective_context(), op)?;
-        made.ok_or_else(|| OperationError {
-            operation: op.to_string(),
-            rank: -1,
-            comm: format!("communicator {}", op.comm),
-            size: 0,
-            reason: "no communicator has this number in this process; if a compiled program \
+        made.ok_or_else(|| {
+            Box::new(OperationError {
+                operation: op.to_string(),
+                rank: -1,
+                comm: format!("communicator {}", op.comm),
+                size: 0,
+                reason: "no communicator has this number in this process; if a compiled program \
                      was loaded from another run, make the communicators that it uses first, \
                      of the same ranks, and pass each to an operation"
-                .into(),
+                    .into(),
+            })
         })
     }
 
     fn run_at(
         &self,
         ticket: Ticket,
+        start: Ticks,
         place: Place<'_>,
         op: &Operation<'_>,
         comm: &Communicator,
     ) -> Result<(), Failure> {
         let calls = &self.calls;
         match place {
-            Place::Host => calls.execute(ticket, op, comm),
+            Place::Host => calls.execute(ticket, start, op, comm),
             Place::Direct(direct, main) => {
                 let _pending = self.pending.enter(op, comm);
                 self.prepare_whole(ticket, op, comm)?;
@@ -295,12 +302,13 @@ impl Engine {
         op: &Operation<'_>,
         comm: &Communicator,
     ) -> Result<(), Failure> {
-        let prepared = if op.kind.is_collective() {
-            self.calls.prepare_collective(ticket, op, comm)
+        let mut shim_op = ShimOp::new(op.kind, comm.handle);
+        if op.kind.is_collective() {
+            self.calls
+                .prepare_collective(&mut shim_op, ticket, op, comm)
         } else {
-            check::prepare(op, comm)
-        };
-        prepared.map(drop)
+            check::prepare_in(&mut shim_op, op, comm)
+        }
     }
 
     /// Whether another rank waits in an operation while this one has not come to its end. It shows

@@ -11,6 +11,7 @@ use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::Ticket;
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
+use crate::engine::recorder::clock::Ticks;
 use crate::engine::uniform::Histories;
 use crate::engine::{check, idle, result_canary, single_rank};
 use crate::error::Failure;
@@ -51,10 +52,12 @@ impl MpiCalls {
         }
     }
 
-    /// Executes an operation of the launch `ticket` on memory of the host.
+    /// Executes an operation of the launch `ticket`, which has begun at `start`, on memory of the
+    /// host.
     pub(super) fn execute(
         &self,
         ticket: Ticket,
+        start: Ticks,
         op: &Operation<'_>,
         comm: &Communicator,
     ) -> Result<(), Failure> {
@@ -62,12 +65,13 @@ impl MpiCalls {
             kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
             kind if kind.is_start() => self.start_message(op, comm),
             kind if kind.is_collective() => {
-                let _pending = self.pending.enter(op, comm);
-                let shim_op = self.prepare_collective(ticket, op, comm)?;
+                let _pending = self.pending.enter_since(start, op, comm, "");
+                let mut shim_op = ShimOp::new(op.kind, comm.handle);
+                self.prepare_collective(&mut shim_op, ticket, op, comm)?;
                 // SAFETY: prepared above.
                 unsafe { self.perform_prepared(op, comm, &shim_op) }.map(drop)
             }
-            _ => self.complete(op, comm),
+            _ => self.complete(start, op, comm),
         }
     }
 
@@ -76,18 +80,20 @@ impl MpiCalls {
     #[inline]
     pub(super) fn prepare_collective(
         &self,
+        shim_op: &mut ShimOp,
         ticket: Ticket,
         op: &Operation<'_>,
         comm: &Communicator,
-    ) -> Result<ShimOp, Failure> {
-        let prepared = check::prepare(op, comm);
+    ) -> Result<(), Failure> {
+        let prepared = check::prepare_in(shim_op, op, comm);
         // XLA's ranks have compared the whole program, and one that is freed is no communicator.
         if comm.freed || op.of == Some(OF_XLA) {
             return prepared;
         }
         let members = || Some(comm.members.to_vec());
         let comparison = &self.comparison;
-        let compared = comparison.operation(ticket, op, comm, &prepared, members);
+        let asked = prepared.as_ref().map(|()| &*shim_op);
+        let compared = comparison.operation(ticket, op, comm, asked, members);
         let prepared = compared.and(prepared);
         if prepared.is_err() {
             self.histories.add_failed(op);
@@ -97,8 +103,13 @@ impl MpiCalls {
 
     /// Executes what is a whole to MPI, and checks what has come.
     #[inline]
-    fn complete(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
-        let _pending = self.pending.enter(op, comm);
+    fn complete(
+        &self,
+        start: Ticks,
+        op: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<(), Failure> {
+        let _pending = self.pending.enter_since(start, op, comm, "");
         let received = self.perform(op, comm)?;
         check_received(op, &received)
     }
@@ -109,7 +120,8 @@ impl MpiCalls {
         op: &Operation<'_>,
         comm: &Communicator,
     ) -> Result<ShimReceived, Failure> {
-        let shim_op = check::prepare(op, comm)?;
+        let mut shim_op = ShimOp::new(op.kind, comm.handle);
+        check::prepare_in(&mut shim_op, op, comm)?;
         // SAFETY: prepared above.
         unsafe { self.perform_prepared(op, comm, &shim_op) }
     }
@@ -234,7 +246,7 @@ impl MpiCalls {
                 ..*op
             };
             return match op.kind {
-                Kind::Wait => self.complete(&nobody, comm),
+                Kind::Wait => self.complete(Ticks::now(), &nobody, comm),
                 _ => Ok(()),
             };
         }

@@ -76,14 +76,25 @@ impl PendingTable {
     }
 
     /// Enters an operation on a communicator.
-    #[inline]
     pub fn enter(&self, operation: &Operation<'_>, comm: &Communicator) -> Pending<'_> {
-        self.enter_named(operation, comm, "")
+        self.enter_since(Ticks::now(), operation, comm, "")
     }
 
     /// Enters something that is waited for as an operation is, and called `name`.
     pub fn enter_named(
         &self,
+        operation: &Operation<'_>,
+        comm: &Communicator,
+        name: &str,
+    ) -> Pending<'_> {
+        self.enter_since(Ticks::now(), operation, comm, name)
+    }
+
+    /// Enters an operation that has begun at a known time, which need not be asked for again.
+    #[inline]
+    pub fn enter_since(
+        &self,
+        since: Ticks,
         operation: &Operation<'_>,
         comm: &Communicator,
         name: &str,
@@ -107,7 +118,7 @@ impl PendingTable {
                 all.len() - 1
             });
         let entry = &mut all[row];
-        entry.since = Some(Ticks::now());
+        entry.since = Some(since);
         entry.operation = bare;
         entry.comm = comm.name;
         entry.members = comm.members;

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::OnceLock;
 
 use parking_lot::RwLock;
 
@@ -64,13 +65,24 @@ pub struct Communicator {
 /// All communicators of this process by number.
 #[derive(Default)]
 pub struct Communicators {
+    /// Those of [`NAMES`], which are never freed: most operations are on them, and need no lock.
+    fixed: [OnceLock<Communicator>; NAMES.len()],
+    /// The others.
     rows: RwLock<BTreeMap<i64, Communicator>>,
 }
 
 impl Communicators {
-    /// Adds a communicator under a number of [`NAMES`].
+    /// Adds a communicator of the library's own under its number; one of [`NAMES`] once.
     pub fn add(&self, number: i64, communicator: Communicator) {
-        self.rows.write().insert(number, communicator);
+        match self.fixed(number) {
+            Some(place) => assert!(place.set(communicator).is_ok(), "{number} is there already"),
+            None => drop(self.rows.write().insert(number, communicator)),
+        }
+    }
+
+    #[inline]
+    fn fixed(&self, number: i64) -> Option<&OnceLock<Communicator>> {
+        self.fixed.get(usize::try_from(number).ok()?)
     }
 
     /// Adds a communicator of the user's and returns its number, which tells its members (their
@@ -93,21 +105,23 @@ impl Communicators {
     }
 
     /// The communicator of that number.
+    #[inline]
     pub fn get(&self, number: i64) -> Option<Communicator> {
-        self.rows.read().get(&number).copied()
+        match self.fixed(number) {
+            Some(place) => place.get().copied(),
+            None => self.rows.read().get(&number).copied(),
+        }
     }
 
     /// The number of the live communicator with that user's handle.
     pub fn find(&self, user_handle: u64) -> Option<i64> {
-        let rows = self.rows.read();
+        let is = |row: &Communicator| !row.freed && row.user_handle == user_handle;
         // Other duplicates of COMM_WORLD have its handle too; they are not found by handle.
-        let mut found = rows.iter().filter(|&(&number, row)| {
-            number != DEFAULT
-                && number != COLLECTIVES
-                && !row.freed
-                && row.user_handle == user_handle
-        });
-        found.next().map(|(&number, _)| number)
+        let mut fixed = [WORLD, SELF].into_iter();
+        let fixed = fixed.find(|&number| self.get(number).is_some_and(|row| is(&row)));
+        let rows = self.rows.read();
+        let users = || rows.iter().find(|(_, row)| is(row));
+        fixed.or_else(|| users().map(|(&number, _)| number))
     }
 
     /// Marks a communicator as freed.

@@ -127,7 +127,7 @@ impl<'a> Memory<'a> {
         world: &World,
         ticket: Ticket,
         op: &Operation<'_>,
-    ) -> Result<(), mpi_runtime::OperationError> {
+    ) -> Result<(), Box<mpi_runtime::OperationError>> {
         match self.device {
             Some((staged, main)) => {
                 let engine = &world.engine;

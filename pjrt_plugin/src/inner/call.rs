@@ -55,7 +55,7 @@ pub unsafe fn call<Args>(function: Function<Args>, args: *mut Args) -> Result<()
     // SAFETY: the caller has made the arguments right; the plugin gives its error away.
     match unsafe { InnerError::new(function(args), api()) } {
         None => Ok(()),
-        Some(error) => Err(Error::Inner(error)),
+        Some(error) => Err(error.into()),
     }
 }
 

@@ -48,14 +48,14 @@ impl Completion {
         let Some(world) = world().filter(|_| self.deferred) else {
             return error;
         };
-        let error = OperationError {
+        let error = Box::new(OperationError {
             operation: "a launch that was dispatched behind others which wait for their peers"
                 .into(),
             rank: world.rank,
             comm: "COMM_WORLD".into(),
             size: world.size,
             reason: error.to_string().into(),
-        };
+        });
         let ticket = self.ticket.as_ref().map(|guard| guard.0);
         let thread = ticket.and_then(|ticket| world.engine.thread(ticket));
         world.engine.note_unread(&error.to_string(), thread);

@@ -197,7 +197,7 @@ impl Comparison {
         ticket: Ticket,
         op: &Operation<'_>,
         comm: &Communicator,
-        prepared: &Result<ShimOp, Failure>,
+        prepared: Result<&ShimOp, &Failure>,
         members: impl FnOnce() -> Option<Vec<i32>>,
     ) -> Result<(), Failure> {
         if comm.size == 1 {
@@ -234,7 +234,7 @@ impl Comparison {
         row: Option<&Row>,
         ticket: Ticket,
         op: &Operation<'_>,
-        prepared: &Result<ShimOp, Failure>,
+        prepared: Result<&ShimOp, &Failure>,
     ) -> Result<(), Failure> {
         match (&self.board, row) {
             (Some(board), Some(row)) => self.compare(board, row, ticket, op, prepared),
@@ -249,7 +249,7 @@ impl Comparison {
         row: &Row,
         ticket: Ticket,
         op: &Operation<'_>,
-        prepared: &Result<ShimOp, Failure>,
+        prepared: Result<&ShimOp, &Failure>,
     ) -> Result<(), Failure> {
         if ticket.0 != 0 && row.same.load(Ordering::Relaxed) == ticket.0 {
             return Ok(());
@@ -295,7 +295,7 @@ impl Comparison {
         place: usize,
         ticket: Ticket,
         op: &Operation<'_>,
-        prepared: &Result<ShimOp, Failure>,
+        prepared: Result<&ShimOp, &Failure>,
         on_node: Result<(), Failure>,
     ) -> Result<(), Failure> {
         let record = match prepared {

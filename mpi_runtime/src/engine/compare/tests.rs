@@ -48,9 +48,9 @@ impl Rank {
         let members = || Some((0..RANKS as i32).collect());
         let ticket = Ticket(self.launch);
         let op = Operation { comm, ..op };
-        let compared = self
-            .comparison
-            .operation(ticket, &op, &self.comm(), &prepared, members);
+        let compared =
+            self.comparison
+                .operation(ticket, &op, &self.comm(), prepared.as_ref(), members);
         compared
             .and(prepared.map(drop))
             .map_err(|reason| reason.to_string())

@@ -58,6 +58,8 @@ pub struct Recorder {
 pub struct Recording<'a> {
     recorder: &'a Recorder,
     number: u64,
+    /// When it began.
+    pub start: Ticks,
 }
 
 /// A program for several devices.
@@ -219,13 +221,15 @@ impl Recorder {
         fence(Ordering::Release);
         entry.write(fields);
         entry.end.store(0, Ordering::Relaxed);
-        entry.start.store(Ticks::now().0, Ordering::Relaxed);
+        let start = Ticks::now();
+        entry.start.store(start.0, Ordering::Relaxed);
         entry.number.store(number, Ordering::Release);
         entry.number_again.store(number, Ordering::Release);
         CURRENT.set(number);
         Recording {
             recorder: self,
             number,
+            start,
         }
     }
 
@@ -326,7 +330,7 @@ impl Recorder {
 impl Recording<'_> {
     /// The operation has ended.
     #[inline]
-    pub fn end(self, result: &Result<(), OperationError>) {
+    pub fn end(self, result: &Result<(), Box<OperationError>>) {
         let entry = self.recorder.entry(self.number);
         CURRENT.set(0);
         if let Err(error) = result {

@@ -65,13 +65,13 @@ fn an_operation_is_entered_when_it_begins_and_has_an_end_when_it_ends() {
 #[test]
 fn a_failed_operation_says_why() {
     let recorder = recorder();
-    let error = OperationError {
+    let error = Box::new(OperationError {
         operation: "allreduce".into(),
         rank: 0,
         comm: "COMM_WORLD".into(),
         size: 2,
         reason: "the ranks differ".into(),
-    };
+    });
     allreduce(&recorder, 0).end(&Err(error));
     let entry = recorder.entry(1);
     assert_eq!(load(&entry.failed), 1);

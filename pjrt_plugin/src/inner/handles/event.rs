@@ -60,6 +60,6 @@ unsafe extern "C" fn is_ready<F: FnOnce(Result<(), Error>)>(
             let then = Box::from_raw(then.cast::<F>());
             (then, InnerError::new(error, api()))
         };
-        then(error.map_or(Ok(()), |error| Err(Error::Inner(error))));
+        then(error.map_or(Ok(()), |error| Err(error.into())));
     });
 }
