@@ -69,6 +69,8 @@ extern "C" {
  * nothing. Other messages, ANY_SOURCE, and a recvtag that is neither ANY_TAG nor the tag sent with
  * must not be in such a program, nor operations on other communicators, nor host callbacks.
  * (mpi_cuda_alike_ at the beginning of the name is accepted too, with a warning.)
+ * A name that begins with mpi_cuda_long_uniform_ promises the same of a program that takes long:
+ * ranks compare it once for each launch too, and the launch returns before it has ended.
  *
  * Optional, of all collectives: an attribute place. Where its bits above the lowest 16 (a hash of
  * the program) are the same and others than 0, the lowest 16 must be, too: ranks whose collectives

@@ -106,7 +106,11 @@ impl<'a> Buffer<'a> {
     /// Number of elements.
     #[inline]
     pub fn elements(&self) -> i64 {
-        self.shape.iter().product()
+        match self.shape {
+            [] => 1,
+            [length] => *length,
+            [first, others @ ..] => others.iter().product::<i64>() * first,
+        }
     }
 
     /// Size in bytes, for dtypes that MPI moves as whole bytes.

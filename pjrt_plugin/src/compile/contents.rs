@@ -9,7 +9,9 @@ use mpi_runtime::mpi::communicators::COLLECTIVES;
 use mpi_runtime::{UniformProgram, World};
 
 use crate::ffi::status;
-use crate::ffi::targets::{CALLBACK_MARK, OLD_UNIFORM_MARK, UNIFORM_MARK, has_operations};
+use crate::ffi::targets::{
+    CALLBACK_MARK, LONG_MARK, OLD_UNIFORM_MARK, UNIFORM_MARK, has_operations,
+};
 use crate::search::{contains, find};
 
 /// Above these a launch takes long enough that a caller would rather not wait for it; the same for
@@ -28,6 +30,8 @@ pub struct Contents {
     pub callbacks: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub uniform: Option<UniformProgram>,
+    /// They take long.
+    pub long: bool,
     /// Of a program for several devices: what it is, the same number on every rank.
     pub channel: u64,
 }
@@ -35,11 +39,13 @@ pub struct Contents {
 impl Contents {
     /// What a program calls, in any format.
     pub fn of(program: &[u8]) -> Contents {
+        let long = after(program, LONG_MARK);
         Contents {
             operations: has_operations(program),
             status: status::is_read(program),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
-            uniform: after_mark(program).and_then(uniform),
+            uniform: long.or_else(|| after_mark(program)).and_then(uniform),
+            long: long.is_some(),
             channel: 0,
         }
     }
@@ -64,6 +70,7 @@ impl Contents {
                 sequence: rewritten.sequence,
                 balance: None,
             }),
+            long: false,
             channel: channel(rewritten, devices),
         }
     }
@@ -73,6 +80,7 @@ impl Contents {
         self.operations |= rewritten.operations;
         self.callbacks |= rewritten.callbacks;
         self.uniform = rewritten.uniform;
+        self.long = rewritten.long;
         self.channel = rewritten.channel;
     }
 }
@@ -87,9 +95,8 @@ fn channel(rewritten: &Rewritten, devices: &Devices) -> u64 {
 /// What follows the mark of a uniform program, by its name today or its old one.
 fn after_mark(program: &[u8]) -> Option<&[u8]> {
     static WARNED: Once = Once::new();
-    let after = |mark: &str| Some(&program[find(program, mark.as_bytes())? + mark.len()..]);
-    after(UNIFORM_MARK).or_else(|| {
-        let found = after(OLD_UNIFORM_MARK)?;
+    after(program, UNIFORM_MARK).or_else(|| {
+        let found = after(program, OLD_UNIFORM_MARK)?;
         WARNED.call_once(|| {
             log::line(&format!(
                 "the attribute {OLD_UNIFORM_MARK}... is now called {UNIFORM_MARK}...: use \
@@ -98,6 +105,11 @@ fn after_mark(program: &[u8]) -> Option<&[u8]> {
         });
         Some(found)
     })
+}
+
+/// What follows this name.
+fn after<'a>(program: &'a [u8], mark: &str) -> Option<&'a [u8]> {
+    Some(&program[find(program, mark.as_bytes())? + mark.len()..])
 }
 
 /// Reads what follows [`UNIFORM_MARK`]: the communicator, `_`, the hash of the sequence and, if
@@ -132,6 +144,15 @@ mod tests {
             after_mark(new).and_then(uniform)
         );
         assert!(after_mark(b"mpi_cuda_allreduce").is_none());
+    }
+
+    #[test]
+    fn a_long_program_is_known_as_one() {
+        let long =
+            Contents::of(b"mpi_cuda_allreduce...mpi_cuda_long_uniform_1_00000000000000ff...");
+        let short = Contents::of(b"mpi_cuda_allreduce...mpi_cuda_uniform_1_00000000000000ff...");
+        assert!(long.long && !short.long);
+        assert!(long.uniform.is_some() && long.uniform == short.uniform);
     }
 
     #[test]

@@ -150,6 +150,7 @@ fn note(loaded: Owned<LoadedHandle>, contents: Contents) -> Result<Owned<LoadedH
             cheap,
             status: contents.status,
             uniform: contents.uniform.filter(|_| !contents.callbacks),
+            long: contents.long,
             comms: match contents.operations {
                 true => communicators::of(handle, contents.channel),
                 false => ProgramComms::NONE,

@@ -348,15 +348,31 @@ impl Data {
 /// The row of that name: from `next` on, or else before.
 #[inline]
 fn find(rows: &[Attribute], next: usize, name: &[u8]) -> Option<usize> {
-    // Names are short: a loop is quicker than a call of memcmp.
-    let is = |row: &Attribute| {
-        let wanted = row.name.as_bytes();
-        wanted.len() == name.len() && wanted.iter().zip(name).all(|(a, b)| a == b)
-    };
+    let is = |row: &Attribute| is_same(row.name.as_bytes(), name);
     let after = rows.get(next..)?.iter().position(is);
     after
         .map(|index| next + index)
         .or_else(|| rows[..next].iter().position(is))
+}
+
+/// Whether two names are the same. They are short, and a call of memcmp for each attribute of each
+/// operation takes longer than the words that most names consist of.
+#[inline]
+fn is_same(one: &[u8], other: &[u8]) -> bool {
+    if one.len() != other.len() {
+        return false;
+    }
+    match one.len() {
+        4..=8 => {
+            one.first_chunk::<4>() == other.first_chunk()
+                && one.last_chunk::<4>() == other.last_chunk()
+        }
+        9..=16 => {
+            one.first_chunk::<8>() == other.first_chunk()
+                && one.last_chunk::<8>() == other.last_chunk()
+        }
+        _ => one == other,
+    }
 }
 
 #[inline]
@@ -376,4 +392,24 @@ fn is_token(buffer: &XLA_FFI_Buffer) -> bool {
 pub fn words(buffer: &XLA_FFI_Buffer) -> String {
     let shape: Vec<String> = array(buffer).shape().iter().map(i64::to_string).collect();
     format!("{}[{}]", dtype_name(buffer.dtype), shape.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_every_length_are_told_apart() {
+        let letters = b"abcdefghijklmnopqrstuvwxyz";
+        for length in 0..letters.len() {
+            let name = &letters[..length];
+            assert!(is_same(name, name));
+            assert!(!is_same(name, &letters[..length + 1]));
+            for place in 0..length {
+                let mut other = name.to_vec();
+                other[place] = b'_';
+                assert!(!is_same(name, &other) && !is_same(&other, name));
+            }
+        }
+    }
 }

@@ -16,6 +16,8 @@ pub const CALLBACK_MARK: &str = "_python_cpu_callback";
 /// What the name of an attribute begins with that says: the operations of this program are the same
 /// on every rank (`include/mpi_cuda.h`, mpi_cuda_uniform).
 pub const UNIFORM_MARK: &str = "mpi_cuda_uniform_";
+/// The same of a program that takes so long that its caller had rather not wait for it.
+pub const LONG_MARK: &str = "mpi_cuda_long_uniform_";
 /// A name of it that is still accepted.
 pub const OLD_UNIFORM_MARK: &str = "mpi_cuda_alike_";
 
@@ -28,6 +30,7 @@ pub const READS_STATUS: &str = "mpi_cuda_reads_status";
 pub fn is_uniform_mark(name: &[u8]) -> bool {
     let rest = name
         .strip_prefix(UNIFORM_MARK.as_bytes())
+        .or_else(|| name.strip_prefix(LONG_MARK.as_bytes()))
         .or_else(|| name.strip_prefix(OLD_UNIFORM_MARK.as_bytes()));
     // Without a branch for each digit: this is asked for every operation.
     let is_hash = |text: &[u8]| match <&[u8; 17]>::try_from(text) {
@@ -94,6 +97,7 @@ mod tests {
             "mpi_cuda_uniform_0_0123456789abcdef",
             "mpi_cuda_uniform_1_0123456789abcdef_fedcba9876543210",
             "mpi_cuda_alike_1_0123456789ABCDEF",
+            "mpi_cuda_long_uniform_1_0123456789abcdef",
         ] {
             assert!(is_uniform_mark(right.as_bytes()), "{right}");
             let cut = &right.as_bytes()[..right.len() - 1];

@@ -21,6 +21,8 @@ pub struct ProgramInfo {
     pub status: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub uniform: Option<UniformProgram>,
+    /// They take long.
+    pub long: bool,
     /// The communicators that it uses.
     pub comms: ProgramComms,
     /// What it is, if it has collectives of XLA's.

@@ -27,6 +27,7 @@ pub fn is_possible(
     };
     // XLA:GPU runs every launch on a thread of its own, and no program there is cheap.
     program.cheap
+        && !program.long
         && WITH_CALLBACKS.load(Ordering::Acquire) == 0
         // With an error in an input XLA would run nothing, and the others would wait.
         && args.inputs.iter().all(|input| input.has_content())

@@ -1,8 +1,9 @@
 """Which programs are the same fixed sequence of operations on every rank.
 
-Their calls need no change of threads: the library runs such a program on the calling thread once
-it sees that all ranks have arrived at it (`docs/waiting.md`). It learns of them
-from the name of an attribute on their first operation (`mark`); others are only slower.
+Ranks compare such a program once for each launch (`docs/checks.md`). If it is short, its calls need
+no change of threads: the library runs it on the calling thread once it sees that all ranks have
+arrived at it (`docs/waiting.md`). The library learns of them from the name of an attribute on their
+first operation (`mark`); others are only slower.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PATCHES = (
 
 # What runs the program inside it exactly once.
 _CALLS = ("jit", "closed_call", "core_call", "remat2", "custom_jvp_call", "custom_vjp_call")
-# Above these a launch takes long enough that a caller would rather not wait for it.
+# Above these a launch takes so long that its caller had rather not wait for it.
 _LONGEST = 10_000
 _LARGEST = 16 << 20
 _LONGEST_WORDS = 400
@@ -161,12 +162,11 @@ def mark(jaxpr: Any, effect: Any) -> str | None:
         return None
     if len(found.comms) != 1 or not found.comms <= {WORLD_NUMBER, DEFAULT_NUMBER}:
         return None
-    if found.operations > _LONGEST or found.bytes > _LARGEST:
-        return None
+    long = found.operations > _LONGEST or found.bytes > _LARGEST
     number = _hash(sequence)
     words = _words(sequence)[:_LONGEST_WORDS].encode()
     _library.load().mpi_cuda_describe(number, _hash(_code(sequence)), words)
-    name = f"mpi_cuda_uniform_{found.comms.pop()}_{number:016x}"
+    name = f"mpi_cuda_{'long_' * long}uniform_{found.comms.pop()}_{number:016x}"
     return f"{name}_{found.balance % 2**64:016x}" if found.exchanges else name
 
 

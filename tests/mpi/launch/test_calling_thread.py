@@ -39,6 +39,7 @@ def test_which_programs_are_the_same_on_every_rank() -> None:
     assert not marked(lambda x: nt.send(x, RANK), X)
     assert not marked(lambda x: nt.allreduce(total(x), m.SUM, comm=m.COMM_SELF), X)
     assert not marked(total, jnp.ones(1 << 22))
+    assert "mpi_cuda_long_uniform_" in jax.jit(total).lower(jnp.ones(1 << 22)).as_text()
 
 
 def test_exchanges_one_after_the_other() -> None:
