@@ -1,6 +1,6 @@
 """Microseconds per operation through JAX, by size: one jitted call ("once"), inside a jitted loop
 of 100 ("loop", a launch included; of 10 above 16 MiB), and for small messages inside one of 10000
-("steady", and "best": the shortest of 200, which a busy machine disturbs least).
+("steady", and "best": the shortest of 100, which a busy machine disturbs least).
 
 Usage: mpirun -n 2 python loop.py ours|mpi4jax|collectives|gloo OPERATION BYTES...
 
