@@ -34,7 +34,7 @@ use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
 use crate::engine::compare::Comparison;
 pub use crate::engine::compare::Launch;
-pub(crate) use crate::engine::compare::{ByMpi, Progress};
+pub(crate) use crate::engine::compare::{ByMpi, Progress, Series};
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::MpiCalls;
 use crate::engine::nonblocking::NonblockingMessages;

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
-use super::{Comparison, FIXED};
+use super::Comparison;
 use crate::engine::compare::channel::Channel;
+use crate::engine::compare::within_node::FIXED;
 use crate::engine::order::Ticket;
 use crate::node::board::Board;
 
@@ -90,8 +91,8 @@ impl Comparison {
             |one| !one.after.iter().any(in_flight),
             |one| {
                 // An operation of another thread may hold the channel; it comes here in the end.
-                let row = self.fixed[one.comm].as_ref();
-                let channel = row.and_then(|row| row.channel.try_lock());
+                let within = self.fixed[one.comm].as_ref();
+                let channel = within.and_then(|within| within.channel.try_lock());
                 let told = channel.map(|mut channel| channel.decline(board, one.kind, &one.words));
                 told.is_some()
             },
@@ -108,10 +109,7 @@ impl Comparison {
         channel: &mut Channel,
         board: &Board,
     ) {
-        let launches = self.launches.lock();
-        let launch = launches.iter().find(|(known, _)| *known == ticket);
-        let by_main_thread = launch.is_some_and(|(_, launch)| launch.by_main_thread);
-        drop(launches);
+        let by_main_thread = self.is_by_main_thread(ticket);
         self.declined.tell(
             |one| by_main_thread && one.comm as i64 == comm && !one.after.contains(&ticket),
             |one| {
