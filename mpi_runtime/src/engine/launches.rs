@@ -37,8 +37,8 @@ impl Engine {
 
     /// The program has refused a collective on that communicator before it launched anything: tells
     /// the other ranks, which may wait in theirs, and waits for nobody. From the main thread.
-    pub fn decline(&self, comm: i64, kind: Kind, words: &str) {
-        self.calls.comparison.decline(comm, kind, words);
+    pub fn refuse_unlaunched(&self, comm: i64, kind: Kind, words: &str) {
+        self.calls.comparison.refuse_unlaunched(comm, kind, words);
     }
 
     /// Waits until every earlier launch of other threads that this one is ordered with has ended.

@@ -117,7 +117,7 @@ impl Channel {
         self.write(board, record);
         match self.rounds(board, record)? {
             Outcome::Same => Ok(true),
-            Outcome::LaunchesAreOver | Outcome::DeclinedAreOver => Ok(false),
+            Outcome::LaunchesAreOver | Outcome::UnlaunchedAreOver => Ok(false),
             Outcome::Differ => {
                 self.close_if_partial();
                 Err(self.explain(board, record.words(), words()))
@@ -136,9 +136,9 @@ impl Channel {
 
     /// Tells the others that the program has refused a collective, without waiting for rounds that
     /// are not over; not if there are many of those.
-    pub(super) fn decline(&mut self, board: &Board, kind: Kind, words: &str) {
+    pub(super) fn refuse_unlaunched(&mut self, board: &Board, kind: Kind, words: &str) {
         if self.closed.is_none() && self.owed.len() < MOST_OWED {
-            let record = Record::Declined(kind);
+            let record = Record::RefusedUnlaunched(kind);
             board.write_text(self.key(self.rank, self.written + 1), words);
             self.owed.push_back(record);
             self.write(board, record);

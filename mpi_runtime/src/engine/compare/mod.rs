@@ -6,13 +6,13 @@
 #![forbid(unsafe_code)]
 
 mod channel;
-mod declined;
 mod exchange;
 mod nodes;
 mod outcome;
 mod record;
 #[cfg(test)]
 mod tests;
+mod unlaunched;
 mod users;
 mod within_node;
 mod words;
@@ -31,11 +31,11 @@ use crate::mpi::communicators::{COLLECTIVES, Communicator, DEFAULT, WORLD};
 use crate::node::board::Board;
 use crate::operation::Operation;
 use channel::Channel;
-use declined::Declined;
 pub(crate) use exchange::{ByMpi, Series};
 pub(crate) use nodes::Progress;
 use nodes::{BetweenNodes, Step, Told};
 use record::{Compared, Record, Sequence};
+use unlaunched::Unlaunched;
 use users::{Messages, UsersComms};
 use within_node::{FIXED, WithinNode, may_ask};
 
@@ -54,7 +54,7 @@ pub(crate) struct Comparison {
     /// Sequences of operations in words.
     described: Mutex<HashMap<u64, (u64, String)>>,
     /// What the program has refused, and the others have not been told yet.
-    declined: Declined,
+    unlaunched: Unlaunched,
 }
 
 /// What is known of a launch.
@@ -137,8 +137,8 @@ impl Comparison {
     pub(super) fn forget(&self, ticket: Ticket) {
         if self.is_used() {
             self.launches.lock().retain(|(known, _)| *known != ticket);
-            if self.declined.are_any() {
-                self.tell_declined();
+            if self.unlaunched.are_any() {
+                self.tell_unlaunched();
             }
         }
     }
@@ -217,8 +217,8 @@ impl Comparison {
             return Ok(());
         }
         let mut channel = within.channel.lock();
-        if self.declined.are_any() {
-            self.tell_declined_before(ticket, op.comm, &mut channel, board);
+        if self.unlaunched.are_any() {
+            self.tell_unlaunched_before(ticket, op.comm, &mut channel, board);
         }
         let shim_op = match prepared {
             Ok(shim_op) => shim_op,

@@ -26,7 +26,7 @@ pub(super) enum Outcome {
     /// Some ranks have launched a sequence, and some execute operations.
     LaunchesAreOver,
     /// What some programs have refused is nothing to the other ranks.
-    DeclinedAreOver,
+    UnlaunchedAreOver,
 }
 
 impl Outcome {
@@ -36,7 +36,7 @@ impl Outcome {
         match self {
             Outcome::Same | Outcome::Differ => true,
             Outcome::LaunchesAreOver => Record::is_launch(record),
-            Outcome::DeclinedAreOver => Record::is_declined(record),
+            Outcome::UnlaunchedAreOver => Record::is_unlaunched(record),
         }
     }
 }
@@ -46,8 +46,8 @@ impl Outcome {
 #[cold]
 pub(super) fn outcome(own: &Words, others: impl Iterator<Item = Words> + Clone) -> Outcome {
     let all = || others.clone().chain([*own]);
-    if all().any(|one| Record::is_declined(&one)) {
-        return outcome_of_declined(all());
+    if all().any(|one| Record::is_unlaunched(&one)) {
+        return outcome_of_unlaunched(all());
     }
     let launches = || all().filter(Record::is_launch);
     // Few ranks differ, if any, so that this is quadratic does not matter.
@@ -67,17 +67,17 @@ pub(super) fn outcome(own: &Words, others: impl Iterator<Item = Words> + Clone) 
 
 /// What follows where programs have refused collectives. Those are nothing to the others if none of
 /// them does anything of such a kind.
-fn outcome_of_declined(all: impl Iterator<Item = Words> + Clone) -> Outcome {
-    let kinds = |declined: bool| {
+fn outcome_of_unlaunched(all: impl Iterator<Item = Words> + Clone) -> Outcome {
+    let kinds = |unlaunched: bool| {
         let some = all.clone();
-        let some = some.filter(move |one| Record::is_declined(one) == declined);
+        let some = some.filter(move |one| Record::is_unlaunched(one) == unlaunched);
         some.fold(0, |kinds, one| kinds | Record::kind_bit(&one))
     };
-    if all.clone().all(|one| Record::is_declined(&one)) {
+    if all.clone().all(|one| Record::is_unlaunched(&one)) {
         Outcome::Same
     } else if kinds(true) & kinds(false) != 0 {
         Outcome::Differ
     } else {
-        Outcome::DeclinedAreOver
+        Outcome::UnlaunchedAreOver
     }
 }

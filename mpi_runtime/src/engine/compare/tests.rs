@@ -182,9 +182,10 @@ fn a_refusal_reaches_the_others_and_waits_for_nobody() {
 
 #[test]
 fn what_a_program_refuses_reaches_those_that_wait_in_it() {
-    let declines = |rank: &Rank| {
+    let refuses = |rank: &Rank| {
         let words = "barrier, which it refused: bad";
-        rank.comparison.decline(WORLD, Kind::Barrier, words);
+        rank.comparison
+            .refuse_unlaunched(WORLD, Kind::Barrier, words);
     };
     let results = on_all(|rank| {
         for launched in [None, Some(7)] {
@@ -192,7 +193,7 @@ fn what_a_program_refuses_reaches_those_that_wait_in_it() {
                 0 => {
                     // Not while something that was launched before has not ended.
                     rank.allreduce(3, Reduction::Sum)?;
-                    declines(rank);
+                    refuses(rank);
                     rank.launches(None);
                     Err("refused: bad".into())
                 }
@@ -218,7 +219,8 @@ fn what_a_program_refuses_may_be_nothing_to_the_others() {
             // More often on some ranks, also than there is room for.
             for _ in 0..(round + 3 * rank.rank) % 7 {
                 let words = "scatter, which it refused";
-                rank.comparison.decline(WORLD, Kind::Scatter, words);
+                rank.comparison
+                    .refuse_unlaunched(WORLD, Kind::Scatter, words);
             }
             rank.launches((round % 3 == 0).then_some(round as u64));
             rank.allreduce(round.into(), Reduction::Sum)?;
