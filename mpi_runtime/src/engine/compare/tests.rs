@@ -249,6 +249,36 @@ fn launches_of_the_same_sequence_are_compared_once() {
 }
 
 #[test]
+fn a_launch_of_a_sequence_leaves_one_record_for_all_its_operations() {
+    let results = on_all(|rank| {
+        let board = rank.comparison.board().unwrap().clone();
+        let (own, lane) = (rank.rank as usize, WORLD as usize);
+        let has_written = |records: u64| {
+            let is_there = |number| board.read(own, lane, number).is_some();
+            is_there(records) && !is_there(records + 1)
+        };
+        let mut right = Vec::new();
+        for launch in 1..=3 {
+            rank.launches(Some(7));
+            for _ in 0..100 {
+                rank.allreduce(3, Reduction::Sum)?;
+            }
+            right.push(has_written(launch));
+        }
+        // Of other launches each operation leaves one.
+        rank.launches(None);
+        for operation in 1..=3 {
+            rank.barrier()?;
+            right.push(has_written(3 + operation));
+        }
+        Ok::<_, String>(right)
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), [true; 6]);
+    }
+}
+
+#[test]
 fn launches_of_the_same_code_that_differ_fail() {
     let results = on_all(|rank| {
         for hash in 7..9 {
