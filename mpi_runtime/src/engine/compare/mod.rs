@@ -27,10 +27,9 @@ use parking_lot::Mutex;
 use crate::engine::order::Ticket;
 use crate::engine::uniform::UniformProgram;
 use crate::error::Failure;
-use crate::mpi::communicators::{COLLECTIVES, Communicator, DEFAULT, WORLD};
+use crate::mpi::communicators::{COLLECTIVES, Communicator};
 use crate::node::board::Board;
 use crate::operation::Operation;
-use channel::Channel;
 pub(crate) use exchange::{ByMpi, Series};
 pub(crate) use nodes::Progress;
 use nodes::{BetweenNodes, Step, Told};
@@ -69,15 +68,7 @@ pub struct Launch {
 impl Comparison {
     /// Over the board of this node, in a world of `size` ranks.
     pub(super) fn new(board: Arc<Board>, size: i32) -> Comparison {
-        let members: Vec<i32> = (0..size).collect();
-        let mut fixed = [const { None }; FIXED];
-        for number in [WORLD, DEFAULT, COLLECTIVES] {
-            let (id, lane) = (number as u64 + 1, number as usize);
-            if board.take_lane(id, lane) == Some(lane) {
-                let channel = Channel::new(&board, id, lane, &members, false);
-                fixed[lane] = Some(WithinNode::new(channel));
-            }
-        }
+        let fixed = within_node::fixed(&board, size);
         Comparison {
             board: Some(board),
             fixed,

@@ -7,6 +7,7 @@ use mpi_shim_abi::{Kind, Reduction};
 use super::*;
 use crate::buffer::{Buffer, ElementType};
 use crate::engine::check;
+use crate::mpi::communicators::WORLD;
 use crate::node::segment::new_number;
 
 const RANKS: usize = 3;

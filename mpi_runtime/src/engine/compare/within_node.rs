@@ -8,6 +8,8 @@ use parking_lot::Mutex;
 
 use crate::engine::compare::channel::Channel;
 use crate::error::Failure;
+use crate::mpi::communicators::{COLLECTIVES, DEFAULT, WORLD};
+use crate::node::board::Board;
 
 /// Lanes of the communicators that always exist: their numbers.
 pub(super) const FIXED: usize = 4;
@@ -29,6 +31,20 @@ impl WithinNode {
             apart: AtomicU32::new(0),
         }
     }
+}
+
+/// The communicators that always exist, by number, in a world of `size` ranks.
+pub(super) fn fixed(board: &Board, size: i32) -> [Option<WithinNode>; FIXED] {
+    let members: Vec<i32> = (0..size).collect();
+    let mut fixed = [const { None }; FIXED];
+    for number in [WORLD, DEFAULT, COLLECTIVES] {
+        let (id, lane) = (number as u64 + 1, number as usize);
+        if board.take_lane(id, lane) == Some(lane) {
+            let channel = Channel::new(board, id, lane, &members, false);
+            fixed[lane] = Some(WithinNode::new(channel));
+        }
+    }
+    fixed
 }
 
 /// Whether the other nodes can be asked after this on the own one: not if one of its ranks has
