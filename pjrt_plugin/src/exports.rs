@@ -178,7 +178,9 @@ pub unsafe extern "C" fn mpi_cuda_refuse(comm: i64, kind: *const c_char, words: 
             && ticket::callback_of().is_none()
             && !ticket::is_inside_launch()
         {
-            world.engine.decline(comm, *kind, &words.to_string_lossy());
+            world
+                .engine
+                .refuse_unlaunched(comm, *kind, &words.to_string_lossy());
         }
     });
 }

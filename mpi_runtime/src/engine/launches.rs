@@ -4,7 +4,10 @@
 
 use std::time::Duration;
 
+use mpi_shim_abi::Kind;
+
 use super::Engine;
+use super::compare::Launch;
 use super::order::{LaunchOrder, Ticket};
 use crate::log;
 
@@ -18,6 +21,24 @@ impl Engine {
     /// Takes the ticket of a new launch.
     pub fn issue_ticket(&self, order: LaunchOrder) -> Ticket {
         self.order.issue(order)
+    }
+
+    /// Notes what is known of the launch that has taken `ticket`, before it begins.
+    pub fn note_launch(&self, ticket: Ticket, launch: Launch) {
+        self.pending.note_thread();
+        self.calls.comparison.note(ticket, launch);
+    }
+
+    /// Says in words what the sequence of a [`UniformProgram`](super::UniformProgram) is; `code` is
+    /// the same for those that differ only in how often their loops run.
+    pub fn describe_sequence(&self, sequence: u64, code: u64, words: &str) {
+        self.calls.comparison.describe(sequence, code, words);
+    }
+
+    /// The program has refused a collective on that communicator before it launched anything: tells
+    /// the other ranks, which may wait in theirs, and waits for nobody. From the main thread.
+    pub fn refuse_unlaunched(&self, comm: i64, kind: Kind, words: &str) {
+        self.calls.comparison.refuse_unlaunched(comm, kind, words);
     }
 
     /// Waits until every earlier launch of other threads that this one is ordered with has ended.

@@ -12,6 +12,7 @@ pub(crate) mod idle;
 mod launches;
 mod mpi_calls;
 mod nonblocking;
+mod on_communicator;
 pub mod order;
 pub(crate) mod pending;
 mod post;
@@ -25,7 +26,7 @@ mod user_comms;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::{Kind, ShimOp};
+use mpi_shim_abi::ShimOp;
 use parking_lot::Mutex;
 
 use crate::device::Stream;
@@ -33,10 +34,11 @@ use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
 use crate::engine::compare::Comparison;
 pub use crate::engine::compare::Launch;
-pub(crate) use crate::engine::compare::{ByMpi, Progress};
+pub(crate) use crate::engine::compare::{ByMpi, Progress, Series};
 use crate::engine::freed_comms::FreedComms;
-use crate::engine::mpi_calls::{MpiCalls, done};
+use crate::engine::mpi_calls::MpiCalls;
 use crate::engine::nonblocking::NonblockingMessages;
+use crate::engine::on_communicator::{OnCommunicator, done};
 use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::PendingTable;
 use crate::engine::recorder::RECORDER;
@@ -289,7 +291,8 @@ impl Engine {
                     // As a whole, so that nothing begins that cannot end.
                     self.prepare_whole(ticket, op, comm)?;
                 }
-                let done = staging.execute(op, comm, main, &mut calls.on(op.comm, comm))?;
+                let mut on_communicator = OnCommunicator::new(calls, op.comm, comm);
+                let done = staging.execute(op, comm, main, &mut on_communicator)?;
                 calls.say_received(op, done)
             }
         }
@@ -376,24 +379,6 @@ impl Engine {
         if let Some(board) = self.calls.comparison.board() {
             board.leave();
         }
-    }
-
-    /// Notes what is known of the launch that has taken `ticket`, before it begins.
-    pub fn note_launch(&self, ticket: Ticket, launch: Launch) {
-        self.pending.note_thread();
-        self.calls.comparison.note(ticket, launch);
-    }
-
-    /// Says in words what the sequence of a [`UniformProgram`] is; `code` is the same for those
-    /// that differ only in how often their loops run.
-    pub fn describe_sequence(&self, sequence: u64, code: u64, words: &str) {
-        self.calls.comparison.describe(sequence, code, words);
-    }
-
-    /// The program has refused a collective on that communicator before it launched anything: tells
-    /// the other ranks, which may wait in theirs, and waits for nobody. From the main thread.
-    pub fn decline(&self, comm: i64, kind: Kind, words: &str) {
-        self.calls.comparison.decline(comm, kind, words);
     }
 
     /// Ends all messages that were started, and says which of them nobody has waited for. Last,

@@ -15,10 +15,10 @@ use crate::engine::recorder::clock::Ticks;
 use crate::engine::uniform::Histories;
 use crate::engine::{check, idle, result_canary, single_rank};
 use crate::error::Failure;
-use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
-use crate::mpi::shim::{Request, Shim};
+use crate::mpi::communicators::{Communicator, Communicators};
+use crate::mpi::shim::Shim;
 use crate::operation::Operation;
-use crate::transfer::transport::{Done, Transport};
+use crate::transfer::transport::Done;
 
 /// Calls MPI, and keeps what was called.
 pub(super) struct MpiCalls {
@@ -40,15 +40,6 @@ impl MpiCalls {
             histories: Histories::default(),
             comparison: Comparison::default(),
             pending,
-        }
-    }
-
-    /// What staging uses, for operations on the communicator of that number.
-    pub(super) fn on<'a>(&'a self, number: i64, comm: &'a Communicator) -> OnCommunicator<'a> {
-        OnCommunicator {
-            calls: self,
-            number,
-            comm,
         }
     }
 
@@ -198,7 +189,7 @@ impl MpiCalls {
 
     /// Wakes the receiver of a message, if it sleeps.
     #[inline]
-    fn wake(&self, op: &Operation<'_>, comm: &Communicator) {
+    pub(super) fn wake(&self, op: &Operation<'_>, comm: &Communicator) {
         if let (Some(board), Ok(dest)) = (self.comparison.board(), usize::try_from(op.dest)) {
             let member = comm.members.get(dest).copied().unwrap_or(op.dest);
             board.wake(member as usize);
@@ -206,7 +197,11 @@ impl MpiCalls {
     }
 
     /// Starts a message, whose number is the operation's result.
-    fn start_message(&self, op: &Operation<'_>, comm: &Communicator) -> Result<(), Failure> {
+    pub(super) fn start_message(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<(), Failure> {
         let shim_op = check::prepare(op, comm)?;
         if op.recv.elements() != 1 || op.recv.bytes() != size_of::<u32>() {
             return Err("the result must be one number of 32 bits".into());
@@ -227,7 +222,7 @@ impl MpiCalls {
     }
 
     /// Waits for the message whose number is the operand; `beginning` gets that of what has come.
-    fn wait_for_message(
+    pub(super) fn wait_for_message(
         &self,
         op: &Operation<'_>,
         comm: &Communicator,
@@ -304,73 +299,6 @@ impl MpiCalls {
     }
 }
 
-/// The engine's way to MPI, for staging.
-pub(super) struct OnCommunicator<'a> {
-    calls: &'a MpiCalls,
-    /// Of the communicator.
-    number: i64,
-    comm: &'a Communicator,
-}
-
-impl Transport for OnCommunicator<'_> {
-    fn perform(&mut self, op: &Operation<'_>) -> Result<Done, Failure> {
-        let (calls, comm) = (self.calls, self.comm);
-        match op.kind {
-            kind if kind.is_end() => self.wait(op, &mut []),
-            kind if kind.is_start() => calls.start_message(op, comm).map(|()| Done::default()),
-            _ => calls.perform(op, comm).map(done),
-        }
-    }
-
-    fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, Failure> {
-        let waited = self.calls.wait_for_message(op, self.comm, beginning);
-        waited.map(|()| Done::default())
-    }
-
-    fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
-        let shim_op = check::prepare(op, self.comm)?;
-        let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
-        self.calls.wake(op, self.comm);
-        // SAFETY: staging keeps what is sent in its pool until `is_sent` says that it is.
-        let request = unsafe { shim.start_send(&shim_op) };
-        let request = request?;
-        self.calls
-            .histories
-            .add(op, self.comm.rank, &ShimReceived::default());
-        Ok(request)
-    }
-
-    fn is_sent(&mut self, request: &mut Request) -> Result<bool, Failure> {
-        let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
-        Ok(shim.test(request)?.is_some())
-    }
-
-    fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, Failure> {
-        let shim_op = check::prepare(op, self.comm)?;
-        let nonblocking = self.calls.nonblocking.as_ref().ok_or(NO_MESSAGES)?;
-        // SAFETY: prepared above; the array outlives this call.
-        let received = unsafe { nonblocking.try_receive(&shim_op, shim_op.datatype) };
-        let Some(received) = received? else {
-            return Ok(None);
-        };
-        self.calls.histories.add(op, self.comm.rank, &received);
-        Ok(Some(done(received)))
-    }
-
-    fn world_rank(&self, rank: i32) -> Result<i32, Failure> {
-        let (Some(shim), comm) = (&self.calls.shim, self.comm) else {
-            return Ok(rank);
-        };
-        if matches!(self.number, WORLD | DEFAULT | COLLECTIVES) {
-            return Ok(rank);
-        }
-        let members = shim.comm_members(comm.handle, comm.size);
-        let members = members?;
-        let member = members.get(rank as usize).copied();
-        member.ok_or_else(|| format!("there is no rank {rank}").into())
-    }
-}
-
 /// What is wrong with a `wait` for another dtype than was posted; the message can still be waited
 /// for.
 fn other_dtype(posted: ElementType, wanted: ElementType) -> Failure {
@@ -380,14 +308,6 @@ fn other_dtype(posted: ElementType, wanted: ElementType) -> Failure {
         wanted.name()
     )
     .into()
-}
-
-pub(super) fn done(received: ShimReceived) -> Done {
-    Done {
-        source: received.source,
-        tag: received.tag,
-        bytes: usize::try_from(received.bytes).unwrap_or(0),
-    }
 }
 
 /// Stands for a communicator that is not known any more.
@@ -404,7 +324,8 @@ const UNKNOWN: Communicator = Communicator {
 
 /// The number of a message to or from `PROC_NULL`.
 const TO_NOBODY: u32 = 0;
-const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
+/// Why there are no messages in a world without MPI.
+pub(super) const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
 
 fn receives(op: &Operation<'_>) -> bool {
     op.kind.is_receive() && op.source != PROC_NULL

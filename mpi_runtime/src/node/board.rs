@@ -5,89 +5,17 @@
 //! about to do, numbered from 1 on, in a ring. What they mean is the business of
 //! `engine/compare/`.
 
+mod layout;
+
 use std::io;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::node::bell::Bell;
 use crate::node::process::Process;
-use crate::node::segment::{Atomics, Segment, SegmentName};
-
-/// Lanes of a rank.
-pub(crate) const LANES: usize = 128;
-/// Records that a lane keeps. A rank ends a round only after it has seen the records of all
-/// others, and writes four at most in advance. One that looks at its last round may be behind by
-/// those four, by the launch and the operation after them, and by four more: none is overwritten
-/// before it is read.
-const RING: u64 = 16;
-/// Numbers in a record.
-pub(crate) const RECORD: usize = 4;
-/// Texts that a rank keeps, and the bytes of one.
-const TEXTS: usize = 16;
-const TEXT: usize = 504;
-
-/// A record on a cache line of its own; its number is written last.
-#[repr(C, align(64))]
-struct Slot {
-    number: AtomicU64,
-    words: [AtomicU64; RECORD],
-}
-
-#[repr(C, align(64))]
-struct Lane {
-    /// The channel that it belongs to; 0 if it is free.
-    channel: AtomicU64,
-    slots: [Slot; RING as usize],
-}
-
-/// Bytes that a rank may tell of what it does.
-const ANSWER: usize = 8 << 10;
-
-/// What a rank tells of what it does, to those that ask.
-#[repr(C)]
-struct Answer {
-    /// Raised by whoever asks.
-    question: AtomicU64,
-    answered: AtomicU64,
-    /// How long its operation has waited that has waited longest, in milliseconds.
-    waiting: AtomicU64,
-    bytes: [AtomicU64; ANSWER / size_of::<u64>()],
-}
-
-/// Ranks of which a board can show that they have gone, of all nodes; no more are told of.
-const ELSEWHERE: usize = 16 << 10;
-/// Numbers below 4 in a word.
-const IN_WORD: usize = u64::BITS as usize / 2;
-
-/// Words for people; the key says what of, and is written last.
-#[repr(C)]
-struct Text {
-    key: AtomicU64,
-    bytes: [AtomicU64; TEXT / size_of::<u64>()],
-}
-
-/// What a rank shows.
-#[repr(C)]
-struct Shown {
-    /// Other than 0 once the rank has left, or is about to.
-    left: AtomicU64,
-    /// Its process, by [`Process`].
-    process: [AtomicU64; 3],
-    /// Rung when there is something new for those that sleep.
-    bell: Bell,
-    /// Rung by whoever sends a message to this rank.
-    messages: Bell,
-    answer: Answer,
-    /// Which ranks of other nodes have gone and how, as far as this rank has heard.
-    elsewhere: [AtomicU64; ELSEWHERE / IN_WORD],
-    /// Other than 0 while an operation of another node waits, as far as this rank has heard.
-    waits_elsewhere: AtomicU64,
-    texts: [Text; TEXTS],
-    lanes: [Lane; LANES],
-}
-
-// SAFETY: it has atomics, arrays of them, and structs of them.
-unsafe impl Atomics for Shown {}
+use crate::node::segment::{Segment, SegmentName};
+pub(crate) use layout::RECORD;
+use layout::{ELSEWHERE, IN_WORD, LANES, RING, Shown, TEXTS, Text, load_text, store_text};
 
 /// The boards of the ranks of this node that share memory with this one.
 pub struct Board {
@@ -377,24 +305,6 @@ impl Board {
     }
 }
 
-/// Writes a text, cut off where the place ends.
-fn store_text(place: &[AtomicU64], text: &str) {
-    let mut bytes = text.bytes().chain(std::iter::repeat(0));
-    for word in place {
-        let next = std::array::from_fn(|_| bytes.next().unwrap_or(0));
-        word.store(u64::from_le_bytes(next), Ordering::SeqCst);
-    }
-}
-
-fn load_text(place: &[AtomicU64]) -> String {
-    let bytes: Vec<u8> = place
-        .iter()
-        .flat_map(|word| word.load(Ordering::SeqCst).to_le_bytes())
-        .take_while(|&byte| byte != 0)
-        .collect();
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
 fn name(number: u64, rank: usize) -> SegmentName {
     SegmentName {
         number,
@@ -403,79 +313,4 @@ fn name(number: u64, rank: usize) -> SegmentName {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::node::segment::new_number;
-
-    fn pair() -> [Board; 2] {
-        let number = new_number();
-        let mut both = [0, 1].map(|rank| Board::make(number, rank, 3).unwrap());
-        both.iter_mut().for_each(Board::open);
-        both.iter().for_each(Board::unlink);
-        both
-    }
-
-    #[test]
-    fn a_rank_reads_what_another_has_written_and_nothing_else() {
-        let [first, second] = pair();
-        assert!(first.sees(0) && first.sees(1) && !first.sees(2));
-        let lane = second.take_lane(9, 0).unwrap();
-        assert_eq!(second.take_lane(8, 0), Some(lane + 1));
-        assert_eq!(first.find_lane(1, 9), Some(lane));
-        assert_eq!(first.find_lane(1, 7), None);
-        assert_eq!(first.read(1, lane, 1), None);
-        second.write(lane, 1, [1, 2, 3, 4]);
-        assert_eq!(first.read(1, lane, 1), Some([1, 2, 3, 4]));
-        assert_eq!(first.read(1, lane, 1 + RING), None);
-        second.write_text(33, "allreduce");
-        assert_eq!(first.text(1, 33).as_deref(), Some("allreduce"));
-        assert_eq!(first.text(1, 34), None);
-        for key in 34..33 + TEXTS as u64 {
-            second.write_text(key, &"x".repeat(2 * TEXT));
-            assert_eq!(first.text(1, key).unwrap().len(), TEXT);
-            assert!(first.text(1, 33).is_some());
-        }
-        second.write_text(3, "the next one has no room beside the others");
-        assert_eq!(first.text(1, 33), None);
-    }
-
-    #[test]
-    fn what_one_has_heard_of_other_nodes_the_others_know() {
-        let [first, second] = pair();
-        second.show_gone_elsewhere(2, 1);
-        second.show_gone_elsewhere(3, 2);
-        second.show_gone_elsewhere(ELSEWHERE, 2);
-        assert!(!first.waits_elsewhere());
-        second.show_waits_elsewhere(true);
-        assert!(first.waits_elsewhere());
-        let of = |rank| [first.gone_elsewhere(rank), second.gone_elsewhere(rank)];
-        assert_eq!(
-            [2, 3, 1, ELSEWHERE].map(of),
-            [[1; 2], [2; 2], [0; 2], [0; 2]]
-        );
-    }
-
-    #[test]
-    fn who_has_left_and_still_waits_has_not_ended() {
-        let [first, second] = pair();
-        second.show_waiting(Duration::from_secs(1));
-        second.leave();
-        assert!(first.gone(1).is_some() && first.ended(1).is_none());
-        second.show_waiting(Duration::ZERO);
-        assert_eq!(first.ended(1), Some("has ended its program"));
-    }
-
-    #[test]
-    fn who_has_left_is_gone() {
-        let [first, second] = pair();
-        assert_eq!(first.gone(1), None);
-        assert!(!second.has_left(1));
-        second.leave();
-        assert!(second.has_left(1) && !first.has_left(0));
-        assert_eq!(first.gone(1), Some("has ended its program"));
-        let shown = first.of(1);
-        shown.left.store(0, Ordering::SeqCst);
-        shown.process[1].store(1, Ordering::SeqCst);
-        assert_eq!(first.gone(1), Some("has died"));
-    }
-}
+mod tests;

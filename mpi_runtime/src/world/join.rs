@@ -5,11 +5,9 @@
 
 use mpi_shim_abi::CODE_BITS;
 
-use crate::engine::ByMpi;
+use crate::engine::{ByMpi, Series};
 use crate::error::{MpiError, StartError};
-use crate::mpi::communicators::{
-    COLLECTIVES, Communicator, Communicators, DEFAULT, NAMES, SELF, WORLD,
-};
+use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, NAMES, SELF};
 use crate::mpi::family::{self, Family};
 use crate::mpi::launcher::Launched;
 use crate::mpi::libraries;
@@ -123,11 +121,11 @@ pub(super) fn duplicate(
     Ok(everybody.unwrap_or_else(|| unreachable!("it is one of them")))
 }
 
-/// Communicators for what ranks of several nodes tell each other of operations on [`WORLD`] and
-/// [`DEFAULT`], and of programs for several devices. Collective.
+/// Communicators for what ranks of several nodes tell each other, one for each [`Series`].
+/// Collective.
 pub(super) fn duplicates_to_compare(shim: &Shim, joined: &Joined) -> Result<ByMpi, StartError> {
     let duplicate = |_| shim.comm_dup(shim.comm_world());
-    let comms = [WORLD, DEFAULT, COLLECTIVES].map(duplicate).into_iter();
+    let comms = Series::ALL.map(duplicate).into_iter();
     Ok(ByMpi {
         shim: *shim,
         comms: comms

@@ -81,6 +81,34 @@ def test_ranks_in_step_run_small_programs_on_the_calling_thread() -> None:
         assert everywhere
 
 
+@pytest.mark.skipif(
+    SIZE != 2 or len(os.sched_getaffinity(0)) < SIZE, reason="ranks without cores are not in step"
+)
+@pytest.mark.not_on_gpu("XLA:GPU launches on a thread of its own")
+def test_long_programs_leave_the_calling_thread_free() -> None:
+    def highest(x):
+        return nt.allreduce(x, m.MAX)
+
+    short = jax.jit(highest)
+    many = jax.jit(lambda x: jax.lax.fori_loop(0, 10_001, lambda _, x: highest(x), x))
+    large = jnp.ones((1 << 21) + 1)
+    for program, x in ((many, X), (jax.jit(highest), large)):
+        program(x).block_until_ready()
+        for _ in range(40):
+            before = launches_on_callers()
+            for _ in range(200):
+                short(X).block_until_ready()
+            everywhere = short(jnp.float32(-(launches_on_callers() > before))) == -1
+            if everywhere:
+                break
+        assert everywhere
+        before = launches_on_callers()
+        # The ranks are here at the same time, too, but their callers do not wait.
+        for _ in range(2):
+            program(x).block_until_ready()
+        assert launches_on_callers() == before
+
+
 def test_an_error_on_the_calling_thread_is_raised_once() -> None:
     """Whichever thread ran it: the caller sees it, and the next call is a new one."""
     program = jax.jit(lambda x: nt.allreduce(x, m.SUM))

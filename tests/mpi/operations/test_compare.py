@@ -122,14 +122,21 @@ def test_operations_in_another_order() -> None:
     check_all_right()
 
 
-def test_loops_of_different_lengths() -> None:
-    rounds = 2 if FIRST else 4
+@pytest.mark.parametrize(
+    ("rounds", "elements"),
+    [((2, 4), 3), ((10_001, 10_003), 3), ((2, 4), 1 << 21)],
+    ids=["short", "many operations", "many bytes"],
+)
+def test_loops_of_different_lengths(rounds: tuple[int, int], elements: int) -> None:
+    """Also of programs that are too long for the calling thread: one comparison for a launch."""
+    own_rounds = rounds[0 if FIRST else 1]
 
     def program(x: jax.Array) -> jax.Array:
-        x = jax.lax.fori_loop(0, rounds, lambda _, x: nt.allreduce(x, m.SUM) / SIZE, x)
-        return nt.allreduce(x.reshape(3, 1), m.SUM)
+        x = jax.lax.fori_loop(0, own_rounds, lambda _, x: nt.allreduce(x, m.SUM) / SIZE, x)
+        return nt.allreduce(x.reshape(-1, 1), m.SUM)
 
-    check_refused(lambda: jax.jit(program)(X), "2 times", "4 times")
+    said = [f"{number} times" for number in rounds]
+    check_refused(lambda: jax.jit(program)(jnp.ones(elements)), *said)
 
 
 def rounds_of(times: int) -> jax.Array:

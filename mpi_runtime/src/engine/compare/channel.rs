@@ -1,18 +1,7 @@
 //! One communicator's lane on the board, and the rounds in which its ranks compare their steps.
 //!
 //! In a round each rank has one current record, and waits until it sees those of all others. What
-//! follows from them is the same on all ranks, since all see the same records:
-//!
-//! | current records | outcome |
-//! | --- | --- |
-//! | all are launches of the same sequence | nothing in these launches needs to be compared |
-//! | launches of the same code with loops of other lengths | all ranks fail |
-//! | other launches, and operations | the launches are over; their operations are compared |
-//! | the same operation everywhere | it may run |
-//! | it, but in different loops of one program | all ranks fail |
-//! | different operations, or a refused one | all ranks fail |
-//! | collectives that programs have refused, and others of such a kind | all ranks fail |
-//! | ... and none of such a kind | those are used up, and the others stay |
+//! follows from them is the same on all ranks (`outcome.rs`).
 //!
 //! Ranks that fail have used up the same records, so a program may go on after the error.
 
@@ -23,12 +12,13 @@ use std::time::{Duration, Instant};
 
 use mpi_shim_abi::Kind;
 
+use crate::engine::compare::outcome::{Outcome, Words, outcome};
 use crate::engine::compare::record::Record;
 use crate::engine::compare::words;
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 use crate::error::Failure;
-use crate::node::board::{Board, RECORD};
+use crate::node::board::Board;
 use crate::node::patience::Patience;
 
 /// How long a rank waits for the others' words once it knows that they differ.
@@ -42,8 +32,6 @@ const MOST_OWED: usize = 4;
 /// Why a communicator is closed whose ranks have differed on one of its nodes.
 pub(super) const OTHER_NODES: &str = "ranks of this node have differed in an operation, \
     and those of other nodes may have executed it: this communicator cannot be used any more";
-
-type Words = [u64; RECORD];
 
 /// Where the ranks of a communicator compare what they do.
 pub(super) struct Channel {
@@ -78,29 +66,6 @@ impl Peer {
     #[inline]
     fn record(&self, board: &Board) -> Option<Words> {
         board.read(self.world_rank, self.lane?, self.current)
-    }
-}
-
-/// What follows from a round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
-    Same,
-    Differ,
-    /// Some ranks have launched a sequence, and some execute operations.
-    LaunchesAreOver,
-    /// What some programs have refused is nothing to the other ranks.
-    DeclinedAreOver,
-}
-
-impl Outcome {
-    /// Whether a record is used up by it.
-    #[inline]
-    fn uses_up(self, record: &Words) -> bool {
-        match self {
-            Outcome::Same | Outcome::Differ => true,
-            Outcome::LaunchesAreOver => Record::is_launch(record),
-            Outcome::DeclinedAreOver => Record::is_declined(record),
-        }
     }
 }
 
@@ -152,7 +117,7 @@ impl Channel {
         self.write(board, record);
         match self.rounds(board, record)? {
             Outcome::Same => Ok(true),
-            Outcome::LaunchesAreOver | Outcome::DeclinedAreOver => Ok(false),
+            Outcome::LaunchesAreOver | Outcome::UnlaunchedAreOver => Ok(false),
             Outcome::Differ => {
                 self.close_if_partial();
                 Err(self.explain(board, record.words(), words()))
@@ -171,9 +136,9 @@ impl Channel {
 
     /// Tells the others that the program has refused a collective, without waiting for rounds that
     /// are not over; not if there are many of those.
-    pub(super) fn decline(&mut self, board: &Board, kind: Kind, words: &str) {
+    pub(super) fn refuse_unlaunched(&mut self, board: &Board, kind: Kind, words: &str) {
         if self.closed.is_none() && self.owed.len() < MOST_OWED {
-            let record = Record::Declined(kind);
+            let record = Record::RefusedUnlaunched(kind);
             board.write_text(self.key(self.rank, self.written + 1), words);
             self.owed.push_back(record);
             self.write(board, record);
@@ -229,11 +194,11 @@ impl Channel {
     fn rounds(&mut self, board: &Board, record: Record) -> Result<Outcome, Failure> {
         let own = record.words();
         loop {
-            let mut outcome = Outcome::Same;
+            let mut result = Outcome::Same;
             for index in 0..self.peers.len() {
                 match self.wait(board, index) {
                     Ok(Some(theirs)) if theirs == own => {}
-                    Ok(Some(_)) => outcome = Outcome::Differ,
+                    Ok(Some(_)) => result = Outcome::Differ,
                     Ok(None) => {
                         self.peers.clear();
                         return Ok(Outcome::Same);
@@ -244,13 +209,13 @@ impl Channel {
                     }
                 }
             }
-            if outcome == Outcome::Differ {
+            if result == Outcome::Differ {
                 let peers = self.peers.iter();
-                outcome = self::outcome(&own, peers.filter_map(|peer| peer.record(board)));
+                result = outcome(&own, peers.filter_map(|peer| peer.record(board)));
             }
-            self.use_up(board, outcome);
-            if outcome.uses_up(&own) {
-                return Ok(outcome);
+            self.use_up(board, result);
+            if result.uses_up(&own) {
+                return Ok(result);
             }
         }
     }
@@ -343,8 +308,8 @@ impl Channel {
 
     /// What the text about a record of a rank of this channel is known by; not 0.
     fn key(&self, rank: i32, number: u64) -> u64 {
-        let place = (number << 32 | rank as u32 as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (self.id ^ place).max(1)
+        let which = (number << 32 | rank as u32 as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (self.id ^ which).max(1)
     }
 }
 
@@ -357,46 +322,5 @@ fn text_until(board: &Board, rank: usize, key: u64, deadline: Instant) -> Option
             return text;
         }
         std::thread::sleep(Duration::from_micros(200).min(left));
-    }
-}
-
-/// What follows when this rank's record is `own` and the others', of which not all are the same,
-/// are `others`.
-#[cold]
-fn outcome(own: &Words, others: impl Iterator<Item = Words> + Clone) -> Outcome {
-    let all = || others.clone().chain([*own]);
-    if all().any(|one| Record::is_declined(&one)) {
-        return outcome_of_declined(all());
-    }
-    let launches = || all().filter(Record::is_launch);
-    // Few ranks differ, if any, so that this is quadratic does not matter.
-    let clash = |one: Words| launches().any(|other| Record::clash(&one, &other));
-    if launches().next().is_none() {
-        let refused = all().any(|one| Record::is_refusal(&one));
-        match !refused && Record::belong_together(own, all()) {
-            true => Outcome::Same,
-            false => Outcome::Differ,
-        }
-    } else if launches().any(clash) {
-        Outcome::Differ
-    } else {
-        Outcome::LaunchesAreOver
-    }
-}
-
-/// What follows where programs have refused collectives. Those are nothing to the others if none of
-/// them does anything of such a kind.
-fn outcome_of_declined(all: impl Iterator<Item = Words> + Clone) -> Outcome {
-    let kinds = |declined: bool| {
-        let some = all.clone();
-        let some = some.filter(move |one| Record::is_declined(one) == declined);
-        some.fold(0, |kinds, one| kinds | Record::kind_bit(&one))
-    };
-    if all.clone().all(|one| Record::is_declined(&one)) {
-        Outcome::Same
-    } else if kinds(true) & kinds(false) != 0 {
-        Outcome::Differ
-    } else {
-        Outcome::DeclinedAreOver
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::engine::post::Post;
 use crate::error::MpiError;
+use crate::mpi::communicators::{DEFAULT, WORLD};
 use crate::mpi::shim::Shim;
 
 /// Bytes of what a rank tells of an operation.
@@ -14,36 +15,60 @@ pub(super) type Text = [u8; TEXT];
 /// the same complemented, whose largest is that of the smallest.
 pub(super) type Numbers = [u64; 6];
 
-/// How ranks tell each other what they do on one of several communicators; collective, as what they
-/// compare.
+/// How ranks tell each other what they do, on one of several communicators by its index;
+/// collective, as what they compare.
 pub(super) trait Exchange: Send + Sync {
     /// The largest of each of the ranks' numbers.
-    fn largest(&self, place: usize, own: Numbers) -> Result<Numbers, MpiError>;
+    fn largest(&self, index: usize, own: Numbers) -> Result<Numbers, MpiError>;
     /// What each rank says, by rank.
-    fn texts(&self, place: usize, own: &Text) -> Result<Vec<Text>, MpiError>;
+    fn texts(&self, index: usize, own: &Text) -> Result<Vec<Text>, MpiError>;
+}
+
+/// What ranks of several nodes compare, each in an order of its own.
+#[derive(Clone, Copy)]
+pub(crate) enum Series {
+    /// Operations on [`WORLD`].
+    World,
+    /// Operations on [`DEFAULT`].
+    Default,
+    /// Programs for several devices.
+    Programs,
+}
+
+impl Series {
+    /// In the order of their numbers.
+    pub(crate) const ALL: [Series; 3] = [Series::World, Series::Default, Series::Programs];
+
+    /// Operations on the communicator of that number.
+    pub(super) fn of(comm: i64) -> Option<Series> {
+        match comm {
+            WORLD => Some(Series::World),
+            DEFAULT => Some(Series::Default),
+            _ => None,
+        }
+    }
 }
 
 /// Over communicators that nothing else uses.
 pub(crate) struct ByMpi {
     pub(crate) shim: Shim,
-    /// By the number of the communicator whose operations are compared there; then for programs for
-    /// several devices.
+    /// By [`Series`].
     pub(crate) comms: Vec<u64>,
     /// Of each of them.
     pub(crate) size: usize,
 }
 
 impl Exchange for ByMpi {
-    fn largest(&self, place: usize, own: Numbers) -> Result<Numbers, MpiError> {
+    fn largest(&self, index: usize, own: Numbers) -> Result<Numbers, MpiError> {
         let mut largest = Numbers::default();
-        self.shim.largest(self.comms[place], &own, &mut largest)?;
+        self.shim.largest(self.comms[index], &own, &mut largest)?;
         Ok(largest)
     }
 
-    fn texts(&self, place: usize, own: &Text) -> Result<Vec<Text>, MpiError> {
+    fn texts(&self, index: usize, own: &Text) -> Result<Vec<Text>, MpiError> {
         let mut texts = vec![[0; TEXT]; self.size];
         self.shim
-            .gather(self.comms[place], own, texts.as_flattened_mut())?;
+            .gather(self.comms[index], own, texts.as_flattened_mut())?;
         Ok(texts)
     }
 }
@@ -91,7 +116,7 @@ impl Exchange for ByMessages {
         let largest = |all: Vec<Vec<u8>>| {
             let all = all.iter().map(|bytes| to_numbers(bytes));
             let largest = all.fold(Numbers::default(), |one, other| {
-                std::array::from_fn(|place| one[place].max(other[place]))
+                std::array::from_fn(|index| one[index].max(other[index]))
             });
             largest
                 .iter()
@@ -109,7 +134,7 @@ impl Exchange for ByMessages {
 
 fn to_numbers(bytes: &[u8]) -> Numbers {
     let numbers = bytes.as_chunks().0;
-    std::array::from_fn(|place| numbers.get(place).copied().map_or(0, u64::from_le_bytes))
+    std::array::from_fn(|index| numbers.get(index).copied().map_or(0, u64::from_le_bytes))
 }
 
 /// Words, cut off where there is no more room.

@@ -6,42 +6,37 @@
 #![forbid(unsafe_code)]
 
 mod channel;
-mod declined;
 mod exchange;
 mod nodes;
+mod outcome;
 mod record;
 #[cfg(test)]
 mod tests;
+mod unlaunched;
+mod users;
+mod within_node;
 mod words;
 
-use std::collections::{BTreeMap, HashMap};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use mpi_shim_abi::ShimOp;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 
 use crate::engine::order::Ticket;
-use crate::engine::post::tags_of;
 use crate::engine::uniform::UniformProgram;
 use crate::error::Failure;
-use crate::mpi::communicators::{COLLECTIVES, Communicator, DEFAULT, WORLD};
-use crate::mpi::shim::Shim;
+use crate::mpi::communicators::{COLLECTIVES, Communicator};
 use crate::node::board::Board;
 use crate::operation::Operation;
-use channel::Channel;
-use declined::Declined;
-use exchange::ByMessages;
-pub(crate) use exchange::ByMpi;
+pub(crate) use exchange::{ByMpi, Series};
 pub(crate) use nodes::Progress;
 use nodes::{BetweenNodes, Step, Told};
 use record::{Compared, Record, Sequence};
-
-/// Where programs for several devices are compared between nodes.
-const PROGRAMS: usize = 2;
-/// Lanes of the communicators that always exist: their numbers.
-const FIXED: usize = 4;
+use unlaunched::Unlaunched;
+use users::{Messages, UsersComms};
+use within_node::{FIXED, WithinNode, may_ask};
 
 /// Compares the steps of this rank with those of the others on its node.
 #[derive(Default)]
@@ -50,19 +45,15 @@ pub(crate) struct Comparison {
     /// With the ranks of other nodes.
     nodes: Option<BetweenNodes>,
     /// Of the communicators that always exist, by number.
-    fixed: [Option<Row>; FIXED],
-    /// How communicators of the user's are compared between nodes, if they are.
-    messages: Option<Messages>,
-    /// Of the user's communicators, by number.
-    users: RwLock<BTreeMap<i64, Arc<Users>>>,
-    /// How many channels there are with these members.
-    ordinals: Mutex<HashMap<Vec<i32>, u64>>,
+    fixed: [Option<WithinNode>; FIXED],
+    /// The user's communicators.
+    users: UsersComms,
     /// Launches in flight that are known to be one fixed sequence.
     launches: Mutex<Vec<(Ticket, Launch)>>,
     /// Sequences of operations in words.
     described: Mutex<HashMap<u64, (u64, String)>>,
     /// What the program has refused, and the others have not been told yet.
-    declined: Declined,
+    unlaunched: Unlaunched,
 }
 
 /// What is known of a launch.
@@ -74,52 +65,10 @@ pub struct Launch {
     pub by_main_thread: bool,
 }
 
-/// How ranks of a communicator of the user's tell each other what they do.
-struct Messages {
-    shim: Shim,
-    /// Handle of a communicator of ours.
-    comm: u64,
-    /// In the world.
-    rank: i32,
-}
-
-/// Of a communicator of the user's.
-#[derive(Default)]
-struct Users {
-    row: Option<Row>,
-    nodes: Option<BetweenNodes>,
-}
-
-struct Row {
-    channel: Mutex<Channel>,
-    /// A launch that all ranks have launched: what is in it need not be compared.
-    same: AtomicU32,
-    /// A launch that was looked up, and whose operations are compared one by one.
-    apart: AtomicU32,
-}
-
-impl Row {
-    fn new(channel: Channel) -> Row {
-        Row {
-            channel: Mutex::new(channel),
-            same: AtomicU32::new(0),
-            apart: AtomicU32::new(0),
-        }
-    }
-}
-
 impl Comparison {
     /// Over the board of this node, in a world of `size` ranks.
     pub(super) fn new(board: Arc<Board>, size: i32) -> Comparison {
-        let members: Vec<i32> = (0..size).collect();
-        let mut fixed = [const { None }; FIXED];
-        for number in [WORLD, DEFAULT, COLLECTIVES] {
-            let (id, lane) = (number as u64 + 1, number as usize);
-            if board.take_lane(id, lane) == Some(lane) {
-                let channel = Channel::new(&board, id, lane, &members, false);
-                fixed[lane] = Some(Row::new(channel));
-            }
-        }
+        let fixed = within_node::fixed(&board, size);
         Comparison {
             board: Some(board),
             fixed,
@@ -130,13 +79,13 @@ impl Comparison {
     /// Compares with other nodes too, at each operation if `always`; those on communicators of the
     /// user's only then, by messages on the communicator `messages`.
     pub(super) fn between_nodes(&mut self, by: ByMpi, always: bool, rank: i32, messages: u64) {
-        self.messages = always.then_some(Messages {
+        self.users.messages = always.then_some(Messages {
             shim: by.shim,
             comm: messages,
             rank,
         });
-        let places = by.comms.len();
-        self.nodes = Some(BetweenNodes::new(Box::new(by), places, always));
+        let count = by.comms.len();
+        self.nodes = Some(BetweenNodes::new(Box::new(by), count, always));
     }
 
     /// How far this rank is in comparing with other nodes, for the communicators that are.
@@ -179,8 +128,8 @@ impl Comparison {
     pub(super) fn forget(&self, ticket: Ticket) {
         if self.is_used() {
             self.launches.lock().retain(|(known, _)| *known != ticket);
-            if self.declined.are_any() {
-                self.tell_declined();
+            if self.unlaunched.are_any() {
+                self.tell_unlaunched();
             }
         }
     }
@@ -203,41 +152,45 @@ impl Comparison {
         if comm.size == 1 {
             return Ok(());
         }
-        let place = op.comm as usize;
-        if place < FIXED {
-            let row = self.fixed[place].as_ref();
-            let on_node = self.on_node(row, ticket, op, prepared);
+        let number = op.comm as usize;
+        if number < FIXED {
+            let within = self.fixed[number].as_ref();
+            let on_node = self.compare_within(within, ticket, op, prepared);
             return match &self.nodes {
-                Some(nodes) if may_ask(&on_node, row) => {
-                    self.between(nodes, place, ticket, op, prepared, on_node)
-                }
+                Some(nodes) if may_ask(&on_node, within) => match Series::of(op.comm) {
+                    Some(series) => {
+                        self.compare_between(nodes, series as usize, ticket, op, prepared, on_node)
+                    }
+                    None => on_node,
+                },
                 _ => on_node,
             };
         }
-        if self.board.is_none() && self.messages.is_none() {
+        if self.board.is_none() && self.users.messages.is_none() {
             return Ok(());
         }
-        let users = self.users_comm(ticket, op.comm, members);
-        let row = users.row.as_ref();
-        let on_node = self.on_node(row, ticket, op, prepared);
-        match &users.nodes {
-            Some(nodes) if may_ask(&on_node, row) => {
-                self.between(nodes, 0, ticket, op, prepared, on_node)
+        let members = || members().filter(|_| self.is_by_main_thread(ticket));
+        let users = self.users.get(op.comm, self.board.as_ref(), members);
+        let within = users.within.as_ref();
+        let on_node = self.compare_within(within, ticket, op, prepared);
+        match &users.between {
+            Some(nodes) if may_ask(&on_node, within) => {
+                self.compare_between(nodes, 0, ticket, op, prepared, on_node)
             }
             _ => on_node,
         }
     }
 
     #[inline]
-    fn on_node(
+    fn compare_within(
         &self,
-        row: Option<&Row>,
+        within: Option<&WithinNode>,
         ticket: Ticket,
         op: &Operation<'_>,
         prepared: Result<&ShimOp, &Failure>,
     ) -> Result<(), Failure> {
-        match (&self.board, row) {
-            (Some(board), Some(row)) => self.compare(board, row, ticket, op, prepared),
+        match (&self.board, within) {
+            (Some(board), Some(within)) => self.compare(board, within, ticket, op, prepared),
             _ => Ok(()),
         }
     }
@@ -246,17 +199,17 @@ impl Comparison {
     fn compare(
         &self,
         board: &Board,
-        row: &Row,
+        within: &WithinNode,
         ticket: Ticket,
         op: &Operation<'_>,
         prepared: Result<&ShimOp, &Failure>,
     ) -> Result<(), Failure> {
-        if ticket.0 != 0 && row.same.load(Ordering::Relaxed) == ticket.0 {
+        if ticket.0 != 0 && within.same.load(Ordering::Relaxed) == ticket.0 {
             return Ok(());
         }
-        let mut channel = row.channel.lock();
-        if self.declined.are_any() {
-            self.tell_declined_before(ticket, op.comm, &mut channel, board);
+        let mut channel = within.channel.lock();
+        if self.unlaunched.are_any() {
+            self.tell_unlaunched_before(ticket, op.comm, &mut channel, board);
         }
         let shim_op = match prepared {
             Ok(shim_op) => shim_op,
@@ -265,15 +218,15 @@ impl Comparison {
                 return Ok(());
             }
         };
-        if row.apart.load(Ordering::Relaxed) != ticket.0 {
+        if within.apart.load(Ordering::Relaxed) != ticket.0 {
             if let Some((sequence, words)) = self.described(ticket, op) {
                 let launch = Record::Launch(sequence);
                 if channel.step(board, launch, || words.clone())? {
-                    row.same.store(ticket.0, Ordering::Relaxed);
+                    within.same.store(ticket.0, Ordering::Relaxed);
                     return Ok(());
                 }
             }
-            row.apart.store(ticket.0, Ordering::Relaxed);
+            within.apart.store(ticket.0, Ordering::Relaxed);
         }
         let record = Record::Operation(Compared::new(op, shim_op));
         let words = || self.in_words(op);
@@ -288,11 +241,11 @@ impl Comparison {
         }
     }
 
-    /// Compares `op` with other nodes, when this one has.
-    fn between(
+    /// Compares `op` with other nodes, when this one has, on a communicator of theirs.
+    fn compare_between(
         &self,
         nodes: &BetweenNodes,
-        place: usize,
+        index: usize,
         ticket: Ticket,
         op: &Operation<'_>,
         prepared: Result<&ShimOp, &Failure>,
@@ -307,17 +260,17 @@ impl Comparison {
             (Ok(()), Err(reason)) => Step::Refuse(record.words(), reason.clone()),
             (Err(failure), _) => Step::Differ(record.words(), failure),
         };
-        let sequence = || self.placed(ticket, op);
+        let sequence = || self.sequence_or_place(ticket, op);
         let words = |told| match (told, prepared, sequence()) {
             (Told::Sequence, _, Some((_, words))) => words,
             (_, Ok(_), _) => self.in_words(op),
             (_, Err(reason), _) => refused(op, reason),
         };
-        nodes.step(place, step, || sequence().map(|(it, _)| it), words)
+        nodes.step(index, step, || sequence().map(|(it, _)| it), words)
     }
 
     /// The sequence that `op` is in, or its place in a program, with words.
-    fn placed(&self, ticket: Ticket, op: &Operation<'_>) -> Option<(Sequence, String)> {
+    fn sequence_or_place(&self, ticket: Ticket, op: &Operation<'_>) -> Option<(Sequence, String)> {
         let place = || Sequence {
             hash: op.place,
             code: record::program(op.place),
@@ -343,26 +296,26 @@ impl Comparison {
         sequence: u64,
         words: impl Fn() -> String,
     ) -> Result<bool, Failure> {
-        let row = self.fixed[COLLECTIVES as usize].as_ref();
+        let within = self.fixed[COLLECTIVES as usize].as_ref();
         // All ranks run the same programs of this kind.
         let record = Record::Launch(Sequence {
             hash: sequence,
             code: 1,
             first: None,
         });
-        let on_node = match (&self.board, row) {
-            (Some(board), Some(row)) => row.channel.lock().step(board, record, &words),
+        let on_node = match (&self.board, within) {
+            (Some(board), Some(within)) => within.channel.lock().step(board, record, &words),
             _ => Ok(true),
         };
         let nodes = match &self.nodes {
-            Some(nodes) if may_ask(&on_node, row) => nodes,
+            Some(nodes) if may_ask(&on_node, within) => nodes,
             _ => return on_node,
         };
         let step = match on_node {
             Ok(_) => Step::Execute(record.words()),
             Err(failure) => Step::Differ(record.words(), failure),
         };
-        nodes.step(PROGRAMS, step, || None, |_| words())?;
+        nodes.step(Series::Programs as usize, step, || None, |_| words())?;
         Ok(true)
     }
 
@@ -376,79 +329,17 @@ impl Comparison {
         uniform.balance.is_none().then_some(uniform.sequence)
     }
 
-    /// What a communicator of the user's is compared by, made for its first collective. Ranks know
-    /// it by its members and by how many with these members came before. That is the same on all
-    /// of them as long as one thread uses them, so those of other threads are not compared.
-    fn users_comm(
-        &self,
-        ticket: Ticket,
-        number: i64,
-        members: impl FnOnce() -> Option<Vec<i32>>,
-    ) -> Arc<Users> {
-        if let Some(known) = self.users.read().get(&number) {
-            return known.clone();
-        }
+    /// Whether the main thread has dispatched this launch.
+    fn is_by_main_thread(&self, ticket: Ticket) -> bool {
         let launches = self.launches.lock();
         let launch = launches.iter().find(|(known, _)| *known == ticket);
-        let by_main_thread = launch.is_some_and(|(_, launch)| launch.by_main_thread);
-        drop(launches);
-        let members = members().filter(|_| by_main_thread);
-        let users =
-            Arc::new(members.map_or_else(Users::default, |members| self.compared(&members)));
-        self.users.write().insert(number, users.clone());
-        users
+        launch.is_some_and(|(_, launch)| launch.by_main_thread)
     }
 
-    fn compared(&self, members: &[i32]) -> Users {
-        let id = self.next_id(members);
-        let row = self.board.as_ref().and_then(|board| {
-            let lane = board.take_lane(id, FIXED)?;
-            let mut channel = Channel::new(board, id, lane, members, true);
-            if self.messages.is_some() {
-                channel.is_told_elsewhere();
-            }
-            Some(Row::new(channel))
-        });
-        let here = |&rank: &i32| self.board.as_ref().is_some_and(|b| b.sees(rank as usize));
-        let messages = self.messages.as_ref();
-        let messages = messages.filter(|_| !members.iter().all(here));
-        let nodes = messages.map(|messages| {
-            let by = ByMessages {
-                shim: messages.shim,
-                comm: messages.comm,
-                tag: tags_of(id),
-                rank: messages.rank,
-                members: members.to_vec(),
-            };
-            BetweenNodes::new(Box::new(by), 1, true)
-        });
-        Users { row, nodes }
-    }
-
-    /// The communicator was freed.
+    /// The communicator of the user's was freed.
     pub(super) fn free(&self, number: i64) {
-        let users = self.users.write().remove(&number);
-        let row = users.as_ref().and_then(|users| users.row.as_ref());
-        if let (Some(board), Some(row)) = (&self.board, row) {
-            row.channel.lock().give_back(board);
-        }
+        self.users.free(number, self.board.as_ref());
     }
-
-    fn next_id(&self, members: &[i32]) -> u64 {
-        let mut ordinals = self.ordinals.lock();
-        let ordinal = ordinals.entry(members.to_vec()).or_default();
-        *ordinal += 1;
-        let mut hasher = DefaultHasher::new();
-        (members, *ordinal).hash(&mut hasher);
-        hasher.finish().max(FIXED as u64 + 1)
-    }
-}
-
-/// Whether the other nodes can be asked after this on the own one: not if one of its ranks has
-/// gone, which takes part in nothing more.
-#[inline]
-fn may_ask<T>(on_node: &Result<T, Failure>, row: Option<&Row>) -> bool {
-    on_node.is_ok() || !row.is_some_and(|row| row.channel.lock().is_closed())
 }
 
 fn refused(op: &Operation<'_>, reason: &Failure) -> String {

@@ -22,7 +22,7 @@ pub(super) enum Record {
     Refused(Kind),
     /// A collective that this rank's program has refused before it launched anything. It may be the
     /// rank's own affair: then the others do none of this kind.
-    Declined(Kind),
+    RefusedUnlaunched(Kind),
 }
 
 /// A fixed sequence of collectives.
@@ -78,7 +78,7 @@ impl Compared {
 const OPERATION: u64 = 1;
 const LAUNCH: u64 = 2;
 const REFUSED: u64 = 3;
-const DECLINED: u64 = 4;
+const REFUSED_UNLAUNCHED: u64 = 4;
 /// Stands for a kind that is not known.
 const NO_KIND: u64 = 0xff;
 
@@ -99,7 +99,7 @@ impl Record {
                 [LAUNCH | first << 8, own.code, own.hash, 0]
             }
             Record::Refused(kind) => [REFUSED | (kind as u64) << 8, 0, 0, 0],
-            Record::Declined(kind) => [DECLINED | (kind as u64) << 8, 0, 0, 0],
+            Record::RefusedUnlaunched(kind) => [REFUSED_UNLAUNCHED | (kind as u64) << 8, 0, 0, 0],
         }
     }
 
@@ -138,8 +138,8 @@ impl Record {
     }
 
     #[inline]
-    pub(super) fn is_declined(words: &[u64; RECORD]) -> bool {
-        words[0] & 0xff == DECLINED
+    pub(super) fn is_unlaunched(words: &[u64; RECORD]) -> bool {
+        words[0] & 0xff == REFUSED_UNLAUNCHED
     }
 
     /// The kind of the collective, or of the first one of a launch, as a bit; 0 if it is not known.
@@ -170,7 +170,7 @@ impl Record {
                 first: kind,
             }),
             REFUSED => Record::Refused(kind?),
-            DECLINED => Record::Declined(kind?),
+            REFUSED_UNLAUNCHED => Record::RefusedUnlaunched(kind?),
             _ => return None,
         })
     }
@@ -202,7 +202,7 @@ impl fmt::Display for Record {
                 Ok(())
             }
             Record::Launch(..) => f.write_str("another sequence of operations"),
-            Record::Refused(kind) | Record::Declined(kind) => {
+            Record::Refused(kind) | Record::RefusedUnlaunched(kind) => {
                 write!(f, "{}, which it refused", kind.name())
             }
         }
@@ -243,7 +243,7 @@ mod tests {
             code: 0,
             first: Some(Kind::Scatter),
         });
-        let refused = [Record::Refused, Record::Declined].map(|of| of(Kind::Scatter));
+        let refused = [Record::Refused, Record::RefusedUnlaunched].map(|of| of(Kind::Scatter));
         for record in [launch, scatter, refused[0], refused[1]] {
             assert_eq!(Record::from_words(&record.words()), Some(record));
         }
@@ -271,7 +271,7 @@ mod tests {
             [[1, 2, 4, 0]].into_iter()
         ));
         assert!(Record::is_refusal(&refused[0].words()));
-        assert!(Record::is_declined(&refused[1].words()));
+        assert!(Record::is_unlaunched(&refused[1].words()));
         for garbage in [0, 9, OPERATION | 0xff << 8, OPERATION | 0xff << 16] {
             assert_eq!(Record::from_words(&[garbage, 0, 0, 0]), None);
         }

@@ -7,6 +7,7 @@ use mpi_shim_abi::{Kind, Reduction};
 use super::*;
 use crate::buffer::{Buffer, ElementType};
 use crate::engine::check;
+use crate::mpi::communicators::WORLD;
 use crate::node::segment::new_number;
 
 const RANKS: usize = 3;
@@ -182,9 +183,10 @@ fn a_refusal_reaches_the_others_and_waits_for_nobody() {
 
 #[test]
 fn what_a_program_refuses_reaches_those_that_wait_in_it() {
-    let declines = |rank: &Rank| {
+    let refuses = |rank: &Rank| {
         let words = "barrier, which it refused: bad";
-        rank.comparison.decline(WORLD, Kind::Barrier, words);
+        rank.comparison
+            .refuse_unlaunched(WORLD, Kind::Barrier, words);
     };
     let results = on_all(|rank| {
         for launched in [None, Some(7)] {
@@ -192,7 +194,7 @@ fn what_a_program_refuses_reaches_those_that_wait_in_it() {
                 0 => {
                     // Not while something that was launched before has not ended.
                     rank.allreduce(3, Reduction::Sum)?;
-                    declines(rank);
+                    refuses(rank);
                     rank.launches(None);
                     Err("refused: bad".into())
                 }
@@ -218,7 +220,8 @@ fn what_a_program_refuses_may_be_nothing_to_the_others() {
             // More often on some ranks, also than there is room for.
             for _ in 0..(round + 3 * rank.rank) % 7 {
                 let words = "scatter, which it refused";
-                rank.comparison.decline(WORLD, Kind::Scatter, words);
+                rank.comparison
+                    .refuse_unlaunched(WORLD, Kind::Scatter, words);
             }
             rank.launches((round % 3 == 0).then_some(round as u64));
             rank.allreduce(round.into(), Reduction::Sum)?;
@@ -243,6 +246,36 @@ fn launches_of_the_same_sequence_are_compared_once() {
     });
     for result in results {
         assert!(result.unwrap().is_err());
+    }
+}
+
+#[test]
+fn a_launch_of_a_sequence_leaves_one_record_for_all_its_operations() {
+    let results = on_all(|rank| {
+        let board = rank.comparison.board().unwrap().clone();
+        let (own, lane) = (rank.rank as usize, WORLD as usize);
+        let has_written = |records: u64| {
+            let is_there = |number| board.read(own, lane, number).is_some();
+            is_there(records) && !is_there(records + 1)
+        };
+        let mut right = Vec::new();
+        for launch in 1..=3 {
+            rank.launches(Some(7));
+            for _ in 0..100 {
+                rank.allreduce(3, Reduction::Sum)?;
+            }
+            right.push(has_written(launch));
+        }
+        // Of other launches each operation leaves one.
+        rank.launches(None);
+        for operation in 1..=3 {
+            rank.barrier()?;
+            right.push(has_written(3 + operation));
+        }
+        Ok::<_, String>(right)
+    });
+    for result in results {
+        assert_eq!(result.unwrap(), [true; 6]);
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod about;
 pub mod clock;
+mod entry;
 pub mod file;
 mod layout;
 mod ring;

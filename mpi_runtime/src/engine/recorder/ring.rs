@@ -4,14 +4,14 @@
 
 use std::cell::Cell;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use super::clock::{Moment, Ticks};
+use super::entry::{Fields, pair};
 use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, Record, STARTED};
-use super::system;
 use super::texts::Texts;
 use crate::engine::order::Ticket;
 use crate::error::OperationError;
@@ -75,8 +75,6 @@ pub struct Program<'a> {
 }
 
 thread_local! {
-    /// What Linux calls this thread.
-    static THREAD: Cell<u32> = const { Cell::new(0) };
     /// The operation that this thread executes.
     static CURRENT: Cell<u64> = const { Cell::new(0) };
 }
@@ -360,89 +358,6 @@ impl Recording<'_> {
             }
         }
     }
-}
-
-/// What an entry says, before it is written.
-struct Fields {
-    ticket: Ticket,
-    comm: i64,
-    position: u64,
-    sent: u64,
-    received: u64,
-    ranks: u64,
-    tags: u64,
-    what: u64,
-    text: u32,
-}
-
-impl Entry {
-    #[inline]
-    fn write(&self, fields: &Fields) {
-        let launch_thread = u64::from(fields.ticket.0) << 32 | u64::from(thread());
-        for (place, value) in [
-            (&self.comm, fields.comm as u64),
-            (&self.position, fields.position),
-            (&self.sent, fields.sent),
-            (&self.received, fields.received),
-            (&self.launch_thread, launch_thread),
-            (&self.ranks, fields.ranks),
-            (&self.tags, fields.tags),
-            (&self.what, fields.what),
-            (&self.text, u64::from(fields.text)),
-            (&self.failed, 0),
-            (&self.waited, 0),
-        ] {
-            place.store(value, Ordering::Relaxed);
-        }
-    }
-
-    /// Becomes the same as `from`; its number last.
-    fn copy(&self, from: &Entry) {
-        for (to, from) in self.words().iter().zip(from.words()).rev() {
-            to.store(from.load(Ordering::Relaxed), Ordering::Release);
-        }
-    }
-
-    fn words(&self) -> [&AtomicU64; 16] {
-        [
-            &self.number,
-            &self.start,
-            &self.end,
-            &self.waited,
-            &self.comm,
-            &self.position,
-            &self.sent,
-            &self.received,
-            &self.launch_thread,
-            &self.ranks,
-            &self.tags,
-            &self.what,
-            &self.text,
-            &self.failed,
-            &self.spare,
-            &self.number_again,
-        ]
-    }
-}
-
-/// What Linux calls this thread.
-#[inline]
-fn thread() -> u32 {
-    match THREAD.get() {
-        0 => ask_thread(),
-        known => known,
-    }
-}
-
-#[cold]
-fn ask_thread() -> u32 {
-    let number = system::thread();
-    THREAD.set(number);
-    number
-}
-
-const fn pair(upper: i32, lower: i32) -> u64 {
-    (upper as u32 as u64) << 32 | lower as u32 as u64
 }
 
 /// The number that stands for the ranks of a program, the same on all of them.

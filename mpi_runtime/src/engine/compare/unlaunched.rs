@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
-use super::{Comparison, FIXED};
+use super::Comparison;
 use crate::engine::compare::channel::Channel;
+use crate::engine::compare::within_node::FIXED;
 use crate::engine::order::Ticket;
 use crate::node::board::Board;
 
@@ -18,7 +19,7 @@ const MOST: usize = 4;
 
 /// What is to be told once it is its turn.
 #[derive(Default)]
-pub(super) struct Declined {
+pub(super) struct Unlaunched {
     list: Mutex<Vec<One>>,
     /// There are some.
     any: AtomicBool,
@@ -33,7 +34,7 @@ struct One {
     after: Vec<Ticket>,
 }
 
-impl Declined {
+impl Unlaunched {
     #[inline]
     pub(super) fn are_any(&self) -> bool {
         self.any.load(Ordering::Relaxed)
@@ -55,7 +56,7 @@ impl Declined {
 impl Comparison {
     /// The main thread has refused a collective on the communicator `comm`, in these words, and
     /// launches nothing for it. Those on communicators of the user are not told.
-    pub(crate) fn decline(&self, comm: i64, kind: Kind, words: &str) {
+    pub(crate) fn refuse_unlaunched(&self, comm: i64, kind: Kind, words: &str) {
         let comm = usize::try_from(comm).unwrap_or(FIXED);
         // Those on other nodes would not see it.
         if self.nodes.is_some() || self.fixed.get(comm).is_none_or(Option::is_none) {
@@ -69,30 +70,31 @@ impl Comparison {
             words: words.to_owned(),
             after: by_main.map(|(ticket, _)| *ticket).collect(),
         };
-        let mut list = self.declined.list.lock();
+        let mut list = self.unlaunched.list.lock();
         if list.iter().filter(|other| other.comm == comm).count() < MOST {
             list.push(one);
-            self.declined.any.store(true, Ordering::Relaxed);
+            self.unlaunched.any.store(true, Ordering::Relaxed);
         }
         drop((list, launches));
-        self.tell_declined();
+        self.tell_unlaunched();
     }
 
     /// Tells those with no launch in flight that was before them.
-    pub(super) fn tell_declined(&self) {
+    pub(super) fn tell_unlaunched(&self) {
         let Some(board) = &self.board else {
             return;
         };
         // Held, so that none of the last launch is left over when that ends at the same time.
         let launches = self.launches.lock();
         let in_flight = |ticket: &Ticket| launches.iter().any(|(known, _)| known == ticket);
-        self.declined.tell(
+        self.unlaunched.tell(
             |one| !one.after.iter().any(in_flight),
             |one| {
                 // An operation of another thread may hold the channel; it comes here in the end.
-                let row = self.fixed[one.comm].as_ref();
-                let channel = row.and_then(|row| row.channel.try_lock());
-                let told = channel.map(|mut channel| channel.decline(board, one.kind, &one.words));
+                let within = self.fixed[one.comm].as_ref();
+                let channel = within.and_then(|within| within.channel.try_lock());
+                let told = channel
+                    .map(|mut channel| channel.refuse_unlaunched(board, one.kind, &one.words));
                 told.is_some()
             },
         );
@@ -101,21 +103,18 @@ impl Comparison {
     /// Tells those that come before an operation of the launch `ticket` on `comm`, which has that
     /// channel.
     #[cold]
-    pub(super) fn tell_declined_before(
+    pub(super) fn tell_unlaunched_before(
         &self,
         ticket: Ticket,
         comm: i64,
         channel: &mut Channel,
         board: &Board,
     ) {
-        let launches = self.launches.lock();
-        let launch = launches.iter().find(|(known, _)| *known == ticket);
-        let by_main_thread = launch.is_some_and(|(_, launch)| launch.by_main_thread);
-        drop(launches);
-        self.declined.tell(
+        let by_main_thread = self.is_by_main_thread(ticket);
+        self.unlaunched.tell(
             |one| by_main_thread && one.comm as i64 == comm && !one.after.contains(&ticket),
             |one| {
-                channel.decline(board, one.kind, &one.words);
+                channel.refuse_unlaunched(board, one.kind, &one.words);
                 true
             },
         );

@@ -1,0 +1,168 @@
+//! What is refused, and with which words.
+
+use super::*;
+
+const COMM: Communicator = Communicator {
+    name: "test",
+    handle: 5,
+    user_handle: 5,
+    rank: 1,
+    size: 4,
+    members: &[],
+    largest_tag: 0,
+    freed: false,
+};
+
+fn buffer(dtype: ElementType, shape: &[i64]) -> Buffer<'_> {
+    Buffer::described(dtype, shape)
+}
+
+fn operation<'a>(kind: Kind, send: Buffer<'a>, recv: Buffer<'a>) -> Operation<'a> {
+    Operation {
+        source: 0,
+        recv_tag: 0,
+        ..Operation::new(kind, 0, send, recv)
+    }
+}
+
+#[test]
+fn ranks_outside_the_communicator_are_refused() {
+    let x = buffer(ElementType::F32, &[3]);
+    for kind in [Kind::Bcast, Kind::Reduce, Kind::Send, Kind::Sendrecv] {
+        for peer in [-1, 4, 1000] {
+            let op = Operation {
+                root: peer,
+                dest: peer,
+                ..operation(kind, x, x)
+            };
+            let text = prepare(&op, &COMM).unwrap_err().to_string();
+            assert!(
+                text.contains(&peer.to_string()) && text.contains("0 to 3"),
+                "{text}"
+            );
+        }
+    }
+    let op = Operation {
+        source: 4,
+        ..operation(Kind::Recv, Buffer::NONE, x)
+    };
+    assert!(
+        prepare(&op, &COMM)
+            .unwrap_err()
+            .to_string()
+            .contains("source 4")
+    );
+    for source in [ANY, PROC_NULL] {
+        let op = Operation {
+            source,
+            ..operation(Kind::Recv, Buffer::NONE, x)
+        };
+        assert!(prepare(&op, &COMM).is_ok());
+    }
+}
+
+#[test]
+fn tags_must_not_be_negative() {
+    let x = buffer(ElementType::F32, &[3]);
+    let op = Operation {
+        send_tag: -3,
+        ..operation(Kind::Send, x, Buffer::NONE)
+    };
+    assert!(
+        prepare(&op, &COMM)
+            .unwrap_err()
+            .to_string()
+            .contains("negative")
+    );
+}
+
+#[test]
+fn reductions_follow_the_standard() {
+    use ElementType::{BF16, Bool, C64, F8, F32, I16};
+    let allowed = [
+        (Bool, "SUM PROD MIN MAX LAND LOR LXOR BAND BOR BXOR"),
+        (BF16, "SUM PROD MIN MAX"),
+        (F8, ""),
+        (I16, "SUM PROD MIN MAX LAND LOR LXOR BAND BOR BXOR"),
+        (F32, "SUM PROD MIN MAX"),
+        (C64, "SUM PROD"),
+    ];
+    for (dtype, names) in allowed {
+        for (reduction, name) in crate::operation::REDUCTIONS {
+            let x = buffer(dtype, &[3]);
+            let op = Operation {
+                reduction: Some(reduction),
+                ..operation(Kind::Allreduce, x, x)
+            };
+            let expected = names.split(' ').any(|allowed| allowed == name);
+            assert_eq!(
+                prepare(&op, &COMM).is_ok(),
+                expected,
+                "{name} of {}",
+                dtype.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn results_must_fit() {
+    let (one, four) = (
+        buffer(ElementType::F32, &[3]),
+        buffer(ElementType::F32, &[4, 3]),
+    );
+    assert!(prepare(&operation(Kind::Allgather, one, four), &COMM).is_ok());
+    assert!(prepare(&operation(Kind::Allgather, one, one), &COMM).is_err());
+    assert!(prepare(&operation(Kind::Alltoall, four, four), &COMM).is_ok());
+    let text = prepare(&operation(Kind::Alltoall, one, one), &COMM)
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("leading dimension is 3"), "{text}");
+    // Rank 1 is not the root: it passes and gets its own shape.
+    assert!(prepare(&operation(Kind::Gather, one, one), &COMM).is_ok());
+    assert!(prepare(&operation(Kind::Scatter, four, one), &COMM).is_err());
+    let root = Communicator { rank: 0, ..COMM };
+    assert!(prepare(&operation(Kind::Scatter, four, one), &root).is_ok());
+    assert!(prepare(&operation(Kind::Gather, one, one), &root).is_err());
+    assert!(prepare(&operation(Kind::ReduceScatter, four, one), &COMM).is_ok());
+    assert!(prepare(&operation(Kind::ReduceScatter, one, four), &COMM).is_err());
+}
+
+#[test]
+fn an_operand_and_a_result_lie_apart() {
+    let mut memory = [0; 24];
+    let all = Buffer::over(&mut memory, ElementType::F32, &[6]);
+    let at = |place: usize| all.part(4 * place, &buffer(ElementType::F32, &[3]));
+    let (whole, other, between) = (at(0), at(3), at(2));
+    let prepared = |kind, recv| prepare(&operation(kind, whole, recv), &COMM);
+    for kind in [Kind::Allreduce, Kind::Sendrecv] {
+        assert!(prepared(kind, other).is_ok());
+        for overlapping in [whole, between] {
+            let text = prepared(kind, overlapping).unwrap_err().to_string();
+            assert!(text.contains("input_output_aliases"), "{text}");
+        }
+    }
+    // Rank 1 is not the root: it reads nothing, or gets nothing.
+    assert!(prepared(Kind::Bcast, whole).is_ok() && prepared(Kind::Gather, whole).is_ok());
+}
+
+#[test]
+fn unsupported_dtypes_and_freed_communicators_are_refused_by_name() {
+    let x = buffer(ElementType::Other, &[1]);
+    assert!(
+        prepare(&operation(Kind::Bcast, x, x), &COMM)
+            .unwrap_err()
+            .to_string()
+            .contains("less than 8 bits")
+    );
+    let freed = Communicator {
+        largest_tag: 0,
+        freed: true,
+        ..COMM
+    };
+    let text = prepare(
+        &operation(Kind::Barrier, Buffer::NONE, Buffer::NONE),
+        &freed,
+    );
+    assert!(text.unwrap_err().to_string().contains("freed"));
+}

@@ -1,0 +1,109 @@
+//! The user's communicators: what each is compared by, from its first collective until it is freed.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::engine::compare::channel::Channel;
+use crate::engine::compare::exchange::ByMessages;
+use crate::engine::compare::nodes::BetweenNodes;
+use crate::engine::compare::within_node::{FIXED, WithinNode};
+use crate::engine::post::tags_of;
+use crate::mpi::shim::Shim;
+use crate::node::board::Board;
+
+/// The user's communicators that are in use.
+#[derive(Default)]
+pub(super) struct UsersComms {
+    /// How they are compared between nodes, if they are.
+    pub(super) messages: Option<Messages>,
+    /// By number.
+    known: RwLock<BTreeMap<i64, Arc<UsersComm>>>,
+    /// How many there were with these members.
+    ordinals: Mutex<HashMap<Vec<i32>, u64>>,
+}
+
+/// How ranks of a communicator of the user's tell each other what they do.
+pub(super) struct Messages {
+    pub(super) shim: Shim,
+    /// Handle of a communicator of ours.
+    pub(super) comm: u64,
+    /// In the world.
+    pub(super) rank: i32,
+}
+
+/// What a communicator of the user's is compared by.
+#[derive(Default)]
+pub(super) struct UsersComm {
+    pub(super) within: Option<WithinNode>,
+    pub(super) between: Option<BetweenNodes>,
+}
+
+impl UsersComms {
+    /// What the communicator `number` is compared by, made for its first collective. Ranks know it
+    /// by its members and by how many with these members came before. That is the same on all of
+    /// them as long as one thread uses them: `members` has none for those of other threads, which
+    /// are not compared.
+    pub(super) fn get(
+        &self,
+        number: i64,
+        board: Option<&Arc<Board>>,
+        members: impl FnOnce() -> Option<Vec<i32>>,
+    ) -> Arc<UsersComm> {
+        if let Some(known) = self.known.read().get(&number) {
+            return known.clone();
+        }
+        let made = members().map(|members| self.make(board, &members));
+        let made = Arc::new(made.unwrap_or_default());
+        self.known.write().insert(number, made.clone());
+        made
+    }
+
+    fn make(&self, board: Option<&Arc<Board>>, members: &[i32]) -> UsersComm {
+        let id = self.next_id(members);
+        let within = board.and_then(|board| {
+            let lane = board.take_lane(id, FIXED)?;
+            let mut channel = Channel::new(board, id, lane, members, true);
+            if self.messages.is_some() {
+                channel.is_told_elsewhere();
+            }
+            Some(WithinNode::new(channel))
+        });
+        let here = |&rank: &i32| board.is_some_and(|board| board.sees(rank as usize));
+        let messages = self.messages.as_ref();
+        let messages = messages.filter(|_| !members.iter().all(here));
+        let between = messages.map(|messages| {
+            let by = ByMessages {
+                shim: messages.shim,
+                comm: messages.comm,
+                tag: tags_of(id),
+                rank: messages.rank,
+                members: members.to_vec(),
+            };
+            BetweenNodes::new(Box::new(by), 1, true)
+        });
+        UsersComm { within, between }
+    }
+
+    /// The communicator was freed.
+    pub(super) fn free(&self, number: i64, board: Option<&Arc<Board>>) {
+        let known = self.known.write().remove(&number);
+        let within = known.as_ref().and_then(|known| known.within.as_ref());
+        if let (Some(board), Some(within)) = (board, within) {
+            within.channel.lock().give_back(board);
+        }
+    }
+
+    fn next_id(&self, members: &[i32]) -> u64 {
+        let mut ordinals = self.ordinals.lock();
+        let ordinal = ordinals.entry(members.to_vec()).or_default();
+        *ordinal += 1;
+        let mut hasher = DefaultHasher::new();
+        (members, *ordinal).hash(&mut hasher);
+        hasher.finish().max(FIXED as u64 + 1)
+    }
+}

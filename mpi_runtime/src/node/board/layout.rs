@@ -1,0 +1,100 @@
+//! How a board lies in shared memory.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::node::bell::Bell;
+use crate::node::segment::Atomics;
+
+/// Lanes of a rank.
+pub(crate) const LANES: usize = 128;
+/// Records that a lane keeps. A rank ends a round only after it has seen the records of all
+/// others, and writes four at most in advance. One that looks at its last round may be behind by
+/// those four, by the launch and the operation after them, and by four more: none is overwritten
+/// before it is read.
+pub(super) const RING: u64 = 16;
+/// Numbers in a record.
+pub(crate) const RECORD: usize = 4;
+/// Texts that a rank keeps, and the bytes of one.
+pub(super) const TEXTS: usize = 16;
+pub(super) const TEXT: usize = 504;
+
+/// A record on a cache line of its own; its number is written last.
+#[repr(C, align(64))]
+pub(super) struct Slot {
+    pub(super) number: AtomicU64,
+    pub(super) words: [AtomicU64; RECORD],
+}
+
+#[repr(C, align(64))]
+pub(super) struct Lane {
+    /// The channel that it belongs to; 0 if it is free.
+    pub(super) channel: AtomicU64,
+    pub(super) slots: [Slot; RING as usize],
+}
+
+/// Bytes that a rank may tell of what it does.
+pub(super) const ANSWER: usize = 8 << 10;
+
+/// What a rank tells of what it does, to those that ask.
+#[repr(C)]
+pub(super) struct Answer {
+    /// Raised by whoever asks.
+    pub(super) question: AtomicU64,
+    pub(super) answered: AtomicU64,
+    /// How long its operation has waited that has waited longest, in milliseconds.
+    pub(super) waiting: AtomicU64,
+    pub(super) bytes: [AtomicU64; ANSWER / size_of::<u64>()],
+}
+
+/// Ranks of which a board can show that they have gone, of all nodes; no more are told of.
+pub(super) const ELSEWHERE: usize = 16 << 10;
+/// Numbers below 4 in a word.
+pub(super) const IN_WORD: usize = u64::BITS as usize / 2;
+
+/// Words for people; the key says what of, and is written last.
+#[repr(C)]
+pub(super) struct Text {
+    pub(super) key: AtomicU64,
+    pub(super) bytes: [AtomicU64; TEXT / size_of::<u64>()],
+}
+
+/// What a rank shows.
+#[repr(C)]
+pub(super) struct Shown {
+    /// Other than 0 once the rank has left, or is about to.
+    pub(super) left: AtomicU64,
+    /// Its process, by [`Process`](crate::node::process::Process).
+    pub(super) process: [AtomicU64; 3],
+    /// Rung when there is something new for those that sleep.
+    pub(super) bell: Bell,
+    /// Rung by whoever sends a message to this rank.
+    pub(super) messages: Bell,
+    pub(super) answer: Answer,
+    /// Which ranks of other nodes have gone and how, as far as this rank has heard.
+    pub(super) elsewhere: [AtomicU64; ELSEWHERE / IN_WORD],
+    /// Other than 0 while an operation of another node waits, as far as this rank has heard.
+    pub(super) waits_elsewhere: AtomicU64,
+    pub(super) texts: [Text; TEXTS],
+    pub(super) lanes: [Lane; LANES],
+}
+
+// SAFETY: it has atomics, arrays of them, and structs of them.
+unsafe impl Atomics for Shown {}
+
+/// Writes a text, cut off where the place ends.
+pub(super) fn store_text(place: &[AtomicU64], text: &str) {
+    let mut bytes = text.bytes().chain(std::iter::repeat(0));
+    for word in place {
+        let next = std::array::from_fn(|_| bytes.next().unwrap_or(0));
+        word.store(u64::from_le_bytes(next), Ordering::SeqCst);
+    }
+}
+
+pub(super) fn load_text(place: &[AtomicU64]) -> String {
+    let bytes: Vec<u8> = place
+        .iter()
+        .flat_map(|word| word.load(Ordering::SeqCst).to_le_bytes())
+        .take_while(|&byte| byte != 0)
+        .collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
