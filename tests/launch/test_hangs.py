@@ -138,6 +138,8 @@ else: {step}.block_until_ready()
     assert "rank 1 compares one with other nodes that rank 0 does not know" in result.stderr
     kind = step[3 : step.index("(")]
     assert f"rank 1 is waiting in {kind} of float32[3]" in result.stderr, result.stderr
+    if "BAND" in step:
+        assert ", which it refused: there is no BAND of float32" in result.stderr, result.stderr
 
 
 def test_a_rank_that_has_ended_is_named_to_those_of_its_node() -> None:

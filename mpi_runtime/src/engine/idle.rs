@@ -183,7 +183,11 @@ impl Context {
 /// come.
 fn sender_gone(op: &ShimOp, since: &mut Option<Instant>) -> Option<String> {
     let source = usize::try_from(op.source_in_world).ok()?;
-    let gone = gone(source)?;
+    let Some(gone) = gone(source) else {
+        // It may have been lost for a while.
+        *since = None;
+        return None;
+    };
     if since.get_or_insert_with(Instant::now).elapsed() < GRACE {
         return None;
     }

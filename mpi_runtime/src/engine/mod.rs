@@ -40,7 +40,7 @@ use crate::engine::mpi_calls::MpiCalls;
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::on_communicator::{OnCommunicator, done};
 use crate::engine::order::{Order, Ticket};
-use crate::engine::pending::PendingTable;
+use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 pub use crate::engine::uniform::UniformProgram;
@@ -275,8 +275,8 @@ impl Engine {
         match place {
             Place::Host => calls.execute(ticket, start, op, comm),
             Place::Direct(direct, main) => {
-                let _pending = self.pending.enter(op, comm);
-                self.prepare_whole(ticket, op, comm)?;
+                let pending = self.pending.enter(op, comm);
+                self.prepare_whole(ticket, op, comm, &pending)?;
                 let mut perform = |op: &Operation<'_>| {
                     let shim_op = check::prepare(op, comm)?;
                     // SAFETY: prepared above.
@@ -287,9 +287,9 @@ impl Engine {
             Place::Staged(staging, main) => {
                 // More is known of a message in two halves where it is waited for, and said there.
                 let pending = (!op.kind.is_end()).then(|| self.pending.enter(op, comm));
-                if pending.is_some() {
+                if let Some(pending) = &pending {
                     // As a whole, so that nothing begins that cannot end.
-                    self.prepare_whole(ticket, op, comm)?;
+                    self.prepare_whole(ticket, op, comm, pending)?;
                 }
                 let mut on_communicator = OnCommunicator::new(calls, op.comm, comm);
                 let done = staging.execute(op, comm, main, &mut on_communicator)?;
@@ -304,11 +304,12 @@ impl Engine {
         ticket: Ticket,
         op: &Operation<'_>,
         comm: &Communicator,
+        pending: &Pending<'_>,
     ) -> Result<(), Failure> {
         let mut shim_op = ShimOp::new(op.kind, comm.handle);
         if op.kind.is_collective() {
             self.calls
-                .prepare_collective(&mut shim_op, ticket, op, comm)
+                .prepare_collective(&mut shim_op, ticket, op, comm, pending)
         } else {
             check::prepare_in(&mut shim_op, op, comm)
         }

@@ -6,10 +6,10 @@ use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::buffer::{Buffer, ElementType};
 use crate::engine::collectives::OF_XLA;
-use crate::engine::compare::Comparison;
+use crate::engine::compare::{Comparison, refused};
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::Ticket;
-use crate::engine::pending::PendingTable;
+use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 use crate::engine::uniform::Histories;
@@ -56,9 +56,9 @@ impl MpiCalls {
             kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
             kind if kind.is_start() => self.start_message(op, comm),
             kind if kind.is_collective() => {
-                let _pending = self.pending.enter_since(start, op, comm, "");
+                let pending = self.pending.enter_since(start, op, comm, "");
                 let mut shim_op = ShimOp::new(op.kind, comm.handle);
-                self.prepare_collective(&mut shim_op, ticket, op, comm)?;
+                self.prepare_collective(&mut shim_op, ticket, op, comm, &pending)?;
                 // SAFETY: prepared above.
                 unsafe { self.perform_prepared(op, comm, &shim_op) }.map(drop)
             }
@@ -75,11 +75,16 @@ impl MpiCalls {
         ticket: Ticket,
         op: &Operation<'_>,
         comm: &Communicator,
+        pending: &Pending<'_>,
     ) -> Result<(), Failure> {
         let prepared = check::prepare_in(shim_op, op, comm);
         // XLA's ranks have compared the whole program, and one that is freed is no communicator.
         if comm.freed || op.of == Some(OF_XLA) {
             return prepared;
+        }
+        if let Err(reason) = &prepared {
+            // To tell the other nodes may last, and then this is what a report should say.
+            pending.rename(refused(op, reason));
         }
         let members = || Some(comm.members.to_vec());
         let comparison = &self.comparison;

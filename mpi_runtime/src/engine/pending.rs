@@ -162,6 +162,13 @@ impl PendingTable {
     }
 }
 
+impl Pending<'_> {
+    /// Says something else of it from now on.
+    pub fn rename(&self, name: String) {
+        self.table.rows.lock().all[self.row].named = name;
+    }
+}
+
 impl PendingRow {
     fn words(&self) -> String {
         if !self.named.is_empty() {
@@ -220,6 +227,8 @@ mod tests {
             (waiting.len(), waiting[1].words.as_str(), done),
             (2, "a launch", 0)
         );
+        named.rename("a launch, which it refused".into());
+        assert_eq!(table.waiting().0[1].words, "a launch, which it refused");
         assert!(table.longest().is_some());
         drop(named);
         drop(pending);

@@ -11,7 +11,7 @@ pub(crate) enum Gone {
     Left,
     /// Its process ended before that.
     Died,
-    /// Nothing is heard of its node any more.
+    /// Nothing is heard of its node any more. That may change, unlike the others.
     Lost,
 }
 
@@ -62,16 +62,37 @@ impl GoneTable {
         Gone::of(self.all.get(rank)?.load(Ordering::SeqCst))
     }
 
-    /// Notes it; whether that is news. What was known first stays.
+    /// Notes it; whether that is news. What was known first stays, but for what may change.
     pub(super) fn note(&self, rank: usize, gone: Gone) -> bool {
+        self.change(rank, |known| match known {
+            None => Some(gone.number()),
+            Some(Gone::Lost) if gone != Gone::Lost => Some(gone.number()),
+            Some(_) => None,
+        })
+    }
+
+    /// A rank that was lost is there again; whether it was.
+    pub(super) fn found(&self, rank: usize) -> bool {
+        self.change(rank, |known| (known == Some(Gone::Lost)).then_some(0))
+    }
+
+    fn change(&self, rank: usize, next: impl Fn(Option<Gone>) -> Option<u8>) -> bool {
         let Some(place) = self.all.get(rank) else {
             return false;
         };
-        let noted = place.compare_exchange(0, gone.number(), Ordering::SeqCst, Ordering::SeqCst);
-        if noted.is_ok() && gone != Gone::Left {
-            self.missing.fetch_add(1, Ordering::SeqCst);
-        }
-        noted.is_ok()
+        let mut after = 0;
+        let changed = place.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |number| {
+            after = next(Gone::of(number))?;
+            Some(after)
+        });
+        let Ok(before) = changed else { return false };
+        let is_missing = |number| Gone::of(number).is_some_and(|gone| gone != Gone::Left);
+        match (is_missing(before), is_missing(after)) {
+            (false, true) => self.missing.fetch_add(1, Ordering::SeqCst),
+            (true, false) => self.missing.fetch_sub(1, Ordering::SeqCst),
+            _ => 0,
+        };
+        true
     }
 
     /// How many have ended before their programs did.
@@ -100,5 +121,18 @@ mod tests {
             assert_eq!(Gone::of(gone.number()), Some(gone));
         }
         assert_eq!(Gone::of(0), None);
+    }
+
+    #[test]
+    fn who_was_lost_may_be_found() {
+        let table = GoneTable::new(3);
+        assert!(!table.found(0) && table.note(0, Gone::Lost) && !table.note(0, Gone::Lost));
+        assert!(table.found(0) && !table.found(3));
+        assert_eq!((table.get(0), table.missing()), (None, 0));
+        for (rank, gone, missing) in [(1, Gone::Died, 1), (2, Gone::Left, 1)] {
+            assert!(table.note(rank, Gone::Lost) && table.note(rank, gone));
+            assert!(!table.note(rank, Gone::Lost) && !table.found(rank));
+            assert_eq!((table.get(rank), table.missing()), (Some(gone), missing));
+        }
     }
 }

@@ -15,32 +15,34 @@ use crate::link::Link;
 use crate::link::gone::Gone;
 use crate::link::invitation::Invitation;
 use crate::link::message::Message;
-use crate::link::socket::{self, Connection};
+use crate::link::socket::{Connection, Listener, spawn};
+use crate::link::spoke::JOIN;
 
 /// How long whoever connects may take to show that it belongs to the job.
-const HANDSHAKE: Duration = Duration::from_secs(2);
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(2);
 /// How many may be about to show it.
 const STRANGERS: usize = 256;
-/// Bytes of the stack of a thread that reads.
-const STACK: usize = 256 << 10;
-/// After a connection broke, a rank that lives has so long to make another one.
-const RETURN: Duration = Duration::from_millis(400);
+/// After a connection broke, a rank that lives has so long to make another one: as long as it may
+/// take to join, and what it takes the rank to notice.
+pub(super) const RETURN: Duration = JOIN.saturating_add(Duration::from_millis(500));
 /// After the rank that spoke for a node has died, another one has so long to take its place.
 const SUCCESSION: Duration = Duration::from_secs(10);
 
 /// What the hub knows of the others.
 #[derive(Default)]
 pub(super) struct Hub {
-    spokes: Mutex<Vec<Spoke>>,
+    speakers: Mutex<Vec<Speaker>>,
     /// Ranks of nodes for which nobody speaks, since then.
     orphans: Mutex<Vec<(Instant, usize)>>,
     /// The last question, and what ranks have answered to it.
     answers: Mutex<(u64, HashMap<usize, String>)>,
     strangers: AtomicUsize,
+    /// Held while it is changed and told who has gone, so that all hear it in the same order.
+    pub(super) order: Mutex<()>,
 }
 
 /// A rank that speaks for its node.
-struct Spoke {
+struct Speaker {
     rank: usize,
     ranks: Vec<usize>,
     connection: Arc<Connection>,
@@ -54,16 +56,17 @@ impl Hub {
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))
             .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))?;
         let invitation = Invitation::new(listener.local_addr()?.port());
+        let listener = Listener::new(listener);
         let (known, link) = (invitation.clone(), Arc::downgrade(link));
         spawn("mpi_cuda hub", move || accept(&listener, &known, &link))?;
         Ok(invitation)
     }
 
     pub(super) fn send_all(&self, message: &Message, except: usize) {
-        let spokes = self.spokes.lock();
-        let others = spokes.iter().filter(|spoke| spoke.rank != except);
-        let connections: Vec<_> = others.map(|spoke| spoke.connection.clone()).collect();
-        drop(spokes);
+        let speakers = self.speakers.lock();
+        let others = speakers.iter().filter(|speaker| speaker.rank != except);
+        let connections: Vec<_> = others.map(|speaker| speaker.connection.clone()).collect();
+        drop(speakers);
         for connection in connections {
             connection.send(message);
         }
@@ -85,14 +88,14 @@ impl Hub {
 
     /// Whether somebody speaks for the node of that rank.
     pub(super) fn hears(&self, rank: usize) -> bool {
-        let spokes = self.spokes.lock();
-        spokes.iter().any(|spoke| spoke.ranks.contains(&rank))
+        let speakers = self.speakers.lock();
+        speakers.iter().any(|speaker| speaker.ranks.contains(&rank))
     }
 
     /// How long the operation has waited that has waited longest, on other nodes.
     pub(super) fn longest(&self) -> Duration {
-        let spokes = self.spokes.lock();
-        let waiting = spokes.iter().filter_map(|spoke| spoke.waiting);
+        let speakers = self.speakers.lock();
+        let waiting = speakers.iter().filter_map(|speaker| speaker.waiting);
         let longest = waiting.map(|(time, since)| time + since.elapsed()).max();
         longest.unwrap_or_default()
     }
@@ -105,155 +108,176 @@ impl Hub {
         lost.map(|(_, rank)| rank).collect()
     }
 
-    fn add(&self, spoke: Spoke) {
-        let mut spokes = self.spokes.lock();
-        spokes.retain(|known| known.rank != spoke.rank);
-        spokes.push(spoke);
+    fn add(&self, speaker: Speaker) {
+        let mut speakers = self.speakers.lock();
+        let same = |known: &mut Speaker| known.rank == speaker.rank;
+        for known in speakers.extract_if(.., same) {
+            known.connection.break_off();
+        }
+        speakers.push(speaker);
     }
 
-    fn remove(&self, connection: &Arc<Connection>) -> Option<Spoke> {
-        let mut spokes = self.spokes.lock();
-        let place = spokes
+    fn remove(&self, connection: &Arc<Connection>) -> Option<Speaker> {
+        let mut speakers = self.speakers.lock();
+        let place = speakers
             .iter()
-            .position(|spoke| Arc::ptr_eq(&spoke.connection, connection))?;
-        Some(spokes.swap_remove(place))
+            .position(|speaker| Arc::ptr_eq(&speaker.connection, connection))?;
+        Some(speakers.swap_remove(place))
     }
 
-    /// Whether a rank whose connection broke has made another one: then it has not died.
-    fn has_returned(&self, rank: usize) -> bool {
+    /// Whether a rank whose connection broke, or another one of its node, makes another one.
+    fn returns(&self, rank: usize) -> bool {
         let start = Instant::now();
-        loop {
-            if self.spokes.lock().iter().any(|spoke| spoke.rank == rank) {
-                return true;
-            }
+        while !self.hears(rank) {
             if start.elapsed() > RETURN {
                 return false;
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+        true
     }
 
     fn is_waiting(&self, rank: usize, time: Duration) {
-        let mut spokes = self.spokes.lock();
-        if let Some(spoke) = spokes.iter_mut().find(|spoke| spoke.rank == rank) {
-            spoke.waiting = (!time.is_zero()).then(|| (time, Instant::now()));
+        let mut speakers = self.speakers.lock();
+        if let Some(speaker) = speakers.iter_mut().find(|speaker| speaker.rank == rank) {
+            speaker.waiting = (!time.is_zero()).then(|| (time, Instant::now()));
         }
     }
 }
 
-fn accept(listener: &TcpListener, invitation: &Invitation, link: &Weak<Link>) {
+/// One that is about to show that it belongs to the job; counted until this is dropped.
+pub(super) struct Stranger(Arc<Link>);
+
+impl Stranger {
+    /// None if there are too many.
+    pub(super) fn admit(link: &Arc<Link>) -> Option<Stranger> {
+        let strangers = &link.hub()?.strangers;
+        let more = |count| (count < STRANGERS).then_some(count + 1);
+        let admitted = strangers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more);
+        admitted.ok().map(|_| Stranger(link.clone()))
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        if let Some(hub) = self.0.hub() {
+            hub.strangers.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+pub(super) fn accept(listener: &Listener, invitation: &Invitation, link: &Weak<Link>) {
     loop {
-        let Ok((stream, _)) = listener.accept() else {
+        let Ok(stream) = listener.accept() else {
             // There are no descriptors left, perhaps for a moment.
             std::thread::sleep(Duration::from_millis(100));
             continue;
         };
         let Some(link) = link.upgrade() else { return };
-        let Some(hub) = link.hub() else { return };
-        if hub.strangers.load(Ordering::Relaxed) >= STRANGERS {
+        let Some(stranger) = Stranger::admit(&link) else {
             continue;
-        }
-        hub.strangers.fetch_add(1, Ordering::Relaxed);
+        };
         let invitation = invitation.clone();
-        let serving = spawn("mpi_cuda spoke", move || {
-            let Some(hub) = link.hub() else { return };
-            let joined = welcome(&stream, &invitation);
-            hub.strangers.fetch_sub(1, Ordering::Relaxed);
-            if let Ok((rank, ranks)) = joined {
-                serve(&link, hub, stream, rank, ranks);
+        let serving = spawn("mpi_cuda speaker", move || {
+            let joined = welcome(stream, &invitation);
+            drop(stranger);
+            if let (Some(hub), Ok((rank, ranks, connection))) = (link.hub(), joined) {
+                serve(&link, hub, rank, ranks, connection);
             }
         });
-        // Without a thread the node has no link: nothing is said of it.
+        // Without a thread the rank is refused, and tries again.
         drop(serving);
     }
 }
 
 /// Hears who connects: its rank, and those it speaks for.
-fn welcome(stream: &TcpStream, invitation: &Invitation) -> io::Result<(usize, Vec<usize>)> {
-    stream.set_read_timeout(Some(HANDSHAKE))?;
-    stream.set_write_timeout(Some(HANDSHAKE))?;
-    stream.set_nodelay(true)?;
+fn welcome(
+    stream: TcpStream,
+    invitation: &Invitation,
+) -> io::Result<(usize, Vec<usize>, Connection)> {
+    let connection = Connection::new(stream)?;
     let strange = || io::Error::from(io::ErrorKind::PermissionDenied);
-    let mut stream = stream;
-    let Message::Hello {
-        cookie,
-        rank,
-        ranks,
-    } = Message::read(&mut stream)?
-    else {
-        return Err(strange());
-    };
-    if cookie != invitation.of_rank {
-        return Err(strange());
-    }
-    let cookie = invitation.of_hub;
-    Message::Welcome { cookie }.write(&mut stream)?;
-    match Message::read(&mut stream)? {
-        Message::Ready => {
-            let ranks = ranks.into_iter().map(|rank| rank as usize);
-            Ok((rank as usize, ranks.collect()))
+    let (rank, ranks) = connection.shake_hands(Instant::now() + HANDSHAKE, |stream| {
+        let (rank, ranks) = match Message::read(stream)? {
+            Message::Hello {
+                cookie,
+                rank,
+                ranks,
+            } if cookie == invitation.of_rank => (rank, ranks),
+            _ => return Err(strange()),
+        };
+        let cookie = invitation.of_hub;
+        Message::Welcome { cookie }.write(stream)?;
+        match Message::read(stream)? {
+            Message::Ready => Ok((rank, ranks)),
+            _ => Err(strange()),
         }
-        _ => Err(strange()),
-    }
+    })?;
+    let ranks = ranks.into_iter().map(|rank| rank as usize);
+    Ok((rank as usize, ranks.collect(), connection))
 }
 
 /// Reads what that rank says, until it is gone.
-fn serve(link: &Arc<Link>, hub: &Hub, stream: TcpStream, rank: usize, ranks: Vec<usize>) {
-    let Ok(connection) = Connection::new(stream) else {
-        return;
-    };
+fn serve(link: &Arc<Link>, hub: &Hub, rank: usize, ranks: Vec<usize>, connection: Connection) {
     let connection = Arc::new(connection);
-    hub.add(Spoke {
+    let known = ranks.clone();
+    hub.add(Speaker {
         rank,
         ranks,
         connection: connection.clone(),
         waiting: None,
     });
-    for message in link.news() {
+    known.into_iter().for_each(|rank| link.find(hub, rank));
+    let order = hub.order.lock();
+    for message in link.heard.news() {
         connection.send(&message);
     }
+    drop(order);
     let mut bye = false;
     let end = loop {
         match connection.read() {
             Ok(Message::Bye) => bye = true,
-            Ok(Message::Gone { rank: who, gone }) => {
-                link.note_and_pass_on(who as usize, gone, rank)
-            }
-            Ok(Message::Waiting { milliseconds }) => {
-                hub.is_waiting(rank, Duration::from_millis(milliseconds));
-            }
-            Ok(Message::Answer {
-                question,
-                rank,
-                state,
-            }) => {
-                let mut answers = hub.answers.lock();
-                if answers.0 == question {
-                    answers.1.insert(rank as usize, state);
-                }
-            }
-            Ok(_) => {}
+            Ok(message) => hear(link, hub, rank, message),
             Err(error) => break error,
         }
     };
-    let spoke = hub.remove(&connection);
-    if !bye && hub.has_returned(rank) {
-        return;
-    }
-    let gone = match socket::meaning(&end) {
-        _ if bye => Gone::Left,
-        _ if connection.is_broken() => Gone::Lost,
-        gone => gone,
+    let closed = connection.was_closed(&end);
+    let ranks = hub.remove(&connection).map(|speaker| speaker.ranks);
+    drop(connection);
+    let gone = match (bye, closed) {
+        (true, _) => Gone::Left,
+        (_, true) => Gone::Died,
+        _ if hub.returns(rank) => return,
+        _ => Gone::Lost,
     };
-    link.note_and_pass_on(rank, gone, rank);
-    if let Some(spoke) = spoke.filter(|_| !bye) {
+    match gone {
+        Gone::Lost => link.lose(hub, rank),
+        _ => link.note_and_pass_on(hub, rank, gone, rank),
+    }
+    if let Some(ranks) = ranks.filter(|_| !bye) {
         let now = Instant::now();
-        let orphans = spoke.ranks.into_iter().map(|rank| (now, rank));
+        let orphans = ranks.into_iter().map(|rank| (now, rank));
         hub.orphans.lock().extend(orphans);
     }
 }
 
-pub(super) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let builder = std::thread::Builder::new().name(name.into());
-    builder.stack_size(STACK).spawn(run).map(drop)
+/// Does what a message of that rank says.
+fn hear(link: &Link, hub: &Hub, rank: usize, message: Message) {
+    match message {
+        Message::Gone { rank: who, gone } => link.note_and_pass_on(hub, who as usize, gone, rank),
+        Message::Waiting { milliseconds } => {
+            hub.is_waiting(rank, Duration::from_millis(milliseconds));
+        }
+        Message::Answer {
+            question,
+            rank,
+            state,
+        } => {
+            let mut answers = hub.answers.lock();
+            if answers.0 == question {
+                answers.1.insert(rank as usize, state);
+            }
+        }
+        _ => {}
+    }
 }

@@ -1,5 +1,10 @@
 //! Where the hub listens, and what proves that one belongs to the job. Rank 0 makes it, and MPI
 //! brings it to the others, as numbers.
+//!
+//! A rank shows its number first, to whoever listens there, and both numbers travel as they are. So
+//! they keep out mistakes: another job that has the port now, a scanner, a host with the same
+//! address. They do not keep out somebody who can listen in this network, or in the place of the
+//! hub. Such a one can also read and change what MPI sends.
 
 #![forbid(unsafe_code)]
 

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::{self, Read, Write};
+use std::time::Duration;
 
 use crate::link::gone::Gone;
 
@@ -10,6 +11,9 @@ use crate::link::gone::Gone;
 const LONGEST: usize = 64 << 10;
 /// Bytes of a text at most, so that its message is never too long.
 const TEXT: usize = 48 << 10;
+
+/// What waits for less than this is not told, nor a time that the hub can tell so well itself.
+pub(super) const LONG: Duration = Duration::from_millis(500);
 
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub(super) enum Message {
     Bye,
     /// A rank does nothing any more.
     Gone { rank: u32, gone: Gone },
+    /// A rank that was lost is there again.
+    Found { rank: u32 },
     /// How long an operation of the node has waited; 0 if none waits for long.
     Waiting { milliseconds: u64 },
     /// The hub asks what the ranks do.
@@ -41,6 +47,14 @@ pub(super) enum Message {
 }
 
 impl Message {
+    /// An operation has waited for so long.
+    pub(super) fn waiting(time: Duration) -> Message {
+        let told = if time < LONG { Duration::ZERO } else { time };
+        Message::Waiting {
+            milliseconds: told.as_millis() as u64,
+        }
+    }
+
     pub(super) fn write(&self, stream: &mut impl Write) -> io::Result<()> {
         let content = self.encode();
         let mut bytes = (content.len() as u32).to_le_bytes().to_vec();
@@ -85,6 +99,10 @@ impl Message {
                 bytes.extend(rank.to_le_bytes());
                 bytes.push(gone.number());
             }
+            Message::Found { rank } => {
+                bytes.push(b'F');
+                bytes.extend(rank.to_le_bytes());
+            }
             Message::Waiting { milliseconds } => {
                 bytes.push(b'L');
                 bytes.extend(milliseconds.to_le_bytes());
@@ -125,6 +143,7 @@ impl Message {
                 rank: rest.u32()?,
                 gone: Gone::of(u8::from_le_bytes(rest.take()?))?,
             },
+            b'F' => Message::Found { rank: rest.u32()? },
             b'L' => Message::Waiting {
                 milliseconds: rest.u64()?,
             },
@@ -192,6 +211,7 @@ mod tests {
                 rank: 3,
                 gone: Gone::Died,
             },
+            Message::Found { rank: 5 },
             Message::Waiting { milliseconds: 9 },
             Message::Question { number: 1 << 40 },
             Message::Answer {
@@ -218,7 +238,7 @@ mod tests {
         for bytes in [&long[..], &http, &[0; 4], &[1, 0, 0, 0, b'?']] {
             assert!(Message::read(&mut &*bytes).is_err());
         }
-        for kind in b"HWGLQA" {
+        for kind in b"HWGFLQA" {
             assert_eq!(Message::decode(&[*kind]), None);
         }
         assert_eq!(Message::decode(b"R more"), None);

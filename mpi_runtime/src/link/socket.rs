@@ -1,19 +1,27 @@
-//! Connections: how messages are written to one, how its end is noticed, and that it is the end of
-//! the process that counts, not of its children.
+//! Connections: how messages are written to one, and how its end is noticed.
+//!
+//! A connection ends in one of two ways, which mean different things. The kernel *closes* the
+//! connections of a process that ends: the other side reads their end. A process that lives never
+//! closes one in order, it *breaks* it off with a reset. So does a network that fails, or is silent
+//! for too long. Who is behind a connection that broke may live, and come back. Children of a
+//! process hold none of its connections, since it is its own end that counts.
+//!
+//! A kernel also resets the connection of a process that ends without having read all that came.
+//! Then nobody listens any more where the hub was. The death of another rank is told by the next
+//! one of its node; without such a one it counts as lost.
 
 use std::ffi::c_int;
-use std::io;
-use std::net::{Shutdown, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use libc::{IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET};
+use libc::{IPPROTO_TCP, SO_KEEPALIVE, SO_LINGER, SOL_SOCKET};
 use libc::{TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_USER_TIMEOUT};
 use parking_lot::Mutex;
 
-use crate::link::gone::Gone;
 use crate::link::message::Message;
 
 /// How long a write may take; then the connection is given up.
@@ -24,26 +32,44 @@ const SILENCE: Duration = Duration::from_secs(40);
 /// The kernel asks after so much silence, and so often.
 const KEEP_ALIVE: [(c_int, c_int); 3] = [(TCP_KEEPIDLE, 10), (TCP_KEEPINTVL, 5), (TCP_KEEPCNT, 6)];
 
-/// A connection whose other end is known.
+/// Bytes of the stack of a thread that reads.
+const STACK: usize = 256 << 10;
+
+/// A connection.
 pub(super) struct Connection {
     stream: TcpStream,
     /// Held while a message is written.
     writing: Mutex<()>,
-    broken: AtomicBool,
+    broken_off: AtomicBool,
 }
 
 impl Connection {
+    /// Over that stream, whose other side is not known yet.
     pub(super) fn new(stream: TcpStream) -> io::Result<Connection> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(None)?;
-        stream.set_write_timeout(Some(WRITE))?;
         keep_alive(stream.as_raw_fd());
         keep_from_children(stream.as_raw_fd());
         Ok(Connection {
             stream,
             writing: Mutex::new(()),
-            broken: AtomicBool::new(false),
+            broken_off: AtomicBool::new(false),
         })
+    }
+
+    /// Lets both sides make sure of each other, by `talk`, until `deadline` at most.
+    ///
+    /// # Errors
+    /// That of `talk`, or that the time has passed.
+    pub(super) fn shake_hands<T>(
+        &self,
+        deadline: Instant,
+        talk: impl FnOnce(&mut Handshake<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let stream = &self.stream;
+        let said = talk(&mut Handshake { stream, deadline })?;
+        stream.set_read_timeout(None)?;
+        stream.set_write_timeout(Some(WRITE))?;
+        Ok(said)
     }
 
     /// The next message; one thread reads.
@@ -54,68 +80,136 @@ impl Connection {
         Message::read(&mut &self.stream)
     }
 
-    /// Sends a message; a connection that takes none is ended, which its reader notices.
+    /// Whether a connection that ended with that error was closed, so that the process on the other
+    /// side has ended.
+    pub(super) fn was_closed(&self, error: &io::Error) -> bool {
+        error.kind() == io::ErrorKind::UnexpectedEof && !self.broken_off.load(Ordering::SeqCst)
+    }
+
+    /// Sends a message; a connection that takes none is broken off, which its reader notices.
     pub(super) fn send(&self, message: &Message) {
         let writing = self.writing.lock();
         let sent = message.write(&mut &self.stream);
         drop(writing);
-        if sent.is_err() {
-            self.broken.store(true, Ordering::Relaxed);
-            self.shut_down();
+        match sent.map_err(|error| error.kind()) {
+            Ok(()) => {}
+            // The other side had closed it before it was reset, which its reader will see.
+            Err(io::ErrorKind::BrokenPipe) => {}
+            Err(_) => self.break_off(),
         }
     }
 
-    /// Whether a message could not be sent, so that the end of this connection says nothing.
-    pub(super) fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Relaxed)
+    /// Ends this connection for its reader; for the other side it ends when it is dropped.
+    pub(super) fn break_off(&self) {
+        self.broken_off.store(true, Ordering::SeqCst);
+        // It may have ended already.
+        let _ = self.stream.shutdown(Shutdown::Read);
     }
 
-    /// Ends the connection.
-    pub(super) fn shut_down(&self) {
-        // It may have ended already.
-        let _ = self.stream.shutdown(Shutdown::Both);
+    /// Does to the other side what the end of this process would.
+    #[cfg(test)]
+    pub(super) fn close(&self) {
+        self.stream.shutdown(Shutdown::Write).unwrap();
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
         let socket = self.stream.as_raw_fd();
-        for place in &KEPT {
-            let _ = place.compare_exchange(socket, NONE, Ordering::SeqCst, Ordering::SeqCst);
+        release(socket);
+        // With this the kernel resets the connection when it is closed below. It is set no earlier,
+        // since the end of the process would do the same then.
+        let at_once = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        set(socket, SOL_SOCKET, SO_LINGER, &at_once);
+    }
+}
+
+/// Where the hub listens; nobody does when its process has ended.
+pub(super) struct Listener(TcpListener);
+
+impl Listener {
+    pub(super) fn new(listener: TcpListener) -> Listener {
+        keep_from_children(listener.as_raw_fd());
+        Listener(listener)
+    }
+
+    pub(super) fn accept(&self) -> io::Result<TcpStream> {
+        self.0.accept().map(|(stream, _)| stream)
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        release(self.0.as_raw_fd());
+    }
+}
+
+/// A connection to somebody unknown, who has until an instant for all that is to be said: one that
+/// says a little every second would else hold a thread for as long as it likes.
+pub(super) struct Handshake<'a> {
+    stream: &'a TcpStream,
+    deadline: Instant,
+}
+
+impl Handshake<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        match self.deadline.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+            left => Ok(Some(left)),
         }
     }
 }
 
-/// What the end of a connection without a goodbye says of the other side.
-pub(super) fn meaning(error: &io::Error) -> Gone {
-    use io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut, WouldBlock};
-    match error.kind() {
-        HostUnreachable | NetworkUnreachable | TimedOut | WouldBlock => Gone::Lost,
-        // The kernel of the other host ends the connections of a process that ends.
-        _ => Gone::Died,
+impl Read for Handshake<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(bytes)
     }
+}
+
+impl Write for Handshake<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Starts a thread that serves connections.
+pub(super) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let builder = std::thread::Builder::new().name(name.into());
+    builder.stack_size(STACK).spawn(run).map(drop)
 }
 
 /// Makes the kernel notice when the other host is gone.
 fn keep_alive(socket: RawFd) {
-    let set = |level: c_int, option: c_int, value: c_int| {
-        // SAFETY: the option takes one int, which lives until the call returns. A kernel that
-        // knows none of them refuses, which changes nothing.
-        unsafe {
-            libc::setsockopt(
-                socket,
-                level,
-                option,
-                std::ptr::from_ref(&value).cast(),
-                size_of::<c_int>() as libc::socklen_t,
-            )
-        };
-    };
-    set(SOL_SOCKET, SO_KEEPALIVE, 1);
+    set::<c_int>(socket, SOL_SOCKET, SO_KEEPALIVE, &1);
     for (option, value) in KEEP_ALIVE {
-        set(IPPROTO_TCP, option, value);
+        set(socket, IPPROTO_TCP, option, &value);
     }
-    set(IPPROTO_TCP, TCP_USER_TIMEOUT, SILENCE.as_millis() as c_int);
+    let silence = SILENCE.as_millis() as c_int;
+    set(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, &silence);
+}
+
+/// Sets an option of a socket, whose value is of that type in C. A kernel that does not know it
+/// refuses, which changes nothing.
+fn set<T>(socket: RawFd, level: c_int, option: c_int, value: &T) {
+    // SAFETY: the value lives until the call returns, and has as many bytes as are told.
+    unsafe {
+        libc::setsockopt(
+            socket,
+            level,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    };
 }
 
 const NONE: RawFd = -1;
@@ -134,6 +228,13 @@ fn keep_from_children(socket: RawFd) {
         if taken.is_ok() {
             return;
         }
+    }
+}
+
+/// Before it is closed, since another file may have its number then.
+fn release(socket: RawFd) {
+    for place in &KEPT {
+        let _ = place.compare_exchange(socket, NONE, Ordering::SeqCst, Ordering::SeqCst);
     }
 }
 

@@ -212,11 +212,22 @@ impl Board {
     }
 
     /// Shows the others of this node that `rank` of another node has gone, how by a number from 1
-    /// to 3. Once for a rank.
+    /// to 3, or with 0 that it is there again. It takes the place of what any of them showed, since
+    /// who showed it may have ended.
     pub(crate) fn show_gone_elsewhere(&self, rank: usize, how: u8) {
-        if rank < ELSEWHERE && self.sees(self.rank) {
-            let word = &self.of(self.rank).elsewhere[rank / IN_WORD];
-            word.fetch_or(u64::from(how) << (2 * (rank % IN_WORD)), Ordering::SeqCst);
+        if rank >= ELSEWHERE || !self.sees(self.rank) {
+            return;
+        }
+        let shift = 2 * (rank % IN_WORD);
+        for (writer, segment) in self.all.iter().enumerate() {
+            let Some(segment) = segment else { continue };
+            let shown: &Shown = segment.atomics(0);
+            let word = &shown.elsewhere[rank / IN_WORD];
+            // Whether it stays as it is does not matter.
+            let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |word| {
+                let shows = writer == self.rank || word >> shift & 3 != 0;
+                shows.then_some(word & !(3 << shift) | u64::from(how) << shift)
+            });
         }
     }
 

@@ -342,6 +342,7 @@ impl Comparison {
     }
 }
 
-fn refused(op: &Operation<'_>, reason: &Failure) -> String {
+/// What is said of an operation that this rank refuses before it communicates.
+pub(super) fn refused(op: &Operation<'_>, reason: &Failure) -> String {
     format!("{op}, which it refused: {reason}")
 }

@@ -50,6 +50,10 @@ fn what_one_has_heard_of_other_nodes_the_others_know() {
         [2, 3, 1, ELSEWHERE].map(of),
         [[1; 2], [2; 2], [0; 2], [0; 2]]
     );
+    // Another one speaks for this node since.
+    first.show_gone_elsewhere(2, 2);
+    first.show_gone_elsewhere(3, 0);
+    assert_eq!([2, 3, 1].map(of), [[2; 2], [0; 2], [0; 2]]);
 }
 
 #[test]
