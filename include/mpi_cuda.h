@@ -125,8 +125,13 @@ enum {
 /* Text of the last error of this thread; valid until its next call. */
 const char *mpi_cuda_last_error(void);
 
+/* Opens the MPI of this process, and initialises nothing (docs/mpi.md, "Which MPI"). Tells its file:
+ * an empty text if there is none and none is needed, null on error. Whoever loads an MPI by its name
+ * after that gets this one. Valid until this thread's next call. */
+const char *mpi_cuda_open_mpi(void);
+
 /* Joins the world if that has not happened (collective over the ranks of the job), and tells rank
- * and size in it and the MPI family: "openmpi", "mpich" or "none". */
+ * and size in it and the MPI's ABI: "openmpi", "mpich", "mpi_abi" or "none". */
 int mpi_cuda_start(int *rank, int *size, const char **family);
 
 /* The number of a communicator for the attribute comm, and rank and size in it; -1 on error.

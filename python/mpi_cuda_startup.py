@@ -1,8 +1,8 @@
 """Runs when Python starts in our virtual environment. Nothing is imported or initialised here.
 
-It tells mpi4py which MPI launched us: mpi4py's wheel serves several MPIs and, where more than one
-is installed, takes the first it finds; the wrong one sees a world of size 1. Nothing happens
-without an MPI launcher or where the user chose (`MPI4PY_LIBMPI`, `MPI4PY_MPIABI`).
+Under an MPI launcher, the MPI is opened before `mpi4py.MPI` is imported, by the rule of
+docs/mpi.md, so that mpi4py uses the same: its wheel serves several MPIs and, where more than one is
+installed, takes the first it finds; the wrong one sees a world of size 1.
 
 And where the backend mpi_cuda is selected, an `import mpi4jax` gets our bridge instead of its own
 (`mpi_cuda/_bridge/mpi4jax.py`), and whoever imports `mpi4py.MPI` under a launcher joins the world
@@ -12,20 +12,6 @@ mpi4py collective on one rank and after it on another.
 
 import os
 import sys
-
-
-def _select() -> None:
-    environment = os.environ
-    if "MPI4PY_LIBMPI" in environment or "MPI4PY_MPIABI" in environment:
-        return
-    if "OMPI_COMM_WORLD_SIZE" in environment or "PMIX_RANK" in environment:
-        environment["MPI4PY_LIBMPI"] = "libmpi.so.40"
-    elif "PMI_SIZE" in environment:
-        library = os.path.join(
-            os.path.dirname(os.path.abspath(__file__)), "mpi_cuda", "lib", "mpi4py", "libmpi.so.12"
-        )
-        if os.path.exists(library):
-            environment["MPI4PY_LIBMPI"] = library
 
 
 class _Bridge:
@@ -61,7 +47,14 @@ class _Mpi4py:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name != "mpi4py.MPI" or not _Bridge._selected():
+        if name != "mpi4py.MPI":
+            return None
+        selected = _Bridge._selected()
+        if selected or _launched():
+            wrong = _open()
+            if selected and wrong:
+                raise ImportError(wrong)
+        if not selected:
             return None
         if not _launched() and not _without_pmi() and _joined() is None:
             return None
@@ -71,7 +64,11 @@ class _Mpi4py:
             if spec is not None and spec.loader is not None:
                 spec.loader = _JoinAfter(spec.loader)
                 return spec
-        return None
+        raise ImportError(
+            "mpi4py has no module for the MPI of this process: its wheels have those of Open MPI "
+            "and MPICH, and none for the ABI of the MPI standard. Unset MPI_CUDA_MPI=mpi_abi and "
+            "MPI4PY_MPIABI, build mpi4py against this MPI, or do without it"
+        )
 
 
 class _JoinAfter:
@@ -127,6 +124,15 @@ class _JoinAfter:
             raise ImportError(wrong)
 
 
+def _open() -> str | None:
+    """Opens the MPI that this process uses; what is wrong if that fails."""
+    try:
+        _alone("_library").open_mpi()
+    except Exception as error:
+        return str(error)
+    return None
+
+
 def _join() -> None:
     try:
         # How a rank ends, and who says where it is, are installed when it joins.
@@ -173,5 +179,4 @@ def _launched() -> bool:
     return any(size not in ("", "1") for size in sizes) or "PMIX_RANK" in os.environ
 
 
-_select()
 sys.meta_path[:0] = [_Bridge, _Mpi4py]

@@ -61,6 +61,16 @@ impl From<String> for Failure {
     }
 }
 
+/// With the dynamic loader's own words, which the error keeps apart.
+impl From<libloading::Error> for Failure {
+    fn from(error: libloading::Error) -> Failure {
+        match std::error::Error::source(&error) {
+            Some(source) => source.to_string().into(),
+            None => error.to_string().into(),
+        }
+    }
+}
+
 impl From<&'static str> for Failure {
     fn from(text: &'static str) -> Failure {
         Failure(Box::new(Cause::Refused(text.into())))
@@ -77,15 +87,17 @@ pub struct MpiError(pub String);
 #[allow(missing_docs)]
 pub enum StartError {
     #[error(
-        "this process is one of {launched} by its launcher ({launcher}), but {library} sees a \
-         world of size 1: start the job with the launcher of that MPI (mpirun.openmpi for Open \
-         MPI, mpirun.mpich for MPICH, `srun --mpi=pmix` or `--mpi=pmi2`), or choose the other \
-         MPI; MPI_CUDA_SINGLETON=1 runs {launched} separate worlds of size 1 on purpose"
+        "this process is one of {launched} by its launcher ({launcher}), but {library} ({file}: \
+         {by}) sees a world of size 1: start the job with the launcher of that MPI (`srun \
+         --mpi=pmix` for Open MPI, `--mpi=pmi2` for MPICH), or choose the launcher's MPI; \
+         MPI_CUDA_SINGLETON=1 runs {launched} separate worlds of size 1 on purpose"
     )]
     WrongLauncher {
         launched: usize,
         launcher: &'static str,
         library: String,
+        file: String,
+        by: &'static str,
     },
     #[error(
         "this process is one of {launched} that srun started without a process management for MPI, \
@@ -94,18 +106,15 @@ pub enum StartError {
     )]
     WithoutPmi { launched: usize },
     #[error(
-        "this process is one of {launched} by its launcher ({launcher}), but there is no MPI for \
-         it: {reason}; run scripts/setup where that MPI is installed, or set MPI_CUDA_SHIM_DIR to \
-         the folder of libmpi_cuda_shim_{family}.so; MPI_CUDA_SINGLETON=1 runs {launched} separate \
-         worlds of size 1 on purpose"
+        "there is no MPI for this process, {launched}: tried {tried}. Set MPI_CUDA_LIBMPI to the \
+         libmpi.so of the launcher's MPI, or have the dynamic loader find it (LD_LIBRARY_PATH, \
+         `module load`); MPI_CUDA_SINGLETON=1 runs separate worlds of size 1 on purpose"
     )]
-    NoShim {
-        launched: usize,
-        launcher: &'static str,
-        family: &'static str,
-        reason: Box<StartError>,
-    },
-    #[error("cannot load the MPI shim for {family}: {reason}")]
+    NoMpi { launched: String, tried: String },
+    #[error(
+        "cannot load the MPI shim for {family}: {reason}; install mpi_cuda again, or set \
+         MPI_CUDA_SHIM_DIR to the folder of libmpi_cuda_shim_{family}.so"
+    )]
     Shim {
         family: &'static str,
         reason: Failure,

@@ -5,10 +5,11 @@ use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use mpi_runtime::Kind;
 use mpi_runtime::engine::recorder::file;
 use mpi_runtime::node::process::is_main_thread;
 use mpi_runtime::watch::place;
+use mpi_runtime::world::library;
+use mpi_runtime::{Family, Kind};
 
 use parking_lot::Mutex;
 use pjrt_sys::PJRT_Api;
@@ -19,7 +20,7 @@ use crate::ffi::callbacks::{self, Trampoline};
 use crate::ffi::{self, Handler};
 use crate::inner::on_gpu;
 use crate::launch::{self, ticket};
-use crate::plugin::{config, load, start_world, world};
+use crate::plugin::{self, config, load, start_world, world};
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
@@ -43,6 +44,32 @@ pub extern "C" fn mpi_cuda_last_error() -> *const c_char {
     LAST_ERROR.with_borrow(|text| text.as_ptr())
 }
 
+/// Opens the MPI of this process, if that has not happened, and tells its file; an empty text if
+/// there is none and none is needed, null on error. The text is valid until this thread's next call.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_open_mpi() -> *const c_char {
+    thread_local! {
+        static FILE: RefCell<CString> = RefCell::default();
+    }
+    quiet(std::ptr::null(), || {
+        let opened = plugin::config_with(&[]).and_then(|config| {
+            let options = plugin::library_options(&config);
+            library::open(&options).map_err(Error::precondition)
+        });
+        match opened {
+            Ok(found) => {
+                let file = found.map(|found| found.file.into_os_string().into_encoded_bytes());
+                FILE.set(CString::new(file.unwrap_or_default()).unwrap_or_default());
+                FILE.with_borrow(|file| file.as_ptr())
+            }
+            Err(error) => {
+                fail(error);
+                std::ptr::null()
+            }
+        }
+    })
+}
+
 /// Joins the world if that has not happened, and tells rank, size, and the MPI family.
 ///
 /// # Safety
@@ -63,9 +90,10 @@ pub unsafe extern "C" fn mpi_cuda_start(
         unsafe {
             *rank = world.rank;
             *size = world.size;
-            *family = match world.family().map(|family| family.name()) {
-                Some("openmpi") => c"openmpi".as_ptr(),
-                Some(_) => c"mpich".as_ptr(),
+            *family = match world.family() {
+                Some(Family::OpenMpi) => c"openmpi".as_ptr(),
+                Some(Family::Mpich) => c"mpich".as_ptr(),
+                Some(Family::MpiAbi) => c"mpi_abi".as_ptr(),
                 None => c"none".as_ptr(),
             };
         }

@@ -11,6 +11,7 @@ use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::{Asked, Aware, Through};
 use mpi_runtime::transfer::probe_result::ProbeResults;
 use mpi_runtime::world::DeviceOptions;
+use mpi_runtime::world::library::LibraryOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::Mutex;
 
@@ -68,11 +69,8 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     if let Some(world) = WORLD.get() {
         return Ok(world);
     }
-    let mut shim_folders: Vec<PathBuf> = config.shim_dir.iter().cloned().collect();
-    shim_folders.push(own_folder());
     let options = WorldOptions {
-        family: config.mpi,
-        shim_folders,
+        library: library_options(config),
         singleton: config.singleton,
         warn_after: config.warn_after,
         abort_after: config.abort_after,
@@ -93,6 +91,21 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     Ok(WORLD.get_or_init(|| world))
 }
 
+/// Where to look for an MPI and for the shims.
+pub fn library_options(config: &Config) -> LibraryOptions {
+    let own = own_folder();
+    let shims = config.shim_dir.iter().cloned();
+    // Packages put theirs into the folder that holds Python's, which holds ours.
+    let above = own.ancestors().nth(4).map(|lib| lib.to_owned());
+    let named = std::env::var_os("MPI_CUDA_PACKAGES").map(PathBuf::from);
+    LibraryOptions {
+        family: config.mpi,
+        library: config.libmpi.clone(),
+        packages: named.into_iter().chain(above).collect(),
+        shim_folders: shims.chain([own]).collect(),
+    }
+}
+
 /// A world of one rank without an inner plugin: without any MPI, or with that of `FUZZ_MPI` whose
 /// shim is in `FUZZ_SHIM_DIR`.
 #[cfg(test)]
@@ -103,8 +116,11 @@ pub fn start_for_tests() -> &'static World {
         let mpi = std::env::var("FUZZ_MPI").ok();
         let family = mpi.map(|name| Family::from_name(&name).expect("openmpi or mpich"));
         World::start(&WorldOptions {
-            family,
-            shim_folders: shims.into_iter().collect(),
+            library: LibraryOptions {
+                family,
+                shim_folders: shims.into_iter().collect(),
+                ..LibraryOptions::default()
+            },
             singleton: true,
             warn_after: config.warn_after,
             abort_after: None,
@@ -134,12 +150,16 @@ pub fn warn(world: &World, config: &Config) {
 /// Logs what was joined.
 fn log_world(world: &World, config: &Config) {
     warn(world, config);
+    let doubt = world.mpi.as_ref().and_then(|mpi| mpi.doubt.as_ref());
+    if let Some(doubt) = doubt.filter(|_| world.rank == 0) {
+        log::line(doubt);
+    }
     if config.log >= Log::Info {
         let inner = inner();
         let (major, minor) = inner.version();
         log::line(&format!(
             "rank {} of {} (node-local {}): device {} ({}), inner plugin {} (PJRT \
-             {major}.{minor}), MPI {} (thread level {})",
+             {major}.{minor}), MPI {} ({}; thread level {})",
             world.rank,
             world.size,
             world.node_rank,
@@ -147,6 +167,10 @@ fn log_world(world: &World, config: &Config) {
             inner.reason,
             inner.path.display(),
             world.library,
+            world.mpi.as_ref().map_or_else(
+                || "none".to_owned(),
+                |mpi| format!("{}, {}", mpi.file.display(), mpi.by)
+            ),
             world.thread_level,
         ));
     }

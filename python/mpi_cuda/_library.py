@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ WORLD_NUMBER, DEFAULT_NUMBER, SELF_NUMBER = 0, 1, 2
 
 
 class World(NamedTuple):
-    """This process's place among the ranks; `family` is openmpi, mpich or none."""
+    """This process's place among the ranks; `family` is openmpi, mpich, mpi_abi or none."""
 
     rank: int
     size: int
@@ -46,6 +47,12 @@ def _find_inner_plugins() -> None:
         found = [plugin for wheel in wheels if (plugin := _file_of(*wheel))]
         if found and variable not in os.environ:
             os.environ[variable] = str(found[0])
+
+
+def _find_packages() -> None:
+    """Tells the library where packages put theirs, such as the wheels of MPIs: what is installed in
+    place, as a checkout is, cannot tell by its own path."""
+    os.environ.setdefault("MPI_CUDA_PACKAGES", os.path.join(sys.prefix, "lib"))
 
 
 def _file_of(package: str, file: str) -> Path | None:
@@ -70,10 +77,12 @@ def load() -> ctypes.CDLL:
     if not LIBRARY.is_file():
         raise RuntimeError(f"{LIBRARY} is missing: run scripts/setup, which builds it")
     _find_inner_plugins()
+    _find_packages()
     library = ctypes.CDLL(str(LIBRARY))
     int_pointer = ctypes.POINTER(ctypes.c_int)
     signatures: dict[str, tuple[object, list[object]]] = {
         "mpi_cuda_last_error": (ctypes.c_char_p, []),
+        "mpi_cuda_open_mpi": (ctypes.c_char_p, []),
         "mpi_cuda_start": (
             ctypes.c_int,
             [int_pointer, int_pointer, ctypes.POINTER(ctypes.c_char_p)],
@@ -115,6 +124,19 @@ def last_error() -> str:
     return load().mpi_cuda_last_error().decode(errors="replace")
 
 
+def open_mpi() -> str:
+    """Opens the MPI of this process, and initialises nothing. Tells its file; an empty text if
+    there is none and none is needed.
+
+    Raises:
+      RuntimeError: there is none, or there are two; with the remedy.
+    """
+    file = load().mpi_cuda_open_mpi()
+    if file is None:
+        raise RuntimeError(last_error())
+    return os.fsdecode(file)
+
+
 @functools.cache
 def start() -> World:
     """Joins the MPI world, if that has not happened. Collective over the ranks of the job.
@@ -147,23 +169,34 @@ def _c_environment(name: str) -> str | None:
 
 
 #: How files and versions name the families.
-_FAMILIES = {"openmpi": ("openmpi", "Open MPI"), "mpich": ("mpich", "MPICH")}
+_FAMILIES = {
+    "openmpi": ("openmpi", "Open MPI"),
+    "mpich": ("mpich", "MPICH"),
+    "mpi_abi": ("mpiabi", "the MPI standard's ABI"),
+}
 
 
-def other_mpi(file: str, version: str = "") -> str | None:
-    """What is wrong with mpi4py's `MPI`, by its file and its version: None if its MPI is the one
-    that was joined, or that cannot be said."""
+def other_mpi(file: str, version: str | None = None) -> str | None:
+    """What is wrong with mpi4py's `MPI`, by its file, and by its version and the MPIs in this
+    process if it is loaded: None if it uses the MPI that was joined, or that cannot be said."""
     world = started()
     own = world.family if world is not None else "none"
-    for family, (in_file, in_version) in _FAMILIES.items():
-        named = f".{in_file}." in os.path.basename(file) or in_version in version
-        if named and own not in ("none", family):
+    if own == "none":
+        return None
+    for family, (in_file, words) in _FAMILIES.items():
+        named = f".{in_file}." in os.path.basename(file) or words in (version or "")
+        if named and own != family:
             return (
-                f"mpi4py uses {in_version} ({file}), and mpi_cuda has joined the job with "
-                f"{_FAMILIES[own][1]}: one process can use only one. Unset MPI4PY_MPIABI and "
-                "MPI4PY_LIBMPI, set them to the MPI whose launcher started the job, or write "
-                "`from mpi4py import MPI` before the first use of JAX"
+                f"mpi4py uses {words} ({file}), and mpi_cuda has joined the job with "
+                f"{_FAMILIES[own][1]} ({open_mpi()}): one process can use only one. Unset "
+                "MPI4PY_MPIABI and MPI4PY_LIBMPI, set them to the MPI whose launcher started the "
+                "job, or write `from mpi4py import MPI` before the first use of JAX"
             )
+    if version is not None:
+        try:
+            open_mpi()
+        except RuntimeError as error:
+            return str(error)
     return None
 
 

@@ -1,4 +1,4 @@
-//! One MPI behind the contract of [`mpi_shim_abi`]; built once per MPI family.
+//! One MPI behind the contract of [`mpi_shim_abi`]; built once for each ABI, and linked to no MPI.
 //!
 //! Uses the raw layer of the `mpi` crate: its safe layer finalizes MPI when dropped and aborts on
 //! errors, and both belong to the engine here.

@@ -1,27 +1,28 @@
-//! The MPI families a shim is built for, and which one this process should use.
+//! The ABIs of MPI that a shim is built for.
 
 #![forbid(unsafe_code)]
-
-use crate::error::StartError;
 
 /// An MPI ABI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
-    /// Open MPI 4 and 5 (`libmpi.so.40`).
+    /// Open MPI 4 and 5.
     OpenMpi,
-    /// MPICH and those with its ABI (`libmpich.so.12`, `libmpi.so.12`).
+    /// MPICH and those with its ABI: Intel MPI, Cray MPICH, MVAPICH, ParaStation MPI.
     Mpich,
+    /// The ABI of the MPI standard (MPI 5.0, chapter 20).
+    MpiAbi,
 }
 
 impl Family {
     /// All families, in the order they are tried when nothing says which.
-    pub const ALL: [Family; 2] = [Family::OpenMpi, Family::Mpich];
+    pub const ALL: [Family; 3] = [Family::OpenMpi, Family::Mpich, Family::MpiAbi];
 
     /// The name used in `MPI_CUDA_MPI` and in file names.
     pub const fn name(self) -> &'static str {
         match self {
             Family::OpenMpi => "openmpi",
             Family::Mpich => "mpich",
+            Family::MpiAbi => "mpi_abi",
         }
     }
 
@@ -30,112 +31,77 @@ impl Family {
         Family::ALL.into_iter().find(|family| family.name() == name)
     }
 
+    /// The family that mpi4py means by a value of `MPI4PY_MPIABI` (its module `mpi4py._mpiabi`).
+    pub fn from_mpi4py(name: &str) -> Option<Family> {
+        let name: String = name.chars().filter(|c| !" -_".contains(*c)).collect();
+        match name.to_lowercase().as_str() {
+            "openmpi" => Some(Family::OpenMpi),
+            "mpich" | "impi" => Some(Family::Mpich),
+            "mpiabi" => Some(Family::MpiAbi),
+            _ => None,
+        }
+    }
+
+    /// File names of its libraries, the usual one first. Debian and Cray have their own.
+    pub const fn libraries(self) -> &'static [&'static str] {
+        match self {
+            Family::OpenMpi => &["libmpi.so.40"],
+            Family::Mpich => &["libmpi.so.12", "libmpich.so.12", "libmpi_cray.so.12"],
+            Family::MpiAbi => &["libmpi_abi.so.1", "libmpi_abi.so.0"],
+        }
+    }
+
     /// The family of an MPI library by its file name, as the dynamic loader reports it.
     pub fn of_library(path: &str) -> Option<Family> {
         let file = path.rsplit('/').next().unwrap_or(path);
-        let is = |prefix: &str| {
-            file.strip_prefix(prefix)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        let is = |name: &&str| {
+            let rest = file.strip_prefix(name);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        if is("libmpi.so.40") {
-            Some(Family::OpenMpi)
-        } else if is("libmpich.so") || is("libmpi.so.12") {
-            Some(Family::Mpich)
-        } else {
-            None
-        }
+        let all = Family::ALL.into_iter();
+        all.into_iter()
+            .find(|family| family.libraries().iter().any(is))
     }
-}
 
-/// Which families to try, in order: the MPI already in the process, else the launcher's, else
-/// `MPI_CUDA_MPI`, else each.
-pub fn candidates(
-    loaded: &[String],
-    launcher: Option<Family>,
-    wanted: Option<Family>,
-) -> Result<Vec<Family>, StartError> {
-    let mut found: Option<(Family, &String)> = None;
-    for path in loaded {
-        let Some(family) = Family::of_library(path) else {
-            continue;
-        };
-        match found {
-            Some((first, first_path)) if first != family => {
-                return Err(StartError::TwoLibraries {
-                    first: first_path.clone(),
-                    second: path.clone(),
-                });
-            }
-            _ => found = Some((family, path)),
-        }
+    /// Whether a process of a launcher for `self` can be a rank with a library of `other`.
+    pub fn serves(self, other: Family) -> bool {
+        self == other || other == Family::MpiAbi
     }
-    if let Some((family, path)) = found {
-        return match wanted {
-            Some(wanted) if wanted != family => Err(StartError::OtherLibrary {
-                wanted: wanted.name(),
-                loaded: path.clone(),
-            }),
-            _ => Ok(vec![family]),
-        };
-    }
-    if let Some(family) = launcher.or(wanted) {
-        return Ok(vec![family]);
-    }
-    Ok(Family::ALL.to_vec())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn candidates_of(loaded: &[&str], launcher: Option<Family>, wanted: Option<Family>) -> String {
-        let loaded: Vec<String> = loaded.iter().map(|path| (*path).to_owned()).collect();
-        match candidates(&loaded, launcher, wanted) {
-            Ok(families) => families
-                .iter()
-                .map(|f| f.name())
-                .collect::<Vec<_>>()
-                .join(" "),
-            Err(error) => error.to_string(),
+    #[test]
+    fn families_are_known_by_their_files() {
+        for (path, family) in [
+            ("/x/libmpi.so.40.30.4", Family::OpenMpi),
+            ("/x/libmpich.so.12.2.2", Family::Mpich),
+            ("libmpi.so.12", Family::Mpich),
+            ("/opt/cray/lib/libmpi_cray.so.12", Family::Mpich),
+            ("/x/libmpi_abi.so.1.0", Family::MpiAbi),
+        ] {
+            assert_eq!(Family::of_library(path), Some(family), "{path}");
         }
-    }
-
-    #[test]
-    fn the_library_in_the_process_wins_then_the_launcher_then_the_wish() {
-        use Family::{Mpich, OpenMpi};
-        let libraries = ["/usr/lib/libc.so.6", "/x/libmpich.so.12.2.2"];
-        assert_eq!(candidates_of(&libraries, Some(OpenMpi), None), "mpich");
-        assert_eq!(candidates_of(&[], Some(OpenMpi), Some(Mpich)), "openmpi");
-        assert_eq!(candidates_of(&[], None, Some(Mpich)), "mpich");
-        assert_eq!(candidates_of(&[], None, None), "openmpi mpich");
-        assert_eq!(
-            candidates_of(&["/x/libmpi.so.12", "/x/libmpich.so.12"], None, None),
-            "mpich"
-        );
-    }
-
-    #[test]
-    fn conflicts_name_both() {
-        let text = candidates_of(&["/a/libmpi.so.40", "/b/libmpich.so.12"], None, None);
-        assert!(
-            text.contains("/a/libmpi.so.40") && text.contains("/b/libmpich.so.12"),
-            "{text}"
-        );
-        let text = candidates_of(&["/a/libmpi.so.40"], None, Some(Family::Mpich));
-        assert!(
-            text.contains("MPI_CUDA_MPI=mpich") && text.contains("/a/libmpi.so.40"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn other_libraries_are_no_mpi() {
         for path in [
             "/x/libmpi_cxx.so.40",
             "/x/libmpichcxx.so.12",
+            "/x/libmpifort.so.12",
+            "/x/libmpi.so.400",
             "libmpi_cuda_shim_mpich.so",
         ] {
             assert_eq!(Family::of_library(path), None, "{path}");
         }
+    }
+
+    #[test]
+    fn names_are_ours_and_mpi4pys() {
+        for family in Family::ALL {
+            assert_eq!(Family::from_name(family.name()), Some(family));
+            assert_eq!(Family::from_mpi4py(family.name()), Some(family));
+        }
+        assert_eq!(Family::from_mpi4py("I_MPI"), Some(Family::Mpich));
+        assert_eq!(Family::from_mpi4py("lam"), None);
     }
 }

@@ -2,8 +2,10 @@
 //! communicators.
 
 pub mod backoff;
+pub mod choice;
 pub mod communicators;
 pub mod family;
 pub mod launcher;
 pub mod libraries;
+pub mod parents;
 pub mod shim;

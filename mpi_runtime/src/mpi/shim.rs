@@ -87,7 +87,11 @@ fn in_call<T>(call: impl FnOnce() -> T) -> T {
 }
 
 impl Shim {
-    /// Loads the shim of `family` from the first of `folders` that has it.
+    /// Loads the shim of `family` from the first of `folders` that has it. The MPI itself has been
+    /// opened before ([`libraries::open`](crate::mpi::libraries::open)): a shim is linked to none.
+    ///
+    /// # Errors
+    /// If there is none, it is another version's, or the MPI lacks what it needs.
     pub fn load(family: Family, folders: &[PathBuf]) -> Result<Shim, StartError> {
         let error = |reason: Failure| StartError::Shim {
             family: family.name(),
@@ -110,11 +114,20 @@ impl Shim {
     }
 
     fn open(family: Family, path: &Path) -> Result<Shim, Failure> {
-        let in_words = |error: libloading::Error| Failure::from(error.to_string());
-        // SAFETY: loading runs the initialisers of the shim and of the MPI it links, nothing else.
-        let library = unsafe { Library::new(path) }.map_err(in_words)?;
+        // SAFETY: loading runs the initialisers of the shim, nothing else.
+        let library = unsafe { Library::new(path) }.map_err(|error| {
+            let reason = Failure::from(error);
+            let text = reason.to_string();
+            match text.split_once("undefined symbol: ") {
+                Some((_, symbol)) => Failure::from(format!(
+                    "this MPI has no {symbol}: it is older than MPI 3.1, or built without it"
+                )),
+                None => reason,
+            }
+        })?;
         // SAFETY: the contract gives the symbol this type.
-        let entry = unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }.map_err(in_words)?;
+        let entry =
+            unsafe { library.get::<Entry>(ENTRY_POINT.as_bytes()) }.map_err(Failure::from)?;
         // SAFETY: the entry point has no requirements; the table is static in the library, which
         // is leaked below.
         let api: &'static ShimApi = unsafe { &*entry() };

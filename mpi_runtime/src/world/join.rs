@@ -8,11 +8,11 @@ use mpi_shim_abi::CODE_BITS;
 use crate::engine::{ByMpi, Series};
 use crate::error::{MpiError, StartError};
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, NAMES, SELF};
-use crate::mpi::family::{self, Family};
+use crate::mpi::family::Family;
 use crate::mpi::launcher::Launched;
-use crate::mpi::libraries;
 use crate::mpi::shim::{MpiState, Shim};
 use crate::world::environment;
+use crate::world::library::MpiLibrary;
 use crate::world::options::WorldOptions;
 
 /// This process in the world of its MPI.
@@ -28,6 +28,7 @@ pub(super) struct Joined {
 /// Initialises MPI, if nobody has, and looks who this process is.
 pub(super) fn join(
     shim: &Shim,
+    mpi: &MpiLibrary,
     options: &WorldOptions,
     launched: Option<&Launched>,
 ) -> Result<Joined, StartError> {
@@ -55,6 +56,8 @@ pub(super) fn join(
                 launched: launched.size,
                 launcher: launched.launcher,
                 library,
+                file: mpi.file.display().to_string(),
+                by: mpi.by,
             })
         }
         _ => Ok(Joined {
@@ -133,38 +136,6 @@ pub(super) fn duplicates_to_compare(shim: &Shim, joined: &Joined) -> Result<ByMp
             .map_err(mpi_error("MPI_Comm_dup"))?,
         size: joined.size as usize,
     })
-}
-
-/// The first shim that loads; none is an error only if there should be more than one rank.
-pub(super) fn load_shim(
-    options: &WorldOptions,
-    launched: Option<&Launched>,
-) -> Result<Option<Shim>, StartError> {
-    let families = family::candidates(
-        &libraries::loaded(),
-        launched.and_then(|launched| launched.family),
-        options.family,
-    )?;
-    let mut first_error = None;
-    for &family in &families {
-        match Shim::load(family, &options.shim_folders) {
-            Ok(shim) => return Ok(Some(shim)),
-            Err(error) => first_error = first_error.or(Some(error)),
-        }
-    }
-    let Some(error) = first_error else {
-        return Ok(None);
-    };
-    match launched {
-        Some(launched) if launched.size > 1 && !options.singleton => Err(StartError::NoShim {
-            launched: launched.size,
-            launcher: launched.launcher,
-            family: families[0].name(),
-            reason: Box::new(error),
-        }),
-        _ if options.family.is_some() => Err(error),
-        _ => Ok(None),
-    }
 }
 
 pub(super) fn mpi_error(call: &'static str) -> impl Fn(MpiError) -> StartError {

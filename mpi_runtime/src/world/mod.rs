@@ -6,6 +6,7 @@ mod connect;
 mod end;
 mod environment;
 mod join;
+pub mod library;
 mod options;
 mod output;
 mod share;
@@ -25,6 +26,7 @@ use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use crate::watch::Watch;
 use agree::AllRanks;
+use library::MpiLibrary;
 pub use options::{DeviceOptions, WorldOptions};
 
 /// This process's place among the ranks.
@@ -49,6 +51,8 @@ pub struct World {
     pub shm_rings: Option<Arc<ShmRings>>,
     /// The engine.
     pub engine: Engine,
+    /// Which file MPI is.
+    pub mpi: Option<MpiLibrary>,
     /// To the other nodes, if there are any.
     link: Option<Arc<Link>>,
     shim: Option<Shim>,
@@ -62,10 +66,11 @@ impl World {
         let launched = launcher::detect(|name| std::env::var(name).ok());
         let launched = launched.as_ref();
         child::refuse(launched)?;
-        let Some(shim) = join::load_shim(options, launched)? else {
+        let loaded = library::load_shim(&options.library, launched, options.singleton)?;
+        let Some((shim, mpi)) = loaded else {
             return Ok(Self::single_rank(options));
         };
-        let joined = join::join(&shim, options, launched)?;
+        let joined = join::join(&shim, &mpi, options, launched)?;
         let mut engine = Engine::new(Some(shim), joined.rank, options.engine());
         let ranks = AllRanks {
             shim: &shim,
@@ -119,6 +124,7 @@ impl World {
             engine,
             link,
             shim: Some(shim),
+            mpi: Some(mpi),
             owns_mpi: joined.owns_mpi,
         })
     }
@@ -175,6 +181,7 @@ impl World {
             engine,
             link: None,
             shim: None,
+            mpi: None,
             owns_mpi: false,
         }
     }

@@ -2,23 +2,20 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::engine::EngineOptions;
 use crate::engine::recorder::file::RecordOptions;
-use crate::mpi::family::Family;
 use crate::mpi::shim::Aware;
 use crate::transfer::choice::{Asked, Through};
 use crate::transfer::probe_result::ProbeResults;
+use crate::world::library::LibraryOptions;
 
 /// How to find the world.
 #[derive(Clone, Debug)]
 pub struct WorldOptions {
-    /// `MPI_CUDA_MPI`.
-    pub family: Option<Family>,
-    /// Where the shims are.
-    pub shim_folders: Vec<PathBuf>,
+    /// Which MPI, and where the shims are.
+    pub library: LibraryOptions,
     /// `MPI_CUDA_SINGLETON`: a world of size 1 is meant, whatever the launcher says.
     pub singleton: bool,
     /// `MPI_CUDA_WARN_AFTER`.

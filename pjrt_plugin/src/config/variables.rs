@@ -71,9 +71,16 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "MPI_CUDA_MPI",
         old_name: None,
-        values: "openmpi, mpich",
+        values: "openmpi, mpich, mpi_abi",
         meaning: "which MPI, where neither the process nor the launcher says",
         read: |config, text| set(&mut config.mpi, Family::from_name(text).map(Some)),
+    },
+    Variable {
+        name: "MPI_CUDA_LIBMPI",
+        old_name: None,
+        values: "path",
+        meaning: "the MPI library, as a file or its folder; default: the launcher's",
+        read: |config, text| set(&mut config.libmpi, Some(Some(PathBuf::from(text)))),
     },
     Variable {
         name: "MPI_CUDA_SHIM_DIR",

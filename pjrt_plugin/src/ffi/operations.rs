@@ -77,14 +77,16 @@ impl Dialect {
         }
     }
 
-    /// `ANY_SOURCE` and `PROC_NULL` as attributes. mpi4jax passes those of the running MPI: its
-    /// families have swapped values (`mpi.h` of each).
+    /// `ANY_SOURCE` and `PROC_NULL` as attributes. mpi4jax passes those of the running MPI, which
+    /// differ (`mpi.h` of each family).
     fn special_ranks(&self, world: &World) -> (i64, i64) {
         match self {
-            Dialect::Mpi4jax if world.family() == Some(Family::Mpich) => {
-                (ATTRIBUTE_PROC_NULL, ATTRIBUTE_ANY)
-            }
-            _ => (ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL),
+            Dialect::Mpi4jax => match world.family() {
+                Some(Family::Mpich) => (-2, -1),
+                Some(Family::MpiAbi) => (-1, -3),
+                Some(Family::OpenMpi) | None => (-1, -2),
+            },
+            Dialect::Ours => (ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL),
         }
     }
 

@@ -1,0 +1,135 @@
+//! Opening the MPI that this process uses, before anything else of it is needed.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use parking_lot::Mutex;
+
+use crate::error::StartError;
+use crate::mpi::choice::Surroundings;
+use crate::mpi::family::Family;
+use crate::mpi::launcher::{self, Launched};
+use crate::mpi::shim::Shim;
+use crate::mpi::{libraries, parents};
+
+/// Where to look for an MPI and for the shims.
+#[derive(Clone, Debug, Default)]
+pub struct LibraryOptions {
+    /// `MPI_CUDA_MPI`.
+    pub family: Option<Family>,
+    /// `MPI_CUDA_LIBMPI`.
+    pub library: Option<PathBuf>,
+    /// Folders with libraries of packages.
+    pub packages: Vec<PathBuf>,
+    /// Where the shims are; the last of them is this library's own.
+    pub shim_folders: Vec<PathBuf>,
+}
+
+/// The MPI that was opened.
+#[derive(Clone, Debug)]
+pub struct MpiLibrary {
+    /// Its file.
+    pub file: PathBuf,
+    /// Its ABI.
+    pub family: Family,
+    /// Who named it.
+    pub by: &'static str,
+    /// Why it may be another one than the launcher's, if so.
+    pub doubt: Option<String>,
+}
+
+/// The one that was opened.
+static OPENED: Mutex<Option<MpiLibrary>> = Mutex::new(None);
+
+/// Opens the MPI that this process uses, and nothing else of it: whoever loads an MPI by its name
+/// after that, as mpi4py does, gets this one. None if there is none and none is needed.
+///
+/// # Errors
+/// If there should be one and there is none, or two.
+pub fn open(options: &LibraryOptions) -> Result<Option<MpiLibrary>, StartError> {
+    let launched = launcher::detect(|name| std::env::var(name).ok());
+    open_for(options, launched.as_ref())
+}
+
+pub(super) fn open_for(
+    options: &LibraryOptions,
+    launched: Option<&Launched>,
+) -> Result<Option<MpiLibrary>, StartError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let for_mpi4py = options.shim_folders.last().map(|own| own.join("mpi4py"));
+    let for_mpi4py = for_mpi4py.unwrap_or_default();
+    let surroundings = Surroundings {
+        loaded: libraries::mpis(&for_mpi4py),
+        of_mpi4py: variable("MPI4PY_LIBMPI"),
+        abi_of_mpi4py: variable("MPI4PY_MPIABI"),
+        library: options.library.clone(),
+        family: options.family,
+        launcher: launched.and_then(|launched| launched.family),
+        beside_launcher: match launched {
+            Some(_) => parents::libraries_of_launcher(),
+            None => Vec::new(),
+        },
+        packages: options.packages.clone(),
+        exists: None,
+    };
+    let candidates = surroundings.candidates()?;
+    let mut opened = OPENED.lock();
+    let mut tried = Vec::new();
+    for candidate in &candidates {
+        let (file, family) = match libraries::open(&candidate.library) {
+            Ok(found) => found,
+            Err(reason) => {
+                let library = candidate.library.display();
+                tried.push(format!("{library}, {} ({reason})", candidate.by));
+                continue;
+            }
+        };
+        if opened.as_ref().is_none_or(|known| known.file != file) {
+            let doubt = surroundings.doubt(&file);
+            *opened = Some(MpiLibrary {
+                file,
+                family,
+                by: candidate.by,
+                doubt,
+            });
+            libraries::answer_for(family, &for_mpi4py);
+        }
+        return Ok(opened.clone());
+    }
+    let asked = options.family.is_some() || options.library.is_some();
+    let needed = launched.is_some_and(|launched| launched.size > 1);
+    if !asked && !needed {
+        return Ok(None);
+    }
+    Err(StartError::NoMpi {
+        launched: match launched {
+            Some(Launched { size, launcher, .. }) => {
+                format!("which is one of {size} by its launcher ({launcher})")
+            }
+            None => "which no launcher has started".into(),
+        },
+        tried: tried.join("; "),
+    })
+}
+
+/// The shim for the MPI that this process uses; none if there is no MPI and none is needed.
+pub(super) fn load_shim(
+    options: &LibraryOptions,
+    launched: Option<&Launched>,
+    singleton: bool,
+) -> Result<Option<(Shim, MpiLibrary)>, StartError> {
+    let needed = launched.is_some_and(|launched| launched.size > 1) && !singleton;
+    let library = match open_for(options, launched) {
+        Ok(Some(library)) => library,
+        Ok(None) => return Ok(None),
+        // Worlds of one rank need none.
+        Err(StartError::NoMpi { .. }) if singleton => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    match Shim::load(library.family, &options.shim_folders) {
+        Ok(shim) => Ok(Some((shim, library))),
+        Err(error) if needed || options.family.is_some() || options.library.is_some() => Err(error),
+        Err(_) => Ok(None),
+    }
+}
