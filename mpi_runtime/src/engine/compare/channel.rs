@@ -19,6 +19,7 @@ use crate::engine::compare::words;
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 use crate::error::Failure;
+use crate::log;
 use crate::node::board::Board;
 use crate::node::patience::Patience;
 
@@ -296,11 +297,13 @@ impl Channel {
     fn wait_long(&mut self, board: &Board, index: usize) -> Result<Option<Words>, Failure> {
         let (id, shared, lane) = (self.id, self.shared, self.lane);
         let number = self.written - self.owed.len() as u64;
-        let peer = &mut self.peers[index];
-        let (rank, world_rank) = (peer.rank, peer.world_rank);
+        let Peer {
+            rank, world_rank, ..
+        } = self.peers[index];
         let mut patience = Patience::new();
         let start = Instant::now();
         loop {
+            let peer = &mut self.peers[index];
             let slept = patience.wait(board.bell(world_rank), || peer.look(board, id).is_some());
             if shared && peer.has_stopped(board) == Some(true) {
                 return Ok(None);
@@ -317,9 +320,15 @@ impl Channel {
                 )
                 .into());
             }
-            let in_vain = slept && shared && start.elapsed() > SHARED;
-            if in_vain && board.stop_unless(lane, number, || peer.look(board, id).is_some()) {
-                return Ok(None);
+            if slept && shared && start.elapsed() > SHARED {
+                if self.any_has_stopped(board) == Some(true) {
+                    return Ok(None);
+                }
+                let peer = &mut self.peers[index];
+                if board.stop_unless(lane, number, || peer.look(board, id).is_some()) {
+                    log::line(&words::not_compared(board.rank(), world_rank));
+                    return Ok(None);
+                }
             }
         }
     }
