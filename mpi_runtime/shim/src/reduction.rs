@@ -5,7 +5,11 @@
 //! - MIN and MAX of real numbers, whose order MPI leaves open: see [`crate::extremum`].
 //! - bool: SUM is OR and PROD is AND, as in numpy; MPI has only the logical ones.
 //! - MPICH 4.0 compares unsigned integers as if they were signed: MAX of 1 and 128 in `uint8` is 1.
-//!   Each such reduction is tried once on this rank alone, and replaced if it fails.
+//! - Open MPI adds integers of 8 and 16 bits with saturation, but for the last few elements of an
+//!   array (`ompi/mca/op/avx/op_avx_functions.c`, open-mpi/ompi issue 8045, closed as "wontfix").
+//!   numpy and JAX wrap around.
+//!
+//! Each of the last two kinds is tried once on this rank alone, and replaced if it fails.
 
 use std::ffi::{c_int, c_void};
 use std::sync::OnceLock;
@@ -24,16 +28,19 @@ type Function = unsafe extern "C" fn(*mut c_void, *mut c_void, *mut c_int, *mut 
 /// The MPI operation that reduces elements of `element`.
 pub(crate) fn reduction(reduction: Reduction, element: Datatype) -> ffi::MPI_Op {
     let extremum = matches!(reduction, Reduction::Min | Reduction::Max);
+    let sum = reduction == Reduction::Sum;
     match element {
         Datatype::Bool => predefined(logical(reduction)),
         Datatype::F16 => own::<f16>(reduction),
         Datatype::BF16 => own::<bf16>(reduction),
         Datatype::F32 if extremum => own::<f32>(reduction),
         Datatype::F64 if extremum => own::<f64>(reduction),
-        Datatype::U8 if extremum => compare::<u8>(reduction, element),
-        Datatype::U16 if extremum => compare::<u16>(reduction, element),
-        Datatype::U32 if extremum => compare::<u32>(reduction, element),
-        Datatype::U64 if extremum => compare::<u64>(reduction, element),
+        Datatype::U8 if extremum || sum => tried::<u8>(reduction, element),
+        Datatype::U16 if extremum || sum => tried::<u16>(reduction, element),
+        Datatype::U32 if extremum => tried::<u32>(reduction, element),
+        Datatype::U64 if extremum => tried::<u64>(reduction, element),
+        Datatype::I8 if sum => tried::<i8>(reduction, element),
+        Datatype::I16 if sum => tried::<i16>(reduction, element),
         _ => predefined(reduction),
     }
 }
@@ -93,11 +100,13 @@ macro_rules! chosen {
     };
 }
 
-macro_rules! unsigned {
+macro_rules! integer {
     ($($kind:ty),+) => {$(
         impl Element for $kind {
             fn combine(reduction: Reduction, left: &[$kind], right: &mut [$kind]) {
                 match reduction {
+                    Reduction::Sum => each(left, right, |a, b| a.wrapping_add(b)),
+                    Reduction::Prod => each(left, right, |a, b| a.wrapping_mul(b)),
                     Reduction::Max => each(left, right, |a, b| a.max(b)),
                     _ => each(left, right, |a, b| a.min(b)),
                 }
@@ -107,7 +116,7 @@ macro_rules! unsigned {
     )+};
 }
 
-unsigned!(u8, u16, u32, u64);
+integer!(u8, u16, u32, u64, i8, i16);
 
 macro_rules! float {
     ($($kind:ty),+) => {$(
@@ -211,15 +220,15 @@ fn own<T: Element>(reduction: Reduction) -> ffi::MPI_Op {
     chosen.get_or_init(|| Chosen(create::<T>(reduction))).0
 }
 
-/// MPI's reduction if it compares without a sign, else ours.
-fn compare<T: Element + Limits>(reduction: Reduction, element: Datatype) -> ffi::MPI_Op {
+/// MPI's reduction if it is right where others are known to be wrong, else ours.
+fn tried<T: Element + Limits>(reduction: Reduction, element: Datatype) -> ffi::MPI_Op {
     let Some(chosen) = T::chosen().get(reduction as usize) else {
         return predefined(reduction);
     };
     chosen
         .get_or_init(|| {
             let own = predefined(reduction);
-            let right = is_right::<T>(own, datatype(element), reduction == Reduction::Max);
+            let right = is_right::<T>(own, datatype(element), reduction);
             Chosen(if right { own } else { create::<T>(reduction) })
         })
         .0
@@ -241,10 +250,12 @@ fn create<T: Element>(reduction: Reduction) -> ffi::MPI_Op {
     if code == SUCCESS { op } else { none }
 }
 
-/// The values that tell a comparison without a sign from one with.
-trait Limits: PartialEq {
+/// The values that tell a comparison without a sign from one with, and a sum that wraps around from
+/// one that saturates.
+trait Limits: Copy + PartialEq {
     const ONE: Self;
     const LARGEST: Self;
+    const SMALLEST: Self;
 }
 
 macro_rules! limits {
@@ -252,26 +263,36 @@ macro_rules! limits {
         impl Limits for $kind {
             const ONE: Self = 1;
             const LARGEST: Self = Self::MAX;
+            const SMALLEST: Self = Self::MIN;
         }
     )+};
 }
 
-limits!(u8, u16, u32, u64);
+limits!(u8, u16, u32, u64, i8, i16);
 
-/// Whether MPI's own reduction compares without a sign.
-fn is_right<T: Limits>(op: ffi::MPI_Op, kind: ffi::MPI_Datatype, maximum: bool) -> bool {
-    let (mine, mut result) = (T::LARGEST, T::ONE);
-    // SAFETY: one element in each buffer; nothing leaves this rank (MPI 4.0, section 6.9.7).
+/// More bytes than in the widest vectors, of each width: what MPI does with vectors may differ from
+/// what it does with the elements that are left.
+const TRIED: usize = 127;
+
+/// Whether MPI's own reduction of the largest number and 1 is right.
+fn is_right<T: Limits>(op: ffi::MPI_Op, kind: ffi::MPI_Datatype, reduction: Reduction) -> bool {
+    let (mine, mut result) = ([T::LARGEST; TRIED], [T::ONE; TRIED]);
+    // SAFETY: as many elements in each buffer; nothing leaves this rank (MPI 4.0, section 6.9.7).
     let code = unsafe {
         ffi::MPI_Reduce_local(
-            (&raw const mine).cast(),
-            (&raw mut result).cast(),
-            1,
+            mine.as_ptr().cast(),
+            result.as_mut_ptr().cast(),
+            TRIED as c_int,
             kind,
             op,
         )
     };
-    code == SUCCESS && result == if maximum { T::LARGEST } else { T::ONE }
+    let right = match reduction {
+        Reduction::Sum => T::SMALLEST,
+        Reduction::Max => T::LARGEST,
+        _ => T::ONE,
+    };
+    code == SUCCESS && result == [right; TRIED]
 }
 
 unsafe extern "C" fn apply<T: Element, const REDUCTION: u32>(
@@ -326,6 +347,19 @@ mod tests {
             bf16::combine(reduction, &left.map(bf16::from_f32), &mut right);
             assert!(right[0].is_nan() && right[1].is_nan() && !right[2].is_nan());
         }
+    }
+
+    #[test]
+    fn sums_of_small_integers_wrap_around() {
+        fn check<T: Element + Limits + std::fmt::Debug>() {
+            let mut right = [T::ONE; TRIED];
+            T::combine(Reduction::Sum, &[T::LARGEST; TRIED], &mut right);
+            assert_eq!(right, [T::SMALLEST; TRIED]);
+        }
+        check::<u8>();
+        check::<u16>();
+        check::<i8>();
+        check::<i16>();
     }
 
     #[test]

@@ -8,7 +8,7 @@
 mod layout;
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::time::Duration;
 
 use crate::node::bell::Bell;
@@ -16,6 +16,10 @@ use crate::node::process::Process;
 use crate::node::segment::{Segment, SegmentName};
 pub(crate) use layout::RECORD;
 use layout::{ELSEWHERE, IN_WORD, LANES, RING, Shown, TEXTS, Text, load_text, store_text};
+
+/// In the number of a record: its rank asks whether others have come, and goes on without them.
+const ASKS: u64 = 1 << 62;
+const STOPPED: u64 = 1 << 63;
 
 /// The boards of the ranks of this node that share memory with this one.
 pub struct Board {
@@ -136,12 +140,39 @@ impl Board {
     #[inline]
     pub(crate) fn read(&self, rank: usize, lane: usize, number: u64) -> Option<[u64; RECORD]> {
         let slot = &self.of(rank).lanes[lane].slots[(number % RING) as usize];
-        if slot.number.load(Ordering::Acquire) != number {
+        if slot.number.load(Ordering::Acquire) & !ASKS != number {
             return None;
         }
         Some(std::array::from_fn(|word| {
             slot.words[word].load(Ordering::Relaxed)
         }))
+    }
+
+    /// Stops leaving records behind `number` in a lane of this rank's, unless those that it waits
+    /// for have come; whether it stops. Each other rank that has left its record of the round sees
+    /// that this one has stopped, or is seen to have come.
+    pub(crate) fn stop_unless(
+        &self,
+        lane: usize,
+        number: u64,
+        came: impl FnOnce() -> bool,
+    ) -> bool {
+        let own = self.of(self.rank);
+        let slot = &own.lanes[lane].slots[(number % RING) as usize];
+        slot.number.store(number | ASKS, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let stops = !came();
+        let mark = if stops { STOPPED } else { 0 };
+        slot.number.store(number | mark, Ordering::SeqCst);
+        own.bell.ring();
+        stops
+    }
+
+    /// Whether `rank` has stopped behind record `number` of a lane; none while it asks.
+    pub(crate) fn has_stopped(&self, rank: usize, lane: usize, number: u64) -> Option<bool> {
+        let slot = &self.of(rank).lanes[lane].slots[(number % RING) as usize];
+        let found = slot.number.load(Ordering::SeqCst);
+        (found != number | ASKS).then_some(found == number | STOPPED)
     }
 
     /// Leaves words about something that other ranks know by `key`, which is not 0.

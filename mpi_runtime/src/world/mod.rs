@@ -102,7 +102,7 @@ impl World {
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
-        idle::start(shim, shared.board, link.clone());
+        idle::start(shared.board, link.clone());
         child::mark(launched);
         let about = About {
             rank: joined.rank,

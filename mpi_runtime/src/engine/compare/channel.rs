@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use mpi_shim_abi::Kind;
@@ -18,13 +19,14 @@ use crate::engine::compare::words;
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 use crate::error::Failure;
+use crate::log;
 use crate::node::board::Board;
 use crate::node::patience::Patience;
 
 /// How long a rank waits for the others' words once it knows that they differ.
 const EXPLAIN: Duration = Duration::from_secs(2);
 /// How long a rank waits for one that may be in a call of mpi4py's on the same communicator.
-const SHARED: Duration = Duration::from_secs(10);
+const SHARED: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// Refused operations of which a rank does not wait for the ends of the rounds. The ring of the
 /// board has room for them, twice.
@@ -48,6 +50,8 @@ pub(super) struct Channel {
     shared: bool,
     /// Some of its ranks are on other nodes, and do not hear of what differs here.
     partial: bool,
+    /// A rank has waited in vain, so that none of them compares any more.
+    stopped: bool,
     /// It is not used any more, for this reason.
     closed: Option<Failure>,
 }
@@ -66,6 +70,20 @@ impl Peer {
     #[inline]
     fn record(&self, board: &Board) -> Option<Words> {
         board.read(self.world_rank, self.lane?, self.current)
+    }
+
+    /// The same, of a lane that it may have by now for the channel `id`.
+    fn look(&mut self, board: &Board, id: u64) -> Option<Words> {
+        if self.lane.is_none() {
+            self.lane = board.find_lane(self.world_rank, id);
+        }
+        self.record(board)
+    }
+
+    /// See [`Board::has_stopped`].
+    fn has_stopped(&self, board: &Board) -> Option<bool> {
+        let has = |lane| board.has_stopped(self.world_rank, lane, self.current);
+        self.lane.map_or(Some(false), has)
     }
 }
 
@@ -96,6 +114,7 @@ impl Channel {
             owed: VecDeque::new(),
             shared,
             partial,
+            stopped: false,
             closed: None,
         }
     }
@@ -114,6 +133,9 @@ impl Channel {
         words: impl Fn() -> String,
     ) -> Result<bool, Failure> {
         self.settle(board)?;
+        if self.stopped {
+            return Ok(true);
+        }
         self.write(board, record);
         match self.rounds(board, record)? {
             Outcome::Same => Ok(true),
@@ -127,7 +149,7 @@ impl Channel {
 
     /// Tells the others that this rank has refused an operation, and does not wait for them.
     pub(super) fn refuse(&mut self, board: &Board, record: Record, words: &str) {
-        if self.settle(board).is_ok() {
+        if self.settle(board).is_ok() && !self.stopped {
             board.write_text(self.key(self.rank, self.written + 1), words);
             self.owed.push_back(record);
             self.write(board, record);
@@ -137,7 +159,7 @@ impl Channel {
     /// Tells the others that the program has refused a collective, without waiting for rounds that
     /// are not over; not if there are many of those.
     pub(super) fn refuse_unlaunched(&mut self, board: &Board, kind: Kind, words: &str) {
-        if self.closed.is_none() && self.owed.len() < MOST_OWED {
+        if self.closed.is_none() && !self.stopped && self.owed.len() < MOST_OWED {
             let record = Record::RefusedUnlaunched(kind);
             board.write_text(self.key(self.rank, self.written + 1), words);
             self.owed.push_back(record);
@@ -199,14 +221,19 @@ impl Channel {
                 match self.wait(board, index) {
                     Ok(Some(theirs)) if theirs == own => {}
                     Ok(Some(_)) => result = Outcome::Differ,
-                    Ok(None) => {
-                        self.peers.clear();
-                        return Ok(Outcome::Same);
-                    }
+                    Ok(None) => return Ok(self.stop()),
                     Err(failure) => {
                         self.closed = Some(failure.clone());
                         return Err(failure);
                     }
+                }
+            }
+            // Who has come while another waited in vain may have been seen by some ranks alone.
+            if self.shared {
+                match self.any_has_stopped(board) {
+                    Some(true) => return Ok(self.stop()),
+                    Some(false) => {}
+                    None => continue,
                 }
             }
             if result == Outcome::Differ {
@@ -218,6 +245,31 @@ impl Channel {
                 return Ok(result);
             }
         }
+    }
+
+    /// Whether a rank that has come to this round goes on without comparing; none if it is about to
+    /// find out. The same on all ranks that see the records of all.
+    #[inline]
+    fn any_has_stopped(&self, board: &Board) -> Option<bool> {
+        fence(Ordering::SeqCst);
+        let mut stopped = Some(false);
+        for peer in &self.peers {
+            match peer.has_stopped(board) {
+                Some(true) => return Some(true),
+                Some(false) => {}
+                None => stopped = None,
+            }
+        }
+        stopped
+    }
+
+    /// Compares nothing any more, as all the other ranks do that come to this round.
+    #[cold]
+    fn stop(&mut self) -> Outcome {
+        self.stopped = true;
+        self.peers.clear();
+        self.owed.clear();
+        Outcome::Same
     }
 
     #[inline]
@@ -243,21 +295,21 @@ impl Channel {
     }
 
     fn wait_long(&mut self, board: &Board, index: usize) -> Result<Option<Words>, Failure> {
-        let (id, shared) = (self.id, self.shared);
-        let peer = &mut self.peers[index];
-        let (rank, world_rank) = (peer.rank, peer.world_rank);
-        let mut look = || {
-            if peer.lane.is_none() {
-                peer.lane = board.find_lane(world_rank, id);
-            }
-            peer.record(board)
-        };
+        let (id, shared, lane) = (self.id, self.shared, self.lane);
+        let number = self.written - self.owed.len() as u64;
+        let Peer {
+            rank, world_rank, ..
+        } = self.peers[index];
         let mut patience = Patience::new();
         let start = Instant::now();
         loop {
-            let slept = patience.wait(board.bell(world_rank), || look().is_some());
+            let peer = &mut self.peers[index];
+            let slept = patience.wait(board.bell(world_rank), || peer.look(board, id).is_some());
+            if shared && peer.has_stopped(board) == Some(true) {
+                return Ok(None);
+            }
             let gone = slept.then(|| board.gone(world_rank)).flatten();
-            if let Some(record) = look() {
+            if let Some(record) = peer.look(board, id) {
                 return Ok(Some(record));
             }
             if let Some(gone) = gone {
@@ -269,7 +321,14 @@ impl Channel {
                 .into());
             }
             if slept && shared && start.elapsed() > SHARED {
-                return Ok(None);
+                if self.any_has_stopped(board) == Some(true) {
+                    return Ok(None);
+                }
+                let peer = &mut self.peers[index];
+                if board.stop_unless(lane, number, || peer.look(board, id).is_some()) {
+                    log::line(&words::not_compared(board.rank(), world_rank));
+                    return Ok(None);
+                }
             }
         }
     }

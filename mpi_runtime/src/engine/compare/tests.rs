@@ -373,3 +373,33 @@ fn a_users_communicator_is_compared_where_the_main_thread_uses_it() {
         assert!(main.is_err() && barrier.is_ok());
     }
 }
+
+#[test]
+fn either_all_ranks_of_a_users_communicator_compare_or_none() {
+    // The second time the late rank comes about when the others stop to wait for it.
+    for late in [1500, 1000] {
+        let results = on_all(|rank| {
+            let bcast = |count: i64| {
+                let shape = [count];
+                let x = Buffer::described(ElementType::U8, &shape);
+                rank.run(1 << 61, Operation::new(Kind::Bcast, 0, x, x))
+            };
+            bcast(3)?;
+            if rank.rank == 2 {
+                std::thread::sleep(std::time::Duration::from_millis(late));
+            }
+            bcast(4)?;
+            let differ = [5, 6].map(|count| bcast(count + i64::from(rank.rank)).is_err());
+            rank.comparison.free(1 << 61);
+            rank.barrier()?;
+            Ok::<_, String>(differ)
+        });
+        let compared = results[0].clone().unwrap();
+        assert!(late == 1000 || compared == [false; 2]);
+        assert_eq!(compared[0], compared[1]);
+        assert!(
+            results.iter().all(|other| *other == Ok(compared)),
+            "{results:?}"
+        );
+    }
+}

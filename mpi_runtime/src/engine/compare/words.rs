@@ -34,6 +34,16 @@ pub(super) fn differ(what: &str, mut all: Vec<(i32, String)>) -> String {
     text + ". All ranks must run the same in the same order; look for what depends on the rank"
 }
 
+/// What is said once where a rank has waited in vain for another one, both by their numbers in the
+/// world, on a communicator of the user's.
+pub(super) fn not_compared(rank: usize, other: usize) -> String {
+    format!(
+        "rank {rank} has waited long for rank {other} in a collective on a communicator of the \
+         program's own, where that rank may use mpi4py; collectives there are not compared between \
+         ranks any more; without comm=, or with mpi_cuda.COMM_WORLD, they always are"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
