@@ -165,11 +165,13 @@ def load(folder: Path) -> Job:
     notes = []
     broken: dict[int, str] = {}
     for path in sorted(folder.glob("*.record")):
+        digits = path.stem.removeprefix("rank-")
         try:
             record = read(path)
+            if digits.isdecimal() and int(digits) != record.rank:
+                raise ValueError(f"it is broken: it says that it is of rank {record.rank}")
         except (OSError, ValueError) as error:
             notes.append(f"{path.name} cannot be read: {error}")
-            digits = path.stem.removeprefix("rank-")
             if digits.isdecimal():
                 broken[int(digits)] = str(error)
             continue

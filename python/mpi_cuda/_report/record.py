@@ -327,7 +327,7 @@ def read(path: Path) -> Record:
     try:
         record = _record(_Reader(data))
     except ValueError as error:
-        if isinstance(error, json.JSONDecodeError | UnicodeError):
+        if not str(error).startswith("it is "):
             raise ValueError(f"it is broken, or cut off ({error})") from error
         raise
     except (OverflowError, ArithmeticError, LookupError, TypeError, struct.error) as error:
