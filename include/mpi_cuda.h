@@ -70,7 +70,8 @@ extern "C" {
  * must not be in such a program, nor operations on other communicators, nor host callbacks.
  * (mpi_cuda_alike_ at the beginning of the name is accepted too, with a warning.)
  * A name that begins with mpi_cuda_long_uniform_ promises the same of a program that takes long:
- * ranks compare it once for each launch too, and the launch returns before it has ended.
+ * ranks compare it once for each launch too, and the launch returns before it has ended. It may
+ * have host callbacks; then ranks compare each operation.
  *
  * Optional, of all collectives: an attribute place. Where its bits above the lowest 16 (a hash of
  * the program) are the same and others than 0, the lowest 16 must be, too: ranks whose collectives
@@ -156,6 +157,19 @@ void mpi_cuda_reads_status(void);
  * for sequences that differ only in how often their loops run, and other than 0. Likewise what an
  * attribute place means (code 0): its words come behind the operation. */
 void mpi_cuda_describe(uint64_t sequence, uint64_t code, const char *words);
+
+/* Says of which kinds the first collectives of that sequence are, in their order: their names
+ * ("allreduce" and so on) with spaces between. If a launch of it fails before one of them, ranks
+ * that wait there get an error. */
+void mpi_cuda_know_kinds(uint64_t sequence, const char *kinds);
+
+/* 1 if there is an error of an operation, or of a callback beside one, that nobody has read: the
+ * next launch with operations raises it. */
+int mpi_cuda_has_unread(void);
+
+/* Where the number of launches with operations stands that the main thread has asked for. A caller
+ * whose collective fails and finds it as before has launched nothing, and calls mpi_cuda_refuse. */
+const uint64_t *mpi_cuda_launches_by_main(void);
 
 /* This rank's program has refused a collective on that communicator, which is 0 or 1, before it
  * called anything here: other ranks that wait in one of this kind ("allreduce" and so on) get an

@@ -186,6 +186,40 @@ pub unsafe extern "C" fn mpi_cuda_describe(sequence: u64, code: u64, words: *con
     });
 }
 
+/// Says of which kinds the first collectives of that sequence are: their names, with spaces
+/// between.
+///
+/// # Safety
+/// `kinds` must be NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_know_kinds(sequence: u64, kinds: *const c_char) {
+    quiet((), || {
+        // SAFETY: the caller's names are NUL-terminated.
+        let names = unsafe { CStr::from_ptr(kinds) }.to_string_lossy();
+        let kind = |name: &str| Kind::ALL.iter().find(|kind| kind.name() == name).copied();
+        // What comes behind an unknown one is in an unknown place.
+        let kinds: Vec<Kind> = names.split_whitespace().map_while(kind).collect();
+        if let Some(world) = world() {
+            world.engine.know_kinds(sequence, &kinds);
+        }
+    });
+}
+
+/// Whether there is an error of an operation, or of a callback beside one, that nobody has read:
+/// the next launch with operations raises it.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_has_unread() -> c_int {
+    quiet(0, || {
+        world().map_or(0, |world| c_int::from(world.engine.has_unread()))
+    })
+}
+
+/// Where the number of launches with operations stands that the main thread has asked for.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_launches_by_main() -> *const u64 {
+    crate::launch::launches_by_main().as_ptr()
+}
+
 /// The program has refused a collective, called `kind`, before it launched anything: the other
 /// ranks, which may wait in theirs, get an error with these words. Waits for nobody. Only what the
 /// main thread refuses outside of host callbacks is told.

@@ -15,7 +15,7 @@ use mpi_runtime::world::library::LibraryOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::Mutex;
 
-use crate::config::{Config, Log, Pretend, create_option};
+use crate::config::{Config, Log, Pretend, Topology, create_option};
 use crate::error::Error;
 use crate::inner::find::own_folder;
 use crate::inner::{inner, library, on_gpu};
@@ -77,6 +77,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         part_bytes: config.part_bytes,
         device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),
+        local_topology: config.topology == Topology::Local,
         check: config.check,
         pretend_nodes: config.pretend_nodes,
         verbose: config.log >= Log::Debug,
@@ -126,6 +127,7 @@ pub fn start_for_tests() -> &'static World {
             abort_after: None,
             part_bytes: config.part_bytes,
             device: None,
+            local_topology: false,
             check: false,
             pretend_nodes: None,
             verbose: false,

@@ -67,6 +67,11 @@ def _file_of(package: str, file: str) -> Path | None:
     return path if path.is_file() else None
 
 
+# Number of launches with operations that the main thread has asked for: the library's own, once it
+# is loaded.
+launches = ctypes.c_uint64(0)
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """Loads the library. Nothing is initialised by that.
@@ -95,6 +100,9 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_status": (ctypes.c_int64, [ctypes.c_void_p]),
         "mpi_cuda_reads_status": (None, []),
         "mpi_cuda_describe": (None, [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p]),
+        "mpi_cuda_know_kinds": (None, [ctypes.c_uint64, ctypes.c_char_p]),
+        "mpi_cuda_has_unread": (ctypes.c_int, []),
+        "mpi_cuda_launches_by_main": (ctypes.c_void_p, []),
         "mpi_cuda_refuse": (None, [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p]),
         "mpi_cuda_is_awaited": (ctypes.c_int, []),
         "mpi_cuda_set_where": (None, [ctypes.c_void_p]),
@@ -116,6 +124,8 @@ def load() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments
+    global launches
+    launches = ctypes.c_uint64.from_address(library.mpi_cuda_launches_by_main())
     return library
 
 

@@ -95,10 +95,14 @@ def _at_exit() -> None:
     if library.mpi_cuda_wait():
         _say(library_module.last_error())
         library.mpi_cuda_abort(1)
-    # Programs with callbacks need Python to end. Their errors are JAX's to report, at its own exit.
+    # Programs with callbacks need Python to end.
     if jax := sys.modules.get("jax"):
-        with contextlib.suppress(Exception):
+        try:
             jax.effects_barrier()
+        except Exception as error:
+            # Somebody may have read it; JAX's own exit would print a long trace of it.
+            first = str(error).splitlines()[:1]
+            _say(f"mpi_cuda: rank {world.rank}: a program had failed: {''.join(first)}")
     library.mpi_cuda_set_trampoline(None)
     library.mpi_cuda_set_where(None)
     library.mpi_cuda_shutdown()

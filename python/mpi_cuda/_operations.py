@@ -129,30 +129,34 @@ def _require_leading(rule: str, x: Any, comm: Comm) -> None:
         )
 
 
-def tell_refused(operation: str, comm: Any, error: Exception) -> None:
-    """A collective was refused: tells the other ranks, which may be waiting in theirs.
+def tell_refused(operation: str, comm: Any, error: BaseException, launches: int) -> None:
+    """A collective has failed: tells the other ranks, which may be waiting in theirs.
 
-    Only outside of programs, and on the communicators that always exist.
+    Only outside of programs, on the communicators that always exist, and if nothing was launched
+    since there were so many `_library.launches`: what comes of those the library tells.
     """
+    if _library.launches.value != launches:
+        return
     if _library.started() is None or not jax_core.is_outside_programs():
         return
     try:
         number = _arguments.resolve_comm(comm).number
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:
         return
-    words = f"{operation}, which it refused: {error}"
+    words = f"{operation}, which it refused: {str(error).rstrip('.') or type(error).__name__}"
     _library.load().mpi_cuda_refuse(number, operation.encode(), words.encode())
 
 
 def _collective(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """The other ranks hear of it if this one refuses its arguments."""
+    """The other ranks hear of it if this one fails before it launches anything."""
 
     @functools.wraps(operation)
     def function(*args: Any, **kwargs: Any) -> Any:
+        launches = _library.launches.value
         try:
             return operation(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            tell_refused(operation.__name__, kwargs.get("comm"), error)
+        except BaseException as error:
+            tell_refused(operation.__name__, kwargs.get("comm"), error, launches)
             raise
 
     return function

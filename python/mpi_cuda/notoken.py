@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _nonblocking, _operations
+from mpi_cuda import _library, _nonblocking, _operations
 
 __all__ = [
     "allgather",
@@ -37,20 +37,21 @@ __all__ = [
 def _without_token(operation: Callable[..., Any]) -> Callable[..., Any]:
     is_collective = hasattr(operation, "__wrapped__")
     # The refusals of collectives are told here: without one more call.
-    bare = inspect.unwrap(operation)
+    bare, name = inspect.unwrap(operation), operation.__name__
 
     @functools.wraps(operation)
     def function(*args: Any, **kwargs: Any) -> Any:
-        if "token" in kwargs:
-            raise RuntimeError(
-                f"mpi_cuda.notoken.{operation.__name__} takes no token: operations are ordered "
-                f"automatically; use mpi_cuda.{operation.__name__} for explicit tokens"
-            )
+        launches = _library.launches.value
         try:
+            if "token" in kwargs:
+                raise RuntimeError(
+                    f"mpi_cuda.notoken.{name} takes no token: operations are ordered "
+                    f"automatically; use mpi_cuda.{name} for explicit tokens"
+                )
             result = bare(*args, token=False, **kwargs)
-        except (TypeError, ValueError) as error:
+        except BaseException as error:
             if is_collective:
-                _operations.tell_refused(operation.__name__, kwargs.get("comm"), error)
+                _operations.tell_refused(name, kwargs.get("comm"), error, launches)
             raise
         return result[0] if isinstance(result, tuple) else None
 

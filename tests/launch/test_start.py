@@ -189,6 +189,15 @@ def test_settings_that_ranks_must_share_are_compared(mpi: str) -> None:
     result = job(mpi, code)
     assert result.returncode != 0
     assert "differs between ranks (64 to 65)" in result.stderr, result.stderr
+    code = code.replace("PART_BYTES", "TOPOLOGY").replace(
+        "str(64 + rank)", "['global', 'local'][rank]"
+    )
+    result = job(mpi, code)
+    assert result.returncode != 0
+    words = (
+        "MPI_CUDA_TOPOLOGY (0 global, 1 local) is 1 on rank 1 and differs between ranks (0 to 1)"
+    )
+    assert words in result.stderr, result.stderr
 
 
 EIGHT = """if True:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpi_cuda._report import findings, text
-from mpi_cuda._report.job import Job, align, ranks
-from mpi_cuda._report.record import Comm, Operation, Record
+from mpi_cuda._report import findings, text, trace
+from mpi_cuda._report.job import Job, align, load, ranks
+from mpi_cuda._report.record import Comm, Operation, Record, _comm_words
 
 WORLD = Comm(1, "the default communicator", 0, 3)
 REDUCING = frozenset({"collective", "operand", "result"})
@@ -212,3 +215,65 @@ def test_the_report_starts_neither_jax_nor_mpi() -> None:
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == ["False", "False"], result.stderr
+
+
+RANK_0 = """if True:
+    import sys
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    from mpi_cuda import notoken as nt
+    for length in range(1, 20):
+        nt.allreduce(jnp.ones(length), m.SUM)
+    nt.bcast(jnp.ones(3, jnp.int32), 0)
+    nt.barrier()
+    from mpi_cuda import _library
+    assert _library.load().mpi_cuda_write_record(sys.argv[1].encode()) >= 0, _library.last_error()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of two ranks, of which a job of one has written the first."""
+    folder = tmp_path_factory.mktemp("records")
+    environment = os.environ | {"JAX_PLATFORMS": "mpi_cuda", "MPI_CUDA_SINGLETON": "1"}
+    first = folder / "rank-00000.record"
+    command = [sys.executable, "-c", RANK_0, str(first)]
+    subprocess.run(command, check=True, timeout=120, env=environment)
+    data = first.read_bytes()
+    first.write_bytes(data.replace(b'"size":1', b'"size":2', 1))
+    second = data.replace(b'"size":1', b'"size":2', 1).replace(b'"rank":0', b'"rank":1', 1)
+    assert second.count(b'"size":2') == 1 and second.count(b'"rank":1') == 1
+    (folder / "rank-00001.record").write_bytes(second)
+    return folder
+
+
+def test_a_record_that_is_broken_is_said_to_be(folder: Path) -> None:
+    """Whatever stands in it: there is a report, which never says that the rank ended well."""
+    path = folder / "rank-00001.record"
+    whole = path.read_bytes()
+    filled = [place for place, byte in enumerate(whole) if byte]
+    dice = random.Random(15)
+    refused = 0
+    try:
+        for _ in range(400):
+            data = bytearray(whole)
+            for _ in range(dice.choice([1, 3, 30])):
+                data[dice.choice(filled)] = dice.randrange(256)
+            path.write_bytes(data)
+            found = load(folder)
+            said = text.report(found)
+            trace.write(found, folder / "trace.json")
+            if "rank-00001.record cannot be read: " in said:
+                refused += 1
+                assert "the record of rank 1 cannot be read: it " in said
+                assert "rank 1 left no record" not in said
+        for length in (0, 7, 100, 200, 5000):
+            path.write_bytes(whole[:length])
+            assert "the record of rank 1 cannot be read: it " in text.report(load(folder))
+    finally:
+        path.write_bytes(whole)
+    assert refused > 50
+
+
+def test_communicators_without_a_name_have_words() -> None:
+    assert _comm_words(3) == "all ranks" and _comm_words(17) == "communicator 17"
+    assert _comm_words(1923345340473196858) == "a communicator of the library's"

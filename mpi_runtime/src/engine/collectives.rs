@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use crate::buffer::Buffer;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::compare::Comparison;
+use crate::engine::order::Ticket;
 use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::post::{Post, tags_of};
 use crate::error::{Failure, MpiError, OperationError};
@@ -127,13 +128,14 @@ impl ReplicaGroups {
     pub(crate) fn begin(
         &self,
         on: CollectiveContext<'_>,
+        ticket: Ticket,
         program: &CollectiveSequence,
     ) -> Result<(), Box<OperationError>> {
         if program.everybody {
             let _pending = wait_for_all(on, program);
             let words = || words_or(Some(&program.summary));
             on.comparison
-                .launch(program.sequence, words)
+                .launch(ticket, program.sequence, words)
                 .map_err(|reason| failed(on, program, reason))?;
         }
         let new = !program.begun.load(Ordering::Relaxed);

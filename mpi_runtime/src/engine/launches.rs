@@ -7,7 +7,7 @@ use std::time::Duration;
 use mpi_shim_abi::Kind;
 
 use super::Engine;
-use super::compare::Launch;
+use super::compare::{KnownCollectives, Launch};
 use super::order::{LaunchOrder, Ticket};
 use crate::log;
 
@@ -39,6 +39,23 @@ impl Engine {
     /// the other ranks, which may wait in theirs, and waits for nobody. From the main thread.
     pub fn refuse_unlaunched(&self, comm: i64, kind: Kind, words: &str) {
         self.calls.comparison.refuse_unlaunched(comm, kind, words);
+    }
+
+    /// Says of which kinds the first collectives of a sequence are, in its order.
+    pub fn know_kinds(&self, sequence: u64, kinds: &[Kind]) {
+        self.calls.comparison.know_kinds(sequence, kinds);
+    }
+
+    /// The main thread's launch was refused before it had a ticket: tells the other ranks, as
+    /// [`Engine::refuse_unlaunched`] does.
+    pub fn refuse_launch(&self, launch: &KnownCollectives, error: &str) {
+        self.calls.comparison.refuse_launch(launch, error);
+    }
+
+    /// A launch has failed, and is about to be retired: tells the other ranks, if they may wait for
+    /// a collective that it has not come to.
+    pub fn launch_failed(&self, ticket: Ticket, error: &str) {
+        self.calls.comparison.launch_failed(ticket, error);
     }
 
     /// Waits until every earlier launch of other threads that this one is ordered with has ended.

@@ -33,8 +33,8 @@ use crate::device::Stream;
 use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::collectives::{CollectiveContext, ReplicaGroups};
 use crate::engine::compare::Comparison;
-pub use crate::engine::compare::Launch;
 pub(crate) use crate::engine::compare::{ByMpi, Progress, Series};
+pub use crate::engine::compare::{KnownCollectives, Launch};
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::MpiCalls;
 use crate::engine::nonblocking::NonblockingMessages;
@@ -162,7 +162,7 @@ impl Engine {
         let recording = RECORDER.begin_program(ticket, &program.recorded());
         let context = self.collective_context();
         let result = match channel {
-            0 => self.groups.begin(context, program),
+            0 => self.groups.begin(context, ticket, program),
             _ => self.groups.begin_apart(context, program, channel),
         };
         recording.end(&result);
@@ -204,7 +204,12 @@ impl Engine {
         if let Some(start) = start {
             self.log(ticket, op, start.elapsed(), result.is_ok());
         }
-        result.inspect_err(|error| self.note_unread(&error.to_string(), self.order.thread(ticket)))
+        result.inspect_err(|error| {
+            if op.kind.is_collective() {
+                self.calls.comparison.failed(ticket, op.comm);
+            }
+            self.note_unread(&error.to_string(), self.order.thread(ticket));
+        })
     }
 
     fn log(&self, ticket: Ticket, op: &Operation<'_>, time: Duration, done: bool) {

@@ -36,6 +36,11 @@ impl Engine {
         first
     }
 
+    /// Whether there are some.
+    pub fn has_unread(&self) -> bool {
+        !self.unread.lock().is_empty()
+    }
+
     /// Somebody has read an error with this text.
     pub fn mark_read(&self, text: &str) {
         let mut unread = self.unread.lock();

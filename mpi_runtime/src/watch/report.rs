@@ -70,7 +70,7 @@ pub(super) fn lines(ranks: &[Known]) -> String {
 fn words(known: &Known) -> Vec<String> {
     match known {
         Known::Ended(words) => vec![words.clone()],
-        Known::Nothing => vec!["{is} on another node or tells nothing".into()],
+        Known::Nothing => vec!["{is} on another node, or stopped, or tells nothing".into()],
         Known::Told(state) => {
             let waits = state.waits.iter();
             let mut all: Vec<String> = waits

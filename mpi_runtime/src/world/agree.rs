@@ -56,6 +56,10 @@ pub(super) fn agree(
     ranks.same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
     ranks.same("MPI_CUDA_CHECK", options.check.into())?;
     ranks.same(
+        "MPI_CUDA_TOPOLOGY (0 global, 1 local)",
+        options.local_topology.into(),
+    )?;
+    ranks.same(
         "the memory of arrays (MPI_CUDA_DEVICE: 0 the host's, 1 a GPU's)",
         u64::from(options.device.is_some()),
     )?;

@@ -24,6 +24,8 @@ pub struct WorldOptions {
     pub abort_after: Option<Duration>,
     /// `MPI_CUDA_PART_BYTES`.
     pub part_bytes: i64,
+    /// `MPI_CUDA_TOPOLOGY=local`: each rank shows its own device alone.
+    pub local_topology: bool,
     /// `MPI_CUDA_CHECK`: compare every operation between nodes.
     pub check: bool,
     /// Where the last operations are written.

@@ -30,6 +30,8 @@ pub struct Contents {
     pub callbacks: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub uniform: Option<UniformProgram>,
+    /// Number of the communicator of all of its collectives, and their sequence, if that is known.
+    pub collectives: Option<(i64, u64)>,
     /// They take long.
     pub long: bool,
     /// Of a program for several devices: what it is, the same number on every rank.
@@ -40,11 +42,13 @@ impl Contents {
     /// What a program calls, in any format.
     pub fn of(program: &[u8]) -> Contents {
         let long = after(program, LONG_MARK);
+        let uniform = long.or_else(|| after_mark(program)).and_then(uniform);
         Contents {
             operations: has_operations(program),
             status: status::is_read(program),
             callbacks: contains(program, CALLBACK_MARK.as_bytes()),
-            uniform: long.or_else(|| after_mark(program)).and_then(uniform),
+            uniform,
+            collectives: uniform.map(|uniform| (uniform.comm, uniform.sequence)),
             long: long.is_some(),
             channel: 0,
         }
@@ -59,8 +63,8 @@ impl Contents {
     ) -> Contents {
         let everybody = devices.ids().len() == world.size as usize;
         let short = rewritten.executed <= LONGEST && rewritten.bytes <= LARGEST;
-        let uniform = rewritten.collectives > 0 && rewritten.other_ordered == 0 && everybody;
-        let uniform = uniform && short && !callbacks;
+        let begins = rewritten.collectives > 0 && everybody;
+        let uniform = begins && rewritten.other_ordered == 0 && short && !callbacks;
         Contents {
             operations: rewritten.collectives > 0,
             status: false,
@@ -70,6 +74,7 @@ impl Contents {
                 sequence: rewritten.sequence,
                 balance: None,
             }),
+            collectives: begins.then_some((COLLECTIVES, rewritten.sequence)),
             long: false,
             channel: channel(rewritten, devices),
         }
@@ -80,6 +85,7 @@ impl Contents {
         self.operations |= rewritten.operations;
         self.callbacks |= rewritten.callbacks;
         self.uniform = rewritten.uniform;
+        self.collectives = rewritten.collectives;
         self.long = rewritten.long;
         self.channel = rewritten.channel;
     }

@@ -8,6 +8,7 @@ pub mod spmd;
 
 use std::time::{Duration, Instant};
 
+use mpi_runtime::engine::KnownCollectives;
 use mpi_runtime::engine::recorder::RECORDER;
 use mpi_runtime::log;
 use mpi_runtime::watch::place;
@@ -143,13 +144,21 @@ fn note(loaded: Owned<LoadedHandle>, contents: Contents) -> Result<Owned<LoadedH
         side_table::forget(handle.address());
     })?;
     if contents.operations || contents.callbacks {
+        let name = handle.executable()?.get().name();
         let program = ProgramInfo {
-            name: RECORDER.text(&handle.executable()?.get().name()),
+            name: RECORDER.text(&name),
             operations: contents.operations,
             callbacks: contents.callbacks,
             cheap,
             status: contents.status,
             uniform: contents.uniform.filter(|_| !contents.callbacks),
+            collectives: contents
+                .collectives
+                .map(|(comm, sequence)| KnownCollectives {
+                    program: String::leak(String::from_utf8_lossy(&name).into_owned()),
+                    comm,
+                    sequence,
+                }),
             long: contents.long,
             comms: match contents.operations {
                 true => communicators::of(handle, contents.channel),

@@ -99,7 +99,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "MPI_CUDA_WARN_AFTER",
         old_name: None,
-        values: "60, seconds",
+        values: "60, seconds above 0",
         meaning: "print an operation that waits longer than this",
         read: |config, text| set(&mut config.warn_after, seconds(text)),
     },

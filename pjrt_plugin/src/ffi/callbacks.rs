@@ -10,7 +10,8 @@ use pjrt_sys::*;
 use super::frame::{Frame, dims};
 use super::handler::{Handler, handler};
 use crate::error::Error;
-use crate::launch::ticket::in_callback_of;
+use crate::launch::ticket::{in_callback_of, ticket_of};
+use crate::plugin::world;
 
 /// An array as the trampoline sees it.
 #[repr(C)]
@@ -105,13 +106,16 @@ fn call_python(frame: &Frame<'_>, in_place: c_int) -> Result<(), Error> {
         .position(|&byte| byte == 0)
         .unwrap_or(text.len());
     // What JAX's own callbacks say.
-    Err(Error::verbatim(
-        PJRT_Error_Code_INTERNAL,
-        format!(
-            "CpuCallback error calling callback: {}",
-            String::from_utf8_lossy(&text[..end])
-        ),
-    ))
+    let message = format!(
+        "CpuCallback error calling callback: {}",
+        String::from_utf8_lossy(&text[..end])
+    );
+    // Beside operations nothing else may show it: the program's token does not.
+    if let (Some(ticket), Some(world)) = (ticket_of(frame.run_id()), world()) {
+        let thread = world.engine.thread(ticket);
+        world.engine.note_unread(&message, thread);
+    }
+    Err(Error::verbatim(PJRT_Error_Code_INTERNAL, message))
 }
 
 fn find_callback(frame: &Frame<'_>) -> Result<*mut c_void, Error> {

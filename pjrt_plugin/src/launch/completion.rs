@@ -65,7 +65,10 @@ impl Completion {
     /// The launch has ended, or failed.
     pub fn reach(mut self, error: Option<&str>) {
         let ends = std::mem::take(&mut self.ends);
-        if error.is_some() {
+        if let Some(error) = error {
+            if let (Some(TicketGuard(ticket)), Some(world)) = (&self.ticket, world()) {
+                world.engine.launch_failed(*ticket, error);
+            }
             release_elsewhere(std::mem::take(&mut self.inputs));
         }
         drop(self);
@@ -96,7 +99,8 @@ fn release_elsewhere(inputs: Vec<Kept<BufferHandle>>) {
     }
 }
 
-/// Completion events of launches with operations, while the framework holds them.
+/// Completion events of launches with operations, and of their tokens, while the framework holds
+/// them.
 static WATCHED: Mutex<Option<HashSet<usize>>> = Mutex::new(None);
 /// How many there are; spares the lock where there are none.
 static COUNT: AtomicUsize = AtomicUsize::new(0);

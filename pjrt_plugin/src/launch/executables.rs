@@ -1,5 +1,8 @@
 //! What is known of loaded executables that have operations of ours or host callbacks.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mpi_runtime::engine::KnownCollectives;
 use mpi_runtime::{LaunchOrder, UniformProgram};
 
 use crate::inner::handles::{Handle, LoadedHandle};
@@ -21,6 +24,8 @@ pub struct ProgramInfo {
     pub status: bool,
     /// Its operations are the same collectives and exchanges on every rank.
     pub uniform: Option<UniformProgram>,
+    /// Its collectives, if they are known before it runs.
+    pub collectives: Option<KnownCollectives>,
     /// They take long.
     pub long: bool,
     /// The communicators that it uses.
@@ -65,8 +70,19 @@ impl ProgramInfo {
 
 static PROGRAMS: SideTable<ProgramInfo> = SideTable::new();
 
+/// There has been one with operations and callbacks.
+static HAVE_BOTH: AtomicBool = AtomicBool::new(false);
+
+/// Whether there has been a program with callbacks beside operations.
+pub fn have_callbacks_beside_operations() -> bool {
+    HAVE_BOTH.load(Ordering::Relaxed)
+}
+
 /// Notes a loaded executable with operations or callbacks.
 pub fn remember(loaded: LoadedHandle, program: ProgramInfo) {
+    if program.operations && program.callbacks {
+        HAVE_BOTH.store(true, Ordering::Relaxed);
+    }
     PROGRAMS.insert(loaded.address(), program);
 }
 

@@ -19,6 +19,7 @@ pub mod thread_order;
 pub mod ticket;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mpi_runtime::engine::Launch;
 use mpi_runtime::engine::recorder::RECORDER;
@@ -45,14 +46,22 @@ pub use on_caller::launches_on_callers;
 
 /// Launches a program for the framework.
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
-    donation::refuse_deleted(args)?;
+    let deleted = donation::refuse_deleted(args);
     let program = executables::find(args.executable);
     if ticket::is_in_background() {
+        deleted?;
         return launch_in_background(args, program);
     }
     match program {
+        Some(program) if program.operations => {
+            // What has come here is told by the library, if it is not launched.
+            count_by_main();
+            let world = deleted.and_then(|()| world_for_operations());
+            let world = world.inspect_err(|error| tell_refused(&program, error))?;
+            launch_operations(args, program, world)
+        }
+        _ if deleted.is_err() => deleted,
         None if !inflight_limit::may_be_full() => args.pass_on(),
-        Some(program) if program.operations => launch_operations(args, program),
         _ => launch_others(args, program.is_some_and(|program| program.callbacks)),
     }
 }
@@ -67,9 +76,12 @@ pub fn finish_client(client: ClientHandle) {
 }
 
 /// Launches a program with operations, under a ticket.
-fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result<(), Error> {
+fn launch_operations(
+    args: &mut ExecuteArgs<'_>,
+    program: ProgramInfo,
+    world: &'static World,
+) -> Result<(), Error> {
     let context = args.context.map(Kept::new);
-    let world = world_for_operations()?;
     let order = thread_order::of(world);
     let lock = order.lock();
     let outer = ticket::callback_of();
@@ -80,11 +92,15 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
         launches,
         order: Some(&place),
     };
-    let deferred = world.size > 1 && outer.is_none() && deferred::is_needed(&order, args, &needs)?;
+    let deferred = world.size > 1
+        && outer.is_none()
+        && deferred::is_needed(&order, args, &needs)
+            .inspect_err(|error| tell_refused(&program, error))?;
     let ticket = outer.unwrap_or_else(|| world.engine.issue_ticket(place));
     if outer.is_none() && world.size > 1 {
         let launch = Launch {
             uniform: program.uniform,
+            collectives: program.collectives,
             by_main_thread: is_main_thread(),
         };
         world.engine.note_launch(ticket, launch);
@@ -113,6 +129,7 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
     let launch_id = ticket.0 as i32;
     let result = if deferred {
         defer(&order, args, launch_id, completion)
+            .inspect_err(|error| tell_refused(&program, error))
     } else if apart {
         world.engine.wait_turn(ticket);
         args.with_launch_id(launch_id, |args| launch_apart(args, completion))
@@ -133,6 +150,34 @@ fn launch_operations(args: &mut ExecuteArgs<'_>, program: ProgramInfo) -> Result
         world.engine.wait_launch(ticket);
     }
     result
+}
+
+/// Launches with operations that the main thread has asked for, whatever came of them.
+static BY_MAIN: AtomicU64 = AtomicU64::new(0);
+
+fn count_by_main() {
+    if is_main_thread() {
+        BY_MAIN.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// How many launches with operations the main thread has asked for: what it refuses before that
+/// counts one more, only the framework knows.
+pub fn launches_by_main() -> &'static AtomicU64 {
+    &BY_MAIN
+}
+
+/// A launch is refused before it has a ticket: tells the other ranks, which may wait in it.
+#[cold]
+fn tell_refused(program: &ProgramInfo, error: &Error) {
+    if let (Some(world), Some(collectives)) = (world(), &program.collectives)
+        && is_main_thread()
+        && ticket::callback_of().is_none()
+        && !ticket::is_inside_launch()
+        && !crate::fork::is_child()
+    {
+        world.engine.refuse_launch(collectives, &error.to_string());
+    }
 }
 
 /// The world, if a launch with operations may communicate now.

@@ -9,8 +9,8 @@ use pjrt_sys::*;
 use crate::clients;
 use crate::error::Error;
 use crate::inner::api;
-use crate::inner::handles::{BufferHandle, EventHandle, Handle, HostArray, Owned};
-use crate::launch::{donation, keep_alive};
+use crate::inner::handles::{BufferHandle, EventHandle, FromRaw, Handle, HostArray, Owned};
+use crate::launch::{completion, donation, executables, keep_alive};
 use crate::pjrt::entry::entry;
 
 /// Refuses a device or memory of another rank.
@@ -120,7 +120,16 @@ entry! {
             unsafe { args.members() }.event = event;
             return Ok(());
         }
-        args.pass_on(api().PJRT_Buffer_ReadyEvent)
+        args.pass_on(api().PJRT_Buffer_ReadyEvent)?;
+        if executables::have_callbacks_beside_operations()
+            && (buffer.is_token() || buffer.is_empty_of_booleans())
+        {
+            // JAX looks at these, and no user does.
+            // SAFETY: the inner plugin has filled it in, with an event of its own.
+            let event = unsafe { EventHandle::from_raw(args.members().event) };
+            completion::watch(event?);
+        }
+        Ok(())
     }
 
     /// `PJRT_Buffer_IncreaseExternalReferenceCount`

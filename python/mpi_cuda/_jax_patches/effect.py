@@ -51,6 +51,11 @@ effects.partial_eval_kept_effects.add_type(CommunicationEffect)
 effect = CommunicationEffect()
 
 
+def is_ordered_callback(eqn: Any) -> bool:
+    """Whether an equation is a callback with the effect of operations."""
+    return eqn.primitive is callback.io_callback_p
+
+
 def has_host_callback(program: Any) -> bool:
     """Whether a program has callbacks; those keep JAX's own tokens between programs."""
     for eqn in jaxprs.bare(program).eqns:

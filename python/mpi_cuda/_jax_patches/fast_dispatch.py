@@ -114,7 +114,14 @@ def install() -> None:
 
     @functools.wraps(original)
     def lowering(program: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(_hide(program) if only_operations(program) else program, *args, **kwargs)
+        if only_operations(program):
+            return original(_hide(program), *args, **kwargs)
+        if effect in program.effects:
+            uniform.set_pending(uniform.mark(program.jaxpr, effect, callbacks=True))
+        try:
+            return original(program, *args, **kwargs)
+        finally:
+            uniform.set_pending(None)
 
     for name in ("cache_clear", "cache_info", "cache_keys", "evict_weakref"):
         if hasattr(original, name):

@@ -17,6 +17,7 @@ import numpy as np
 
 from mpi_cuda import _library
 from mpi_cuda._jax_patches import jaxprs
+from mpi_cuda._jax_patches.effect import is_ordered_callback
 from mpi_cuda._jax_patches.patch import Patch
 from mpi_cuda._library import (
     ATTRIBUTE_ANY,
@@ -47,6 +48,8 @@ _CALLS = ("jit", "closed_call", "core_call", "remat2", "custom_jvp_call", "custo
 _LONGEST = 10_000
 _LARGEST = 16 << 20
 _LONGEST_WORDS = 400
+# If a launch fails behind so many collectives, the other ranks do not hear of it.
+_MOST_KINDS = 1000
 
 _pending = threading.local()
 
@@ -113,7 +116,7 @@ def _sequence(jaxpr: Any, found: _Found, times: int) -> list[Any]:
     """The operations in `jaxpr`, which runs `times` times."""
     sequence: list[Any] = []
     for eqn in jaxpr.eqns:
-        if found.effect not in eqn.effects:
+        if found.effect not in eqn.effects or is_ordered_callback(eqn):
             continue
         if "attributes" in eqn.params:
             sequence.append(found.add(eqn, times))
@@ -153,8 +156,23 @@ def _words(sequence: list[Any]) -> str:
     return ", ".join(words for words in said if words)
 
 
-def mark(jaxpr: Any, effect: Any) -> str | None:
-    """The attribute's name, or None if the ranks may differ. `effect` is that of operations."""
+def _kinds(sequence: list[Any], most: int) -> list[str]:
+    """The names of the first collectives of a sequence."""
+    kinds: list[str] = []
+    for item in sequence:
+        if isinstance(item[0], int):
+            inside = _kinds(item[1], most - len(kinds))
+            kinds += (inside * min(item[0], most))[: most - len(kinds)]
+        elif item[0] != "sendrecv" and len(kinds) < most:
+            kinds.append(item[0])
+    return kinds
+
+
+def mark(jaxpr: Any, effect: Any, *, callbacks: bool = False) -> str | None:
+    """The attribute's name, or None if the ranks may differ. `effect` is that of operations.
+
+    Of a program with callbacks it tells only which collectives are missing if one of these fails.
+    """
     found = _Found(effect, _library.start().rank)
     try:
         sequence = _sequence(jaxpr, found, 1)
@@ -162,10 +180,13 @@ def mark(jaxpr: Any, effect: Any) -> str | None:
         return None
     if len(found.comms) != 1 or not found.comms <= {WORLD_NUMBER, DEFAULT_NUMBER}:
         return None
-    long = found.operations > _LONGEST or found.bytes > _LARGEST
+    # A callback may take as long as it likes.
+    long = callbacks or found.operations > _LONGEST or found.bytes > _LARGEST
     number = _hash(sequence)
     words = _words(sequence)[:_LONGEST_WORDS].encode()
     _library.load().mpi_cuda_describe(number, _hash(_code(sequence)), words)
+    kinds = " ".join(_kinds(sequence, _MOST_KINDS)).encode()
+    _library.load().mpi_cuda_know_kinds(number, kinds)
     name = f"mpi_cuda_{'long_' * long}uniform_{found.comms.pop()}_{number:016x}"
     return f"{name}_{found.balance % 2**64:016x}" if found.exchanges else name
 

@@ -54,6 +54,8 @@ class Job:
     records: dict[int, Record]
     #: Files that are none of this job's, and why.
     notes: list[str] = dataclasses.field(default_factory=list)
+    #: Ranks whose records cannot be read, and why.
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)
     #: How far the clock of a node was set, and how far that may be wrong; seconds.
     clocks: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
@@ -161,11 +163,17 @@ def load(folder: Path) -> Job:
     """
     jobs: dict[int, dict[int, Record]] = collections.defaultdict(dict)
     notes = []
+    broken: dict[int, str] = {}
     for path in sorted(folder.glob("*.record")):
+        digits = path.stem.removeprefix("rank-")
         try:
             record = read(path)
+            if digits.isdecimal() and int(digits) != record.rank:
+                raise ValueError(f"it is broken: it says that it is of rank {record.rank}")
         except (OSError, ValueError) as error:
             notes.append(f"{path.name} cannot be read: {error}")
+            if digits.isdecimal():
+                broken[int(digits)] = str(error)
             continue
         jobs[record.job][record.rank] = record
     if not jobs:
@@ -179,7 +187,7 @@ def load(folder: Path) -> Job:
         notes.append(f"the records of {ranks(others)} are of an earlier job, and not looked at")
     records = dict(sorted(jobs[last].items()))
     clocks = align(records)
-    return Job(records, notes, clocks)
+    return Job(records, notes, broken, clocks)
 
 
 def align(records: dict[int, Record]) -> dict[str, tuple[float, float]]:

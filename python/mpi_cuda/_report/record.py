@@ -17,15 +17,28 @@ _COMM = struct.Struct("<QqQ iI QQ 16x")
 _LAUNCH = struct.Struct("<III4xQ 8x")
 _ENTRY = struct.Struct("<QQQQ qQQQ II ii ii BBBBB3x QQ 8x Q")
 _ABOUT = 128
+#: 1 January 9999, in seconds since 1970.
+_LATEST = 253_370_764_800
 #: The communicator of one rank alone.
 _SELF = 2
 #: Those of all ranks, in their order.
 ALL_RANKS = (0, 1, 3)
 NO_REDUCTION = 255
+_NAMES = {0: "COMM_WORLD", 1: "the default communicator", 2: "COMM_SELF", 3: "all ranks"}
+#: From here on numbers are hashes.
+_HASHED = 1 << 32
 #: Flags: an operation of mpi4jax's; a wait that knows the message that it waits for.
 _FOREIGN, _STARTED = 1, 2
 #: The peer of a message that goes nowhere.
 NOBODY = -1
+
+
+def _comm_words(number: int) -> str:
+    """What a communicator without a name in the record is called."""
+    if number in _NAMES:
+        return _NAMES[number]
+    # The library numbers the user's own in their order, and those of groups of ranks by a hash.
+    return f"communicator {number}" if 0 <= number < _HASHED else "a communicator of the library's"
 
 
 def _rank_words(rank: int | None) -> str:
@@ -234,7 +247,7 @@ class _Reader:
         for used, number, name, rank, size, *_ in self.rows("comms", _COMM):
             if used:
                 rank = own if number in ALL_RANKS else rank
-                found[number] = Comm(number, self.text(name) or f"#{number}", rank, size)
+                found[number] = Comm(number, self.text(name) or _comm_words(number), rank, size)
         return found
 
     def launches(self) -> dict[int, Launch]:
@@ -271,7 +284,7 @@ class _Reader:
             number=number,
             kind=name,
             traits=frozenset(traits),
-            comm=comms.get(comm) or Comm(comm, f"#{comm}", -1, 0),
+            comm=comms.get(comm) or Comm(comm, _comm_words(comm), -1, 0),
             position=position,
             start=self.time(start),
             end=self.time(end) if end else None,
@@ -307,13 +320,64 @@ def read(path: Path) -> Record:
     """Reads a record.
 
     Raises:
-      ValueError: the file is none, or of another version.
+      ValueError: the file is none, of another version, or broken.
       OSError: it cannot be read.
     """
+    data = path.read_bytes()
     try:
-        reader = _Reader(path.read_bytes())
-    except (struct.error, json.JSONDecodeError) as error:
-        raise ValueError(f"it is cut off ({error})") from error
+        record = _record(_Reader(data))
+    except ValueError as error:
+        if not str(error).startswith("it is "):
+            raise ValueError(f"it is broken, or cut off ({error})") from error
+        raise
+    except (OverflowError, ArithmeticError, LookupError, TypeError, struct.error) as error:
+        name = type(error).__name__
+        raise ValueError(f"it is broken, or cut off ({name}: {error})") from error
+    _check(record)
+    return record
+
+
+def _check(record: Record) -> None:
+    """Refuses numbers that no rank writes, and words that are none.
+
+    Raises:
+      ValueError: with what is wrong.
+    """
+
+    def number(value: Any, low: float, high: float) -> bool:
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        )
+
+    largest = 1 << 31
+    words = (record.host, record.library, record.command, record.reason)
+    sound = (
+        number(record.size, 1, largest)
+        and number(record.rank, 0, record.size - 1)
+        and isinstance(record.rank, int)
+        and isinstance(record.size, int)
+        and number(record.job, 0, 1 << 64)
+        and number(record.pid, 0, largest)
+        and all(isinstance(word, str) for word in words)
+        # Until the year 9999.
+        and number(record.written, 0, _LATEST)
+        and all(number(one.time, 0, _LATEST) for one in record.launches)
+    )
+    for one in record.operations if sound else ():
+        times = (one.start, one.start if one.end is None else one.end)
+        sound = (
+            sound
+            and all(number(time, 0, _LATEST) for time in times)
+            and isinstance(one.kind, str)
+            and isinstance(one.dtype, str)
+            and number(one.item_size, 0, 1 << 16)
+            and all(isinstance(trait, str) for trait in one.traits)
+        )
+    if not sound:
+        raise ValueError("it is broken: it has numbers that no rank writes")
+
+
+def _record(reader: _Reader) -> Record:
     about = reader.about
     fields = ("rank", "size", "job", "host", "pid", "library", "command")
     return Record(

@@ -26,8 +26,8 @@ def _head(job: Job) -> Iterator[str]:
     hosts = {record.host for record in job.records.values()}
     library, command = first.library.split(",")[0], " ".join(first.command.split())
     yield f"{job.size} ranks on {len(hosts)} node(s), {library}: {command[:80]}"
-    if job.missing:
-        yield f"{ranks(job.missing)} left no record here"
+    if missing := [rank for rank in job.missing if rank not in job.broken]:
+        yield f"{ranks(missing)} left no record here"
     yield from job.notes
     for host, (shift, doubt) in sorted(job.clocks.items()):
         if shift:
@@ -91,6 +91,9 @@ def _at_the_end(job: Job) -> Iterator[str]:
     yield "at the end:"
     for rank in range(job.size):
         record = job.records.get(rank)
+        if rank in job.broken and record is None:
+            yield f"  the record of rank {rank} cannot be read: {job.broken[rank]}"
+            continue
         if record is None:
             yield f"  rank {rank} left no record: it ended well, or on a node with another folder"
             continue

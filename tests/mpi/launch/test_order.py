@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import jax
 import jax.experimental
@@ -230,3 +231,74 @@ def test_unused_operations_are_not_deleted() -> None:
         program(X)
     jax.effects_barrier()
     np.testing.assert_array_equal(nt.allreduce(X, m.SUM), X * SIZE)
+
+
+def failing(ordered: bool, fails: Any) -> Any:
+    """A program with a callback that raises if `fails`, between two operations."""
+
+    def check(x: Any) -> Any:
+        if fails(float(x[0])):
+            raise ValueError("bad input")
+        return np.asarray(x)
+
+    def step(x: Any) -> Any:
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        y = nt.allreduce(x, m.SUM) / SIZE
+        if ordered:
+            y = jax.experimental.io_callback(check, shape, y, ordered=True)
+        else:
+            y = jax.pure_callback(check, shape, y)
+        return nt.allreduce(y, m.SUM) / SIZE
+
+    return jax.jit(step)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_callback_that_raised_fails_no_later_launch(ordered: bool) -> None:
+    step = failing(ordered, lambda x: x == 2)
+    for value in (1.0, 2.0, 3.0, 2.0, 2.0, 4.0, 5.0):
+        x = jnp.full(3, value)
+        if value == 2:
+            with pytest.raises(Exception, match="bad input"):
+                step(x).block_until_ready()
+        else:
+            np.testing.assert_array_equal(step(x), x)
+    # Whoever waits for everything hears of the last one once.
+    with pytest.raises(Exception, match="bad input"):
+        step(jnp.full(3, 2.0)).block_until_ready()
+    try:
+        jax.effects_barrier()
+    except Exception as error:
+        assert "bad input" in str(error)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(step(jnp.full(3, 6.0)), np.full(3, 6.0))
+
+
+def test_an_error_of_a_callback_that_nobody_reads_is_raised_later() -> None:
+    def check(x: Any) -> None:
+        if float(x[0]) == 2:
+            raise ValueError("bad input")
+
+    def body(x: Any) -> None:
+        jax.experimental.io_callback(check, None, x, ordered=True)
+        nt.barrier()
+
+    step = jax.jit(body)
+    raised = []
+    for value in (1.0, 2.0, 3.0, 4.0):
+        try:
+            step(jnp.full(3, value))
+            jax.effects_barrier()
+        except Exception as error:
+            raised.append(str(error))
+    assert len(raised) == 1 and "bad input" in raised[0], raised
+    raised.clear()
+    for value in (1.0, 2.0, 3.0, 4.0):
+        try:
+            step(jnp.full(3, value))
+            # Long enough that it has failed, and nobody has looked.
+            threading.Event().wait(0.5)
+        except Exception as error:
+            raised.append(str(error))
+    assert len(raised) == 1 and "bad input" in raised[0], raised
+    jax.effects_barrier()

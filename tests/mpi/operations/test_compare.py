@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -274,10 +275,12 @@ def test_ranks_may_put_the_same_operations_into_different_programs() -> None:
     check_all_right()
 
 
-def check_all_told(call: Callable[[], Any], *words: str) -> None:
+def check_all_told(
+    call: Callable[[], Any], *words: str, error: Any = (TypeError, ValueError)
+) -> None:
     """The first rank refuses its arguments, and the others do not wait for it."""
     if FIRST:
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises(error):
             call()
     else:
         with pytest.raises(Exception, match="different") as raised:
@@ -308,6 +311,111 @@ def test_what_one_rank_refuses_before_it_communicates() -> None:
         with pytest.raises(TypeError):
             nt.reduce(X, "SUM", 0)
     check_all_right()
+
+
+@pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
+def test_a_call_that_fails_on_one_rank_before_its_launch() -> None:
+    """Whatever the exception is, the next such collective has its own numbers."""
+    deleted = X + 1
+    if FIRST:
+        deleted.delete()
+
+    def interrupted(x: Any) -> Any:
+        raise KeyboardInterrupt
+
+    class Raises:
+        __jax_array__ = interrupted
+
+    token = {"token": m.create_token()} if FIRST else {}
+    calls = {
+        "deleted": (lambda: nt.allreduce(deleted, m.SUM), RuntimeError),
+        "too large": (lambda: nt.allreduce(2**70 if FIRST else 3, m.SUM), OverflowError),
+        "takes no token": (lambda: nt.allreduce(X, m.SUM, **token), RuntimeError),
+        "KeyboardInterrupt": (
+            lambda: m.allreduce(Raises() if FIRST else X, m.SUM),
+            KeyboardInterrupt,
+        ),
+    }
+    for word, (call, error) in calls.items():
+        check_all_told(call, word, error=error)
+        np.testing.assert_array_equal(nt.allreduce(X, m.SUM), X * SIZE)
+        check_all_right()
+
+
+@pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
+def test_an_error_of_an_operation_is_no_refusal() -> None:
+    """It was launched, so the others are told nothing that fails their next collective."""
+    for _ in range(3):
+        with pytest.raises(Exception, match="different"):
+            nt.bcast(X, 0 if FIRST else 1).block_until_ready()
+        check_all_right()
+        with pytest.raises(Exception, match="different"):
+            m.bcast(X if FIRST else X[1:], 0)[0].block_until_ready()
+        np.testing.assert_array_equal(nt.bcast(X, 0), X)
+        check_all_right()
+
+
+def checked(x: Any, *, ordered: bool = False) -> Any:
+    """`x`, if the callback on it does not fail: on the first rank it does for -1."""
+
+    def check(x: Any) -> Any:
+        if FIRST and float(np.asarray(x).ravel()[0]) == -1:
+            raise ValueError("bad input")
+        return np.asarray(x)
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if ordered:
+        return jax.experimental.io_callback(check, shape, x, ordered=True)
+    return jax.pure_callback(check, shape, x)
+
+
+@pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_launch_that_fails_before_its_collectives(ordered: bool) -> None:
+    """A callback raises on the first rank alone; everything that comes later is right."""
+
+    def before(x: Any) -> Any:
+        return nt.allreduce(checked(x, ordered=ordered), m.SUM)
+
+    def between(x: Any) -> Any:
+        y = nt.allreduce(x, m.SUM) / SIZE
+        y = nt.allreduce(checked(y, ordered=ordered), m.SUM)
+        return nt.allgather(y)[0]
+
+    def in_loop(x: Any) -> Any:
+        def body(_: Any, x: Any) -> Any:
+            x = nt.allreduce(checked(x, ordered=ordered), m.SUM) / SIZE
+            return x - (x[0] < 0) * 0
+
+        y = jax.lax.fori_loop(0, 3, body, x, unroll=False)
+        return nt.reduce(y, m.SUM, 0) if FIRST else nt.reduce(y, m.SUM, 0) * SIZE
+
+    for program, name in ((before, "before"), (between, "between"), (in_loop, "in_loop")):
+        step = jax.jit(program)
+        for value in (1.0, -1.0, 2.0, -1.0, -1.0, 3.0):
+            x = jnp.full(3, value)
+            if value > 0:
+                np.testing.assert_allclose(step(x), x * SIZE)
+            elif FIRST:
+                with pytest.raises(Exception, match="bad input"):
+                    step(x).block_until_ready()
+            else:
+                with pytest.raises(Exception, match=f"launch of jit_{name} failed: .*bad input"):
+                    step(x).block_until_ready()
+        check_all_right()
+
+
+@pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
+def test_what_depends_on_a_launch_that_has_failed() -> None:
+    # Too much work for JAX to wait for it.
+    large = jnp.ones((300, 300))
+    failing = jax.jit(lambda x: checked(x) + 0 * (large @ large)[0, 0])
+    for call in (nt.allgather, jax.jit(nt.allgather)):
+        y = failing(jnp.full(3, -1.0))
+        with pytest.raises(Exception, match="bad input" if FIRST else "failed: .*bad input"):
+            call(y).block_until_ready()
+        np.testing.assert_array_equal(nt.allgather(X)[-1], X)
+        check_all_right()
 
 
 def test_what_a_rank_refuses_may_be_its_own_affair() -> None:

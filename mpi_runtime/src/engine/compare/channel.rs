@@ -167,6 +167,14 @@ impl Channel {
         }
     }
 
+    /// Tells the others that a launch has failed before a collective; if there is no room, once the
+    /// others have come to the ones before.
+    pub(super) fn refuse_of_launch(&mut self, board: &Board, kind: Kind, words: &str) {
+        if self.owed.len() < MOST_OWED || self.settle(board).is_ok() {
+            self.refuse_unlaunched(board, kind, words);
+        }
+    }
+
     /// The communicator is gone: gives the lane back.
     pub(super) fn give_back(&mut self, board: &Board) {
         self.closed = Some("the communicator has been freed".into());

@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use mpi_shim_abi::ShimOp;
+use mpi_shim_abi::{Kind, ShimOp};
 use parking_lot::Mutex;
 
 use crate::engine::order::Ticket;
@@ -36,7 +36,10 @@ use nodes::{BetweenNodes, Step, Told};
 use record::{Compared, Record, Sequence};
 use unlaunched::Unlaunched;
 use users::{Messages, UsersComms};
-use within_node::{FIXED, WithinNode, may_ask};
+use within_node::{Come, FIXED, WithinNode, may_ask};
+
+/// As what the start of a program for several devices counts: all of its ranks begin it.
+const START: Kind = Kind::Barrier;
 
 /// Compares the steps of this rank with those of the others on its node.
 #[derive(Default)]
@@ -52,6 +55,8 @@ pub(crate) struct Comparison {
     launches: Mutex<Vec<(Ticket, Launch)>>,
     /// Sequences of operations in words.
     described: Mutex<HashMap<u64, (u64, String)>>,
+    /// The kinds of their collectives, as far as they are known.
+    kinds: Mutex<HashMap<u64, Arc<[Kind]>>>,
     /// What the program has refused, and the others have not been told yet.
     unlaunched: Unlaunched,
 }
@@ -61,8 +66,21 @@ pub(crate) struct Comparison {
 pub struct Launch {
     /// It is the same fixed sequence of operations wherever it runs.
     pub uniform: Option<UniformProgram>,
+    /// Its collectives, if they are known before it runs.
+    pub collectives: Option<KnownCollectives>,
     /// The main thread of this process has dispatched it.
     pub by_main_thread: bool,
+}
+
+/// Collectives of a program that are known before it runs.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownCollectives {
+    /// The program's name.
+    pub program: &'static str,
+    /// Number of the communicator of all of them.
+    pub comm: i64,
+    /// Their sequence, hashed; on [`COLLECTIVES`] it is the start of the program alone.
+    pub sequence: u64,
 }
 
 impl Comparison {
@@ -112,6 +130,11 @@ impl Comparison {
         described.insert(sequence, (code, words.to_owned()));
     }
 
+    /// Says of which kinds the first collectives of a sequence are.
+    pub(super) fn know_kinds(&self, sequence: u64, kinds: &[Kind]) {
+        self.kinds.lock().insert(sequence, kinds.into());
+    }
+
     /// Whether anything is compared.
     fn is_used(&self) -> bool {
         self.board.is_some() || self.nodes.is_some()
@@ -121,6 +144,15 @@ impl Comparison {
     pub(super) fn note(&self, ticket: Ticket, launch: Launch) {
         if self.is_used() {
             self.launches.lock().push((ticket, launch));
+        }
+    }
+
+    /// A collective of the launch `ticket` has failed on that communicator.
+    #[cold]
+    pub(super) fn failed(&self, ticket: Ticket, comm: i64) {
+        let comm = usize::try_from(comm).unwrap_or(FIXED);
+        if let Some(Some(within)) = self.fixed.get(comm) {
+            within.come_to(ticket, Come::Fails);
         }
     }
 
@@ -190,7 +222,9 @@ impl Comparison {
         prepared: Result<&ShimOp, &Failure>,
     ) -> Result<(), Failure> {
         match (&self.board, within) {
-            (Some(board), Some(within)) => self.compare(board, within, ticket, op, prepared),
+            (Some(board), Some(within)) => self
+                .compare(board, within, ticket, op, prepared)
+                .inspect_err(|_| within.come_to(ticket, Come::Fails)),
             _ => Ok(()),
         }
     }
@@ -215,13 +249,16 @@ impl Comparison {
             Ok(shim_op) => shim_op,
             Err(reason) => {
                 channel.refuse(board, Record::Refused(op.kind), &refused(op, reason));
+                within.come_to(ticket, Come::Fails);
                 return Ok(());
             }
         };
+        within.come_to(ticket, Come::Next);
         if within.apart.load(Ordering::Relaxed) != ticket.0 {
             if let Some((sequence, words)) = self.described(ticket, op) {
                 let launch = Record::Launch(sequence);
                 if channel.step(board, launch, || words.clone())? {
+                    within.come_to(ticket, Come::ToAll);
                     within.same.store(ticket.0, Ordering::Relaxed);
                     return Ok(());
                 }
@@ -293,15 +330,19 @@ impl Comparison {
     /// Compares a launch with collectives of XLA's that all ranks run.
     pub(super) fn launch(
         &self,
+        ticket: Ticket,
         sequence: u64,
         words: impl Fn() -> String,
     ) -> Result<bool, Failure> {
         let within = self.fixed[COLLECTIVES as usize].as_ref();
+        if let Some(within) = within {
+            within.come_to(ticket, Come::ToAll);
+        }
         // All ranks run the same programs of this kind.
         let record = Record::Launch(Sequence {
             hash: sequence,
             code: 1,
-            first: None,
+            first: Some(START),
         });
         let on_node = match (&self.board, within) {
             (Some(board), Some(within)) => within.channel.lock().step(board, record, &words),

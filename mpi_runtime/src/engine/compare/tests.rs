@@ -75,6 +75,19 @@ impl Rank {
         self.run(WORLD, op)
     }
 
+    /// Of its launch the collectives are known, though it is compared one by one.
+    fn knows(&self, sequence: u64) {
+        let mut launches = self.comparison.launches.lock();
+        let launch = launches
+            .iter_mut()
+            .find(|(ticket, _)| ticket.0 == self.launch);
+        launch.unwrap().1.collectives = Some(KnownCollectives {
+            program: "step",
+            comm: WORLD,
+            sequence,
+        });
+    }
+
     /// Begins a launch of a fixed sequence, if it is one.
     fn launches(&mut self, sequence: Option<u64>) {
         self.comparison.forget(Ticket(self.launch));
@@ -85,6 +98,7 @@ impl Rank {
             balance: None,
         });
         let launch = Launch {
+            collectives: None,
             uniform,
             by_main_thread: true,
         };
@@ -402,4 +416,81 @@ fn either_all_ranks_of_a_users_communicator_compare_or_none() {
             "{results:?}"
         );
     }
+}
+
+#[test]
+fn a_launch_that_fails_tells_those_that_wait_in_its_next_collective() {
+    const SEQUENCE: u64 = 77;
+    let kinds = [Kind::Allreduce, Kind::Barrier, Kind::Barrier];
+    let results = on_all(|rank| {
+        rank.comparison.know_kinds(SEQUENCE, &kinds);
+        // As many of its collectives as are executed before it fails on rank 0.
+        for executed in [0, 1, 2, 3, 0, 0, 0, 0, 0, 0] {
+            rank.launches(None);
+            rank.knows(SEQUENCE);
+            let run = |place: usize| match kinds[place] {
+                Kind::Allreduce => rank.allreduce(3, Reduction::Sum),
+                _ => rank.barrier(),
+            };
+            for place in 0..executed {
+                run(place)?;
+            }
+            if rank.rank == 0 {
+                let ticket = Ticket(rank.launch);
+                rank.comparison.launch_failed(ticket, "bad\nand more");
+            } else if executed < kinds.len() {
+                let error = run(executed).unwrap_err();
+                let words = "before which its launch of step failed: bad. ";
+                assert!(error.contains(words), "{error}");
+            }
+        }
+        rank.launches(None);
+        rank.allreduce(4, Reduction::Sum)?;
+        rank.barrier()
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn a_launch_whose_collective_has_failed_tells_nothing() {
+    const SEQUENCE: u64 = 78;
+    let kinds = [Kind::Allreduce, Kind::Allreduce];
+    let results = on_all(|rank| {
+        rank.comparison.know_kinds(SEQUENCE, &kinds);
+        rank.launches(None);
+        rank.knows(SEQUENCE);
+        let error = rank.allreduce(3 + i64::from(rank.rank), Reduction::Sum);
+        rank.comparison
+            .launch_failed(Ticket(rank.launch), &error.unwrap_err());
+        rank.launches(None);
+        rank.allreduce(4, Reduction::Sum)
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn a_launch_that_fails_before_its_turn_tells_nothing_before_it() {
+    const SEQUENCE: u64 = 79;
+    let results = on_all(|rank| {
+        rank.comparison.know_kinds(SEQUENCE, &[Kind::Barrier]);
+        rank.launches(None);
+        if rank.rank == 0 {
+            let (first, second) = (rank.launch, rank.launch + 1);
+            let launch = rank.comparison.launches.lock()[0].1;
+            rank.comparison.note(Ticket(second), launch);
+            rank.launch = second;
+            rank.knows(SEQUENCE);
+            rank.comparison.launch_failed(Ticket(second), "bad");
+            rank.comparison.forget(Ticket(second));
+            rank.launch = first;
+            rank.barrier()?;
+            rank.launches(None);
+        } else {
+            rank.barrier()?;
+            rank.launches(None);
+            assert!(rank.barrier().unwrap_err().contains("failed: bad"));
+        }
+        rank.barrier()
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
 }

@@ -1,5 +1,6 @@
-//! Collectives that the program has refused before it launched anything: the others may be waiting
-//! in theirs. Nobody waits here: they are told once what was launched before is over.
+//! Collectives that this rank does not come to: its program has refused them before it launched
+//! anything, or a launch has failed before them. The others may be waiting in theirs. They are told
+//! once what was launched before is over.
 
 #![forbid(unsafe_code)]
 
@@ -8,14 +9,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
-use super::Comparison;
+use super::{Comparison, KnownCollectives, Launch, START};
 use crate::engine::compare::channel::Channel;
 use crate::engine::compare::within_node::FIXED;
 use crate::engine::order::Ticket;
+use crate::mpi::communicators::COLLECTIVES;
 use crate::node::board::Board;
 
 /// How many of one communicator wait to be told; more are not told.
 const MOST: usize = 4;
+/// Characters of an error that the others are told.
+const LONGEST: usize = 300;
 
 /// What is to be told once it is its turn.
 #[derive(Default)]
@@ -63,11 +67,62 @@ impl Comparison {
             return;
         }
         let launches = self.launches.lock();
-        let by_main = launches.iter().filter(|(_, launch)| launch.by_main_thread);
+        self.tell_later(comm, kind, words.to_owned(), &launches);
+        drop(launches);
+        self.tell_unlaunched();
+    }
+
+    /// The same of a launch, by its main thread, that is refused before it has a ticket.
+    pub(crate) fn refuse_launch(&self, launch: &KnownCollectives, error: &str) {
+        if let Some(kind) = self.kind_of(launch, 0) {
+            self.refuse_unlaunched(launch.comm, kind, &words(launch, kind, error));
+        }
+    }
+
+    /// The launch `ticket` has failed, maybe before its turn. If the other ranks may wait for its
+    /// next collective, they are told, before anything that is launched behind it.
+    pub(crate) fn launch_failed(&self, ticket: Ticket, error: &str) {
+        let launches = self.launches.lock();
+        let place = launches.iter().position(|(known, _)| *known == ticket);
+        let (Some(board), Some(place)) = (&self.board, place) else {
+            return;
+        };
+        let launch = launches[place].1;
+        let (Some(known), true) = (launch.collectives, launch.by_main_thread) else {
+            return;
+        };
+        let within = usize::try_from(known.comm).ok();
+        let within = within.and_then(|comm| self.fixed.get(comm)?.as_ref());
+        let Some(within) = within.filter(|_| self.nodes.is_none()) else {
+            return;
+        };
+        let Some(kind) = self.kind_of(&known, within.come_so_far(ticket)) else {
+            return;
+        };
+        let words = words(&known, kind, error);
+        if launches[..place]
+            .iter()
+            .any(|(_, launch)| launch.by_main_thread)
+        {
+            self.tell_later(known.comm as usize, kind, words, &launches[..place]);
+            drop(launches);
+            return self.tell_unlaunched();
+        }
+        drop(launches);
+        let mut channel = within.channel.lock();
+        if self.unlaunched.are_any() {
+            self.tell_unlaunched_before(ticket, known.comm, &mut channel, board);
+        }
+        channel.refuse_of_launch(board, kind, &words);
+    }
+
+    /// Tells once the launches `before` have ended that the main thread has dispatched.
+    fn tell_later(&self, comm: usize, kind: Kind, words: String, before: &[(Ticket, Launch)]) {
+        let by_main = before.iter().filter(|(_, launch)| launch.by_main_thread);
         let one = One {
             comm,
             kind,
-            words: words.to_owned(),
+            words,
             after: by_main.map(|(ticket, _)| *ticket).collect(),
         };
         let mut list = self.unlaunched.list.lock();
@@ -75,8 +130,15 @@ impl Comparison {
             list.push(one);
             self.unlaunched.any.store(true, Ordering::Relaxed);
         }
-        drop((list, launches));
-        self.tell_unlaunched();
+    }
+
+    /// The kind of a launch's collective, by its place among them, if that is known.
+    fn kind_of(&self, launch: &KnownCollectives, place: u32) -> Option<Kind> {
+        if launch.comm == COLLECTIVES {
+            return (place == 0).then_some(START);
+        }
+        let kinds = self.kinds.lock();
+        kinds.get(&launch.sequence)?.get(place as usize).copied()
     }
 
     /// Tells those with no launch in flight that was before them.
@@ -119,4 +181,16 @@ impl Comparison {
             },
         );
     }
+}
+
+/// What the others read of a launch that has failed; of its error the beginning.
+fn words(launch: &KnownCollectives, kind: Kind, error: &str) -> String {
+    let what = match launch.comm == COLLECTIVES {
+        true => "the start of a program",
+        false => kind.name(),
+    };
+    let first = error.lines().next().unwrap_or_default();
+    let first: String = first.chars().take(LONGEST).collect();
+    let program = launch.program;
+    format!("{what}, before which its launch of {program} failed: {first}")
 }

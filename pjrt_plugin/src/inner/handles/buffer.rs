@@ -52,6 +52,17 @@ impl BufferHandle {
             .is_ok_and(|args| args.type_ == PJRT_Buffer_Type_TOKEN)
     }
 
+    /// Whether it is empty and of booleans, as what JAX passes from program to program for a token.
+    pub fn is_empty_of_booleans(self) -> bool {
+        let is_boolean = ask!(PJRT_Buffer_ElementType { buffer: self.raw() })
+            .is_ok_and(|args| args.type_ == PJRT_Buffer_Type_PRED);
+        is_boolean
+            && ask!(PJRT_Buffer_Dimensions { buffer: self.raw() }).is_ok_and(|args| {
+                // SAFETY: the buffer owns that many dimensions.
+                args.num_dims == 1 && unsafe { *args.dims } == 0
+            })
+    }
+
     /// Deletes the content, and keeps the handle.
     pub fn delete(self) {
         // A failure would leave nothing to do.
