@@ -64,31 +64,40 @@ pub static MPI4JAX: [Contract; 12] = [
 /// Those of programs for several devices.
 pub static BEGIN: Contract = exact("mpi_cuda_collective_begin", Nothing, Nothing, &[PROGRAM]);
 pub static ID: Contract = exact("mpi_cuda_collective_id", Nothing, Number, &[TABLE]);
-pub static ALL_REDUCE: CollectiveContract =
-    collective("mpi_cuda_collective_all_reduce", Rule::Same, &[OP, TABLE]);
-pub static ALL_GATHER: CollectiveContract =
-    collective("mpi_cuda_collective_all_gather", Rule::Gathered, &[TABLE]);
+pub static ALL_REDUCE: CollectiveContract = collective(
+    "mpi_cuda_collective_all_reduce",
+    Rule::Same,
+    &[OP, PLACE, TABLE],
+);
+pub static ALL_GATHER: CollectiveContract = collective(
+    "mpi_cuda_collective_all_gather",
+    Rule::Gathered,
+    &[PLACE, TABLE],
+);
 pub static REDUCE_SCATTER: CollectiveContract = collective(
     "mpi_cuda_collective_reduce_scatter",
     Rule::Scattered,
-    &[OP, TABLE],
+    &[OP, PLACE, TABLE],
 );
-pub static ALL_TO_ALL: CollectiveContract =
-    collective("mpi_cuda_collective_all_to_all", Rule::Blocks, &[TABLE]);
+pub static ALL_TO_ALL: CollectiveContract = collective(
+    "mpi_cuda_collective_all_to_all",
+    Rule::Blocks,
+    &[PLACE, TABLE],
+);
 pub static ALL_TO_ALL_ARRAY: CollectiveContract = collective(
     "mpi_cuda_collective_all_to_all_array",
     Rule::Divided,
-    &[TABLE],
+    &[PLACE, TABLE],
 );
 pub static COLLECTIVE_PERMUTE: CollectiveContract = collective(
     "mpi_cuda_collective_collective_permute",
     Rule::Same,
-    &[TABLE],
+    &[PLACE, TABLE],
 );
 pub static COLLECTIVE_BROADCAST: CollectiveContract = collective(
     "mpi_cuda_collective_collective_broadcast",
     Rule::Same,
-    &[TABLE],
+    &[PLACE, TABLE],
 );
 
 /// That of the async barrier (`launch/async_barrier.rs`).
@@ -159,10 +168,9 @@ const fn collective(
     rule: Rule,
     attributes: &'static [Attribute],
 ) -> CollectiveContract {
-    CollectiveContract {
-        call: exact(target, Nothing, Nothing, attributes),
-        rule,
-    }
+    let mut call = exact(target, Nothing, Nothing, attributes);
+    call.zeros = places(attributes);
+    CollectiveContract { call, rule }
 }
 
 const fn exact(
@@ -186,6 +194,18 @@ const fn zeros(attributes: &[Attribute]) -> u32 {
     let (mut bits, mut index) = (0, 0);
     while index < attributes.len() {
         if attributes[index].default == 0 {
+            bits |= 1 << index;
+        }
+        index += 1;
+    }
+    bits
+}
+
+/// The bit of the place, which programs leave out that are compared as a whole.
+const fn places(attributes: &[Attribute]) -> u32 {
+    let (mut bits, mut index) = (0, 0);
+    while index < attributes.len() {
+        if matches!(attributes[index].meaning, Meaning::Value(Field::Place)) {
             bits |= 1 << index;
         }
         index += 1;
