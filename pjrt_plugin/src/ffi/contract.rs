@@ -80,7 +80,7 @@ macro_rules! fields {
     };
 }
 fields!(
-    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program, Place
+    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program, Place, Type
 );
 
 /// The values of the attributes, by field.

@@ -18,23 +18,24 @@ pub const ATTRIBUTE_PROC_NULL: i64 = -2;
 #[rustfmt::skip]
 pub static OURS: [Contract; 18] = public([
     //    target                     operand  result   attributes
-    exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE]),
+    exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE, TYPE]),
     exact("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
-    exact("mpi_cuda_alltoall",       Array,   Like,    &[COMM, PLACE]),
+    exact("mpi_cuda_alltoall",       Array,   Like,    &[COMM, PLACE, TYPE]),
     exact("mpi_cuda_barrier",        Nothing, Nothing, &[COMM, PLACE]),
-    exact("mpi_cuda_bcast",          Array,   Like,    &[COMM, PLACE, ROOT]),
-    exact("mpi_cuda_gather",         Array,   Like,    &[COMM, PLACE, ROOT]),
-    exact("mpi_cuda_recv",           Nothing, Array,   &[COMM, RECVTAG, SOURCE, STATUS]),
+    exact("mpi_cuda_bcast",          Array,   Like,    &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_gather",         Array,   Like,    &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_recv",           Nothing, Array,   &[COMM, RECVTAG, SOURCE, STATUS, TYPE]),
     exact("mpi_cuda_reduce",         Array,   Like,    &[COMM, OP, PLACE, ROOT]),
     exact("mpi_cuda_scan",           Array,   Like,    &[COMM, OP, PLACE]),
-    exact("mpi_cuda_scatter",        Array,   Like,    &[COMM, PLACE, ROOT]),
-    exact("mpi_cuda_send",           Array,   Nothing, &[COMM, DEST, TAG]),
-    exact("mpi_cuda_sendrecv",       Array,   Array,   &[COMM, DEST, RECVTAG, SOURCE, STATUS, TAG]),
+    exact("mpi_cuda_scatter",        Array,   Like,    &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_send",           Array,   Nothing, &[COMM, DEST, TAG, TYPE]),
+    exact("mpi_cuda_sendrecv",       Array,   Array,   &[COMM, DEST, RECVTAG, SOURCE,
+                                                         STATUS, TAG, TYPE]),
     exact("mpi_cuda_exscan",         Array,   Like,    &[COMM, OP, PLACE]),
     exact("mpi_cuda_reduce_scatter", Array,   Like,    &[COMM, OP, PLACE]),
-    exact("mpi_cuda_isend",          Array,   Number,  &[COMM, DEST, TAG]),
-    exact("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE]),
-    exact("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS]),
+    exact("mpi_cuda_isend",          Array,   Number,  &[COMM, DEST, TAG, TYPE]),
+    exact("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE, TYPE]),
+    exact("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS, TYPE]),
     exact("mpi_cuda_wait_send",      Number,  Nothing, &[COMM]),
 ]);
 
@@ -111,6 +112,7 @@ const DEST: Attribute = value("dest", Field::Peer, 0);
 const SOURCE: Attribute = value("source", Field::Source, ATTRIBUTE_ANY);
 const TAG: Attribute = value("tag", Field::SendTag, 0);
 const RECVTAG: Attribute = value("recvtag", Field::RecvTag, ATTRIBUTE_ANY);
+const TYPE: Attribute = value("type", Field::Type, 0);
 const STATUS: Attribute = value("status", Field::Status, 0);
 
 const TAG_RECEIVED: Attribute = value("tag", Field::RecvTag, ATTRIBUTE_ANY);
