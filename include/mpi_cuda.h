@@ -77,6 +77,11 @@ extern "C" {
  * the program) are the same and others than 0, the lowest 16 must be, too: ranks whose collectives
  * meet from different loops of one program all get an error. 0 is no place.
  *
+ * Optional, of what moves arrays without reducing them: an attribute type. Its lowest 8 bits say
+ * of which type of less than 8 bits the elements of x are, each in a byte, and the 8 bits above
+ * them the same of y: 1 int2, 2 uint2, 3 int4, 4 uint4 (passed as int8 or uint8), 5 float4_e2m1fn
+ * (as float8_e4m3fn), 0 the type as it is. Types that differ are refused.
+ *
  * Where a rank receives nothing (bcast on the root, gather and reduce elsewhere), y is x.
  * Defaults: comm MPI_CUDA_COMM_DEFAULT, op MPI_CUDA_SUM, root and dest 0, tag 0,
  * source MPI_CUDA_ANY_SOURCE, recvtag MPI_CUDA_ANY_TAG, status 0 (none).

@@ -61,6 +61,12 @@ impl<'a> Buffer<'a> {
         Buffer { data, ..self }
     }
 
+    /// The same bytes as elements of another type of that size.
+    pub fn as_type(self, dtype: ElementType) -> Buffer<'a> {
+        assert_eq!(self.dtype.size(), dtype.size());
+        Buffer { dtype, ..self }
+    }
+
     /// The first elements of this one, with another shape.
     pub fn shaped<'b>(self, shape: &'b [i64]) -> Buffer<'b>
     where
@@ -165,6 +171,18 @@ impl<'a> Buffer<'a> {
     }
 }
 
+impl ElementType {
+    /// Types of less than 8 bits, each with the type in which XLA passes its elements, in the order
+    /// of their numbers from 1 on (the attribute `type` in `include/mpi_cuda.h`).
+    pub const NARROW: [(ElementType, ElementType); 5] = [
+        (ElementType::I2, ElementType::I8),
+        (ElementType::U2, ElementType::U8),
+        (ElementType::I4, ElementType::I8),
+        (ElementType::U4, ElementType::U8),
+        (ElementType::F4, ElementType::F8E4M3FN),
+    ];
+}
+
 impl fmt::Display for Buffer<'_> {
     /// `float32[3,4]`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -235,7 +253,19 @@ element_types! {
     C128 = "complex128", 16, Complex, Some(Datatype::C128);
     F16 = "float16", 2, Real, Some(Datatype::F16);
     BF16 = "bfloat16", 2, Real, Some(Datatype::BF16);
-    F8 = "an 8-bit float type", 1, Opaque, Some(Datatype::U8);
+    F8E5M2 = "float8_e5m2", 1, Opaque, Some(Datatype::U8);
+    F8E4M3 = "float8_e4m3", 1, Opaque, Some(Datatype::U8);
+    F8E4M3FN = "float8_e4m3fn", 1, Opaque, Some(Datatype::U8);
+    F8E4M3B11FNUZ = "float8_e4m3b11fnuz", 1, Opaque, Some(Datatype::U8);
+    F8E5M2FNUZ = "float8_e5m2fnuz", 1, Opaque, Some(Datatype::U8);
+    F8E4M3FNUZ = "float8_e4m3fnuz", 1, Opaque, Some(Datatype::U8);
+    F8E3M4 = "float8_e3m4", 1, Opaque, Some(Datatype::U8);
+    F8E8M0FNU = "float8_e8m0fnu", 1, Opaque, Some(Datatype::U8);
+    I2 = "int2", 1, Opaque, Some(Datatype::I8);
+    U2 = "uint2", 1, Opaque, Some(Datatype::U8);
+    I4 = "int4", 1, Opaque, Some(Datatype::I8);
+    U4 = "uint4", 1, Opaque, Some(Datatype::U8);
+    F4 = "float4_e2m1fn", 1, Opaque, Some(Datatype::U8);
     Other = "a type of less than 8 bits", 1, Opaque, None;
 }
 

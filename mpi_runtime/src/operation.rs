@@ -10,6 +10,9 @@ use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 use crate::buffer::Buffer;
 use crate::error::Failure;
 
+/// Whose collectives of programs for several devices are.
+pub const OF_XLA: &str = "XLA's";
+
 /// An operation on one communicator, as the program asked for it.
 #[derive(Clone, Copy, Debug)]
 pub struct Operation<'a> {

@@ -19,7 +19,8 @@ Array = jax.Array
 Token = jax.Array
 
 
-# Types of less than 8 bits, and the type in which they travel, one byte for each element.
+# Types of less than 8 bits, and the type in which they travel, one byte for each element; in the
+# order of their numbers (`include/mpi_cuda.h`).
 CARRIERS = {
     "int2": jnp.int8,
     "uint2": jnp.uint8,
@@ -95,6 +96,13 @@ def bind(
             f"mpi_cuda.{name}: there is no reduction of {data.dtype}; cast to int8 "
             "or a larger type first"
         )
+    sent = "" if data is None else data.dtype.name
+    received = np.dtype(result[1]).name if result else ""
+    numbers = {name: number for number, name in enumerate(CARRIERS, 1)}
+    types = numbers.get(sent, 0) | numbers.get(received, 0) << 8
+    if types:
+        # The others see that these are no bytes, and errors name them.
+        attributes["type"] = types
     if data is not None and data.dtype.name in CARRIERS:
         data = data.astype(CARRIERS[data.dtype.name])
     operands = [] if data is None else [data]

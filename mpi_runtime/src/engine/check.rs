@@ -168,14 +168,11 @@ fn check_reduction(reduction: Reduction, buffer: &Buffer<'_>) -> Result<(), Fail
     use Reduction::{Max, Min, Prod, Sum, User};
     let has = match buffer.dtype().class() {
         // It would see integers (MPI has no type for these).
-        _ if reduction == User => !matches!(
-            buffer.dtype(),
-            ElementType::F16 | ElementType::BF16 | ElementType::F8 | ElementType::Other
-        ),
+        Class::Opaque => false,
+        _ if reduction == User => !matches!(buffer.dtype(), ElementType::F16 | ElementType::BF16),
         Class::Integer | Class::Logical => true,
         Class::Real => matches!(reduction, Sum | Prod | Min | Max),
         Class::Complex => matches!(reduction, Sum | Prod),
-        Class::Opaque => false,
     };
     if has {
         return Ok(());

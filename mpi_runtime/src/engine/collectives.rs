@@ -19,7 +19,7 @@ use crate::engine::post::{Post, tags_of};
 use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
 use crate::mpi::shim::Shim;
-use crate::operation::Operation;
+use crate::operation::{OF_XLA, Operation};
 use crate::ranks::Ranks;
 
 /// Tag of messages between the devices of XLA's collectives.
@@ -27,8 +27,8 @@ pub const TAG: i32 = 1;
 /// Tag of the first run of a program: what a rank is about to run; the verdict has the next one.
 const ARRIVAL_TAG: i32 = 2;
 
-/// What operations of XLA's are said to be.
-pub const OF_XLA: &str = "XLA's";
+/// The first tag of messages of collectives that have a place, and how many there are.
+const PLACES: i32 = 1 << 16;
 
 /// The groups that this process's rank is in, by number.
 #[derive(Default)]
@@ -172,7 +172,10 @@ impl ReplicaGroups {
         }
         if op.comm == COLLECTIVES {
             // Messages between two ranks.
-            op.send_tag = tags_of(channel) + 3;
+            op.send_tag = match op.place {
+                0 => tags_of(channel) + 3,
+                place => tag_at(place ^ channel),
+            };
             op.recv_tag = op.send_tag;
             return op;
         }
@@ -181,6 +184,12 @@ impl ReplicaGroups {
         self.apart.lock().insert(op.comm, group);
         op
     }
+}
+
+/// The tag of messages of a collective at that place: those of ranks that are at different places
+/// do not match.
+pub fn tag_at(place: u64) -> i32 {
+    PLACES + (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as i32
 }
 
 /// The number of a group's communicator on a channel.

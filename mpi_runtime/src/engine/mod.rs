@@ -156,9 +156,6 @@ impl Engine {
         program: &CollectiveSequence,
     ) -> Result<(), Box<OperationError>> {
         let channel = self.order.wait_turn(ticket);
-        if program.everybody && channel == 0 {
-            self.calls.histories.count_collective_launch();
-        }
         let recording = RECORDER.begin_program(ticket, &program.recorded());
         let context = self.collective_context();
         let result = match channel {
@@ -166,6 +163,10 @@ impl Engine {
             _ => self.groups.begin_apart(context, program, channel),
         };
         recording.end(&result);
+        // A launch that fails here may have met one that had begun: then only that one counts.
+        if program.everybody && channel == 0 && result.is_ok() {
+            self.calls.histories.count_collective_launch();
+        }
         result.inspect_err(|error| self.note_unread(&error.to_string(), self.order.thread(ticket)))
     }
 
@@ -212,6 +213,19 @@ impl Engine {
         })
     }
 
+    /// Compares a collective of XLA's, which is executed as messages, with what the others of its
+    /// group are about to do. Its arrays have no memory.
+    pub fn compare(&self, ticket: Ticket, op: &Operation<'_>) -> Result<(), Box<OperationError>> {
+        let op = match self.order.wait_turn(ticket) {
+            0 => *op,
+            channel => self.groups.apart(op, channel),
+        };
+        let comm = self.communicator(&op)?;
+        let pending = self.pending.enter(&op, &comm);
+        let compared = self.prepare_whole(ticket, &op, &comm, &pending);
+        compared.map_err(|reason| error_of(&op, &comm, reason))
+    }
+
     fn log(&self, ticket: Ticket, op: &Operation<'_>, time: Duration, done: bool) {
         let comm = self.communicators.get(op.comm);
         let comm = comm.map_or("an unknown communicator", |comm| comm.name);
@@ -237,15 +251,7 @@ impl Engine {
             comm.freed = false;
         }
         self.run_at(ticket, start, place, op, &comm)
-            .map_err(|reason| {
-                Box::new(OperationError {
-                    operation: op.to_string(),
-                    rank: comm.rank,
-                    comm: comm.name.to_owned(),
-                    size: comm.size,
-                    reason,
-                })
-            })
+            .map_err(|reason| error_of(op, &comm, reason))
     }
 
     /// The communicator of an operation; that of a replica group is made for the first one.
@@ -361,7 +367,8 @@ impl Engine {
 
     /// The ranks of this node compare what they do on this board; in a world of `size` ranks.
     pub(crate) fn compare_on(&mut self, board: Arc<Board>, size: i32) {
-        self.calls.comparison = Comparison::new(board, size);
+        let collectives = self.communicators.get(COLLECTIVES);
+        self.calls.comparison = Comparison::new(board, size, collectives.map(|comm| comm.handle));
     }
 
     /// The ranks of several nodes compare what they do; at each operation if `always`.
@@ -394,4 +401,14 @@ impl Engine {
             log::line(&format!("rank {}: {lost}", self.rank));
         }
     }
+}
+
+fn error_of(op: &Operation<'_>, comm: &Communicator, reason: Failure) -> Box<OperationError> {
+    Box::new(OperationError {
+        operation: op.to_string(),
+        rank: comm.rank,
+        comm: comm.name.to_owned(),
+        size: comm.size,
+        reason,
+    })
 }

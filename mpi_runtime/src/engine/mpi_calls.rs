@@ -5,7 +5,6 @@ use std::sync::Arc;
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
 
 use crate::buffer::{Buffer, ElementType};
-use crate::engine::collectives::OF_XLA;
 use crate::engine::compare::{Comparison, refused};
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::order::Ticket;
@@ -17,7 +16,7 @@ use crate::engine::{check, idle, result_canary, single_rank};
 use crate::error::Failure;
 use crate::mpi::communicators::{Communicator, Communicators};
 use crate::mpi::shim::Shim;
-use crate::operation::Operation;
+use crate::operation::{OF_XLA, Operation};
 use crate::transfer::transport::Done;
 
 /// Calls MPI, and keeps what was called.
@@ -78,8 +77,9 @@ impl MpiCalls {
         pending: &Pending<'_>,
     ) -> Result<(), Failure> {
         let prepared = check::prepare_in(shim_op, op, comm);
-        // XLA's ranks have compared the whole program, and one that is freed is no communicator.
-        if comm.freed || op.of == Some(OF_XLA) {
+        // XLA's ranks have compared the whole program, if its sequence is fixed; and one that is
+        // freed is no communicator.
+        if comm.freed || op.of == Some(OF_XLA) && op.place == 0 {
             return prepared;
         }
         if let Err(reason) = &prepared {

@@ -231,6 +231,9 @@ fn attributes(call: &Call) -> String {
     if let Some(reduction) = call.reduction {
         attributes.push(format!("op = {reduction} : i64"));
     }
+    if let Some(place) = call.place {
+        attributes.push(format!("place = {place} : i64"));
+    }
     for (index, outer) in call.outer.iter().enumerate() {
         attributes.push(format!("outer{index} = {outer} : i64"));
     }

@@ -23,6 +23,8 @@ pub(crate) struct Call {
     /// For each array: how many blocks of each rank's lie apart from each other in the whole (1:
     /// those of a rank are contiguous). Empty if all are 1.
     pub(crate) outer: Vec<i64>,
+    /// The number of its place, if ranks compare it by itself.
+    pub(crate) place: Option<i64>,
 }
 
 impl Call {
@@ -82,6 +84,7 @@ fn recognise(
         table,
         reduction: reduction.transpose()?,
         outer,
+        place: None,
     }))
 }
 

@@ -20,6 +20,7 @@ mod module;
 mod options;
 mod output;
 mod parts;
+mod places;
 mod reduction;
 mod replica_groups;
 mod sequence;
@@ -58,10 +59,13 @@ use sequence::Sequence;
 pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
     let mut module = Module::new(read(program)?)?;
     synchronous::join(&mut module)?;
-    let calls = collective::recognise_all(&module, devices)?;
+    let mut calls = collective::recognise_all(&module, devices)?;
     let paths = tokens::find(&module, &calls)?;
     let folds = fold::find(&module, &calls)?;
     let sequence = Sequence::of(&module, &calls, devices)?;
+    for (&instruction, call) in &mut calls {
+        call.place = sequence.places.of(instruction);
+    }
     let rewriting = Rewriting {
         calls: &calls,
         paths: &paths,
@@ -80,6 +84,7 @@ pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> 
         executed: sequence.executed,
         bytes: sequence.bytes,
         other_ordered: sequence.other_ordered,
+        places: sequence.places.words(),
         layouts: module.layouts(),
         module: module.into_proto().write_to_bytes()?,
     })
@@ -118,6 +123,9 @@ pub struct Rewritten {
     pub bytes: u64,
     /// Other custom calls that take part in the order.
     pub other_ordered: usize,
+    /// Where its collectives stand, in words, by the numbers that their custom calls have. None if
+    /// all ranks that run it execute the same sequence of them.
+    pub places: BTreeMap<i64, String>,
     /// Layouts of the parameters and the result, which the second compilation must keep.
     pub layouts: Layouts,
 }

@@ -6,6 +6,7 @@ use crate::collective::{self, Calls};
 use crate::devices::Devices;
 use crate::error::Refused;
 use crate::module::Module;
+use crate::places::{Place, Places};
 use crate::proto::hlo::HloInstructionProto;
 use crate::shape::{self, results};
 use crate::tokens::{has_token, runs_what_it_calls};
@@ -32,6 +33,8 @@ pub(crate) struct Sequence {
     pub(crate) executed: u64,
     /// Bytes that those move.
     pub(crate) bytes: u64,
+    /// Where each collective stands.
+    pub(crate) places: Places,
 }
 
 impl Sequence {
@@ -42,12 +45,17 @@ impl Sequence {
         devices: &Devices,
     ) -> Result<Sequence, Refused> {
         let mut sequence = Sequence::default();
-        let times = Times { depth: 0, runs: 1 };
-        sequence.add_computation(module, module.entry(), calls, times)?;
+        let start = Around {
+            depth: 0,
+            runs: 1,
+            place: Place::default(),
+        };
+        sequence.add_computation(module, module.entry(), calls, start)?;
         let mut hasher = DefaultHasher::new();
         (devices.ids(), &sequence.words).hash(&mut hasher);
         sequence.hash = hasher.finish();
         sequence.identity = identity(module, sequence.hash);
+        sequence.places.name(sequence.hash);
         Ok(sequence)
     }
 
@@ -65,9 +73,9 @@ impl Sequence {
         module: &Module,
         computation: i64,
         calls: &Calls,
-        times: Times,
+        around: Around,
     ) -> Result<(), Refused> {
-        if times.depth > module.computations().len() {
+        if around.depth > module.computations().len() {
             return Err(Refused::inconsistent("a computation calls itself"));
         }
         for instruction in module.ordered(computation)? {
@@ -75,9 +83,10 @@ impl Sequence {
                 if call.is_ordered() {
                     self.add(&collective::describe(&instruction, call));
                     self.collectives += 1;
-                    let bytes = shape::bytes(&instruction).saturating_mul(times.runs);
-                    self.executed = self.executed.saturating_add(times.runs);
+                    let bytes = shape::bytes(&instruction).saturating_mul(around.runs);
+                    self.executed = self.executed.saturating_add(around.runs);
                     self.bytes = self.bytes.saturating_add(bytes);
+                    self.places.add((computation, instruction.id), around.place);
                 }
                 continue;
             }
@@ -89,7 +98,7 @@ impl Sequence {
                 return Err(Refused::instruction(&instruction, reason));
             }
             if runs_what_it_calls(&instruction) {
-                self.add_called(module, &instruction, calls, times)?;
+                self.add_called(module, &instruction, calls, around)?;
             }
         }
         Ok(())
@@ -101,15 +110,24 @@ impl Sequence {
         module: &Module,
         instruction: &HloInstructionProto,
         calls: &Calls,
-        times: Times,
+        around: Around,
     ) -> Result<(), Refused> {
         let before = self.words.len();
+        let runs = runs(instruction);
         self.add(&instruction.opcode);
+        if instruction.opcode == "while" {
+            self.words += &runs.map_or(String::new(), |runs| format!(" {runs} times"));
+        }
         self.words += " {";
         let inside = self.words.len();
-        let inner = Times {
-            depth: times.depth + 1,
-            runs: times.runs.saturating_mul(runs(instruction)),
+        let inner = Around {
+            depth: around.depth + 1,
+            runs: around.runs.saturating_mul(runs.unwrap_or(u64::MAX)),
+            place: match instruction.opcode.as_str() {
+                "while" => self.places.in_loop(around.place, runs.is_some()),
+                "conditional" => around.place.in_branch(),
+                _ => around.place,
+            },
         };
         for &called in &instruction.called_computation_ids {
             self.add_computation(module, called, calls, inner)?;
@@ -130,26 +148,25 @@ impl Sequence {
     }
 }
 
-/// The place of a computation in the program.
+/// What is around a computation in the program.
 #[derive(Clone, Copy)]
-struct Times {
+struct Around {
     /// Calls inside each other.
     depth: usize,
     /// How often the computation runs.
     runs: u64,
+    place: Place,
 }
 
-/// How often what an instruction calls runs; very often, if it does not say.
-fn runs(instruction: &HloInstructionProto) -> u64 {
+/// How often what an instruction calls runs, if it says so.
+fn runs(instruction: &HloInstructionProto) -> Option<u64> {
     if instruction.opcode != "while" {
-        return 1;
+        return Some(1);
     }
     // `WhileLoopBackendConfig` as JSON.
     let config = String::from_utf8_lossy(&instruction.backend_config);
-    let count = config
-        .split_once("\"known_trip_count\":{\"n\":\"")
-        .and_then(|(_, rest)| rest.split('"').next()?.parse().ok());
-    count.unwrap_or(u64::MAX)
+    let (_, rest) = config.split_once("\"known_trip_count\":{\"n\":\"")?;
+    rest.split('"').next()?.parse().ok()
 }
 
 fn identity(module: &Module, sequence: u64) -> i64 {

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use mpi_runtime::engine::collectives::{OF_XLA, TAG};
-use mpi_runtime::operation::REDUCTIONS;
+use mpi_runtime::engine::collectives::{TAG, tag_at};
+use mpi_runtime::operation::{OF_XLA, REDUCTIONS};
 use mpi_runtime::{Buffer, Kind, Operation, Reduction, Ticket, World};
 
 use super::collective_contract::{CollectiveContract, Outer};
@@ -173,8 +173,35 @@ impl Collective<'_> {
     }
 
     pub fn execute(&self, op: &Operation<'_>) -> Result<(), Error> {
-        let done = self.memory.execute(self.world, self.ticket, op);
+        let done = match self.values.get(Field::Place) {
+            0 => self.memory.execute(self.world, self.ticket, op),
+            place => self
+                .memory
+                .execute(self.world, self.ticket, &at(op, place as u64)),
+        };
         done.map_err(Error::from)
+    }
+
+    /// Compares a collective that is executed as messages, if those of this program are compared.
+    pub fn compare(&self, op: &Operation<'_>) -> Result<(), Error> {
+        match self.values.get(Field::Place) {
+            0 => Ok(()),
+            place => self
+                .world
+                .engine
+                .compare(self.ticket, &at(op, place as u64))
+                .map_err(Error::from),
+        }
+    }
+}
+
+/// An operation at that place of its program.
+fn at<'a>(op: &Operation<'a>, place: u64) -> Operation<'a> {
+    Operation {
+        place,
+        send_tag: tag_at(place),
+        recv_tag: tag_at(place),
+        ..*op
     }
 }
 

@@ -1,7 +1,7 @@
 //! Handlers of XLA's collectives, which `hlo_rewrite` puts into partitioned programs.
 
 use mpi_runtime::mpi::communicators::COLLECTIVES;
-use mpi_runtime::{Kind, Operation, PROC_NULL, Ticket};
+use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Ticket};
 
 use super::collective::{Collective, operation, run};
 use super::contract::{Field, Values};
@@ -131,6 +131,9 @@ fn all_to_all(call: &Collective<'_>) -> Result<(), Error> {
         1 => Ok(whole.part(member * block.bytes(), &block)),
         _ => call.ret(member),
     };
+    let all = [size as i64, send(rank)?.elements()];
+    let blocks = Buffer::described(whole.dtype(), &all);
+    call.compare(&operation(Kind::Alltoall, group, blocks, blocks))?;
     call.memory.copy(&send(rank)?, &recv(rank)?)?;
     for step in 1..size {
         let (to, from) = ((rank + step) % size, (rank + size - step) % size);

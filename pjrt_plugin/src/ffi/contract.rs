@@ -22,7 +22,7 @@ pub struct Contract {
     pub attributes: &'static [Attribute],
     /// It is one of `include/mpi_cuda.h`: integers have 32 or 64 bits and defaults, and the marks
     /// of programs may stand beside them (`targets.rs`). Else they are int64, and none is left out
-    /// whose value is used.
+    /// whose value is used and which is not among `zeros`.
     pub is_public: bool,
     /// Those that may be left out and are 0 then, by their bits: nothing has to be put in.
     pub zeros: u32,
@@ -80,7 +80,7 @@ macro_rules! fields {
     };
 }
 fields!(
-    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program, Place
+    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program, Place, Type
 );
 
 /// The values of the attributes, by field.
@@ -155,7 +155,7 @@ impl Contract {
                 continue;
             };
             if seen >> index & 1 == 0 {
-                if !self.is_public {
+                if !self.is_public && self.zeros >> index & 1 == 0 {
                     let (name, wanted) = (row.name, self.wanted());
                     return Err(self.bad(format!("attribute {name} is missing; it {wanted}")));
                 }

@@ -18,23 +18,24 @@ pub const ATTRIBUTE_PROC_NULL: i64 = -2;
 #[rustfmt::skip]
 pub static OURS: [Contract; 18] = public([
     //    target                     operand  result   attributes
-    exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE]),
+    exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE, TYPE]),
     exact("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
-    exact("mpi_cuda_alltoall",       Array,   Like,    &[COMM, PLACE]),
+    exact("mpi_cuda_alltoall",       Array,   Like,    &[COMM, PLACE, TYPE]),
     exact("mpi_cuda_barrier",        Nothing, Nothing, &[COMM, PLACE]),
-    exact("mpi_cuda_bcast",          Array,   Like,    &[COMM, PLACE, ROOT]),
-    exact("mpi_cuda_gather",         Array,   Like,    &[COMM, PLACE, ROOT]),
-    exact("mpi_cuda_recv",           Nothing, Array,   &[COMM, RECVTAG, SOURCE, STATUS]),
+    exact("mpi_cuda_bcast",          Array,   Like,    &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_gather",         Array,   Like,    &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_recv",           Nothing, Array,   &[COMM, RECVTAG, SOURCE, STATUS, TYPE]),
     exact("mpi_cuda_reduce",         Array,   Like,    &[COMM, OP, PLACE, ROOT]),
     exact("mpi_cuda_scan",           Array,   Like,    &[COMM, OP, PLACE]),
-    exact("mpi_cuda_scatter",        Array,   Like,    &[COMM, PLACE, ROOT]),
-    exact("mpi_cuda_send",           Array,   Nothing, &[COMM, DEST, TAG]),
-    exact("mpi_cuda_sendrecv",       Array,   Array,   &[COMM, DEST, RECVTAG, SOURCE, STATUS, TAG]),
+    exact("mpi_cuda_scatter",        Array,   Like,    &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_send",           Array,   Nothing, &[COMM, DEST, TAG, TYPE]),
+    exact("mpi_cuda_sendrecv",       Array,   Array,   &[COMM, DEST, RECVTAG, SOURCE,
+                                                         STATUS, TAG, TYPE]),
     exact("mpi_cuda_exscan",         Array,   Like,    &[COMM, OP, PLACE]),
     exact("mpi_cuda_reduce_scatter", Array,   Like,    &[COMM, OP, PLACE]),
-    exact("mpi_cuda_isend",          Array,   Number,  &[COMM, DEST, TAG]),
-    exact("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE]),
-    exact("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS]),
+    exact("mpi_cuda_isend",          Array,   Number,  &[COMM, DEST, TAG, TYPE]),
+    exact("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE, TYPE]),
+    exact("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS, TYPE]),
     exact("mpi_cuda_wait_send",      Number,  Nothing, &[COMM]),
 ]);
 
@@ -64,31 +65,40 @@ pub static MPI4JAX: [Contract; 12] = [
 /// Those of programs for several devices.
 pub static BEGIN: Contract = exact("mpi_cuda_collective_begin", Nothing, Nothing, &[PROGRAM]);
 pub static ID: Contract = exact("mpi_cuda_collective_id", Nothing, Number, &[TABLE]);
-pub static ALL_REDUCE: CollectiveContract =
-    collective("mpi_cuda_collective_all_reduce", Rule::Same, &[OP, TABLE]);
-pub static ALL_GATHER: CollectiveContract =
-    collective("mpi_cuda_collective_all_gather", Rule::Gathered, &[TABLE]);
+pub static ALL_REDUCE: CollectiveContract = collective(
+    "mpi_cuda_collective_all_reduce",
+    Rule::Same,
+    &[OP, PLACE, TABLE],
+);
+pub static ALL_GATHER: CollectiveContract = collective(
+    "mpi_cuda_collective_all_gather",
+    Rule::Gathered,
+    &[PLACE, TABLE],
+);
 pub static REDUCE_SCATTER: CollectiveContract = collective(
     "mpi_cuda_collective_reduce_scatter",
     Rule::Scattered,
-    &[OP, TABLE],
+    &[OP, PLACE, TABLE],
 );
-pub static ALL_TO_ALL: CollectiveContract =
-    collective("mpi_cuda_collective_all_to_all", Rule::Blocks, &[TABLE]);
+pub static ALL_TO_ALL: CollectiveContract = collective(
+    "mpi_cuda_collective_all_to_all",
+    Rule::Blocks,
+    &[PLACE, TABLE],
+);
 pub static ALL_TO_ALL_ARRAY: CollectiveContract = collective(
     "mpi_cuda_collective_all_to_all_array",
     Rule::Divided,
-    &[TABLE],
+    &[PLACE, TABLE],
 );
 pub static COLLECTIVE_PERMUTE: CollectiveContract = collective(
     "mpi_cuda_collective_collective_permute",
     Rule::Same,
-    &[TABLE],
+    &[PLACE, TABLE],
 );
 pub static COLLECTIVE_BROADCAST: CollectiveContract = collective(
     "mpi_cuda_collective_collective_broadcast",
     Rule::Same,
-    &[TABLE],
+    &[PLACE, TABLE],
 );
 
 /// That of the async barrier (`launch/async_barrier.rs`).
@@ -102,6 +112,7 @@ const DEST: Attribute = value("dest", Field::Peer, 0);
 const SOURCE: Attribute = value("source", Field::Source, ATTRIBUTE_ANY);
 const TAG: Attribute = value("tag", Field::SendTag, 0);
 const RECVTAG: Attribute = value("recvtag", Field::RecvTag, ATTRIBUTE_ANY);
+const TYPE: Attribute = value("type", Field::Type, 0);
 const STATUS: Attribute = value("status", Field::Status, 0);
 
 const TAG_RECEIVED: Attribute = value("tag", Field::RecvTag, ATTRIBUTE_ANY);
@@ -159,10 +170,9 @@ const fn collective(
     rule: Rule,
     attributes: &'static [Attribute],
 ) -> CollectiveContract {
-    CollectiveContract {
-        call: exact(target, Nothing, Nothing, attributes),
-        rule,
-    }
+    let mut call = exact(target, Nothing, Nothing, attributes);
+    call.zeros = places(attributes);
+    CollectiveContract { call, rule }
 }
 
 const fn exact(
@@ -186,6 +196,18 @@ const fn zeros(attributes: &[Attribute]) -> u32 {
     let (mut bits, mut index) = (0, 0);
     while index < attributes.len() {
         if attributes[index].default == 0 {
+            bits |= 1 << index;
+        }
+        index += 1;
+    }
+    bits
+}
+
+/// The bit of the place, which programs leave out that are compared as a whole.
+const fn places(attributes: &[Attribute]) -> u32 {
+    let (mut bits, mut index) = (0, 0);
+    while index < attributes.len() {
+        if matches!(attributes[index].meaning, Meaning::Value(Field::Place)) {
             bits |= 1 << index;
         }
         index += 1;

@@ -197,14 +197,6 @@ pub fn dtype_name(dtype: XLA_FFI_DataType) -> String {
         XLA_FFI_DataType_S1 => "int1",
         XLA_FFI_DataType_U1 => "uint1",
         XLA_FFI_DataType_F4E2M1FN => "float4_e2m1fn",
-        XLA_FFI_DataType_F8E5M2 => "float8_e5m2",
-        XLA_FFI_DataType_F8E4M3 => "float8_e4m3",
-        XLA_FFI_DataType_F8E4M3FN => "float8_e4m3fn",
-        XLA_FFI_DataType_F8E4M3B11FNUZ => "float8_e4m3b11fnuz",
-        XLA_FFI_DataType_F8E5M2FNUZ => "float8_e5m2fnuz",
-        XLA_FFI_DataType_F8E4M3FNUZ => "float8_e4m3fnuz",
-        XLA_FFI_DataType_F8E3M4 => "float8_e3m4",
-        XLA_FFI_DataType_F8E8M0FNU => "float8_e8m0fnu",
         dtype => match element_type(dtype) {
             ElementType::Other => return format!("type {dtype} of XLA's"),
             known => known.name(),
@@ -232,14 +224,14 @@ fn element_type(dtype: XLA_FFI_DataType) -> ElementType {
         XLA_FFI_DataType_C128 => ElementType::C128,
         XLA_FFI_DataType_F16 => ElementType::F16,
         XLA_FFI_DataType_BF16 => ElementType::BF16,
-        XLA_FFI_DataType_F8E5M2
-        | XLA_FFI_DataType_F8E4M3
-        | XLA_FFI_DataType_F8E4M3FN
-        | XLA_FFI_DataType_F8E4M3B11FNUZ
-        | XLA_FFI_DataType_F8E5M2FNUZ
-        | XLA_FFI_DataType_F8E4M3FNUZ
-        | XLA_FFI_DataType_F8E3M4
-        | XLA_FFI_DataType_F8E8M0FNU => ElementType::F8,
+        XLA_FFI_DataType_F8E5M2 => ElementType::F8E5M2,
+        XLA_FFI_DataType_F8E4M3 => ElementType::F8E4M3,
+        XLA_FFI_DataType_F8E4M3FN => ElementType::F8E4M3FN,
+        XLA_FFI_DataType_F8E4M3B11FNUZ => ElementType::F8E4M3B11FNUZ,
+        XLA_FFI_DataType_F8E5M2FNUZ => ElementType::F8E5M2FNUZ,
+        XLA_FFI_DataType_F8E4M3FNUZ => ElementType::F8E4M3FNUZ,
+        XLA_FFI_DataType_F8E3M4 => ElementType::F8E3M4,
+        XLA_FFI_DataType_F8E8M0FNU => ElementType::F8E8M0FNU,
         _ => ElementType::Other,
     }
 }

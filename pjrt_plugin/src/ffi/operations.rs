@@ -5,7 +5,9 @@
 
 use mpi_runtime::mpi::communicators;
 use mpi_runtime::operation::REDUCTIONS;
-use mpi_runtime::{ANY, Buffer, Family, Kind, Operation, PROC_NULL, Reduction, Ticket, World};
+use mpi_runtime::{
+    ANY, Buffer, ElementType, Family, Kind, Operation, PROC_NULL, Reduction, Ticket, World,
+};
 use pjrt_sys::*;
 
 use super::contract::{Contract, Field, Values};
@@ -125,8 +127,12 @@ fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), E
         true => array(given[0]),
         false => Buffer::NONE,
     };
-    let send = data(kind.has_operand(), frame.args);
+    let mut send = data(kind.has_operand(), frame.args);
     let mut recv = data(kind.has_result(), frame.rets);
+    let narrow = values.get(Field::Type);
+    if narrow != 0 {
+        (send, recv) = (narrowed(send, narrow & 0xff)?, narrowed(recv, narrow >> 8)?);
+    }
     let comm = dialect.communicator(values.get(Field::Comm), world)?;
     let special = dialect.special_ranks(world);
     let peer = rank(values.get(Field::Peer), special, false)?;
@@ -177,6 +183,23 @@ fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), E
         Error::from(error)
     })?;
     fill_tokens(frame, usize::from(kind.has_result()), &memory)
+}
+
+/// An array whose elements have less than 8 bits, by the number of their type; 0 if it is as it is.
+fn narrowed(array: Buffer<'_>, number: i64) -> Result<Buffer<'_>, Error> {
+    if number == 0 {
+        return Ok(array);
+    }
+    let row = usize::try_from(number - 1)
+        .ok()
+        .and_then(|index| ElementType::NARROW.get(index));
+    match row {
+        Some(&(dtype, passed_as)) if passed_as == array.dtype() => Ok(array.as_type(dtype)),
+        _ => Err(Error::invalid(format!(
+            "attribute type says {number} of an array of {}; see mpi_cuda.h",
+            array.dtype().name()
+        ))),
+    }
 }
 
 /// Whether MPI writes nothing to the result of this rank, which is no root or the only one that

@@ -51,6 +51,9 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
     let rank = |device: i64| {
         i32::try_from(device).map_err(|_| Error::internal(format!("device {device} is no rank's")))
     };
+    for (&place, words) in &rewritten.places {
+        world.engine.describe_sequence(place as u64, 0, words);
+    }
     let mut known = KNOWN.write();
     for (&number, table) in &rewritten.tables {
         if known.parts.contains_key(&number) {

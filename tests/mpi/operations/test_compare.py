@@ -479,6 +479,39 @@ def test_messages_of_another_type(tag: Any, source: Any, length: int) -> None:
     check_message_refused(lambda: nt.wait(nt.irecv(template, source, tag=tag)), *words)
 
 
+NARROW = [("int8", "int4"), ("int4", "uint8"), ("int4", "int2"), ("float8_e4m3fn", "float8_e5m2")]
+
+
+@pytest.mark.parametrize("dtypes", NARROW)
+def test_types_that_are_bytes_to_mpi(dtypes: tuple[str, str]) -> None:
+    def program() -> Any:
+        return nt.bcast(jnp.ones(4, dtypes[0 if FIRST else 1]), 0)
+
+    check_refused(program, *(rf"bcast of {dtype}\[4\]" for dtype in dtypes))
+    ones = jnp.ones((SIZE, 4), dtypes[1])
+    everyone, first = nt.allgather(ones[0]), nt.scatter(ones if FIRST else ones[0], 0)
+    assert everyone.dtype == first.dtype == ones.dtype
+    np.testing.assert_array_equal(everyone.astype(float), np.ones((SIZE, 4)))
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("dtypes", NARROW)
+def test_messages_of_types_that_are_bytes_to_mpi(dtypes: tuple[str, str]) -> None:
+    sent, wanted = dtypes
+    if FIRST:
+        nt.send(jnp.ones(4, sent), 1, tag=7)
+        nt.send(jnp.ones(4, wanted), 1, tag=8)
+        nt.wait(nt.isend(jnp.ones(4, wanted), 1, tag=9))
+    template = jnp.ones(4, wanted)
+    words = (f"4 bytes of {sent}", f"result is {wanted}")
+    check_message_refused(lambda: nt.recv(template, 0, tag=7), *words)
+    if RANK == 1:
+        for y in (nt.recv(template, 0, tag=8), nt.wait(nt.irecv(template, 0, tag=9))):
+            assert y.dtype == template.dtype
+            np.testing.assert_array_equal(y.astype(float), np.ones(4))
+    check_all_right()
+
+
 @ON_DEVICE
 @pytest.mark.parametrize("source", [0, m.ANY_SOURCE])
 @pytest.mark.parametrize("length", [3, 100_000])

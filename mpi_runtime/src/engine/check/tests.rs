@@ -78,11 +78,12 @@ fn tags_must_not_be_negative() {
 
 #[test]
 fn reductions_follow_the_standard() {
-    use ElementType::{BF16, Bool, C64, F8, F32, I16};
+    use ElementType::{BF16, Bool, C64, F8E5M2, F32, I4, I16};
     let allowed = [
         (Bool, "SUM PROD MIN MAX LAND LOR LXOR BAND BOR BXOR"),
         (BF16, "SUM PROD MIN MAX"),
-        (F8, ""),
+        (F8E5M2, ""),
+        (I4, ""),
         (I16, "SUM PROD MIN MAX LAND LOR LXOR BAND BOR BXOR"),
         (F32, "SUM PROD MIN MAX"),
         (C64, "SUM PROD"),

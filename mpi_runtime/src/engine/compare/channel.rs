@@ -208,7 +208,7 @@ impl Channel {
 
     /// The ranks of this node have differed. If those of other nodes hear of it is not known here.
     fn close_if_partial(&mut self) {
-        if self.shared && self.partial {
+        if self.partial {
             self.closed = Some(OTHER_NODES.into());
         }
     }

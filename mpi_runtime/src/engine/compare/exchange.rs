@@ -4,7 +4,7 @@
 
 use crate::engine::post::Post;
 use crate::error::MpiError;
-use crate::mpi::communicators::{DEFAULT, WORLD};
+use crate::mpi::communicators::{COLLECTIVES, DEFAULT, WORLD};
 use crate::mpi::shim::Shim;
 
 /// Bytes of what a rank tells of an operation.
@@ -31,7 +31,7 @@ pub(crate) enum Series {
     World,
     /// Operations on [`DEFAULT`].
     Default,
-    /// Programs for several devices.
+    /// Programs for several devices, and their collectives on all ranks.
     Programs,
 }
 
@@ -44,6 +44,7 @@ impl Series {
         match comm {
             WORLD => Some(Series::World),
             DEFAULT => Some(Series::Default),
+            COLLECTIVES => Some(Series::Programs),
             _ => None,
         }
     }

@@ -29,13 +29,13 @@ use crate::engine::uniform::UniformProgram;
 use crate::error::Failure;
 use crate::mpi::communicators::{COLLECTIVES, Communicator};
 use crate::node::board::Board;
-use crate::operation::Operation;
+use crate::operation::{OF_XLA, Operation};
 pub(crate) use exchange::{ByMpi, Series};
 pub(crate) use nodes::Progress;
 use nodes::{BetweenNodes, Step, Told};
 use record::{Compared, Record, Sequence};
 use unlaunched::Unlaunched;
-use users::{Messages, UsersComms};
+use users::{Messages, UsersComms, Who};
 use within_node::{Come, FIXED, WithinNode, may_ask};
 
 /// As what the start of a program for several devices counts: all of its ranks begin it.
@@ -49,8 +49,10 @@ pub(crate) struct Comparison {
     nodes: Option<BetweenNodes>,
     /// Of the communicators that always exist, by number.
     fixed: [Option<WithinNode>; FIXED],
-    /// The user's communicators.
+    /// The communicators of the user, and those of replica groups.
     users: UsersComms,
+    /// Handle of [`COLLECTIVES`], which the replica group of all ranks uses.
+    collectives: Option<u64>,
     /// Launches in flight that are known to be one fixed sequence.
     launches: Mutex<Vec<(Ticket, Launch)>>,
     /// Sequences of operations in words.
@@ -84,24 +86,27 @@ pub struct KnownCollectives {
 }
 
 impl Comparison {
-    /// Over the board of this node, in a world of `size` ranks.
-    pub(super) fn new(board: Arc<Board>, size: i32) -> Comparison {
+    /// Over the board of this node, in a world of `size` ranks with that handle of
+    /// [`COLLECTIVES`].
+    pub(super) fn new(board: Arc<Board>, size: i32, collectives: Option<u64>) -> Comparison {
         let fixed = within_node::fixed(&board, size);
         Comparison {
             board: Some(board),
             fixed,
+            collectives,
             ..Comparison::default()
         }
     }
 
     /// Compares with other nodes too, at each operation if `always`; those on communicators of the
-    /// user's only then, by messages on the communicator `messages`.
+    /// user's only then, by messages on `messages`, the handle of [`COLLECTIVES`].
     pub(super) fn between_nodes(&mut self, by: ByMpi, always: bool, rank: i32, messages: u64) {
         self.users.messages = always.then_some(Messages {
             shim: by.shim,
             comm: messages,
             rank,
         });
+        self.collectives = Some(messages);
         let count = by.comms.len();
         self.nodes = Some(BetweenNodes::new(Box::new(by), count, always));
     }
@@ -184,31 +189,54 @@ impl Comparison {
         if comm.size == 1 {
             return Ok(());
         }
-        let number = op.comm as usize;
-        if number < FIXED {
-            let within = self.fixed[number].as_ref();
-            let on_node = self.compare_within(within, ticket, op, prepared);
-            return match &self.nodes {
-                Some(nodes) if may_ask(&on_node, within) => match Series::of(op.comm) {
-                    Some(series) => {
-                        self.compare_between(nodes, series as usize, ticket, op, prepared, on_node)
-                    }
-                    None => on_node,
-                },
-                _ => on_node,
-            };
+        if (op.comm as usize) < FIXED {
+            return self.on_fixed(op.comm, ticket, op, prepared);
+        }
+        let is_xlas = op.of == Some(OF_XLA);
+        if is_xlas && Some(comm.handle) == self.collectives {
+            return self.on_fixed(COLLECTIVES, ticket, op, prepared);
         }
         if self.board.is_none() && self.users.messages.is_none() {
             return Ok(());
         }
-        let members = || members().filter(|_| self.is_by_main_thread(ticket));
-        let users = self.users.get(op.comm, self.board.as_ref(), members);
+        let who = || match is_xlas {
+            true => members().map(|members| Who::group(op.comm, members)),
+            false => members()
+                .filter(|_| self.is_by_main_thread(ticket))
+                .map(Who::users),
+        };
+        let users = self.users.get(op.comm, self.board.as_ref(), who);
         let within = users.within.as_ref();
+        if is_xlas && self.board.is_some() && within.is_none() {
+            return Err(NO_LANE.into());
+        }
         let on_node = self.compare_within(within, ticket, op, prepared);
         match &users.between {
             Some(nodes) if may_ask(&on_node, within) => {
                 self.compare_between(nodes, 0, ticket, op, prepared, on_node)
             }
+            _ => on_node,
+        }
+    }
+
+    /// The same on the communicator of that number, which always exists.
+    #[inline]
+    fn on_fixed(
+        &self,
+        number: i64,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        prepared: Result<&ShimOp, &Failure>,
+    ) -> Result<(), Failure> {
+        let within = self.fixed[number as usize].as_ref();
+        let on_node = self.compare_within(within, ticket, op, prepared);
+        match &self.nodes {
+            Some(nodes) if may_ask(&on_node, within) => match Series::of(number) {
+                Some(series) => {
+                    self.compare_between(nodes, series as usize, ticket, op, prepared, on_node)
+                }
+                None => on_node,
+            },
             _ => on_node,
         }
     }
@@ -341,7 +369,7 @@ impl Comparison {
         // All ranks run the same programs of this kind.
         let record = Record::Launch(Sequence {
             hash: sequence,
-            code: 1,
+            code: record::PROGRAMS,
             first: Some(START),
         });
         let on_node = match (&self.board, within) {
@@ -382,6 +410,10 @@ impl Comparison {
         self.users.free(number, self.board.as_ref());
     }
 }
+
+/// Why a collective of a replica group is refused that cannot be compared.
+const NO_LANE: &str = "this rank compares collectives on so many communicators already that there \
+    is no room for this one; use fewer meshes and communicators in one process";
 
 /// What is said of an operation that this rank refuses before it communicates.
 pub(super) fn refused(op: &Operation<'_>, reason: &Failure) -> String {

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | all are launches of the same sequence | nothing in these launches needs to be compared |
 //! | launches of the same code with loops of other lengths | all ranks fail |
+//! | one of a program for several devices, and a collective of another | all ranks fail |
 //! | other launches, and operations | the launches are over; their operations are compared |
 //! | the same operation everywhere | it may run |
 //! | it, but in different loops of one program | all ranks fail |
@@ -48,6 +49,9 @@ pub(super) fn outcome(own: &Words, others: impl Iterator<Item = Words> + Clone) 
     let all = || others.clone().chain([*own]);
     if all().any(|one| Record::is_unlaunched(&one)) {
         return outcome_of_unlaunched(all());
+    }
+    if all().any(|one| Record::is_program(&one)) {
+        return Outcome::Differ;
     }
     let launches = || all().filter(Record::is_launch);
     // Few ranks differ, if any, so that this is quadratic does not matter.

@@ -48,6 +48,9 @@ pub(super) struct Compared {
     place: u64,
 }
 
+/// The code of programs for several devices, of which all ranks run the same.
+pub(super) const PROGRAMS: u64 = 1;
+
 /// Bits of a place that say which loop it is; those above say of which program.
 const SITE_BITS: u32 = 16;
 
@@ -107,6 +110,11 @@ impl Record {
     #[inline]
     pub(super) fn is_launch(words: &[u64; RECORD]) -> bool {
         words[0] & 0xff == LAUNCH
+    }
+
+    /// Whether these are those of a launch of a program for several devices.
+    pub(super) fn is_program(words: &[u64; RECORD]) -> bool {
+        Record::is_launch(words) && words[1] == PROGRAMS
     }
 
     /// Whether two launches run the same code, but differently.
@@ -233,11 +241,16 @@ mod tests {
                 assert_eq!(Record::from_words(&own.words()), Some(own));
             }
         }
-        let launch = Record::Launch(Sequence {
-            hash: u64::MAX,
-            code: 3,
-            first: None,
-        });
+        let launch = |code| {
+            Record::Launch(Sequence {
+                hash: u64::MAX,
+                code,
+                first: None,
+            })
+        };
+        assert!(Record::is_program(&launch(PROGRAMS).words()));
+        let launch = launch(3);
+        assert!(!Record::is_program(&launch.words()));
         let scatter = Record::Launch(Sequence {
             hash: 1,
             code: 0,

@@ -11,6 +11,8 @@ use crate::mpi::communicators::WORLD;
 use crate::node::segment::new_number;
 
 const RANKS: usize = 3;
+/// The handle of the communicator that the replica group of all ranks has.
+const OF_ALL: u64 = 7;
 
 fn boards() -> Vec<Arc<Board>> {
     let number = new_number();
@@ -70,6 +72,35 @@ impl Rank {
         )
     }
 
+    /// Executes a collective of XLA's at that place, on the communicator of a replica group, of all
+    /// ranks if it has that handle.
+    fn xlas(
+        &self,
+        group: i64,
+        handle: u64,
+        reduction: Reduction,
+        place: u64,
+    ) -> Result<(), String> {
+        let x = Buffer::described(ElementType::F32, &[4]);
+        let op = Operation {
+            of: Some(OF_XLA),
+            reduction: Some(reduction),
+            place,
+            ..Operation::new(Kind::Allreduce, group, x, x)
+        };
+        let comm = Communicator {
+            handle,
+            ..self.comm()
+        };
+        let prepared = check::prepare(&op, &comm).unwrap();
+        let members = || Some((0..RANKS as i32).collect());
+        let ticket = Ticket(self.launch);
+        let compared = self
+            .comparison
+            .operation(ticket, &op, &comm, Ok(&prepared), members);
+        compared.map_err(|reason| reason.to_string())
+    }
+
     fn barrier(&self) -> Result<(), String> {
         let op = Operation::new(Kind::Barrier, WORLD, Buffer::NONE, Buffer::NONE);
         self.run(WORLD, op)
@@ -114,7 +145,7 @@ fn on_all<T: Send>(program: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
         let ranks = boards().into_iter().enumerate().map(|(rank, board)| {
             let ended = &ended;
             scope.spawn(move || {
-                let comparison = Comparison::new(board.clone(), RANKS as i32);
+                let comparison = Comparison::new(board.clone(), RANKS as i32, Some(OF_ALL));
                 let mut rank = Rank {
                     comparison,
                     rank: rank as i32,
@@ -419,6 +450,34 @@ fn either_all_ranks_of_a_users_communicator_compare_or_none() {
 }
 
 #[test]
+fn collectives_of_programs_for_several_devices_are_compared_at_their_places() {
+    let group = 1 << 60;
+    let (loop_1, loop_2) = (7 << 16 | 1, 7 << 16 | 2);
+    for handle in [0, OF_ALL] {
+        let results = on_all(|rank| {
+            let last = rank.rank == 2;
+            let reduction = |differs| match differs && last {
+                true => Reduction::Max,
+                false => Reduction::Sum,
+            };
+            rank.xlas(group, handle, reduction(false), loop_1)?;
+            let first = rank.xlas(group, handle, reduction(true), loop_1);
+            let place = if last { loop_2 } else { loop_1 };
+            let second = rank.xlas(group, handle, reduction(false), place);
+            // In branches, whose place is that of what they stand in.
+            rank.xlas(group, handle, reduction(false), loop_2)?;
+            Ok::<_, String>([first.unwrap_err(), second.unwrap_err()])
+        });
+        for result in results {
+            let [first, second] = result.unwrap();
+            let both = "float32[4] with SUM. Rank 2: XLA's allreduce of float32[4] with MAX. All";
+            assert!(first.contains(both), "{first}");
+            assert!(second.contains("different operations. Rank"), "{second}");
+        }
+    }
+}
+
+#[test]
 fn a_launch_that_fails_tells_those_that_wait_in_its_next_collective() {
     const SEQUENCE: u64 = 77;
     let kinds = [Kind::Allreduce, Kind::Barrier, Kind::Barrier];
@@ -493,4 +552,26 @@ fn a_launch_that_fails_before_its_turn_tells_nothing_before_it() {
         rank.barrier()
     });
     assert!(results.iter().all(Result::is_ok), "{results:?}");
+}
+
+#[test]
+fn a_program_that_begins_does_not_match_a_collective_of_another() {
+    let results = on_all(|rank| {
+        let begin = || {
+            rank.comparison
+                .launch(Ticket(rank.launch), 9, || "all-reduce f32[4] SUM".into())
+        };
+        begin().map_err(|reason| reason.to_string())?;
+        let error = match rank.rank {
+            0 => begin().map(drop).map_err(|reason| reason.to_string()),
+            _ => rank.xlas(1 << 60, OF_ALL, Reduction::Sum, 7 << 16),
+        };
+        begin().map_err(|reason| reason.to_string())?;
+        Ok::<_, String>(error.unwrap_err())
+    });
+    for result in results {
+        let text = result.unwrap();
+        let both = "Rank 0: all-reduce f32[4] SUM. Ranks 1-2: XLA's allreduce of float32[4]";
+        assert!(text.contains(both), "{text}");
+    }
 }

@@ -1,4 +1,5 @@
-//! The user's communicators: what each is compared by, from its first collective until it is freed.
+//! The user's communicators, and those of replica groups: what each is compared by, from its first
+//! collective until it is freed.
 
 #![forbid(unsafe_code)]
 
@@ -27,6 +28,27 @@ pub(super) struct UsersComms {
     ordinals: Mutex<HashMap<Vec<i32>, u64>>,
 }
 
+/// The ranks of a communicator, and how they call it.
+pub(super) struct Who {
+    members: Vec<i32>,
+    /// Its name, the same on all of them; else it is known by how many with its members came
+    /// before.
+    id: Option<u64>,
+}
+
+impl Who {
+    /// One of the user's, which mpi4py may use too.
+    pub(super) fn users(members: Vec<i32>) -> Who {
+        Who { members, id: None }
+    }
+
+    /// That of a replica group, whose number is the same on all its ranks.
+    pub(super) fn group(number: i64, members: Vec<i32>) -> Who {
+        let id = Some(named(&members, number as u64));
+        Who { members, id }
+    }
+}
+
 /// How ranks of a communicator of the user's tell each other what they do.
 pub(super) struct Messages {
     pub(super) shim: Shim,
@@ -46,28 +68,29 @@ pub(super) struct UsersComm {
 impl UsersComms {
     /// What the communicator `number` is compared by, made for its first collective. Ranks know it
     /// by its members and by how many with these members came before. That is the same on all of
-    /// them as long as one thread uses them: `members` has none for those of other threads, which
-    /// are not compared.
+    /// them as long as one thread uses them: `who` has none for those of other threads, which are
+    /// not compared.
     pub(super) fn get(
         &self,
         number: i64,
         board: Option<&Arc<Board>>,
-        members: impl FnOnce() -> Option<Vec<i32>>,
+        who: impl FnOnce() -> Option<Who>,
     ) -> Arc<UsersComm> {
         if let Some(known) = self.known.read().get(&number) {
             return known.clone();
         }
-        let made = members().map(|members| self.make(board, &members));
+        let made = who().map(|who| self.make(board, &who));
         let made = Arc::new(made.unwrap_or_default());
         self.known.write().insert(number, made.clone());
         made
     }
 
-    fn make(&self, board: Option<&Arc<Board>>, members: &[i32]) -> UsersComm {
-        let id = self.next_id(members);
+    fn make(&self, board: Option<&Arc<Board>>, who: &Who) -> UsersComm {
+        let members = &who.members[..];
+        let id = who.id.unwrap_or_else(|| self.next_id(members));
         let within = board.and_then(|board| {
             let lane = board.take_lane(id, FIXED)?;
-            let mut channel = Channel::new(board, id, lane, members, true);
+            let mut channel = Channel::new(board, id, lane, members, who.id.is_none());
             if self.messages.is_some() {
                 channel.is_told_elsewhere();
             }
@@ -102,8 +125,13 @@ impl UsersComms {
         let mut ordinals = self.ordinals.lock();
         let ordinal = ordinals.entry(members.to_vec()).or_default();
         *ordinal += 1;
-        let mut hasher = DefaultHasher::new();
-        (members, *ordinal).hash(&mut hasher);
-        hasher.finish().max(FIXED as u64 + 1)
+        named(members, *ordinal)
     }
+}
+
+/// What those call a channel who know it by its members and this number.
+fn named(members: &[i32], number: u64) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (members, number).hash(&mut hasher);
+    hasher.finish().max(FIXED as u64 + 1)
 }

@@ -80,7 +80,8 @@ pub(super) fn fixed(board: &Board, size: i32) -> [Option<WithinNode>; FIXED] {
     for number in [WORLD, DEFAULT, COLLECTIVES] {
         let (id, lane) = (number as u64 + 1, number as usize);
         if board.take_lane(id, lane) == Some(lane) {
-            let channel = Channel::new(board, id, lane, &members, false);
+            let mut channel = Channel::new(board, id, lane, &members, false);
+            channel.is_told_elsewhere();
             fixed[lane] = Some(WithinNode::new(channel));
         }
     }

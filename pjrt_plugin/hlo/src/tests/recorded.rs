@@ -151,3 +151,60 @@ fn count(module: &HloModuleProto, target: &str) -> usize {
     let all = module.computations.iter().flat_map(|c| &c.instructions);
     all.filter(|i| i.custom_call_target == target).count()
 }
+
+/// The recorded module with loops whose length is said to be this one, or not said.
+fn nested(length: Option<u32>) -> HloModuleProto {
+    let mut module = recording!("nested");
+    for computation in &mut module.computations {
+        for instruction in &mut computation.instructions {
+            let config = String::from_utf8_lossy(&instruction.backend_config).into_owned();
+            if config.contains("known_trip_count") {
+                instruction.backend_config = match length {
+                    Some(length) => config.replace(
+                        "\"known_trip_count\":{\"n\":\"3\"}",
+                        &format!("\"known_trip_count\":{{\"n\":\"{length}\"}}"),
+                    ),
+                    None => String::new(),
+                }
+                .into_bytes();
+            }
+        }
+    }
+    module
+}
+
+#[test]
+fn lengths_of_loops_are_a_part_of_the_sequence() {
+    let [three, four, unknown] = [Some(3), Some(4), None]
+        .map(|length| rewrite(&with_config(nested(length)), &self::four()).unwrap());
+    assert!(
+        three.summary.contains("while 3 times {"),
+        "{}",
+        three.summary
+    );
+    assert!(four.summary.contains("while 4 times {"), "{}", four.summary);
+    assert!(unknown.summary.contains("while {"), "{}", unknown.summary);
+    assert_ne!(three.sequence, four.sequence);
+    assert_ne!(three.sequence, unknown.sequence);
+}
+
+#[test]
+fn collectives_have_places_where_ranks_may_differ() {
+    let placed = |module: HloModuleProto| {
+        let rewritten = rewrite(&with_config(module), &four()).unwrap();
+        let module = check(&rewritten);
+        let all = module.computations.iter().flat_map(|c| &c.instructions);
+        let calls = all.filter(|i| {
+            i.custom_call_target.starts_with("mpi_cuda_collective_")
+                && i.custom_call_has_side_effect
+        });
+        let configs = calls.map(|call| String::from_utf8_lossy(&call.backend_config).into_owned());
+        let with = configs.filter(|config| config.contains("place = ")).count();
+        (with, rewritten.collectives, rewritten.places.len())
+    };
+    let (with, _, places) = placed(recording!("train"));
+    assert_eq!((with, places), (0, 0));
+    let (with, all, places) = placed(nested(None));
+    assert_eq!(with, all);
+    assert!(places > 0);
+}
