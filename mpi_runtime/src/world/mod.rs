@@ -93,7 +93,7 @@ impl World {
             warn_after: options.warn_after,
             abort_after: options.abort_after,
             progress: engine.progress(),
-            sends: Box::new(engine.sends_in_background()),
+            background: Box::new(engine.messages_in_background()),
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
