@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 
 import pytest
 from jobs import MPIS, job
@@ -177,6 +178,62 @@ print("fine")
 """
     result = run(mpi, code, MPI_CUDA_WARN_AFTER="0.5")
     assert result.returncode == 0 and result.stdout.count("fine") == 2, result.stderr
+
+
+WAITS = {
+    "recv": "nt.recv(X, 1).block_until_ready()",
+    "allreduce": "nt.allreduce(X, m.SUM).block_until_ready()",
+    "send": "nt.send(jnp.ones(1 << 22), 1); jax.effects_barrier()",
+    "on another communicator": "nt.recv(X, comm=m.COMM_WORLD).block_until_ready()",
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_that_finalizes_mpi_is_missed(mpi: str, wait: str) -> None:
+    """MPI_Finalize waits for the other ranks, so such a rank lives, and Python does not answer."""
+    code = f"""
+if R == 0: {WAITS[wait]}
+from mpi4py import MPI
+MPI.Finalize()
+"""
+    result = run(mpi, code)
+    assert result.returncode != 0, result.stderr
+    assert re.search(r"rank 1.* has called MPI_Finalize", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_whose_main_thread_has_failed_beside_another_thread(mpi: str) -> None:
+    code = """
+if R == 1:
+    threading.Thread(target=lambda: time.sleep(40)).start()
+    raise ValueError("beside a thread")
+nt.recv(X, 1).block_until_ready()
+"""
+    start = time.monotonic()
+    result = run(mpi, code, MPI_CUDA_WARN_AFTER="3")
+    assert result.returncode == 1 and time.monotonic() - start < 30, result.stderr
+    words = "main thread has failed with ValueError: beside a thread"
+    assert f"rank 1 is in Python: its {words}" in result.stderr, result.stderr
+    assert "the main thread of rank 1 has failed with ValueError" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_thread_beside_a_main_thread_that_has_failed_may_end_its_work(mpi: str) -> None:
+    code = """
+def late():
+    time.sleep(3)
+    nt.send(X, 0)
+    time.sleep(6)
+    print("written")
+if R == 1:
+    threading.Thread(target=late).start()
+    raise ValueError("beside a thread")
+nt.recv(X, 1).block_until_ready()
+time.sleep(20)
+"""
+    result = run(mpi, code)
+    assert result.returncode == 1 and "written" in result.stdout, result
 
 
 # What is said of those across nodes, where it differs.

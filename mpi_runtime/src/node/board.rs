@@ -17,6 +17,10 @@ use crate::node::segment::{Segment, SegmentName};
 pub(crate) use layout::RECORD;
 use layout::{ELSEWHERE, IN_WORD, LANES, RING, Shown, TEXTS, Text, load_text, store_text};
 
+/// How a rank has left.
+const ENDED: u64 = 1;
+const FINALIZED: u64 = 2;
+
 /// The boards of the ranks of this node that share memory with this one.
 pub struct Board {
     number: u64,
@@ -281,9 +285,21 @@ impl Board {
 
     /// Says that this rank leaves: it will write no more records.
     pub fn leave(&self) {
+        self.leave_as(ENDED);
+    }
+
+    /// The same of a rank that calls `MPI_Finalize`, if it has not left before.
+    pub(crate) fn finalize(&self) {
+        self.leave_as(FINALIZED);
+    }
+
+    fn leave_as(&self, how: u64) {
         if self.sees(self.rank) {
             let own = self.of(self.rank);
-            own.left.store(1, Ordering::SeqCst);
+            // Whatever came first stays.
+            let _ = own
+                .left
+                .compare_exchange(0, how, Ordering::SeqCst, Ordering::SeqCst);
             own.bell.ring();
         }
     }
@@ -295,10 +311,11 @@ impl Board {
 
     /// Why `rank` will show nothing new, if so.
     pub(crate) fn gone(&self, rank: usize) -> Option<&'static str> {
-        if self.of(rank).left.load(Ordering::SeqCst) != 0 {
-            return Some("has ended its program");
+        match self.of(rank).left.load(Ordering::SeqCst) {
+            0 => (!self.is_alive(rank)).then_some("has died"),
+            FINALIZED => Some("has called MPI_Finalize"),
+            _ => Some("has ended its program"),
         }
-        (!self.is_alive(rank)).then_some("has died")
     }
 
     /// Why `rank` does nothing any more, if so: one that has left may still wait for what it has

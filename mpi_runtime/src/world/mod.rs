@@ -5,6 +5,7 @@ mod child;
 mod connect;
 mod end;
 mod environment;
+mod finalized;
 mod join;
 mod options;
 mod output;
@@ -25,6 +26,7 @@ use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use crate::watch::Watch;
 use agree::AllRanks;
+use finalized::Finalizing;
 pub use options::{DeviceOptions, WorldOptions};
 
 /// This process's place among the ranks.
@@ -97,6 +99,13 @@ impl World {
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
+        let finalizing = Finalizing {
+            rank: joined.rank,
+            board: shared.board.clone(),
+            link: link.clone(),
+            pending: engine.pending(),
+        };
+        finalizing.watch(&shim)?;
         idle::start(shim, shared.board, link.clone());
         child::mark(launched);
         let about = About {
