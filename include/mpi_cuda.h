@@ -207,6 +207,10 @@ int mpi_cuda_write_record(const char *path);
 /* Records that this rank fails with that status, and why, for the same report. */
 void mpi_cuda_failed(int code, const char *words);
 
+/* The main thread of this rank has failed, and other threads of it go on: if other ranks wait in
+ * operations for 5 seconds from now on, the job ends with that status. Waits for nobody. */
+void mpi_cuda_main_thread_failed(int code, const char *words);
+
 /* Ends the whole job with a non-zero status, once the launcher has read what this rank printed
  * (half a second at most). */
 void mpi_cuda_abort(int code);

@@ -352,6 +352,22 @@ pub unsafe extern "C" fn mpi_cuda_failed(code: c_int, words: *const c_char) {
     });
 }
 
+/// The main thread of this rank has failed with a status, and other threads of it go on: if other
+/// ranks wait for long from now on, the job ends.
+///
+/// # Safety
+/// `words` must be NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_main_thread_failed(code: c_int, words: *const c_char) {
+    quiet((), || {
+        if let Some(world) = world_of_this_process() {
+            // SAFETY: the caller's words are NUL-terminated.
+            let words = unsafe { CStr::from_ptr(words) }.to_string_lossy();
+            world.main_thread_failed(code, words.into_owned());
+        }
+    });
+}
+
 /// Ends the whole job with a non-zero status, once the launcher has read what this rank printed.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_abort(code: c_int) {

@@ -111,6 +111,7 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_launches_on_callers": (ctypes.c_int, []),
         "mpi_cuda_write_record": (ctypes.c_int, [ctypes.c_char_p]),
         "mpi_cuda_failed": (None, [ctypes.c_int, ctypes.c_char_p]),
+        "mpi_cuda_main_thread_failed": (None, [ctypes.c_int, ctypes.c_char_p]),
         "mpi_cuda_abort": (None, [ctypes.c_int]),
         "mpi_cuda_ending": (None, []),
         "mpi_cuda_shutdown": (None, []),

@@ -77,6 +77,12 @@ def _status() -> int:
     return _asked or int(uncaught)
 
 
+def failure() -> tuple[int, str] | None:
+    """The status of this process and why, once it is known that it fails."""
+    status = _status()
+    return (status, _why()) if status else None
+
+
 def _at_exit() -> None:
     if os.getpid() != _process:
         _leave_child()

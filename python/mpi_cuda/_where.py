@@ -42,6 +42,23 @@ def _line(frame: FrameType | None) -> str | None:
     return None
 
 
+def _has_ended(frame: FrameType | None) -> bool:
+    """Whether the main thread, which is in that frame, waits for the others at Python's end."""
+    if frame is None:
+        return False
+    while frame.f_back is not None:
+        frame = frame.f_back
+    code = frame.f_code
+    return (code.co_name, code.co_filename) == ("_shutdown", threading.__file__)
+
+
+def _failure(frame: FrameType | None) -> tuple[int, str] | None:
+    """With what the main thread has failed, if it has: the status of this process, and why."""
+    # By its name: mpi_cuda_startup may have loaded it.
+    lifecycle = sys.modules.get("mpi_cuda._lifecycle")
+    return lifecycle.failure() if lifecycle and _has_ended(frame) else None
+
+
 def where() -> tuple[str, int]:
     """The lines of the user's code that the threads are at, the main thread first.
 
@@ -53,7 +70,9 @@ def where() -> tuple[str, int]:
     for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
         line = _line(frames.get(thread.ident or 0))
         if thread is main:
-            lines.append(line or "at its end")
+            failure = _failure(frames.get(thread.ident or 0))
+            end = f"its main thread has failed with {failure[1]}" if failure else "at its end"
+            lines.append(line or end)
         elif line is not None or not thread.name.startswith("Dummy-"):
             others += 1
             lines.append(f"thread {thread.name}" + (f" at {line}" if line else ""))
@@ -64,12 +83,20 @@ def _write(text: int, capacity: int, others: Any) -> int:
     words, others[0] = where()
     said = words.encode()[:capacity]
     ctypes.memmove(text, said, len(said))
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if _library is not None and (failure := _failure(frame)):
+        # Whoever asks has waited for some time.
+        status, why = failure
+        _library.mpi_cuda_main_thread_failed(status, why.encode(errors="replace"))
     return len(said)
 
 
 _callback = _SIGNATURE(_write)
+_library: ctypes.CDLL | None = None
 
 
 def install(library: ctypes.CDLL) -> None:
     """Tells the library whom to ask."""
+    global _library
+    _library = library
     library.mpi_cuda_set_where(_callback)

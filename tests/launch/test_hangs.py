@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 
 import pytest
 from jobs import MPIS, job
@@ -45,6 +46,11 @@ def test_a_circle_of_receives(mpi: str, ranks: int, nodes: int) -> None:
         said = f"rank {rank} is waiting in recv into float32[3] from rank {(rank + 1) % ranks}"
         assert said in result.stderr, result.stderr
 
+
+USERS = """from mpi4py import MPI
+dup = MPI.COMM_WORLD.Dup()
+nt.allreduce(X, m.SUM, comm=dup).block_until_ready()
+"""
 
 PROGRAMS = {
     "a barrier against a receive": (
@@ -89,6 +95,34 @@ PROGRAMS = {
         "if R == 0: nt.send(jnp.ones(1 << 22), 1)",
         "rank 0 waits in vain: rank 1 has ended its program",
     ),
+    "a wait for a message that nobody receives": (
+        "if R == 0: nt.wait(nt.isend(jnp.ones(1 << 22), 1)); jax.effects_barrier()",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+    "messages that nobody receives or waits for": (
+        "if R == 0: nt.isend(jnp.ones(1 << 22), 1); nt.isend(jnp.ones(1 << 22), 1)",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+    "waits for messages that are received only then": (
+        "big = jnp.ones(1 << 22)\n"
+        "nt.wait(nt.isend(big, 1 - R)); nt.recv(big, 1 - R).block_until_ready()",
+        "deadlock: 0 waits for 1 waits for 0",
+    ),
+    "a receive from anybody of a communicator of the user's": (
+        f"{USERS}if R == 0: nt.recv(X, comm=dup).block_until_ready()",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+    "a long message on a communicator of the user's": (
+        f"{USERS}if R == 0: nt.send(jnp.ones(1 << 22), 1, comm=dup); jax.effects_barrier()",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
+    "a long message of one of two threads": (
+        "if R == 0:\n"
+        "    nap = lambda: time.sleep(30)\n"
+        "    threading.Thread(target=nap, daemon=True).start()\n"
+        "    nt.send(jnp.ones(1 << 22), 1); jax.effects_barrier()",
+        "rank 0 waits in vain: rank 1 has ended its program",
+    ),
 }
 
 
@@ -98,6 +132,108 @@ def test_what_never_ends_is_ended(mpi: str, program: str) -> None:
     code, expected = PROGRAMS[program]
     result = run(mpi, code)
     assert result.returncode != 0 and expected in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("mpi", "nodes"), [("openmpi", 1), ("mpich", 1), ("openmpi", 2)])
+def test_a_collective_on_a_communicator_of_the_users_without_a_rank(mpi: str, nodes: int) -> None:
+    """The rank is so late that the others do not compare with it any more."""
+    code = f"""{USERS}
+if R == 0: nt.allreduce(X, m.SUM, comm=dup).block_until_ready()
+else: time.sleep(12)
+"""
+    result = run(mpi, code, nodes=nodes)
+    assert result.returncode == STUCK, result.stderr
+    assert "rank 0 waits in vain: rank 1 has ended its program" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_who_has_done_its_part_of_a_collective_is_not_missed(mpi: str) -> None:
+    """Across nodes a rank ends a gather before all have begun it."""
+    code = """
+if R == 1: time.sleep(7)
+nt.gather(X, 0).block_until_ready()
+if R == 0: nt.send(X, 2)
+if R == 2: nt.recv(X, 0).block_until_ready()
+print("fine")
+"""
+    result = run(mpi, code, ranks=3, nodes=3)
+    assert result.returncode == 0 and result.stdout.count("fine") == 3, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_messages_in_the_background_are_no_deadlock(mpi: str) -> None:
+    code = """
+big = jnp.ones(1 << 22)
+if R == 0:
+    request = nt.isend(big, 1, tag=1)
+    nt.recv(X, 1, tag=2).block_until_ready()
+    nt.wait(request)
+else:
+    time.sleep(5)
+    nt.recv(big, 0, tag=1).block_until_ready()
+    time.sleep(5)
+    nt.send(X, 0, tag=2)
+jax.effects_barrier()
+print("fine")
+"""
+    result = run(mpi, code, MPI_CUDA_WARN_AFTER="0.5")
+    assert result.returncode == 0 and result.stdout.count("fine") == 2, result.stderr
+
+
+WAITS = {
+    "recv": "nt.recv(X, 1).block_until_ready()",
+    "allreduce": "nt.allreduce(X, m.SUM).block_until_ready()",
+    "send": "nt.send(jnp.ones(1 << 22), 1); jax.effects_barrier()",
+    "on another communicator": "nt.recv(X, comm=m.COMM_WORLD).block_until_ready()",
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_that_finalizes_mpi_is_missed(mpi: str, wait: str) -> None:
+    """MPI_Finalize waits for the other ranks, so such a rank lives, and Python does not answer."""
+    code = f"""
+if R == 0: {WAITS[wait]}
+from mpi4py import MPI
+MPI.Finalize()
+"""
+    result = run(mpi, code)
+    assert result.returncode != 0, result.stderr
+    assert re.search(r"rank 1.* has called MPI_Finalize", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_whose_main_thread_has_failed_beside_another_thread(mpi: str) -> None:
+    code = """
+if R == 1:
+    threading.Thread(target=lambda: time.sleep(40)).start()
+    raise ValueError("beside a thread")
+nt.recv(X, 1).block_until_ready()
+"""
+    start = time.monotonic()
+    result = run(mpi, code, MPI_CUDA_WARN_AFTER="3")
+    assert result.returncode == 1 and time.monotonic() - start < 30, result.stderr
+    words = "main thread has failed with ValueError: beside a thread"
+    assert f"rank 1 is in Python: its {words}" in result.stderr, result.stderr
+    assert "the main thread of rank 1 has failed with ValueError" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_thread_beside_a_main_thread_that_has_failed_may_end_its_work(mpi: str) -> None:
+    code = """
+def late():
+    time.sleep(3)
+    nt.send(X, 0)
+    time.sleep(6)
+    print("written")
+if R == 1:
+    threading.Thread(target=late).start()
+    raise ValueError("beside a thread")
+nt.recv(X, 1).block_until_ready()
+time.sleep(20)
+"""
+    result = run(mpi, code)
+    assert result.returncode == 1 and "written" in result.stdout, result
 
 
 # What is said of those across nodes, where it differs.
@@ -204,6 +340,16 @@ def test_a_job_may_be_ended_after_a_time(mpi: str, ranks: int, nodes: int) -> No
     assert "rank 0 is waiting in recv into float32[3] from rank 1" in result.stderr, result.stderr
     others = "rank 1 is in Python" if ranks == 2 else "ranks 1-2 are in Python"
     assert others in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("mpi", "nodes"), [("openmpi", 1), ("mpich", 1), ("mpich", 2)])
+@pytest.mark.parametrize("limit", [1, 6])
+def test_a_job_is_ended_at_its_time(mpi: str, nodes: int, limit: int) -> None:
+    """The ranks are asked after 2, 3, 5 and 9 seconds whether the job can go on."""
+    code = "nt.recv(X, 1).block_until_ready() if R == 0 else time.sleep(60)"
+    result = run(mpi, code, nodes=nodes, MPI_CUDA_ABORT_AFTER=str(limit))
+    assert result.returncode == STUCK, result.stderr
+    assert f"an operation has waited for {limit} s, and MPI_CUDA_ABORT_AFTER" in result.stderr
 
 
 @pytest.mark.parametrize(("mpi", "nodes"), [("openmpi", 1), ("mpich", 1), ("openmpi", 2)])

@@ -40,7 +40,7 @@ use crate::engine::mpi_calls::MpiCalls;
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::on_communicator::{OnCommunicator, done};
 use crate::engine::order::{Order, Ticket};
-use crate::engine::pending::{Pending, PendingTable};
+use crate::engine::pending::{Pending, PendingTable, Waiting};
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 pub use crate::engine::uniform::UniformProgram;
@@ -351,12 +351,13 @@ impl Engine {
         }
     }
 
-    /// Whether messages are on their way whose end nobody waits for.
-    pub(crate) fn sends_in_background(&self) -> impl Fn() -> bool + Send + 'static {
+    /// The messages that were started and have not ended, whether an operation waits for them or
+    /// not.
+    pub(crate) fn messages_in_background(&self) -> impl Fn() -> Vec<Waiting> + Send + 'static {
         let nonblocking = self.calls.nonblocking.clone();
         move || {
             let messages = nonblocking.as_ref();
-            messages.is_some_and(|messages| !messages.unfinished().is_empty())
+            messages.map_or(Vec::new(), NonblockingMessages::in_background)
         }
     }
 

@@ -218,7 +218,7 @@ impl MpiCalls {
         let number = match &self.nonblocking {
             _ if peer == PROC_NULL => TO_NOBODY,
             // SAFETY: prepared above.
-            Some(nonblocking) => unsafe { nonblocking.start(op, &shim_op) }?,
+            Some(nonblocking) => unsafe { nonblocking.start(op, &shim_op, comm.members) }?,
             None => return Err(NO_MESSAGES.into()),
         };
         self.histories.add(op, comm.rank, &ShimReceived::default());

@@ -20,6 +20,9 @@ use layout::{ELSEWHERE, IN_WORD, LANES, RING, Shown, TEXTS, Text, load_text, sto
 /// In the number of a record: its rank asks whether others have come, and goes on without them.
 const ASKS: u64 = 1 << 62;
 const STOPPED: u64 = 1 << 63;
+/// How a rank has left.
+const ENDED: u64 = 1;
+const FINALIZED: u64 = 2;
 
 /// The boards of the ranks of this node that share memory with this one.
 pub struct Board {
@@ -312,9 +315,21 @@ impl Board {
 
     /// Says that this rank leaves: it will write no more records.
     pub fn leave(&self) {
+        self.leave_as(ENDED);
+    }
+
+    /// The same of a rank that calls `MPI_Finalize`, if it has not left before.
+    pub(crate) fn finalize(&self) {
+        self.leave_as(FINALIZED);
+    }
+
+    fn leave_as(&self, how: u64) {
         if self.sees(self.rank) {
             let own = self.of(self.rank);
-            own.left.store(1, Ordering::SeqCst);
+            // Whatever came first stays.
+            let _ = own
+                .left
+                .compare_exchange(0, how, Ordering::SeqCst, Ordering::SeqCst);
             own.bell.ring();
         }
     }
@@ -326,10 +341,11 @@ impl Board {
 
     /// Why `rank` will show nothing new, if so.
     pub(crate) fn gone(&self, rank: usize) -> Option<&'static str> {
-        if self.of(rank).left.load(Ordering::SeqCst) != 0 {
-            return Some("has ended its program");
+        match self.of(rank).left.load(Ordering::SeqCst) {
+            0 => (!self.is_alive(rank)).then_some("has died"),
+            FINALIZED => Some("has called MPI_Finalize"),
+            _ => Some("has ended its program"),
         }
-        (!self.is_alive(rank)).then_some("has died")
     }
 
     /// Why `rank` does nothing any more, if so: one that has left may still wait for what it has

@@ -14,13 +14,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::Progress;
-use crate::engine::pending::PendingTable;
+use crate::engine::pending::{PendingTable, Waiting};
 use crate::engine::recorder::RECORDER;
 use crate::link::Link;
 use crate::log;
 use crate::node::board::Board;
 use nodes::{Nodes, Seen};
-use state::{State, Wait};
+use state::{MOST_BACKGROUND, State, Wait};
 use stuck::Known;
 
 /// How often the thread looks.
@@ -55,8 +55,8 @@ pub struct Watch {
     pub abort_after: Option<Duration>,
     /// How far this rank is in comparing with other nodes.
     pub(crate) progress: Option<Arc<[Progress]>>,
-    /// Whether messages are being sent that no operation waits for.
-    pub sends: Box<dyn Fn() -> bool + Send>,
+    /// The messages that were started and have not ended.
+    pub background: Box<dyn Fn() -> Vec<Waiting> + Send>,
     /// Ends the job with a status.
     pub abort: Box<dyn Fn(i32) + Send>,
 }
@@ -129,7 +129,8 @@ impl Watch {
             0 => (SUSPICIOUS, SOON),
             _ => (AT_ONCE, AFTER_ERROR),
         };
-        if longest < suspicious.min(self.warn_after) {
+        let limit = self.abort_after.unwrap_or(self.warn_after);
+        if longest < suspicious.min(self.warn_after).min(limit) {
             memory.report_after = self.warn_after;
             memory.ask_after = suspicious;
             memory.pause = pause;
@@ -146,7 +147,8 @@ impl Watch {
 
     fn examine(&self, nodes: &Nodes, longest: Duration, memory: &mut Memory) {
         let reports = longest >= memory.report_after;
-        if !reports && longest < memory.ask_after {
+        let too_long = self.abort_after.filter(|&limit| longest >= limit);
+        if !reports && too_long.is_none() && longest < memory.ask_after {
             return;
         }
         let ranks = nodes.ask(|| self.state());
@@ -155,7 +157,6 @@ impl Watch {
             true => report::verdict(&ranks),
             false => None,
         };
-        let too_long = self.abort_after.filter(|&limit| longest >= limit);
         let seconds = longest.as_secs();
         if let Some(verdict) = &verdict {
             let lines = report::lines(&ranks);
@@ -191,12 +192,15 @@ impl Watch {
         let (waits, done) = self.pending.waiting();
         let (place, may_launch) = place::place();
         let progress = self.progress.iter().flat_map(|progress| progress.iter());
+        let background = (self.background)();
+        let untold = background.len() > MOST_BACKGROUND;
         State {
             done,
             compared: progress.map(|one| one.read().into()).collect(),
             // A thread of the program's that has launched nothing yet may do so.
-            others: self.pending.threads() > 1 || (self.sends)() || may_launch,
+            others: self.pending.threads() > 1 || may_launch || untold,
             waits: waits.into_iter().map(Wait::new).collect(),
+            background: background.into_iter().map(Wait::new).collect(),
             place,
         }
     }
@@ -209,7 +213,10 @@ fn is_still(before: &[Known], now: &[Known]) -> bool {
             let words = |state: &State| -> Vec<String> {
                 state.waits.iter().map(|wait| wait.words.clone()).collect()
             };
-            one.done == other.done && one.compared == other.compared && words(one) == words(other)
+            one.done == other.done
+                && one.compared == other.compared
+                && one.background == other.background
+                && words(one) == words(other)
         }
         (one, other) => one == other,
     };

@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 
 use crate::ranks::Ranks;
-use crate::watch::stuck::{Known, circle, passed, stuck};
+use crate::watch::stuck::{Known, bereft, circle, passed, stuck};
 
 /// Ranks of which more than a line is said.
 const MOST: usize = 32;
@@ -18,24 +18,22 @@ pub(super) fn verdict(ranks: &[Known]) -> Option<String> {
              that rank {other} does not know, since it has executed another in its place"
         ));
     }
-    let stuck = stuck(ranks);
-    let &(first, for_whom) = stuck.first()?;
+    let (stuck, bereft) = (stuck(ranks), bereft(ranks));
     if let Some(circle) = circle(&stuck) {
         let names: Vec<String> = circle.iter().map(i32::to_string).collect();
         let words = names.join(" waits for ");
         return Some(format!("deadlock: {words} waits for {}", circle[0]));
     }
-    let ended = stuck
-        .iter()
-        .find_map(|&(rank, of)| match ranks.get(of as usize) {
-            Some(Known::Ended(words)) => Some((rank, of, words)),
-            _ => None,
-        });
-    Some(match ended {
-        Some((rank, of, words)) => {
-            format!("rank {rank} waits in vain: rank {of} {words}")
-        }
-        None => format!("deadlock: {first} waits for {for_whom}, which cannot go on"),
+    let ended = |&(rank, of): &(i32, i32)| match ranks.get(of as usize) {
+        Some(Known::Ended(words)) => Some(format!("rank {rank} waits in vain: rank {of} {words}")),
+        _ => None,
+    };
+    let mut in_vain = stuck.iter().chain(bereft.iter());
+    in_vain.find_map(ended).or_else(|| {
+        let (first, for_whom) = stuck.first()?;
+        Some(format!(
+            "deadlock: {first} waits for {for_whom}, which cannot go on"
+        ))
     })
 }
 

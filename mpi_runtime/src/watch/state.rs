@@ -11,10 +11,12 @@ use crate::engine::pending::Waiting;
 pub(super) struct State {
     /// Operations that it has finished: who waits for ever finishes none.
     pub(super) done: u64,
-    /// While an operation waits, it may do something else that others wait for: it launches from
-    /// several threads, or sends in the background.
+    /// While an operation waits, it may begin something else that others wait for: it launches from
+    /// several threads, say.
     pub(super) others: bool,
     pub(super) waits: Vec<Wait>,
+    /// Messages that were started and have not ended. They go on while it waits for something.
+    pub(super) background: Vec<Wait>,
     /// How far it is in comparing with other nodes, by communicator.
     pub(super) compared: Vec<Comparing>,
     /// Where the program is, in words.
@@ -61,6 +63,7 @@ pub(super) struct Wait {
 }
 
 impl Wait {
+    /// Of what waits.
     pub(super) fn new(waiting: Waiting) -> Wait {
         let op = &waiting.operation;
         let in_world = |rank: i32| match usize::try_from(rank) {
@@ -102,6 +105,8 @@ const FIELD: char = '\u{1f}';
 const ROW: char = '\u{1e}';
 /// Operations that are told, and the letters of one.
 const MOST: usize = 8;
+/// Messages in the background that are told.
+pub(super) const MOST_BACKGROUND: usize = 32;
 const LONGEST: usize = 300;
 
 impl State {
@@ -113,12 +118,15 @@ impl State {
                 .filter(|&letter| letter != FIELD && letter != ROW);
             letters.take(longest).collect()
         };
-        let mut text = format!("{}{FIELD}{}", self.done, self.others);
+        let waits = self.waits.iter().take(MOST);
+        let background = self.background.iter().take(MOST_BACKGROUND);
+        let (done, others, count) = (self.done, self.others, waits.len());
+        let mut text = format!("{done}{FIELD}{others}{FIELD}{count}");
         for one in &self.compared {
             let waits = u8::from(one.waits);
             text += &format!("{FIELD}{},{},{waits}", one.executed, one.begun);
         }
-        for wait in self.waits.iter().take(MOST) {
+        for wait in waits.chain(background) {
             let members: Vec<String> = wait.members.iter().map(i32::to_string).collect();
             let numbers = [
                 wait.kind as i64,
@@ -149,11 +157,17 @@ impl State {
         let place = (rows.len() > 1).then(|| rows.pop())??.to_owned();
         let mut fields = rows.first()?.split(FIELD);
         let (done, others) = (fields.next()?, fields.next()?);
-        let waits = rows[1..].iter().map(|row| wait(row));
+        let count: usize = fields.next()?.parse().ok()?;
+        let mut waits: Vec<Wait> = rows[1..]
+            .iter()
+            .map(|row| wait(row))
+            .collect::<Option<_>>()?;
+        let background = waits.split_off(count.min(waits.len()));
         Some(State {
             done: done.parse().ok()?,
             others: others.parse().ok()?,
-            waits: waits.collect::<Option<_>>()?,
+            waits,
+            background,
             compared: fields.map(compared).collect::<Option<_>>()?,
             place,
         })
@@ -219,7 +233,8 @@ mod tests {
         let state = State {
             done: 9,
             others: true,
-            waits: vec![wait, barrier],
+            waits: vec![wait.clone(), barrier],
+            background: vec![wait],
             compared: vec![(7, 3, true).into(), (0, 0, false).into()],
             place: "in Python\nat train.py:3".into(),
         };

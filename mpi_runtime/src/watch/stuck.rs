@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use mpi_shim_abi::{ANY, PROC_NULL};
+use mpi_shim_abi::{ANY, Kind, PROC_NULL};
 
 use crate::mpi::communicators::is_users;
 use crate::watch::state::{State, Wait};
@@ -24,12 +24,15 @@ impl Known {
         match self {
             // Else another operation may still end what one of them waits for.
             Known::Told(state) if !state.others => match &state.waits[..] {
-                // On the user's own communicators mpi4py may send, whatever else waits here.
-                [wait] if !is_users(wait.comm) => Some(wait),
+                [wait] => Some(wait),
                 _ => None,
             },
             _ => None,
         }
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self, Known::Ended(_))
     }
 }
 
@@ -50,6 +53,20 @@ pub(super) fn stuck(ranks: &[Known]) -> Vec<(i32, i32)> {
         .filter(|&rank| stuck[rank])
         .filter_map(|rank| Some((rank as i32, in_vain(ranks, &stuck, rank)?)))
         .collect()
+}
+
+/// A rank with an operation that can never end, whatever else this rank does, and the rank that has
+/// ended without taking part. A receive gets an error then, and a message to itself may end it.
+pub(super) fn bereft(ranks: &[Known]) -> Option<(i32, i32)> {
+    let none = vec![false; ranks.len()];
+    (0..).zip(ranks).find_map(|(rank, known)| {
+        let Known::Told(state) = known else {
+            return None;
+        };
+        let mut waits = state.waits.iter().filter(|wait| !wait.kind.receives());
+        let other = waits.find_map(|wait| waits_in_vain(ranks, &none, rank, wait));
+        other.map(|other| (rank, other))
+    })
 }
 
 /// A rank that waits in vain in comparing an operation with other nodes, and one that has executed
@@ -77,30 +94,42 @@ pub(super) fn passed(ranks: &[Known]) -> Option<(i32, i32)> {
 
 /// A rank that `rank` waits for in vain, if those that are `stuck` stay so.
 fn in_vain(ranks: &[Known], stuck: &[bool], rank: usize) -> Option<i32> {
-    let wait = ranks[rank].wait()?;
+    waits_in_vain(ranks, stuck, rank as i32, ranks[rank].wait()?)
+}
+
+/// The same for one operation of `rank`.
+fn waits_in_vain(ranks: &[Known], stuck: &[bool], rank: i32, wait: &Wait) -> Option<i32> {
     let all = 0..ranks.len() as i32;
-    let mut others = all.filter(|&other| other != rank as i32 && wait.has(other));
+    let mut others = all.filter(|&other| other != rank && wait.has(other));
     if wait.kind.is_collective() {
+        // Others may have done their part already, and whoever runs may still come.
+        if ends_early(wait.kind) && !others.clone().all(|one| halts(ranks, stuck, one, wait)) {
+            return None;
+        }
         // One that never comes is enough.
         return others.find(|&other| never_comes(ranks, stuck, other, wait));
     }
     if wait.kind.receives() && wait.source != PROC_NULL {
         if wait.source != ANY {
-            let never = never_sends(ranks, stuck, wait.source, rank as i32, wait);
+            let never = never_sends(ranks, stuck, wait.source, rank, wait);
             return never.then_some(wait.source);
         }
-        let senders: Vec<i32> = others.collect();
-        let never = |&other: &i32| never_sends(ranks, stuck, other, rank as i32, wait);
-        return senders
-            .iter()
-            .all(never)
-            .then(|| senders.first().copied())?;
+        let first = others.clone().next()?;
+        let never = others.all(|other| never_sends(ranks, stuck, other, rank, wait));
+        return never.then_some(first);
     }
     if wait.kind.sends() && wait.dest != PROC_NULL {
-        let never = never_receives(ranks, stuck, wait.dest, rank as i32, wait);
+        let never = never_receives(ranks, stuck, wait.dest, rank, wait);
         return never.then_some(wait.dest);
     }
     None
+}
+
+/// Whether a rank may end such a collective before all others have begun it: it has then done its
+/// part.
+fn ends_early(kind: Kind) -> bool {
+    use Kind::{Bcast, Exscan, Gather, Reduce, Scan, Scatter};
+    matches!(kind, Bcast | Exscan | Gather | Reduce | Scan | Scatter)
 }
 
 fn of(ranks: &[Known], rank: i32) -> &Known {
@@ -110,31 +139,38 @@ fn of(ranks: &[Known], rank: i32) -> &Known {
         .unwrap_or(&Known::Nothing)
 }
 
-/// Whether a rank has ended or is stuck, and in what.
-fn halted<'a>(ranks: &'a [Known], stuck: &[bool], rank: i32) -> Option<Option<&'a Wait>> {
-    match of(ranks, rank) {
-        Known::Ended(_) => Some(None),
-        known if stuck.get(rank as usize) == Some(&true) => Some(known.wait()),
-        _ => None,
-    }
+/// Whether a rank does nothing any more on the communicator of `to`, but what is on its way: it has
+/// ended, or is stuck.
+fn halts(ranks: &[Known], stuck: &[bool], rank: i32, to: &Wait) -> bool {
+    let known = of(ranks, rank);
+    // On the user's own communicators mpi4py may communicate, whatever waits here.
+    known.has_ended() || !is_users(to.comm) && stuck.get(rank as usize) == Some(&true)
+}
+
+/// What a rank that halts waits for, and the messages that it has started.
+fn on_its_way(known: &Known) -> impl Iterator<Item = &Wait> {
+    let state = match known {
+        Known::Told(state) => Some(state),
+        Known::Ended(_) | Known::Nothing => None,
+    };
+    state
+        .into_iter()
+        .flat_map(|state| state.waits.iter().chain(&state.background))
 }
 
 fn never_comes(ranks: &[Known], stuck: &[bool], rank: i32, to: &Wait) -> bool {
-    halted(ranks, stuck, rank).is_some_and(|wait| {
-        wait.is_none_or(|wait| !wait.kind.is_collective() || wait.comm != to.comm)
-    })
+    let comes = |wait: &Wait| wait.kind.is_collective() && wait.comm == to.comm;
+    halts(ranks, stuck, rank, to) && !on_its_way(of(ranks, rank)).any(comes)
 }
 
 fn never_sends(ranks: &[Known], stuck: &[bool], rank: i32, to: i32, receive: &Wait) -> bool {
-    halted(ranks, stuck, rank).is_some_and(|wait| {
-        wait.is_none_or(|wait| {
-            !(wait.kind.sends() && wait.dest == to && receive.accepts(rank, wait))
-        })
-    })
+    let sends = |wait: &Wait| wait.kind.sends() && wait.dest == to && receive.accepts(rank, wait);
+    halts(ranks, stuck, rank, receive) && !on_its_way(of(ranks, rank)).any(sends)
 }
 
 fn never_receives(ranks: &[Known], stuck: &[bool], rank: i32, from: i32, send: &Wait) -> bool {
-    halted(ranks, stuck, rank).is_some_and(|wait| wait.is_none_or(|wait| !wait.accepts(from, send)))
+    let receives = |wait: &Wait| wait.accepts(from, send);
+    halts(ranks, stuck, rank, send) && !on_its_way(of(ranks, rank)).any(receives)
 }
 
 /// The ranks around the circle that begins at the first of them, if they wait for each other in
@@ -156,127 +192,4 @@ pub(super) fn circle(stuck: &[(i32, i32)]) -> Option<Vec<i32>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use mpi_shim_abi::Kind;
-
-    use super::*;
-
-    fn wait(kind: Kind, source: i32, dest: i32) -> Wait {
-        Wait {
-            kind,
-            comm: 0,
-            members: Vec::new(),
-            source,
-            dest,
-            send_tag: 0,
-            recv_tag: 0,
-            milliseconds: 5000,
-            words: String::new(),
-        }
-    }
-
-    fn told(waits: Vec<Wait>) -> Known {
-        Known::Told(State {
-            waits,
-            ..State::default()
-        })
-    }
-
-    fn recv(source: i32) -> Known {
-        told(vec![wait(Kind::Recv, source, PROC_NULL)])
-    }
-
-    fn send(dest: i32) -> Known {
-        told(vec![wait(Kind::Send, PROC_NULL, dest)])
-    }
-
-    fn collective(kind: Kind) -> Known {
-        told(vec![wait(kind, PROC_NULL, PROC_NULL)])
-    }
-
-    fn ended() -> Known {
-        Known::Ended("has ended".into())
-    }
-
-    fn of(ranks: &[Known]) -> Vec<i32> {
-        stuck(ranks).into_iter().map(|(rank, _)| rank).collect()
-    }
-
-    #[test]
-    fn circles_of_receives_are_stuck() {
-        let three = [recv(1), recv(2), recv(0)];
-        assert_eq!(stuck(&three), [(0, 1), (1, 2), (2, 0)]);
-        assert_eq!(circle(&stuck(&three)), Some(vec![0, 1, 2]));
-        assert_eq!(of(&[recv(1), recv(0), recv(1)]), [0, 1, 2]);
-        assert_eq!(
-            circle(&stuck(&[recv(2), recv(2), recv(1)])),
-            Some(vec![1, 2])
-        );
-    }
-
-    #[test]
-    fn who_may_be_helped_is_not_stuck() {
-        // A rank that computes may send to everybody.
-        assert!(of(&[recv(1), told(vec![])]).is_empty());
-        assert!(of(&[recv(1), recv(2), told(vec![])]).is_empty());
-        assert!(of(&[recv(1), Known::Nothing]).is_empty());
-        // A message that is on its way.
-        assert!(of(&[recv(1), send(0)]).is_empty());
-        assert!(of(&[recv(ANY), send(0), recv(0)]).is_empty());
-        assert!(of(&[collective(Kind::Allreduce), collective(Kind::Allreduce)]).is_empty());
-        // mpi4py may send there.
-        let mut users = wait(Kind::Recv, 1, PROC_NULL);
-        users.comm = 1 << 61;
-        assert!(of(&[told(vec![users]), recv(0)]).is_empty());
-        // One of two threads may go on.
-        let mut two = wait(Kind::Recv, 1, PROC_NULL);
-        two.comm = 1;
-        let both = told(vec![two, wait(Kind::Recv, 1, PROC_NULL)]);
-        assert!(of(&[both, recv(0)]).is_empty());
-    }
-
-    #[test]
-    fn who_waits_for_one_that_has_ended_is_stuck() {
-        assert_eq!(stuck(&[recv(1), ended()]), [(0, 1)]);
-        assert_eq!(of(&[send(1), ended()]), [0]);
-        assert_eq!(of(&[recv(ANY), ended(), ended()]), [0]);
-        assert_eq!(of(&[collective(Kind::Barrier), told(vec![]), ended()]), [0]);
-        assert_eq!(circle(&stuck(&[recv(1), ended()])), None);
-    }
-
-    #[test]
-    fn who_compares_what_another_has_not_compared_waits_in_vain() {
-        let rank = |executed, begun, waits| {
-            Known::Told(State {
-                compared: vec![(0, 0, false).into(), (executed, begun, waits).into()],
-                ..State::default()
-            })
-        };
-        let compares = || rank(9, 3, true);
-        assert_eq!(passed(&[rank(9, 2, false), compares()]), Some((1, 0)));
-        assert_eq!(
-            passed(&[compares(), Known::Nothing, rank(12, 2, false)]),
-            Some((0, 2))
-        );
-        // It may still come, or has come.
-        for other in [
-            rank(8, 2, false),
-            rank(9, 3, true),
-            rank(9, 3, false),
-            compares(),
-        ] {
-            assert_eq!(passed(&[compares(), other]), None);
-        }
-    }
-
-    #[test]
-    fn what_does_not_match_is_stuck() {
-        assert_eq!(of(&[collective(Kind::Barrier), recv(0)]), [0, 1]);
-        assert_eq!(of(&[send(1), send(0)]), [0, 1]);
-        let mut tag = wait(Kind::Recv, 1, PROC_NULL);
-        tag.recv_tag = 3;
-        assert_eq!(of(&[told(vec![tag.clone()]), send(0)]), [0, 1]);
-        tag.recv_tag = ANY;
-        assert!(of(&[told(vec![tag]), send(0)]).is_empty());
-    }
-}
+mod tests;

@@ -1,5 +1,6 @@
 //! A rank that has come to its end waits for what it has launched, but not for ever: a peer that
-//! will never answer must not keep the job.
+//! will never answer must not keep the job. Nor must a rank that has failed keep its peers, when a
+//! thread of it goes on.
 
 #![forbid(unsafe_code)]
 
@@ -7,12 +8,14 @@ use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::engine::recorder::RECORDER;
+use crate::engine::recorder::{RECORDER, file};
 use crate::log;
 use crate::world::World;
 
 /// How often it is looked what still waits.
 const LOOK: Duration = Duration::from_millis(200);
+/// How long other ranks may wait for a rank whose main thread has failed.
+const NEEDED: Duration = Duration::from_secs(5);
 
 impl World {
     /// This rank has come to its end: if an operation of it waits longer than `limit` from now on,
@@ -27,6 +30,39 @@ impl World {
                 .name("mpi_cuda end".into())
                 .spawn(move || self.limit_waiting(end, limit));
         });
+    }
+
+    /// The main thread of this rank has failed, so the job fails, but other threads of it may be
+    /// needed: ends the job once other ranks have waited for 5 seconds. Later calls change
+    /// nothing.
+    pub fn main_thread_failed(&'static self, code: i32, why: String) {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            let _ = thread::Builder::new()
+                .name("mpi_cuda failed".into())
+                .spawn(move || self.end_when_awaited(code, &why));
+        });
+    }
+
+    fn end_when_awaited(&self, code: i32, why: &str) {
+        let mut since = None;
+        loop {
+            thread::sleep(LOOK);
+            if !self.engine.is_awaited() {
+                since = None;
+                continue;
+            }
+            if since.get_or_insert_with(Instant::now).elapsed() >= NEEDED {
+                log::line(&format!(
+                    "the main thread of rank {} has failed with {why}, and other ranks have waited \
+                     for {} s: the job ends, though other threads of it go on",
+                    self.rank,
+                    NEEDED.as_secs()
+                ));
+                file::failed(code, why.as_bytes());
+                self.abort(code);
+            }
+        }
     }
 
     fn limit_waiting(&self, end: Instant, limit: Duration) {

@@ -5,6 +5,7 @@ mod child;
 mod connect;
 mod end;
 mod environment;
+mod finalized;
 mod join;
 pub mod library;
 mod options;
@@ -26,6 +27,7 @@ use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use crate::watch::Watch;
 use agree::AllRanks;
+use finalized::Finalizing;
 use library::MpiLibrary;
 pub use options::{DeviceOptions, WorldOptions};
 
@@ -98,10 +100,17 @@ impl World {
             warn_after: options.warn_after,
             abort_after: options.abort_after,
             progress: engine.progress(),
-            sends: Box::new(engine.sends_in_background()),
+            background: Box::new(engine.messages_in_background()),
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
+        let finalizing = Finalizing {
+            rank: joined.rank,
+            board: shared.board.clone(),
+            link: link.clone(),
+            pending: engine.pending(),
+        };
+        finalizing.watch(&shim)?;
         idle::start(shared.board, link.clone());
         child::mark(launched);
         let about = About {

@@ -12,11 +12,13 @@ mod table;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use mpi_shim_abi::{Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 
 use crate::buffer::Buffer;
 use crate::engine::idle::MessageWait;
+use crate::engine::pending::Waiting;
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
@@ -81,11 +83,16 @@ impl NonblockingMessages {
         }
     }
 
-    /// Starts a message and returns its number.
+    /// Starts a message on a communicator of `members`, and returns its number.
     ///
     /// # Safety
     /// `shim_op` must be what `check::prepare` makes of `op`.
-    pub unsafe fn start(&self, op: &Operation<'_>, shim_op: &ShimOp) -> Result<u32, Failure> {
+    pub unsafe fn start(
+        &self,
+        op: &Operation<'_>,
+        shim_op: &ShimOp,
+        members: &'static [i32],
+    ) -> Result<u32, Failure> {
         let shared = &self.shared;
         let sends = op.kind.sends();
         let mut memory = MessageMemory::default();
@@ -112,6 +119,7 @@ impl NonblockingMessages {
         table.rows.push(MessageRow {
             number,
             operation: op.without_arrays(),
+            members,
             shape: op.send.shape().to_vec(),
             posted: Posted(posted),
             memory,
@@ -293,6 +301,20 @@ impl NonblockingMessages {
         running
             .map(|row| (row.operation, row.shape.clone()))
             .collect()
+    }
+
+    /// The messages that have not ended: sends, and receives with and without a message. They need
+    /// no words, since nobody may wait for them.
+    pub(crate) fn in_background(&self) -> Vec<Waiting> {
+        let table = self.shared.table.lock();
+        let rows = table.rows.iter().filter(|row| !row.has_ended());
+        rows.map(|row| Waiting {
+            operation: row.operation,
+            members: row.members,
+            words: String::new(),
+            time: Duration::ZERO,
+        })
+        .collect()
     }
 
     /// Ends everything: what is sent is sent; says what is lost.

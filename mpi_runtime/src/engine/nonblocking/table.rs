@@ -45,6 +45,8 @@ pub(super) struct MessageRow {
     pub(super) number: u32,
     /// What started it, without its arrays.
     pub(super) operation: Operation<'static>,
+    /// The ranks of its communicator in the world; none means all, in order.
+    pub(super) members: &'static [i32],
     pub(super) shape: Vec<i64>,
     pub(super) posted: Posted,
     /// What is sent, or arrives.
@@ -280,6 +282,7 @@ mod tests {
         MessageRow {
             number,
             operation,
+            members: &[],
             shape: Vec::new(),
             posted: Posted(posted),
             memory: MessageMemory::default(),
