@@ -131,9 +131,9 @@ enum {
 /* Text of the last error of this thread; valid until its next call. */
 const char *mpi_cuda_last_error(void);
 
-/* Opens the MPI of this process, and initialises nothing (docs/mpi.md, "Which MPI"). Tells its file:
- * an empty text if there is none and none is needed, null on error. Whoever loads an MPI by its name
- * after that gets this one. Valid until this thread's next call. */
+/* Opens the MPI of this process, and initialises nothing (docs/mpi.md, "Which MPI"). Tells its
+ * file: an empty text if there is none and none is needed, null on error. Whoever loads an MPI by
+ * its name after that gets this one. Valid until this thread's next call. */
 const char *mpi_cuda_open_mpi(void);
 
 /* Joins the world if that has not happened (collective over the ranks of the job), and tells rank

@@ -45,7 +45,8 @@ pub extern "C" fn mpi_cuda_last_error() -> *const c_char {
 }
 
 /// Opens the MPI of this process, if that has not happened, and tells its file; an empty text if
-/// there is none and none is needed, null on error. The text is valid until this thread's next call.
+/// there is none and none is needed, null on error. The text is valid until this thread's next
+/// call.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_open_mpi() -> *const c_char {
     thread_local! {

@@ -203,6 +203,19 @@ MPI.Finalize()
 
 
 @pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_that_finalizes_mpi_is_missed_by_other_nodes(mpi: str) -> None:
+    """Rank 0 ends the job from within MPI_Finalize."""
+    code = """
+if R == 1: nt.allreduce(X, m.SUM).block_until_ready()
+from mpi4py import MPI
+MPI.Finalize()
+"""
+    result = run(mpi, code, nodes=2)
+    assert result.returncode == STUCK, result.stderr
+    assert "rank 1 waits in vain: rank 0 has called MPI_Finalize" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
 def test_a_rank_whose_main_thread_has_failed_beside_another_thread(mpi: str) -> None:
     code = """
 if R == 1:

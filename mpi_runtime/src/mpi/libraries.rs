@@ -90,8 +90,8 @@ pub fn open(library: &Path) -> Result<(PathBuf, Family), Failure> {
 }
 
 /// Makes sure that a module which is linked to the usual name of MPICH's library accepts the one
-/// that is loaded, which Debian and Cray name otherwise: loads an empty library of that name. mpi4py
-/// has such modules.
+/// that is loaded, which Debian and Cray name otherwise: loads an empty library of that name.
+/// mpi4py has such modules.
 pub fn answer_for(family: Family, folder: &Path) {
     let Some(name) = family.libraries().first() else {
         return;

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::c_int;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ pub(super) struct Finalizing {
 }
 
 static FINALIZING: OnceLock<Finalizing> = OnceLock::new();
+static BEGUN: AtomicBool = AtomicBool::new(false);
 
 impl Finalizing {
     /// Notices `MPI_Finalize`, which begins with the attributes of `MPI_COMM_SELF` (MPI 4.0,
@@ -54,7 +56,13 @@ impl Finalizing {
     }
 }
 
+/// Whether somebody has called `MPI_Finalize`.
+pub(super) fn has_begun() -> bool {
+    BEGUN.load(Ordering::SeqCst)
+}
+
 extern "C" fn begins(_: i64) -> c_int {
+    BEGUN.store(true, Ordering::SeqCst);
     if let Some(finalizing) = FINALIZING.get() {
         finalizing.tell();
     }

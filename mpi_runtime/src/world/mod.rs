@@ -237,8 +237,11 @@ impl World {
 fn abort(shim: Option<Shim>, code: i32) -> ! {
     file::abort(code);
     output::wait_until_read();
+    // In the middle of MPI_Finalize, MPICH knows no communicator any more. The launcher ends the
+    // job of a process that ends with an error.
     if let Some(shim) = shim
         && shim.state() == MpiState::Running
+        && !finalized::has_begun()
     {
         shim.abort(code);
     }
