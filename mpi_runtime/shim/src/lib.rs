@@ -18,7 +18,6 @@ mod execute;
 mod extremum;
 mod handle;
 mod large;
-mod matching;
 mod messages;
 mod nonblocking;
 mod reduction;
