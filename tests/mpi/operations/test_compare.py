@@ -370,6 +370,7 @@ def checked(x: Any, *, ordered: bool = False) -> Any:
     return jax.pure_callback(check, shape, x)
 
 
+@pytest.mark.not_on_gpu("callbacks run on the CPU backend")
 @pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_launch_that_fails_before_its_collectives(ordered: bool) -> None:
@@ -409,6 +410,7 @@ def test_a_launch_that_fails_before_its_collectives(ordered: bool) -> None:
         jax.effects_barrier()
 
 
+@pytest.mark.not_on_gpu("callbacks run on the CPU backend")
 @pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
 def test_what_depends_on_a_launch_that_has_failed() -> None:
     # Too much work for JAX to wait for it.
