@@ -121,7 +121,8 @@ pub enum StartError {
     },
     #[error(
         "two MPI libraries are loaded in this process, {first} and {second}: one process can use \
-         only one; set MPI4PY_LIBMPI (mpi4py) or start with the launcher of the one you mean"
+         only one; unset MPI4PY_LIBMPI and MPI4PY_MPIABI, or set MPI_CUDA_LIBMPI and MPI4PY_LIBMPI \
+         to the one whose launcher you use"
     )]
     TwoLibraries { first: String, second: String },
     #[error(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 from jobs import MPIS, job
 
@@ -45,6 +49,15 @@ def test_a_library_by_name_that_is_not_there_is_refused(mpi: str) -> None:
     assert result.returncode != 0
     said = "tried /nowhere/libmpi.so, named by MPI_CUDA_LIBMPI ("
     assert said in result.stderr and "No such file" in result.stderr, result.stderr
+
+
+def test_another_file_than_the_launchers_is_told(tmp_path: Path) -> None:
+    other = tmp_path / NAMES["mpich"]
+    shutil.copy(next(Path("/usr/lib").glob(f"*/{NAMES['mpich']}")), other)
+    result = job("mpich", HELLO, MPI_CUDA_LIBMPI=str(other))
+    assert result.returncode == 0, result.stderr
+    said = re.search(r"launcher belongs to (\S+), and its ranks use (\S+):", result.stderr)
+    assert said and said[1].endswith(NAMES["mpich"]) and said[2] == str(other), result.stderr
 
 
 def test_a_library_that_is_no_mpi_is_refused() -> None:

@@ -43,8 +43,8 @@ pub struct Candidate {
 
 impl Surroundings<'_> {
     /// What to try, in order, and nothing else. The first of these that says something decides: the
-    /// library in the process, `MPI_CUDA_LIBMPI`, mpi4py's variables, the launcher, and the dynamic
-    /// loader.
+    /// library in the process, `MPI_CUDA_LIBMPI`, `MPI4PY_LIBMPI`, the launcher, and then packages
+    /// and the dynamic loader.
     ///
     /// # Errors
     /// If two MPIs are loaded, or another one than `MPI_CUDA_MPI` wants.
@@ -64,10 +64,9 @@ impl Surroundings<'_> {
             return Ok(named);
         }
         let wanted = self.wanted();
-        let beside = self.beside_launcher.iter().cloned();
-        let beside: Vec<_> = beside
-            .map(|path| candidate(path, "the launcher's"))
-            .filter(|found| found.family.is_some_and(|family| wanted.contains(&family)))
+        let beside: Vec<_> = self
+            .launchers(&wanted)
+            .map(|path| candidate(path.clone(), "the launcher's"))
             .collect();
         if !beside.is_empty() {
             return Ok(beside);
@@ -81,7 +80,7 @@ impl Surroundings<'_> {
     /// Why the library `path` may be another one than the launcher's, if so.
     pub fn doubt(&self, path: &Path) -> Option<String> {
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let beside = &self.beside_launcher;
+        let beside: Vec<_> = self.launchers(&self.served()).collect();
         if beside.is_empty() || beside.iter().any(|own| real(own) == real(path)) {
             return None;
         }
@@ -118,19 +117,30 @@ impl Surroundings<'_> {
         }
     }
 
+    /// The launcher's libraries of these families: a folder may hold those of other MPIs as well.
+    fn launchers(&self, families: &[Family]) -> impl Iterator<Item = &PathBuf> {
+        self.beside_launcher.iter().filter(|path| {
+            Family::of_library(&path.to_string_lossy())
+                .is_some_and(|family| families.contains(&family))
+        })
+    }
+
+    /// The families that the launcher serves; all if it is not known.
+    fn served(&self) -> Vec<Family> {
+        let all = Family::ALL.into_iter();
+        all.filter(|&family| self.launcher.is_none_or(|launcher| launcher.serves(family)))
+            .collect()
+    }
+
     /// The families to look for. The launcher's comes before what was wished for, unless it serves
     /// that as well.
     fn wanted(&self) -> Vec<Family> {
         let of_mpi4py = self.abi_of_mpi4py.as_deref();
         let wish = self.family.or_else(|| Family::from_mpi4py(of_mpi4py?));
-        match (self.launcher, wish) {
-            (Some(launcher), Some(wish)) if launcher.serves(wish) => vec![wish],
-            (Some(launcher), _) => {
-                let all = Family::ALL.into_iter();
-                all.filter(|&family| launcher.serves(family)).collect()
-            }
-            (None, Some(wish)) => vec![wish],
-            (None, None) => Family::ALL.to_vec(),
+        let served = self.served();
+        match wish.filter(|wish| served.contains(wish)) {
+            Some(wish) => vec![wish],
+            None => served,
         }
     }
 
@@ -268,12 +278,15 @@ mod tests {
     #[test]
     fn another_library_than_the_launchers_is_said() {
         let surroundings = Surroundings {
-            beside_launcher: paths(&["/v/libmpi.so.12", "/v/libmpi_abi.so.1"]),
+            launcher: Some(Family::Mpich),
+            beside_launcher: paths(&["/v/libmpi.so.40", "/v/libmpi.so.12", "/v/libmpi_abi.so.1"]),
             ..Surroundings::default()
         };
         assert_eq!(surroundings.doubt(Path::new("/v/libmpi_abi.so.1")), None);
         let text = surroundings.doubt(Path::new("/w/libmpi.so.12")).unwrap();
         assert!(text.contains("/v/libmpi.so.12") && text.contains("/w/libmpi.so.12"));
+        // Debian has both in one folder.
+        assert!(surroundings.doubt(Path::new("/v/libmpi.so.40")).is_some());
         let nothing = Surroundings::default();
         assert_eq!(nothing.doubt(Path::new("/w/libmpi.so.12")), None);
     }

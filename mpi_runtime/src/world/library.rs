@@ -123,8 +123,8 @@ pub(super) fn load_shim(
     let library = match open_for(options, launched) {
         Ok(Some(library)) => library,
         Ok(None) => return Ok(None),
-        // Worlds of one rank need none.
-        Err(StartError::NoMpi { .. }) if singleton => return Ok(None),
+        // Worlds of one rank need none, unless the user has named one.
+        Err(StartError::NoMpi { .. }) if singleton && options.library.is_none() => return Ok(None),
         Err(error) => return Err(error),
     };
     match Shim::load(library.family, &options.shim_folders) {
