@@ -142,9 +142,11 @@ fn keep_writing() {
     let header = &RECORDER.record.header;
     let news = || {
         let launches = header.launches.load(Ordering::Relaxed);
-        (header.operations.load(Ordering::Relaxed), launches)
+        // An operation that ended is news too, though none has begun since.
+        let running = RECORDER.running();
+        (header.operations.load(Ordering::Relaxed), launches, running)
     };
-    let (mut written, mut rests) = ((0, 0), 0);
+    let (mut written, mut rests) = ((0, 0, 0), 0);
     // Until the file is closed, or the disk is full.
     loop {
         std::thread::sleep(PAUSE);

@@ -202,6 +202,16 @@ impl Recorder {
         }
     }
 
+    /// Operations that have begun and not ended.
+    pub(super) fn running(&self) -> usize {
+        let record = &self.record;
+        let all = record.entries.iter().chain(&record.unfinished);
+        let runs = |entry: &&Entry| {
+            entry.number.load(Ordering::Relaxed) != 0 && entry.end.load(Ordering::Acquire) == 0
+        };
+        all.filter(runs).count()
+    }
+
     fn entry(&self, number: u64) -> &Entry {
         &self.record.entries[number as usize % ENTRIES]
     }

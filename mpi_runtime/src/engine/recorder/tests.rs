@@ -44,7 +44,9 @@ fn load(field: &AtomicU64) -> u64 {
 #[test]
 fn an_operation_is_entered_when_it_begins_and_has_an_end_when_it_ends() {
     let recorder = recorder();
+    assert_eq!(recorder.running(), 0);
     let running = allreduce(&recorder, 1);
+    assert_eq!(recorder.running(), 1);
     let entry = recorder.entry(1);
     assert_eq!((load(&entry.number), load(&entry.number_again)), (1, 1));
     assert_eq!((load(&entry.end), load(&entry.position)), (0, 1));
@@ -57,6 +59,7 @@ fn an_operation_is_entered_when_it_begins_and_has_an_end_when_it_ends() {
     let start = Ticks::now();
     recorder.waited(start);
     running.end(&Ok(()));
+    assert_eq!(recorder.running(), 0);
     assert!(load(&entry.end) >= load(&entry.start));
     assert!(load(&entry.waited) <= load(&entry.end) - load(&entry.start));
     recorder.waited(start);
