@@ -15,7 +15,8 @@ const FATAL: [c_int; 5] = [
     libc::SIGILL,
     libc::SIGABRT,
 ];
-/// Signals of others, whose handlers are left alone.
+/// Signals of others, whose handlers are left alone, unless they are the MPI's: MPICH has one for
+/// SIGUSR1, which is called then.
 const OTHERS: [c_int; 2] = [libc::SIGTERM, libc::SIGUSR1];
 
 /// What was done at a signal before, by its number.
@@ -31,7 +32,8 @@ pub(super) fn install() {
             if libc::sigaction(signal, std::ptr::null(), before) != 0 {
                 continue;
             }
-            let is_free = before.sa_sigaction == libc::SIG_DFL;
+            let is_free =
+                before.sa_sigaction == libc::SIG_DFL || is_of_the_mpi(before.sa_sigaction);
             let is_ignored = before.sa_sigaction == libc::SIG_IGN;
             if is_ignored || OTHERS.contains(&signal) && !is_free {
                 continue;
@@ -40,6 +42,19 @@ pub(super) fn install() {
             let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_signal;
             libc::sigaction(signal, &action(handler as usize), std::ptr::null_mut());
         }
+    }
+}
+
+/// Whether a handler is in the library of the MPI.
+fn is_of_the_mpi(handler: usize) -> bool {
+    // SAFETY: dlsym and dladdr only look addresses up, whatever they are, and fill the struct.
+    unsafe {
+        let init = libc::dlsym(libc::RTLD_DEFAULT, c"MPI_Init".as_ptr());
+        let file_of = |address: *const c_void| {
+            let mut found: libc::Dl_info = std::mem::zeroed();
+            (libc::dladdr(address, &mut found) != 0).then_some(found.dli_fbase)
+        };
+        !init.is_null() && file_of(handler as *const c_void) == file_of(init)
     }
 }
 
@@ -58,6 +73,9 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     let errno = unsafe { *libc::__errno_location() };
     if signal == libc::SIGUSR1 {
         file::write(Reason::Request, signal);
+        if has_another(signal) {
+            pass_on(signal, info, context);
+        }
     } else {
         // SIGTERM comes from whoever ends all ranks, and may be followed by SIGKILL.
         if file::write(Reason::Signal, signal) && signal != libc::SIGTERM {
@@ -67,6 +85,13 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     }
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
+}
+
+/// Whether there was a handler for this signal before.
+fn has_another(signal: c_int) -> bool {
+    let before = BEFORE[signal as usize & 31].load(Ordering::Acquire);
+    // SAFETY: it is null or was leaked.
+    unsafe { before.as_ref() }.is_some_and(|before| before.sa_sigaction != libc::SIG_DFL)
 }
 
 /// Does what was done at this signal before.
