@@ -18,6 +18,7 @@ mod execute;
 mod extremum;
 mod handle;
 mod large;
+mod matching;
 mod messages;
 mod nonblocking;
 mod reduction;

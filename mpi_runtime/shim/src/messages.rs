@@ -12,6 +12,7 @@ use crate::checked::Checked;
 use crate::code::{SUCCESS, attempt};
 use crate::datatype::{Elements, datatype};
 use crate::handle::comm_from_bits;
+use crate::matching;
 use crate::waiting::{until_given_up, wait, yielding};
 
 /// Executes a send, a receive or both.
@@ -54,8 +55,8 @@ pub(crate) fn exchange(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
     }
 }
 
-/// Receives into the buffer of `op`; a longer message is taken out of the way, and only `received`
-/// tells of it.
+/// Receives into the buffer of `op`; a longer message, or one of another element type, is taken out
+/// of the way, and only `received` tells of it.
 fn receive(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
     let element = if op.kind.sends() {
         op.recv_datatype
@@ -78,7 +79,8 @@ fn receive(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
             Ok(length) => length,
             Err(code) => return code,
         };
-        if length > capacity {
+        *received = envelope(&op, &status, length);
+        if length > capacity || received.code != 0 && received.code != op.recv_code {
             // In the largest elements, so that their number fits for whatever was sent.
             let elements = (length as usize).div_ceil(Datatype::C128.size());
             let mut spill = Vec::<[u64; 2]>::new();
@@ -110,7 +112,6 @@ fn receive(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
                 );
             };
         }
-        *received = envelope(&op, &status, length);
         status.MPI_TAG = received.tag;
         if !op.status.is_null() {
             op.status.cast::<ffi::MPI_Status>().write_unaligned(status);
@@ -166,11 +167,9 @@ pub(crate) fn length(status: &ffi::MPI_Status) -> Result<i64, c_int> {
 
 /// Waits for a message that matches, and takes it out of the queue.
 fn find(op: Checked<'_>, message: &mut ffi::MPI_Message, status: &mut ffi::MPI_Status) -> c_int {
-    let comm = comm_from_bits(op.comm);
-    let (source, tag) = (rank(op.source), recv_tag(&op));
-    until_given_up(&op, |found| {
-        // SAFETY: the communicator of a checked operation is live.
-        unsafe { ffi::MPI_Improbe(source, tag, comm, found, message, status) }
+    // SAFETY: the communicator of a checked operation is live.
+    until_given_up(&op, |found| unsafe {
+        matching::take(&op, found, message, status)
     })
 }
 
@@ -179,14 +178,6 @@ pub(crate) fn rank(rank: i32) -> c_int {
         ANY => ffi::MPI_ANY_SOURCE,
         PROC_NULL => ffi::MPI_PROC_NULL,
         rank => rank,
-    }
-}
-
-/// The tag of what `op` receives, as MPI sees it.
-pub(crate) fn recv_tag(op: &ShimOp) -> c_int {
-    match op.recv_tag {
-        ANY => ffi::MPI_ANY_TAG,
-        tag => with_code(tag, op.recv_code),
     }
 }
 

@@ -12,7 +12,8 @@ use crate::datatype::Elements;
 use crate::handle::{
     comm_from_bits, message_from_bits, message_to_bits, request_from_bits, request_to_bits,
 };
-use crate::messages::{self, length, rank, recv_tag, with_code};
+use crate::matching;
+use crate::messages::{self, length, rank, with_code};
 
 pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64) -> c_int {
     // SAFETY: the engine passes a checked operation, and keeps its buffer until the request is
@@ -51,10 +52,7 @@ pub(crate) unsafe extern "C" fn take(
         let op = &*op;
         let mut status: ffi::MPI_Status = MaybeUninit::zeroed().assume_init();
         let mut own: ffi::MPI_Message = MaybeUninit::zeroed().assume_init();
-        let (source, tag, comm) = (rank(op.source), recv_tag(op), comm_from_bits(op.comm));
-        attempt! {
-            ffi::MPI_Improbe(source, tag, comm, &mut *found, &mut own, &mut status);
-        };
+        attempt! { matching::take(op, &mut *found, &mut own, &mut status); };
         if *found != 0 {
             *message = message_to_bits(own);
             let bytes = match length(&status) {

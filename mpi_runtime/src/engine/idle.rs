@@ -1,19 +1,18 @@
-//! What a rank does while it waits for a message: it sleeps, sees whether the sender is still
-//! there, and whether the message has come as another type.
+//! What a rank does while it waits for a message: it sleeps, and sees whether the sender is still
+//! there.
 
 use std::cell::Cell;
 use std::ffi::c_int;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::{ANY, ShimOp, ShimReceived};
+use mpi_shim_abi::{ShimOp, ShimReceived};
 
 use crate::buffer::ElementType;
-use crate::engine::check::code;
 use crate::link::Link;
 use crate::link::gone::Gone;
 use crate::mpi::backoff;
-use crate::mpi::shim::{Shim, give_up};
+use crate::mpi::shim::give_up;
 use crate::node::board::Board;
 
 /// How long a rank looks for a message before it sleeps between looks, in microseconds.
@@ -23,14 +22,12 @@ const AWAKE: u64 = 1_000;
 const NAP: Duration = Duration::from_micros(50);
 const SLEEP: Duration = Duration::from_millis(1);
 const LONG: u64 = 20_000;
-/// How often it looks whether the sender is there, and for messages of other types, in
-/// microseconds.
+/// How often it looks whether the sender is there, in microseconds.
 const EXAMINE: u64 = 100_000;
 /// A sender that has gone may have sent before: its message has so long to come.
 const GRACE: Duration = Duration::from_secs(1);
 
 struct Context {
-    shim: Shim,
     board: Option<Arc<Board>>,
     link: Option<Arc<Link>>,
 }
@@ -38,9 +35,9 @@ struct Context {
 static CONTEXT: OnceLock<Context> = OnceLock::new();
 
 /// Says over what this rank waits; before the first operation.
-pub(crate) fn start(shim: Shim, board: Option<Arc<Board>>, link: Option<Arc<Link>>) {
+pub(crate) fn start(board: Option<Arc<Board>>, link: Option<Arc<Link>>) {
     // Only the first counts: there is one world.
-    let _ = CONTEXT.set(Context { shim, board, link });
+    let _ = CONTEXT.set(Context { board, link });
 }
 
 /// Why a rank of the world does nothing any more, if that is known; of any node.
@@ -76,7 +73,6 @@ fn idle_for(op: *const ShimOp, microseconds: u64) -> Option<String> {
     if microseconds < AWAKE {
         return None;
     }
-    let context = CONTEXT.get()?;
     // SAFETY: the shim passes the operation that it executes.
     let op = unsafe { &*op };
     sleep(Duration::from_micros(microseconds));
@@ -99,8 +95,7 @@ fn idle_for(op: *const ShimOp, microseconds: u64) -> Option<String> {
         gone.since = None;
     }
     gone.waited = microseconds;
-    let reason = context.other_type(op);
-    let reason = reason.or_else(|| sender_gone(op, &mut gone.since));
+    let reason = sender_gone(op, &mut gone.since);
     GONE.set(gone);
     reason
 }
@@ -150,32 +145,11 @@ impl MessageWait {
 
     /// Why the message of `op` will never come, if that is known.
     pub(crate) fn given_up(&mut self, op: &ShimOp) -> Option<String> {
-        let context = CONTEXT.get()?;
         let waited = self.since?.elapsed().as_micros() as u64;
         if waited < AWAKE || waited % EXAMINE >= 2 * SLEEP.as_micros() as u64 {
             return None;
         }
-        let gone_since = &mut self.gone_since;
-        let reason = context.other_type(op);
-        reason.or_else(|| sender_gone(op, gone_since))
-    }
-}
-
-impl Context {
-    /// Takes a message of the same source and tag, but another element type: what is wrong with it.
-    fn other_type(&self, op: &ShimOp) -> Option<String> {
-        if op.recv_code == 0 || op.recv_tag == ANY {
-            return None;
-        }
-        let own = *ElementType::ALL.get(op.recv_code as usize - 1)?;
-        let others = ElementType::ALL.iter().filter(|&&dtype| dtype != own);
-        let found = others.map(|&dtype| code(dtype)).find_map(|recv_code| {
-            let message = self.shim.take(&ShimOp { recv_code, ..*op }).ok()??;
-            let envelope = message.envelope;
-            self.shim.receive_bytes(message).ok()?;
-            Some(envelope)
-        })?;
-        Some(other_type(&found, own))
+        sender_gone(op, &mut self.gone_since)
     }
 }
 

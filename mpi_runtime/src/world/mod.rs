@@ -111,7 +111,7 @@ impl World {
             pending: engine.pending(),
         };
         finalizing.watch(&shim)?;
-        idle::start(shim, shared.board, link.clone());
+        idle::start(shared.board, link.clone());
         child::mark(launched);
         let about = About {
             rank: joined.rank,

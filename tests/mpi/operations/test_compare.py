@@ -521,6 +521,35 @@ def test_messages_of_types_that_are_bytes_to_mpi(dtypes: tuple[str, str]) -> Non
 
 
 @ON_DEVICE
+@pytest.mark.parametrize("source", [0, m.ANY_SOURCE])
+@pytest.mark.parametrize("length", [3, 100_000])
+def test_messages_of_another_type_are_not_overtaken(length: int, source: Any) -> None:
+    """The second of four is of the wrong type, and all are there; others came before."""
+    if FIRST:
+        other = nt.isend(jnp.ones(3), 1, tag=9)
+        sent = [np.full(length, i, np.int32 if i == 1 else np.float32) for i in range(4)]
+        requests = [nt.isend(x, 1, tag=7) for x in sent]
+    nt.barrier()
+    jax.effects_barrier()
+    if RANK == 1:
+        for i in range(4):
+            if i == 1:
+                with pytest.raises(Exception, match="of int32, and the result is float32"):
+                    nt.recv(jnp.ones(length), source, tag=7).block_until_ready()
+            elif i == 2:
+                x = nt.wait(nt.irecv(jnp.ones(length), source, tag=7))
+                np.testing.assert_array_equal(x, np.full(length, i))
+            else:
+                x = nt.recv(jnp.ones(length), source, tag=7)
+                np.testing.assert_array_equal(x, np.full(length, i))
+        np.testing.assert_array_equal(nt.recv(X, source, tag=9), np.ones(3))
+    elif FIRST:
+        for request in (*requests, other):
+            nt.wait(request)
+    check_all_right()
+
+
+@ON_DEVICE
 def test_exchanges_of_other_types() -> None:
     peer = (RANK + 1) % SIZE, (RANK - 1) % SIZE
     mine = jnp.ones(4, jnp.int32 if FIRST else jnp.float32)

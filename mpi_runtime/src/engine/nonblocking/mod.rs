@@ -255,8 +255,9 @@ impl NonblockingMessages {
                     continue;
                 }
                 let mut buffer = op.recv;
-                if envelope.bytes > capacity {
-                    // A longer message is taken out of the way.
+                let other_type = envelope.code != 0 && envelope.code != op.recv_code;
+                if envelope.bytes > capacity || other_type {
+                    // It is taken out of the way.
                     spill = MessageMemory::allocate(envelope.bytes as usize)?;
                     buffer = spill.start();
                 }
