@@ -26,6 +26,8 @@ LIBRARIES = (
     "libmpi_cuda_shim_mpi_abi.so",
     "mpi4py/libmpi.so.12",
 )
+#: Beside them where `scripts/wheel` has written it.
+THIRD_PARTY = "THIRD_PARTY_LICENSES"
 #: What the libraries are built from, below the repository's root, which is the sdist's too.
 SOURCES = (
     "Cargo.lock",
@@ -77,7 +79,8 @@ class Libraries(BuildHookInterface):
             build_data["force_include_editable"] = {str(Path(self.root, START_UP)): START_UP}
             return
         folder = self._libraries()
-        included.update({str(folder / name): f"mpi_cuda/lib/{name}" for name in LIBRARIES})
+        there = [name for name in (*LIBRARIES, THIRD_PARTY) if (folder / name).is_file()]
+        included.update({str(folder / name): f"mpi_cuda/lib/{name}" for name in there})
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform()}"
 
