@@ -55,7 +55,7 @@ def run(python: Path, variables: dict[str, str], code: str) -> tuple[float, str]
 READING = f"""if True:
     import site, timeit
     read = lambda: site.addpackage({str(PYTHON)!r}, "mpi_cuda_startup.pth", set())
-    print(min(timeit.repeat(read, number=100, repeat=50)) * 1e4)
+    print(min(timeit.repeat(read, number=10, repeat=1000)) * 1e5)
 """
 
 with tempfile.TemporaryDirectory() as folder:
