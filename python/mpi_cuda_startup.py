@@ -1,4 +1,5 @@
-"""Runs when Python starts in our virtual environment. Nothing is imported or initialised here.
+"""Runs when Python starts in an MPI job or with our platform selected (`mpi_cuda_startup.pth`).
+Nothing is imported or initialised here.
 
 Under an MPI launcher, the MPI is opened before `mpi4py.MPI` is imported, by the rule of
 docs/mpi.md, so that mpi4py uses the same: its wheel serves several MPIs and, where more than one is

@@ -9,6 +9,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+try:
+    import jax as _jax  # noqa: F401
+except ModuleNotFoundError as missing:
+    if missing.name != "jax":
+        raise
+    raise ImportError(
+        "mpi_cuda needs JAX, which is not installed for this Python: pip install jax; with XLA's "
+        "CPU plugin, which CPU devices need: pip install jax xla-cpu-pjrt"
+    ) from None
+
 from mpi_cuda import _derivatives, _jax_patches, experimental, notoken  # noqa: F401
 from mpi_cuda import _library as _library
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,13 +78,19 @@ def load() -> ctypes.CDLL:
     """Loads the library. Nothing is initialised by that.
 
     Raises:
-      RuntimeError: the library was not built.
+      RuntimeError: the library was not built, or is of another system.
     """
     if not LIBRARY.is_file():
-        raise RuntimeError(f"{LIBRARY} is missing: run scripts/setup, which builds it")
+        raise RuntimeError(
+            f"{LIBRARY} is missing: install the wheel of mpi_cuda again, or in a checkout run "
+            "scripts/setup, which builds it"
+        )
     _find_inner_plugins()
     _find_packages()
-    library = ctypes.CDLL(str(LIBRARY))
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise RuntimeError(_cannot_load(error)) from None
     int_pointer = ctypes.POINTER(ctypes.c_int)
     signatures: dict[str, tuple[object, list[object]]] = {
         "mpi_cuda_last_error": (ctypes.c_char_p, []),
@@ -128,6 +135,17 @@ def load() -> ctypes.CDLL:
     global launches
     launches = ctypes.c_uint64.from_address(library.mpi_cuda_launches_by_main())
     return library
+
+
+def _cannot_load(error: OSError) -> str:
+    """What the loader says, and which systems the library is for."""
+    name, version = platform.libc_ver()
+    own = f"{name} {version}" if name else "a C library that is not glibc, such as musl"
+    return (
+        f"{LIBRARY} cannot be loaded ({error}). The wheel of mpi_cuda is for Linux on x86_64 with "
+        f"glibc 2.28 or newer; this Python is on {platform.machine()} with {own}. If that fits, "
+        "install the wheel again; else build on this machine (scripts/setup, or the sdist)"
+    )
 
 
 def last_error() -> str:
