@@ -137,12 +137,12 @@ const char *mpi_cuda_last_error(void);
 const char *mpi_cuda_open_mpi(void);
 
 /* What this process is made of, for `python -m mpi_cuda doctor`: lines of a name, a tab and words.
- * Loads the inner plugin, and joins nothing. Names, each where it is known: launcher, launched (how
- * many it started), mpi_file, mpi_abi, mpi_by (who named the file), mpi_doubt (why it may be
- * another one than the launcher's), device, device_reason, plugin (the file of the inner one),
- * plugin_version (of PJRT), plugin_error; and of a world that was joined mpi_version, thread_level,
- * node_rank, node_size, oversubscribed (0 or 1), transfer, probe_dir, shm_failure. Valid until this
- * thread's next call. */
+ * Loads the inner plugin, and joins nothing. Valid until this thread's next call. Names, each where
+ * it is known: launcher, launched (how many it started), mpi_file, mpi_abi, mpi_by (who named the
+ * file), mpi_doubt (why it may be another one than the launcher's), device, device_reason, plugin
+ * (the file of the inner one), plugin_version (of PJRT), plugin_error, gpus (how many CUDA shows),
+ * driver_version; of a world that was joined mpi_version, thread_level, node_rank, node_size,
+ * oversubscribed (0 or 1), gpu (its UUID), transfer, probe_dir, shm_failure. */
 const char *mpi_cuda_about(void);
 
 /* Joins the world if that has not happened (collective over the ranks of the job), and tells rank

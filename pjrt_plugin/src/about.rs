@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use mpi_runtime::World;
+use mpi_runtime::device::cuda::{self, Found};
 use mpi_runtime::mpi::launcher;
 use mpi_runtime::world::library;
 
@@ -33,16 +34,23 @@ pub fn lines() -> String {
     rows.iter().map(line).collect()
 }
 
-fn of_plugin() -> [(&'static str, String); 4] {
+fn of_plugin() -> Vec<(&'static str, String)> {
     let plugin = inner();
     let (major, minor) = plugin.version();
     let device = if on_gpu() { "cuda" } else { "cpu" };
-    [
+    let mut rows = vec![
         ("device", device.to_owned()),
         ("device_reason", plugin.reason.clone()),
         ("plugin", plugin.path.display().to_string()),
         ("plugin_version", format!("{major}.{minor}")),
-    ]
+    ];
+    if on_gpu()
+        && let Found::Devices { count, version } = cuda::find()
+    {
+        rows.push(("gpus", count.to_string()));
+        rows.push(("driver_version", version.to_string()));
+    }
+    rows
 }
 
 fn of_world(world: &World) -> Vec<(&'static str, String)> {
@@ -53,6 +61,13 @@ fn of_world(world: &World) -> Vec<(&'static str, String)> {
         ("node_size", world.node_size.to_string()),
         ("oversubscribed", u8::from(world.oversubscribed).to_string()),
     ];
+    if on_gpu()
+        && let Found::Devices { count, .. } = cuda::find()
+    {
+        // The one of its place on the node (`inner/cuda_options.rs`).
+        let own = cuda::uuid(world.node_rank % count.max(1));
+        rows.extend(own.map(|uuid| ("gpu", uuid)));
+    }
     if let Some(transfer) = &world.transfer {
         rows.push(("transfer", transfer.to_string()));
         let folder = probe_results(config()).folder;

@@ -64,8 +64,11 @@ def test_gpus_that_ranks_share() -> None:
     own = [
         {**facts, "node": node, "own": gpu} for node, gpu in [("a", "0"), ("a", "0"), ("b", "0")]
     ]
+    own[0]["uuid"] = own[1]["uuid"] = own[2]["uuid"] = None
     (shared,) = gpus.check_job(dict(enumerate(own)))
-    assert shared.is_problem and shared.ranks == (0, 1) and "GPU 0 of a" in shared.text
+    assert shared.is_problem and shared.ranks == (0, 1) and "one GPU of a, 0" in shared.text
+    own[1]["uuid"] = "GPU-1"
+    assert list(gpus.check_job(dict(enumerate(own)))) == []
     (staged,) = gpus.check(own[0])
     assert "staged (why)" in staged.text and "probe" in staged.remedy
     assert list(gpus.check({**own[0], "own": None, "device": "cpu"}))

@@ -45,16 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
         facts = job.collect(about, mpi.end_mpi4py(asked), failure)
         return Job({launched.rank() or 0: facts}, failure=failure)
 
-    def told() -> None:
-        if not launched.rank():
-            show(of_process(f"it was still {limit.doing}"), arguments)
+    def tell(words: str, remedy: str) -> bool:
+        if is_first := not launched.rank():
+            show(of_process(f"this process {words}: {remedy}"), arguments)
+        return is_first
 
-    limit = Limit(arguments.timeout, told)
+    limit = Limit(arguments.timeout, tell)
     with limit.on("joining the job", "see whether the others have failed, or are still starting"):
         failure = join(about)
     if failure is not None:
         return cannot_run(of_process(failure), arguments)
-    limit.told = lambda: None
+    limit.tell = lambda words, remedy: False
     rank, size, _ = _library.start()
     with limit.on("starting JAX's backend", "start fewer ranks on a node, or use a faster disk"):
         facts = facts_of_rank(about, mpi.end_mpi4py(asked))

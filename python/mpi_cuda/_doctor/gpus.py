@@ -18,15 +18,18 @@ def collect(about: dict[str, str]) -> Facts:
     models = [_model(folder) for folder in sorted(DRIVER.glob("*"))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     on_gpu = about.get("device") == "cuda"
-    names = visible.split(",") if visible else [str(number) for number in range(len(models))]
+    count = int(about.get("gpus", 0))
+    names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
     place = int(about.get("node_rank", 0))
     return {
         "models": models,
         "visible": visible,
+        "driver": about.get("driver_version"),
         "device": about.get("device"),
         "reason": about.get("device_reason"),
         # Each rank gets the GPU of its place on the node (`pjrt_plugin/src/inner/cuda_options.rs`).
         "own": names[place % len(names)] if on_gpu and names else None,
+        "uuid": about.get("gpu"),
         "transfer": about.get("transfer"),
         "probe_dir": about.get("probe_dir"),
         "node": launched.host(),
@@ -43,7 +46,8 @@ def describe(facts: Facts) -> Iterator[tuple[str, str]]:
         limited = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
         yield "GPUs", f"{len(models)} ({', '.join(sorted(set(models)))}){limited}"
     if facts["own"] is not None:
-        yield "GPU", f"GPU {facts['own']}"
+        uuid = f"{facts['uuid']}, " if facts["uuid"] else ""
+        yield "GPU", f"GPU {facts['own']} ({uuid}driver {facts['driver']})"
     if facts["transfer"]:
         yield "transfer", f"{facts['transfer']}; results of probes: {facts['probe_dir']}"
 
@@ -67,11 +71,12 @@ def check_job(ranks: Mapping[int, Facts]) -> Iterator[Finding]:
     users: dict[tuple[str, str], list[int]] = defaultdict(list)
     for rank, facts in ranks.items():
         if facts["own"] is not None:
-            users[facts["node"], facts["own"]].append(rank)
+            # Slurm may have each rank see one GPU, which then has the number 0.
+            users[facts["node"], facts["uuid"] or facts["own"]].append(rank)
     for (node, gpu), sharing in users.items():
         if len(sharing) > 1:
             yield problem(
-                f"{len(sharing)} ranks use GPU {gpu} of {node}",
+                f"{len(sharing)} ranks use one GPU of {node}, {gpu}",
                 "start as many ranks on a node as it has GPUs (srun --gpus-per-task=1, or "
                 "--ntasks-per-node)",
                 tuple(sharing),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -18,12 +17,12 @@ BEFORE_OTHERS = 1.0
 
 
 class Limit:
-    """Ends this process, and so the job, if a step takes longer than so many seconds. `told` is
-    called before that, to say what is known so far."""
+    """Ends this process, and so the job, if a step takes longer than so many seconds. `tell` is
+    asked before that to report it, with what is known so far; whether it has done so."""
 
-    def __init__(self, seconds: float, told: Callable[[], None]):
+    def __init__(self, seconds: float, tell: Callable[[str, str], bool]):
         self.seconds = seconds
-        self.told = told
+        self.tell = tell
         #: What is being done.
         self.doing = ""
 
@@ -41,14 +40,11 @@ class Limit:
             timer.cancel()
 
     def _expired(self, remedy: str) -> None:
+        words, is_told = f"was still {self.doing} after {self.seconds:g} s (--timeout)", False
         with contextlib.suppress(Exception):
-            self.told()
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        text = (
-            f"problem: {launched.who()} was still {self.doing} after {self.seconds:g} s "
-            f"(--timeout). Remedy: {remedy}\n"
-        )
-        os.write(2, text.encode())
+            is_told = self.tell(words, remedy)
+        if not is_told:
+            line = f"problem: {launched.who()} {words}. Remedy: {remedy}\n"
+            os.write(2, line.encode())
         # The main thread may wait in C, where no exception reaches it.
         os._exit(CANNOT_RUN)

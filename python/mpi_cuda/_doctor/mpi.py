@@ -112,7 +112,7 @@ def check(facts: Facts) -> Iterator[Finding]:
     if facts.get("error"):
         yield of_error(facts["error"])
     if facts["doubt"]:
-        yield of_error(facts["doubt"])
+        yield of_error(facts["doubt"])._replace(is_problem=False)
     yield from _check_mpi4py(facts, facts.get("mpi4py") or {})
     for file, wrong in facts["library_path"].items():
         if wrong == "no such folder":
@@ -130,7 +130,7 @@ def check(facts: Facts) -> Iterator[Finding]:
 
 
 def _check_mpi4py(facts: Facts, mpi4py: Facts) -> Iterator[Finding]:
-    if facts.get("error") and facts["error"] in mpi4py.get("error", ""):
+    if facts.get("error") and mpi4py.get("error"):
         # It has met the same.
         return
     if mpi4py.get("error"):
