@@ -77,3 +77,22 @@ fn of_world(world: &World) -> Vec<(&'static str, String)> {
     rows.extend(failure.map(|failure| ("shm_failure", failure.to_string())));
     rows
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::plugin::start_for_tests;
+
+    #[test]
+    fn a_world_of_one_has_nobody_to_ask() {
+        let world = start_for_tests();
+        assert_eq!(world.gather(b"own").unwrap(), b"own");
+        assert!(
+            world
+                .ping(0, 8, 1)
+                .unwrap_err()
+                .0
+                .contains("no other rank 0")
+        );
+        assert!(world.ping(1, 8, 1).is_err());
+    }
+}

@@ -70,8 +70,7 @@ def measure(rank: int, size: int, hosts: list[str], limit: Limit) -> Exchange:
                 limit.doing = f"exchanging messages of {bytes_} bytes with rank {peer}"
                 row[peer] = world.ping(peer, bytes_, rounds)
         rows[bytes_] = row
-    everybody = world.gather([rows[SMALL], rows[LARGE]], size)
-    small, large = ([one[place] for one in everybody] for place in (0, 1))
+    small, large = (world.gather_numbers(rows[bytes_], size) for bytes_ in (SMALL, LARGE))
     return Exchange(small, large, hosts, _program(size))
 
 
@@ -79,7 +78,7 @@ def _rounds(rank: int, size: int, bytes_: int) -> int:
     """So many that all of it fits into the budget, by what the slowest pair takes."""
     first = next(peers(rank, size))
     own = world.ping(first, bytes_, 3) if first < size else 0.0
-    slowest = max(world.gather(own, size))
+    slowest = max(row[0] for row in world.gather_numbers([own], size))
     fits = BUDGET / (size - 1 + size % 2) / (2 * slowest)
     return max(1, min(MOST[bytes_], int(fits)))
 

@@ -15,7 +15,7 @@ from mpi_cuda._report.text import size
 FOLDER = Path("/dev/shm")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 #: Below this, boards, rings and MPI's own segments of a node's ranks do not fit.
-LITTLE = 64 << 20
+LITTLE = 32 << 20
 #: Seconds; a segment that is younger may be one that its rank does not hold yet.
 YOUNG = 10
 

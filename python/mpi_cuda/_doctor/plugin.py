@@ -77,11 +77,7 @@ def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "shims", f"{', '.join(there) or 'none'} in {' and '.join(facts['shim_folders'])}"
     backend = facts.get("backend")
     if backend and "devices" in backend:
-        yield (
-            "backend",
-            f"{backend['devices']} device(s) of kind {backend['kind']}, "
-            f"{backend['threads']} threads a rank",
-        )
+        yield "backend", f"{backend['devices']} device(s) of kind {backend['kind']}"
 
 
 def check(facts: Facts) -> Iterator[Finding]:

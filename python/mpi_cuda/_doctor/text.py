@@ -71,10 +71,10 @@ def _exchange(exchange: Exchange) -> Iterator[str]:
         large = [[_rate(time) for time in row] for row in exchange.large]
         for what, cells in ((f"{SMALL} B", small), (size(LARGE), large)):
             yield f"  {what} by rank:"
-            yield "    " + "".join(f"{peer:>11}" for peer in range(count))
+            yield "    " + "".join(f"{peer:>12}" for peer in range(count))
             for rank, row in enumerate(cells):
                 shown = [cell if peer != rank else "-" for peer, cell in enumerate(row)]
-                yield f"{rank:4}" + "".join(f"{cell:>11}" for cell in shown)
+                yield f"{rank:4}" + "".join(f"{cell:>12}" for cell in shown)
     elif count > MATRIX:
         yield "  the slowest pairs of ranks:"
         for low, high in sorted(exchange.pairs(), key=lambda p: -exchange.small[p[0]][p[1]])[:5]:
@@ -108,4 +108,7 @@ def _by_node(exchange: Exchange) -> Iterator[str]:
 
 
 def _rate(time: float) -> str:
-    return f"{LARGE / time / 1e9:.3g} GB/s" if time else "-"
+    if not time:
+        return "-"
+    rate = LARGE / time
+    return f"{rate / 1e9:.3g} GB/s" if rate >= 1e8 else f"{rate / 1e6:.3g} MB/s"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import json
-import struct
 from typing import Any
 
 from mpi_cuda import _library
@@ -19,9 +19,15 @@ def about() -> dict[str, str]:
 def gather(own: Any, size: int) -> list[Any]:
     """What each rank passes, in the order of ranks; collective. It is what JSON has."""
     words = json.dumps(own).encode()
-    lengths = [struct.unpack("q", one)[0] for one in _gather(struct.pack("q", len(words)), size)]
-    all_words = _gather(words.ljust(max(lengths)), size)
+    lengths = [row[0] for row in gather_numbers([len(words)], size)]
+    all_words = _gather(words.ljust(int(max(lengths))), size)
     return [json.loads(one) for one in all_words]
+
+
+def gather_numbers(own: list[float], size: int) -> list[list[float]]:
+    """The same of numbers, of which each rank passes as many."""
+    found = _gather(array.array("d", own).tobytes(), size)
+    return [array.array("d", one).tolist() for one in found]
 
 
 def _gather(own: bytes, size: int) -> list[bytes]:

@@ -78,7 +78,7 @@ def test_memory_that_is_short() -> None:
     fine = {"size": 1 << 34, "free": 1 << 34, "left": [], "failure": None, "huge_pages": "madvise"}
     assert list(memory.check(fine)) == []
     for change, word in [
-        ({"free": 1 << 20}, "less than 64 MiB"),
+        ({"free": 1 << 20}, "less than 32 MiB"),
         ({"size": None}, "no /dev/shm"),
         ({"failure": "full"}, "(full)"),
         ({"left": ["mpi_cuda.1"]}, "mpi_cuda.1"),
