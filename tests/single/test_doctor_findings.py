@@ -98,6 +98,7 @@ def test_a_fast_network_that_is_not_used() -> None:
 def test_mpi4py_with_another_file() -> None:
     facts: dict[str, Any] = {
         "file": "/o/libmpi.so.40", "doubt": None, "variables": {}, "library_path": {},
+        "start_up": True,
         "mpi4py": {"files": ["/m/libmpi.so.40"]},
     }  # fmt: skip
     (one,) = mpi.check(facts)

@@ -82,6 +82,7 @@ def collect(about: dict[str, str]) -> Facts:
         "thread_level": about.get("thread_level"),
         "variables": {name: os.environ[name] for name in variables if name in os.environ},
         "library_path": _library_path(),
+        "start_up": "mpi_cuda_startup" in sys.modules,
     }
 
 
@@ -142,10 +143,13 @@ def _check_mpi4py(facts: Facts, mpi4py: Facts) -> Iterator[Finding]:
             else "pip install --force-reinstall mpi4py, or build it against this MPI",
         )
     elif facts["file"] and mpi4py.get("files", []) not in ([], [_real(facts["file"])]):
+        start_up = "have mpi_cuda_startup imported when Python starts (its .pth file)"
         yield problem(
             f"mpi4py uses {' and '.join(mpi4py['files'])}, and mpi_cuda {facts['file']}: one "
             "process can use only one MPI",
-            "unset MPI4PY_LIBMPI and MPI4PY_MPIABI, or install mpi4py for this MPI",
+            "unset MPI4PY_LIBMPI and MPI4PY_MPIABI, or install mpi4py for this MPI"
+            if facts["start_up"]
+            else f"{start_up}, which lets mpi4py find this MPI",
         )
 
 
