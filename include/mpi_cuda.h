@@ -136,6 +136,15 @@ const char *mpi_cuda_last_error(void);
  * its name after that gets this one. Valid until this thread's next call. */
 const char *mpi_cuda_open_mpi(void);
 
+/* What this process is made of, for `python -m mpi_cuda doctor`: lines of a name, a tab and words.
+ * Loads the inner plugin, and joins nothing. Valid until this thread's next call. Names, each where
+ * it is known: launcher, launched (how many it started), mpi_file, mpi_abi, mpi_by (who named the
+ * file), mpi_doubt (why it may be another one than the launcher's), device, device_reason, plugin
+ * (the file of the inner one), plugin_version (of PJRT), plugin_error, gpus (how many CUDA shows),
+ * driver_version; of a world that was joined mpi_version, thread_level, node_rank, node_size,
+ * oversubscribed (0 or 1), gpu (its UUID), transfer, probe_dir, shm_failure. */
+const char *mpi_cuda_about(void);
+
 /* Joins the world if that has not happened (collective over the ranks of the job), and tells rank
  * and size in it and the MPI's ABI: "openmpi", "mpich", "mpi_abi" or "none". */
 int mpi_cuda_start(int *rank, int *size, const char **family);
@@ -248,6 +257,15 @@ void mpi_cuda_set_trampoline(mpi_cuda_trampoline trampoline);
 
 /* Whether the devices are GPUs. */
 int mpi_cuda_on_gpu(void);
+
+/* For `python -m mpi_cuda doctor`, both while no operation is on its way.
+ *
+ * Writes the bytes of all ranks to all, one after the other, of which each passes as many.
+ * Collective over the ranks of the job. */
+int mpi_cuda_gather(const void *own, size_t bytes, void *all);
+/* The seconds that a message of so many bytes takes to that rank, which must call this too: half of
+ * the mean of so many rounds there and back; -1 on error. */
+double mpi_cuda_ping(int peer, size_t bytes, int rounds);
 
 /* For `python -m mpi_cuda probe` (MPI_CUDA_PROBE=1). Both are collective over the ranks of the job,
  * and return -1 on error.

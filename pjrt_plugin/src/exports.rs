@@ -71,6 +71,20 @@ pub extern "C" fn mpi_cuda_open_mpi() -> *const c_char {
     })
 }
 
+/// What this process is made of, in lines of a name, a tab and words: the MPI and who named it, the
+/// inner plugin, and the world if it was joined. Valid until this thread's next call.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_about() -> *const c_char {
+    thread_local! {
+        static ABOUT: RefCell<CString> = RefCell::default();
+    }
+    quiet(c"".as_ptr(), || {
+        let lines = crate::about::lines().replace('\0', " ");
+        ABOUT.set(CString::new(lines).unwrap_or_default());
+        ABOUT.with_borrow(|about| about.as_ptr())
+    })
+}
+
 /// Joins the world if that has not happened, and tells rank, size, and the MPI family.
 ///
 /// # Safety
@@ -425,6 +439,46 @@ pub extern "C" fn mpi_cuda_set_trampoline(trampoline: Option<Trampoline>) {
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_on_gpu() -> c_int {
     quiet(0, || load().map_or(0, |_| c_int::from(on_gpu())))
+}
+
+/// Writes the bytes of all ranks to `all`, one after the other, of which each passes as many;
+/// collective. -1 on error.
+///
+/// # Safety
+/// `own` must hold `bytes` bytes, and `all` have room for so many of each rank.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_gather(own: *const u8, bytes: usize, all: *mut u8) -> c_int {
+    quiet(-1, || {
+        let Some(world) = world_of_this_process() else {
+            return fail(Error::precondition("call mpi_cuda_start first"));
+        };
+        // SAFETY: the caller's bytes, which nobody changes meanwhile.
+        let own = unsafe { std::slice::from_raw_parts(own, bytes) };
+        match world.gather(own) {
+            Ok(gathered) => {
+                // SAFETY: the caller has room for those of all ranks.
+                unsafe { all.copy_from_nonoverlapping(gathered.as_ptr(), gathered.len()) };
+                0
+            }
+            Err(error) => fail(error),
+        }
+    })
+}
+
+/// The seconds that a message of so many bytes takes to `peer`, which calls this too: the mean of
+/// `rounds` there and back, halved. -1 on error.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_ping(peer: c_int, bytes: usize, rounds: c_int) -> f64 {
+    quiet(-1.0, || {
+        let Some(world) = world_of_this_process() else {
+            return fail(Error::precondition("call mpi_cuda_start first")).into();
+        };
+        let rounds = u32::try_from(rounds).unwrap_or(0);
+        match world.ping(peer, bytes, rounds) {
+            Ok(time) => time.as_secs_f64(),
+            Err(error) => fail(error).into(),
+        }
+    })
 }
 
 /// Turns the probe of direct transfer to the next way: 0 arrays, 1 copies of them, 2 nothing is

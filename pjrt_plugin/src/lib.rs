@@ -7,6 +7,7 @@
 // Constants of C keep their names.
 #![allow(non_upper_case_globals)]
 
+mod about;
 mod api;
 mod boundary;
 mod clients;

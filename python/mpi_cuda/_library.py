@@ -95,6 +95,7 @@ def load() -> ctypes.CDLL:
     signatures: dict[str, tuple[object, list[object]]] = {
         "mpi_cuda_last_error": (ctypes.c_char_p, []),
         "mpi_cuda_open_mpi": (ctypes.c_char_p, []),
+        "mpi_cuda_about": (ctypes.c_char_p, []),
         "mpi_cuda_start": (
             ctypes.c_int,
             [int_pointer, int_pointer, ctypes.POINTER(ctypes.c_char_p)],
@@ -125,6 +126,8 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_register_ffi_target": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_void_p]),
         "mpi_cuda_set_trampoline": (None, [ctypes.c_void_p]),
         "mpi_cuda_on_gpu": (ctypes.c_int, []),
+        "mpi_cuda_gather": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p]),
+        "mpi_cuda_ping": (ctypes.c_double, [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]),
         "mpi_cuda_probe_next": (ctypes.c_int, []),
         "mpi_cuda_probe_report": (ctypes.c_int, [ctypes.c_char_p]),
     }

@@ -3,7 +3,7 @@
 //!
 //! Not run on a GPU yet.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, c_char, c_int};
 use std::ptr::{self, NonNull};
 
 use cudarc::driver::sys::{
@@ -71,6 +71,36 @@ pub fn find() -> Found {
         Ok(()) => Found::Devices { count, version },
         Err(error) => Found::Broken(error.to_string()),
     }
+}
+
+/// What names a device for good, as `nvidia-smi -L` writes it, if the driver says that: processes
+/// that each see one GPU of a node call all of them 0.
+pub fn uuid(ordinal: i32) -> Option<String> {
+    let mut device = 0;
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: a device was found, so the driver has started; it writes to valid places. The newer
+    // function tells the parts of a GPU (MIG) apart.
+    let found = unsafe {
+        check(
+            "cuDeviceGet",
+            ordinal,
+            sys::cuDeviceGet(&mut device, ordinal),
+        )
+        .and_then(|()| {
+            let newer = sys::cuDeviceGetUuid_v2(&mut uuid, device);
+            check("cuDeviceGetUuid", ordinal, newer).or_else(|_| {
+                let older = sys::cuDeviceGetUuid(&mut uuid, device);
+                check("cuDeviceGetUuid", ordinal, older)
+            })
+        })
+    };
+    found.ok()?;
+    let hex = |part: &[c_char]| -> String {
+        let bytes = part.iter();
+        bytes.map(|byte| format!("{:02x}", *byte as u8)).collect()
+    };
+    let parts = [0..4, 4..6, 6..8, 8..10, 10..16].map(|range| hex(&uuid.bytes[range]));
+    Some(format!("GPU-{}", parts.join("-")))
 }
 
 fn check(action: &'static str, ordinal: i32, result: CUresult) -> Result<(), DeviceError> {

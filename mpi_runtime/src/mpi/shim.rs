@@ -341,6 +341,33 @@ impl Shim {
         unsafe { self.execute(&op) }.map(drop)
     }
 
+    /// Receives bytes; as many as there is room for must come.
+    pub fn receive(
+        &self,
+        comm: u64,
+        source: i32,
+        tag: i32,
+        bytes: &mut [u8],
+    ) -> Result<(), MpiError> {
+        let op = ShimOp {
+            recv_count: bytes.len() as i64,
+            source,
+            recv_tag: tag,
+            recv: bytes.as_mut_ptr().cast(),
+            ..ShimOp::new(Kind::Recv, comm)
+        };
+        // SAFETY: a communicator of the engine's, and as much room as is said.
+        let received = unsafe { self.execute(&op) }?;
+        match usize::try_from(received.bytes) {
+            Ok(came) if came == bytes.len() => Ok(()),
+            _ => Err(MpiError(format!(
+                "{} bytes came from rank {source} in place of {}",
+                received.bytes,
+                bytes.len()
+            ))),
+        }
+    }
+
     /// Starts the send of `op`.
     ///
     /// # Safety

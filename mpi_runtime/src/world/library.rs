@@ -52,6 +52,11 @@ pub fn open(options: &LibraryOptions) -> Result<Option<MpiLibrary>, StartError> 
     open_for(options, launched.as_ref())
 }
 
+/// The MPI that was opened, if that has happened.
+pub fn opened() -> Option<MpiLibrary> {
+    OPENED.lock().clone()
+}
+
 pub(super) fn open_for(
     options: &LibraryOptions,
     launched: Option<&Launched>,

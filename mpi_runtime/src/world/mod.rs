@@ -10,6 +10,7 @@ mod join;
 pub mod library;
 mod options;
 mod output;
+mod ping;
 mod share;
 
 use std::sync::Arc;

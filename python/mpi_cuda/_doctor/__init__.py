@@ -1,0 +1,145 @@
+"""`python -m mpi_cuda doctor`: what a job is made of, what is wrong with it, and how fast it is.
+
+Each subject has a file: `software`, `plugin`, `mpi`, `network`, `cores`, `memory`, `gpus`. It says
+what a rank knows, how that reads, and what is wrong. `job` puts the ranks together, `exchange`
+measures messages between them; `text` and `plot` show it. `limit` ends what hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mpi_cuda import _library, _lifecycle
+from mpi_cuda._doctor import exchange, job, launched, mpi, plot, plugin, text, world
+from mpi_cuda._doctor.finding import Facts, Finding
+from mpi_cuda._doctor.job import Job
+from mpi_cuda._doctor.limit import BEFORE_OTHERS, CANNOT_RUN, Limit
+
+STATUS = "exit status: 0 if all is well, 1 if there are problems, 2 if the job cannot run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.epilog = STATUS
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times by rank")
+    parser.add_argument(
+        "--timeout", type=float, default=60, metavar="SECONDS", help="for each step (60)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reports; see `STATUS`."""
+    if arguments.plot and (refusal := plot.refused()):
+        print(f"mpi_cuda doctor: {refusal}", file=sys.stderr)
+        return CANNOT_RUN
+    asked = mpi.begin_mpi4py()
+    about: dict[str, str] = {}
+
+    def of_process(failure: str) -> Job:
+        facts = job.collect(about, mpi.end_mpi4py(asked), failure)
+        return Job({launched.rank() or 0: facts}, failure=failure)
+
+    def tell(words: str, remedy: str) -> bool:
+        if is_first := not launched.rank():
+            show(of_process(f"this process {words}: {remedy}"), arguments)
+        return is_first
+
+    limit = Limit(arguments.timeout, tell)
+    with limit.on("joining the job", "see whether the others have failed, or are still starting"):
+        failure = join(about)
+    if failure is not None:
+        return cannot_run(of_process(failure), arguments)
+    limit.tell = lambda words, remedy: False
+    rank, size, _ = _library.start()
+    with limit.on("starting JAX's backend", "start fewer ranks on a node, or use a faster disk"):
+        facts = facts_of_rank(about, mpi.end_mpi4py(asked))
+    with limit.on("telling the others what it knows", "see which rank is missing above"):
+        ranks: dict[int, dict[str, Facts]] = dict(enumerate(world.gather(facts, size)))
+    found = Job(ranks)
+    if size > 1 and not any(one["plugin"]["backend"].get("error") for one in ranks.values()):
+        remedy = "try OMPI_MCA_btl=tcp,self or UCX_TLS=tcp,self,sm to see if it is the network"
+        with limit.on("exchanging messages", remedy):
+            found = found._replace(exchange=exchange.measure(rank, size, found.hosts, limit))
+    status = 1 if any(finding.is_problem for finding in found.findings()) else 0
+    if rank == 0:
+        show(found, arguments)
+    with limit.on("leaving the job", "see which rank is missing above"):
+        _lifecycle.leave(status)
+
+
+def join(about: dict[str, str]) -> str | None:
+    """Joins the job, and fills `about` on the way; what is wrong if that fails."""
+    try:
+        about |= world.about()
+        _library.open_mpi()
+        about |= world.about()
+        _library.start()
+    except (RuntimeError, OSError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def facts_of_rank(about: dict[str, str], mpi4py: Facts | None) -> dict[str, Facts]:
+    """Those of a rank that has joined; `about` is from before."""
+    backend = plugin.start_backend()
+    # MPI adds to the environment what looks like a launcher's.
+    by_launcher = ("launcher", "launched")
+    later = {name: words for name, words in world.about().items() if name not in by_launcher}
+    facts = job.collect({**about, **later}, mpi4py, None)
+    facts["plugin"]["backend"] = backend
+    facts["cores"] |= {"threads": backend.get("xla_threads"), "devices": backend.get("devices")}
+    return facts
+
+
+def cannot_run(own: Job, arguments: argparse.Namespace) -> int:
+    """Says why; the first rank all that it knows, and the others a line if they live so long."""
+    if not launched.rank():
+        show(own, arguments)
+        return CANNOT_RUN
+    time.sleep(BEFORE_OTHERS)
+    for finding in own.findings():
+        if finding.is_problem:
+            print(f"{launched.who()}: {text.line(finding)}", file=sys.stderr, flush=True)
+    return CANNOT_RUN
+
+
+def show(found: Job, arguments: argparse.Namespace) -> None:
+    """Prints the report, and draws it."""
+    findings = found.findings()
+    if arguments.json:
+        print(json.dumps(as_json(found, findings), indent=1), flush=True)
+    else:
+        print(text.report(found, findings), flush=True)
+    if arguments.plot and found.exchange is not None:
+        try:
+            plot.write(found.exchange, arguments.plot)
+            wrote = f"wrote {arguments.plot}"
+        except OSError as error:
+            wrote = f"mpi_cuda doctor: {error}"
+        print(f"\n{wrote}", file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+
+def as_json(found: Job, findings: list[Finding]) -> dict[str, Any]:
+    """The report for programs."""
+    problems = any(finding.is_problem for finding in findings)
+    return {
+        "status": CANNOT_RUN if found.failure else int(problems),
+        "failure": found.failure,
+        "findings": [
+            {
+                "kind": "problem" if finding.is_problem else "note",
+                "text": finding.text,
+                "remedy": finding.remedy,
+                "ranks": list(finding.ranks) or list(found.ranks),
+            }
+            for finding in findings
+        ],
+        "exchange": found.exchange and exchange.as_json(found.exchange),
+        "ranks": [{"rank": rank, **facts} for rank, facts in found.ranks.items()],
+    }

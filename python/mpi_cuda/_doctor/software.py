@@ -1,0 +1,87 @@
+"""Python and JAX: versions, and which backend programs get."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+from mpi_cuda._doctor.finding import Facts, Finding, note, problem
+
+#: The oldest and the newest JAX that were tested (docs/compatibility.md).
+TESTED = ("0.10.2", "0.12.0.1")
+#: Platforms of JAX's own, and of plugins that many have.
+PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", "metal", "oneapi", "")
+
+
+def collect(about: dict[str, str]) -> Facts:
+    """Facts of this process."""
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "mpi_cuda": _version("mpi_cuda"),
+        "jax": _version("jax"),
+        "jaxlib": _version("jaxlib"),
+        "platforms": os.environ.get("JAX_PLATFORMS"),
+    }
+
+
+def describe(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Lines of the report."""
+    yield "Python", f"{facts['python']} ({facts['executable']})"
+    tested = "tested" if _is_tested(facts["jax"]) else "not tested"
+    yield "JAX", f"{facts['jax']} with jaxlib {facts['jaxlib']} ({tested}), mpi_cuda {_of(facts)}"
+
+
+def check(facts: Facts) -> Iterator[Finding]:
+    """Findings of one rank."""
+    if facts["jax"] and not _is_tested(facts["jax"]):
+        yield note(
+            f"JAX {facts['jax']} was not tested with this version, {' to '.join(TESTED)} were",
+            "if something fails, install one of those (docs/compatibility.md)",
+        )
+    platforms = facts["platforms"]
+    if platforms is None:
+        yield note(
+            "JAX_PLATFORMS is not set, so programs do not use mpi_cuda",
+            "set JAX_PLATFORMS=mpi_cuda where you start them",
+        )
+        return
+    names = platforms.split(",")
+    if "mpi_cuda" in names:
+        return
+    if unknown := [name for name in names if name not in PLATFORMS]:
+        meant = difflib.get_close_matches(unknown[0], ["mpi_cuda", *PLATFORMS], 1)
+        yield problem(
+            f"JAX_PLATFORMS={platforms}: JAX knows no platform {unknown[0]}",
+            f"set JAX_PLATFORMS={meant[0] if meant and meant[0] else 'mpi_cuda'}",
+        )
+    else:
+        yield note(
+            f"JAX_PLATFORMS={platforms}, so programs do not use mpi_cuda",
+            "set JAX_PLATFORMS=mpi_cuda to have one world of all ranks",
+        )
+
+
+def _of(facts: Facts) -> str:
+    return facts["mpi_cuda"] or "from a folder"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _is_tested(version: str | None) -> bool:
+    oldest, newest = map(_numbers, TESTED)
+    return version is not None and oldest <= _numbers(version) <= newest
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split(".")
+    return tuple(int(part) for part in parts if part.isdigit())

@@ -1,0 +1,119 @@
+"""`python -m mpi_cuda doctor`: what it tells of a job, and what it answers where one cannot run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import MPIS, job
+
+#: The doctor with arguments, by its module's name.
+DOCTOR = "import runpy, sys; sys.argv[0] = 'doctor'; runpy.run_module('mpi_cuda', {}, '__main__')"
+#: Where Debian has them.
+NAMES = {"openmpi": "libmpi.so.40", "mpich": "libmpich.so.12"}
+
+
+def doctor(mpi: str | None, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return job(mpi, DOCTOR, "doctor", *arguments, **variables)
+
+
+def told(result: subprocess.CompletedProcess[str], status: int) -> dict[str, Any]:
+    """The JSON that was printed, without what a launcher prints after it."""
+    assert result.returncode == status, result.stdout + result.stderr
+    found, _ = json.JSONDecoder().raw_decode(result.stdout)
+    assert found["status"] == status
+    return found
+
+
+def problems(found: dict[str, Any]) -> str:
+    texts = [one["text"] + " " + one["remedy"] for one in found["findings"]]
+    kinds = [one["kind"] for one in found["findings"]]
+    assert all(kind in ("problem", "note") for kind in kinds)
+    return "\n".join(text for kind, text in zip(kinds, texts, strict=True) if kind == "problem")
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_job_is_told_and_measured(mpi: str, tmp_path: Path) -> None:
+    picture = tmp_path / "times.png"
+    found = told(doctor(mpi, "--json", "--plot", str(picture)), 0)
+    assert problems(found) == "" and len(found["ranks"]) == 2
+    for rank in found["ranks"]:
+        assert NAMES[mpi] in rank["mpi"]["file"] and rank["mpi"]["by"] == "the launcher's"
+        assert rank["mpi"]["launched"] == 2 and rank["mpi"]["thread_level"] == "multiple"
+        assert rank["plugin"]["inner_version"] and rank["plugin"]["backend"]["devices"] == 2
+        assert rank["cores"]["cores"] and rank["cores"]["threads"] >= 1
+        assert rank["memory"]["size"] and rank["gpus"]["device"] == "cpu"
+        assert rank["network"]["transports"]
+    # One process of a node asks mpi4py.
+    assert NAMES[mpi] in found["ranks"][0]["mpi"]["mpi4py"]["files"][0]
+    exchange = found["exchange"]
+    for own, other in ((0, 1), (1, 0)):
+        assert 0 < exchange["latency"]["seconds"][own][other] < 1
+        assert exchange["bandwidth"]["bytes_per_second"][own][other] > 1e6
+        assert exchange["bandwidth"]["bytes_per_second"][own][own] is None
+    assert 0 < exchange["allreduce_call_seconds"] < 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mpi4py_with_another_mpi_is_a_problem() -> None:
+    """And the report in words, with the problem on a line of its own."""
+    result = doctor("openmpi", MPI4PY_MPIABI="mpich")
+    assert result.returncode == 1, result.stderr
+    assert "2 rank(s) on 1 node(s)" in result.stdout and "messages of 8 B" in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
+    assert "mpi4py" in line and line.endswith("Remedy: unset MPI4PY_MPIABI")
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_no_mpi_under_a_launcher(mpi: str) -> None:
+    found = told(doctor(mpi, "--json", MPI_CUDA_LIBMPI="/nowhere/libmpi.so"), 2)
+    said = problems(found)
+    assert "tried /nowhere/libmpi.so, named by MPI_CUDA_LIBMPI" in said
+    assert "one of 2 by its launcher" in said and found["exchange"] is None
+    # The other half of the story is known all the same.
+    assert found["ranks"][0]["plugin"]["inner_version"]
+
+
+def alone(*arguments: str, code: str = DOCTOR, **variables: str) -> dict[str, Any]:
+    result = job(None, code, "doctor", "--json", *arguments, **variables)
+    return told(result, json.loads(result.stdout)["status"])
+
+
+def test_a_platform_misspelt_and_a_broken_library_path(tmp_path: Path) -> None:
+    (tmp_path / "libmpi.so.40").write_text("no library")
+    (tmp_path / "libmpi.so.12").symlink_to("nothing")
+    path = f"{tmp_path}:/nowhere"
+    found = alone(JAX_PLATFORMS="mpi_coda", LD_LIBRARY_PATH=path)
+    assert found["status"] == 1
+    said = problems(found)
+    assert "JAX knows no platform mpi_coda set JAX_PLATFORMS=mpi_cuda" in said
+    assert f"{tmp_path}/libmpi.so.40 is no library" in said
+    assert f"{tmp_path}/libmpi.so.12 points to nothing" in said
+    notes = [one["text"] for one in found["findings"] if one["kind"] == "note"]
+    assert "LD_LIBRARY_PATH has /nowhere, which is no folder" in notes
+
+
+def test_a_missing_shim(tmp_path: Path) -> None:
+    code = f"""if True:
+        import shutil, mpi_cuda._library as library
+        from pathlib import Path
+        library.FOLDER = Path({str(tmp_path)!r})
+        library.LIBRARY = Path(shutil.copy(library.LIBRARY, library.FOLDER))
+        {DOCTOR}
+    """
+    found = alone(code=code)
+    assert found["status"] == 1 and "libmpi_cuda_shim_openmpi.so, is in none of" in problems(found)
+
+
+def test_jax_without_a_plugin_for_the_cpu() -> None:
+    found = alone(MPI_CUDA_PLUGIN_CPU="/nowhere")
+    assert found["status"] == 2 and "install the Python wheel xla-cpu-pjrt" in problems(found)
+
+
+def test_a_step_that_lasts_is_ended_in_words() -> None:
+    result = job(None, DOCTOR, "doctor", "--timeout", "0.001")
+    assert result.returncode == 2, result.stdout
+    assert "problem: this process was still joining the job after 0.001 s" in result.stdout
