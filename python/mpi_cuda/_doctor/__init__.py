@@ -64,12 +64,18 @@ def run(arguments: argparse.Namespace) -> int:
     found = Job(ranks)
     if size > 1 and not any(one["plugin"]["backend"].get("error") for one in ranks.values()):
         remedy = "try OMPI_MCA_btl=tcp,self or UCX_TLS=tcp,self,sm to see if it is the network"
-        with limit.on("exchanging messages", remedy):
-            found = found._replace(exchange=exchange.measure(rank, size, found.hosts, limit))
+        try:
+            with limit.on("exchanging messages", remedy):
+                found = found._replace(exchange=exchange.measure(rank, size, found.hosts, limit))
+        except Exception as error:
+            failure = f"{launched.who()} failed while {limit.doing}: {error}"
+            return cannot_run(found._replace(failure=failure), arguments)
     status = 1 if any(finding.is_problem for finding in found.findings()) else 0
     if rank == 0:
         show(found, arguments)
-    with limit.on("leaving the job", "see which rank is missing above"):
+    # All has been told by now.
+    remedy = "MPI_Finalize hangs, as it may in other jobs: try a newer MPI, or another UCX_TLS"
+    with limit.on("leaving the job", remedy):
         _lifecycle.leave(status)
 
 

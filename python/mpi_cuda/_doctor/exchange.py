@@ -70,6 +70,7 @@ def measure(rank: int, size: int, hosts: list[str], limit: Limit) -> Exchange:
                 limit.doing = f"exchanging messages of {bytes_} bytes with rank {peer}"
                 row[peer] = world.ping(peer, bytes_, rounds)
         rows[bytes_] = row
+    limit.doing = "running a compiled allreduce"
     small, large = (world.gather_numbers(rows[bytes_], size) for bytes_ in (SMALL, LARGE))
     return Exchange(small, large, hosts, _program(size))
 

@@ -69,7 +69,8 @@ class Job(NamedTuple):
         # Of all ranks nobody needs be named.
         everybody = len(self.ranks)
         merged = [one._replace(ranks=()) if len(one.ranks) == everybody else one for one in merged]
-        if self.failure and not any(finding.is_problem for finding in merged):
+        # That of joining is among the facts of `mpi`.
+        if self.failure and len(self.ranks) > 1:
             merged.append(of_error(self.failure))
         return sorted(merged, key=lambda finding: not finding.is_problem)
 

@@ -37,7 +37,7 @@ def line(finding: Finding) -> str:
 
 
 def _head(job: Job) -> Iterator[str]:
-    if job.failure:
+    if job.failure and len(job.ranks) == 1:
         rank, host = next(iter(job.ranks)), job.hosts[0]
         yield f"mpi_cuda doctor: rank {rank} on {host} could not join the job"
         return
