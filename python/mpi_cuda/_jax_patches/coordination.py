@@ -227,6 +227,8 @@ def _silent() -> int:
 def _start_service(world: _library.World) -> str:
     global _service
     library = _library.load()
+    # An option of the service's since JAX 0.10.
+    survives = {"recoverable": True} if jax.config.jax_enable_recoverability else {}
     host = "[::]" if library.mpi_cuda_several_nodes() else "127.0.0.1"
     # Nobody else takes the port as long as it is bound here, and gRPC may bind it too.
     with socket.socket() as reserved:
@@ -240,7 +242,7 @@ def _start_service(world: _library.World) -> str:
             cluster_register_timeout=COME,
             # Ranks end by themselves, and rank 0 waits for them (`end`).
             shutdown_timeout=0,
-            recoverable=jax.config.jax_enable_recoverability,
+            **survives,
         )
     library.mpi_cuda_tell_coordinator(port)
     return f"127.0.0.1:{port}"
