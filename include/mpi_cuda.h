@@ -194,11 +194,8 @@ void mpi_cuda_set_where(size_t (*function)(char *text, size_t capacity, size_t *
  * written to address, 0 if it is not known yet (ask again), -1 if it will hardly ever be. */
 int mpi_cuda_coordinator(char *address, size_t capacity);
 
-/* 1 if rank 0 has died, and with it the coordinator. */
-int mpi_cuda_coordinator_has_died(void);
-
-/* 1 if another rank has not come to its end, and may use the coordinator. */
-int mpi_cuda_coordinator_is_in_use(void);
+/* 1 if that rank of the world has died, or cannot be reached; 0 if it has ended as it should. */
+int mpi_cuda_has_died(int rank);
 
 /* 1 if the coordinator is for ranks of other nodes too. */
 int mpi_cuda_several_nodes(void);

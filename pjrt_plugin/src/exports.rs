@@ -322,19 +322,13 @@ pub extern "C" fn mpi_cuda_several_nodes() -> c_int {
     })
 }
 
-/// Whether rank 0 has died, and with it JAX's coordinator.
+/// Whether that rank of the world has died, or cannot be reached.
 #[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_coordinator_has_died() -> c_int {
+pub extern "C" fn mpi_cuda_has_died(rank: c_int) -> c_int {
     quiet(0, || {
-        coordinator().map_or(0, |coordinator| c_int::from(coordinator.has_died()))
-    })
-}
-
-/// Whether another rank has not come to its end, and may use JAX's coordinator.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_coordinator_is_in_use() -> c_int {
-    quiet(0, || {
-        coordinator().map_or(0, |coordinator| c_int::from(coordinator.is_in_use()))
+        coordinator().map_or(0, |coordinator| {
+            c_int::from(coordinator.has_died(rank as usize))
+        })
     })
 }
 

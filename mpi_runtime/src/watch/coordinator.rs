@@ -82,16 +82,11 @@ impl Coordinator {
         }
     }
 
-    /// Whether rank 0 has died, with it if it was started.
-    pub fn has_died(&self) -> bool {
+    /// Whether a rank has died, or cannot be reached.
+    pub fn has_died(&self, rank: usize) -> bool {
         let as_it_should = ["has ended its program", "has called MPI_Finalize"];
-        self.gone(0).is_some_and(|how| !as_it_should.contains(&how))
-    }
-
-    /// Whether another rank has not come to its end, and may use it.
-    pub fn is_in_use(&self) -> bool {
-        let mut others = (0..self.size).filter(|&rank| rank != self.rank);
-        others.any(|rank| self.gone(rank).is_none())
+        let gone = self.gone(rank);
+        gone.is_some_and(|how| !as_it_should.contains(&how))
     }
 
     /// Of a rank that is not rank 0: the end of the coordinator must not be the end of this
@@ -222,9 +217,8 @@ mod tests {
     #[test]
     fn a_rank_whose_rank_0_has_ended_waits_for_nothing() {
         let [first, second] = pair();
-        assert!(second.is_in_use());
         first.board.as_ref().unwrap().leave();
-        assert!(!second.is_in_use() && !second.has_died());
+        assert!(!second.has_died(0));
         assert!(second.want().unwrap_err().contains("has ended its program"));
         let alone = Coordinator::new(1, 2, &None, &None);
         assert!(alone.want().unwrap_err().contains("no connection"));

@@ -49,6 +49,8 @@ PATCHES = (
 
 #: Seconds that a rank may take to come, as with JAX, and that rank 0 may take at its end.
 COME, LATE = 300, 2
+#: Where ranks note that they have disconnected.
+ENDED = "mpi_cuda/ended"
 #: Seconds after which a silent rank counts as dead, and the job ends. Who has died is noticed
 #: otherwise, and a job that was stopped for a day has to go on. JAX's own where jobs survive that.
 SILENT, SILENT_AND_GOES_ON = 7 * 24 * 3600, 100
@@ -286,7 +288,7 @@ def leave() -> None:
 
 
 def _disconnect(state: State) -> None:
-    if _library.load().mpi_cuda_coordinator_has_died():
+    if _library.load().mpi_cuda_has_died(0):
         # Nobody answers any more, and the client would ask once more when it is destroyed.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(state.made))
         return
@@ -296,16 +298,23 @@ def _disconnect(state: State) -> None:
     state.manager = None
     with contextlib.suppress(Exception):
         state.made.shutdown()
+        state.made.key_value_set(f"{ENDED}/{state.process_id}", "")
 
 
 def end() -> None:
     """MPI has ended, if that was ours to end. Rank 0 waits for those that use its service."""
     global _service
-    library = _library.load()
-    while _service is not None and library.mpi_cuda_coordinator_is_in_use():
-        time.sleep(0.01)
+    library, state = _library.load(), _state()
     library.mpi_cuda_set_bring_up(None)
     with _lock:
-        if _service is not None:
+        if _service is not None and state.is_own:
+            missing = set(range(state.num_processes))
+            while True:
+                ended = {key.rpartition("/")[2] for key, _ in state.made.key_value_dir_get(ENDED)}
+                missing -= {rank for rank in missing if str(rank) in ended}
+                missing -= {rank for rank in missing if library.mpi_cuda_has_died(rank)}
+                if not missing:
+                    break
+                time.sleep(0.05)
             _service.shutdown()
         _service = None
