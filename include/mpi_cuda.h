@@ -199,6 +199,24 @@ int mpi_cuda_is_awaited(void);
  * threads there are beside the main one. NULL removes it. */
 void mpi_cuda_set_where(size_t (*function)(char *text, size_t capacity, size_t *others));
 
+/* This rank wants JAX's coordinator, which rank 0 starts: 1 if the address to connect to was
+ * written to address, 0 if it is not known yet (ask again), -1 if it will hardly ever be. */
+int mpi_cuda_coordinator(char *address, size_t capacity);
+
+/* 1 if that rank of the world has died, or cannot be reached; 0 if it has ended as it should. */
+int mpi_cuda_has_died(int rank);
+
+/* 1 if the coordinator is for ranks of other nodes too. */
+int mpi_cuda_several_nodes(void);
+
+/* Of rank 0: the coordinator has been started on that port. */
+void mpi_cuda_tell_coordinator(uint16_t port);
+
+/* Installs the function that starts the coordinator on rank 0, and connects to it on the others. It
+ * is called when another rank wants it, at most once and on a thread of its own, and may wait.
+ * NULL removes it. */
+void mpi_cuda_set_bring_up(void (*function)(void));
+
 /* Waits until everything dispatched so far has ended; -1 if an operation failed and nobody read
  * its error. */
 int mpi_cuda_wait(void);

@@ -119,7 +119,12 @@ def _at_exit() -> None:
             _say(f"mpi_cuda: rank {world.rank}: a program had failed: {''.join(first)}")
     library.mpi_cuda_set_trampoline(None)
     library.mpi_cuda_set_where(None)
+    coordination = sys.modules.get("mpi_cuda._jax_patches.coordination")
+    if coordination:
+        coordination.leave()
     library.mpi_cuda_shutdown()
+    if coordination:
+        coordination.end()
 
 
 def _leave_child() -> NoReturn:

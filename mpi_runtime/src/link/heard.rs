@@ -3,8 +3,9 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::link::gone::{Gone, GoneTable};
 use crate::link::message::{LONG, Message};
@@ -22,6 +23,10 @@ pub(super) struct Heard {
     pub(super) waits: AtomicBool,
     /// This rank has come to its end.
     pub(super) left: AtomicBool,
+    /// Of the hub: a rank of another node wants JAX's coordinator.
+    pub(super) wants_coordinator: AtomicBool,
+    /// Where the coordinator is.
+    coordinator: OnceLock<SocketAddr>,
 }
 
 impl Heard {
@@ -34,6 +39,21 @@ impl Heard {
             question: AtomicU64::new(0),
             waits: AtomicBool::new(false),
             left: AtomicBool::new(false),
+            wants_coordinator: AtomicBool::new(false),
+            coordinator: OnceLock::new(),
+        }
+    }
+
+    /// Where JAX's coordinator is, if that was heard.
+    pub(super) fn coordinator(&self) -> Option<SocketAddr> {
+        self.coordinator.get().copied()
+    }
+
+    /// Notes where it is, and shows it to the ranks of this node.
+    pub(super) fn note_coordinator(&self, place: SocketAddr) {
+        let noted = *self.coordinator.get_or_init(|| place);
+        if let Some(board) = &self.board {
+            board.show_coordinator(noted);
         }
     }
 
@@ -108,7 +128,9 @@ impl Heard {
         let bye = self.left.load(Ordering::SeqCst).then_some(Message::Bye);
         let waits = is_hub && self.waits.load(Ordering::SeqCst);
         let waiting = waits.then(|| Message::waiting(LONG));
-        gone.chain(bye).chain(waiting).collect()
+        let coordinator = self.coordinator().filter(|_| is_hub);
+        let coordinator = coordinator.map(|place| Message::Coordinator { port: place.port() });
+        gone.chain(bye).chain(waiting).chain(coordinator).collect()
     }
 
     /// The ranks of this node, in order.

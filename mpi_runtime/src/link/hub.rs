@@ -278,6 +278,9 @@ fn hear(link: &Link, hub: &Hub, rank: usize, message: Message) {
                 answers.1.insert(rank as usize, state);
             }
         }
+        Message::WantsCoordinator => {
+            link.heard.wants_coordinator.store(true, Ordering::SeqCst);
+        }
         _ => {}
     }
 }

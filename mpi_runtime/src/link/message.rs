@@ -44,6 +44,10 @@ pub(super) enum Message {
         rank: u32,
         state: String,
     },
+    /// A rank wants JAX's coordinator.
+    WantsCoordinator,
+    /// Rank 0 has started it, on that port.
+    Coordinator { port: u16 },
 }
 
 impl Message {
@@ -121,6 +125,11 @@ impl Message {
                 bytes.extend(rank.to_le_bytes());
                 bytes.extend(cut(state).bytes());
             }
+            Message::WantsCoordinator => bytes.push(b'C'),
+            Message::Coordinator { port } => {
+                bytes.push(b'P');
+                bytes.extend(port.to_le_bytes());
+            }
         }
         bytes
     }
@@ -154,6 +163,10 @@ impl Message {
                 question: rest.u64()?,
                 rank: rest.u32()?,
                 state: String::from_utf8(std::mem::take(&mut rest.0).to_vec()).ok()?,
+            },
+            b'C' => Message::WantsCoordinator,
+            b'P' => Message::Coordinator {
+                port: u16::from_le_bytes(rest.take()?),
             },
             _ => return None,
         };
@@ -219,6 +232,8 @@ mod tests {
                 rank: 1,
                 state,
             },
+            Message::WantsCoordinator,
+            Message::Coordinator { port: 40_000 },
         ];
         let mut bytes = Vec::new();
         for message in &all {
@@ -238,7 +253,7 @@ mod tests {
         for bytes in [&long[..], &http, &[0; 4], &[1, 0, 0, 0, b'?']] {
             assert!(Message::read(&mut &*bytes).is_err());
         }
-        for kind in b"HWGFLQA" {
+        for kind in b"HWGFLQAP" {
             assert_eq!(Message::decode(&[*kind]), None);
         }
         assert_eq!(Message::decode(b"R more"), None);

@@ -10,12 +10,14 @@ mod heard;
 mod hub;
 pub(crate) mod invitation;
 mod message;
+pub(crate) mod relay;
 mod socket;
 mod spoke;
 #[cfg(test)]
 mod tests;
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -167,6 +169,29 @@ impl Link {
             rank,
             state,
         });
+    }
+
+    /// Of a rank that speaks for its node: tells the hub that a rank wants JAX's coordinator.
+    pub(crate) fn want_coordinator(&self) {
+        if !self.is_hub() {
+            self.send(&Message::WantsCoordinator);
+        }
+    }
+
+    /// Of the hub: whether a rank of another node wants it.
+    pub(crate) fn is_coordinator_wanted(&self) -> bool {
+        self.heard.wants_coordinator.load(Ordering::SeqCst)
+    }
+
+    /// Of the hub: tells everybody where it is, by its own address and the port.
+    pub(crate) fn tell_coordinator(&self, place: SocketAddr) {
+        self.heard.note_coordinator(place);
+        self.send(&Message::Coordinator { port: place.port() });
+    }
+
+    /// Where it is, if this rank has heard that.
+    pub(crate) fn coordinator(&self) -> Option<SocketAddr> {
+        self.heard.coordinator()
     }
 
     /// This process may end from now on, and its rank has not died then. If the ranks that spoke

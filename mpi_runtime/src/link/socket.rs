@@ -188,7 +188,7 @@ pub(super) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Resu
 }
 
 /// Makes the kernel notice when the other host is gone.
-fn keep_alive(socket: RawFd) {
+pub(super) fn keep_alive(socket: RawFd) {
     set::<c_int>(socket, SOL_SOCKET, SO_KEEPALIVE, &1);
     for (option, value) in KEEP_ALIVE {
         set(socket, IPPROTO_TCP, option, &value);

@@ -224,6 +224,12 @@ impl Spoke {
             Message::Gone { rank, gone } => drop(heard.note(rank as usize, gone)),
             Message::Found { rank } => drop(heard.find(rank as usize)),
             Message::Waiting { milliseconds } => heard.note_waiting(milliseconds != 0),
+            Message::Coordinator { port } => {
+                let found = self.contact.lock().found;
+                if let Some(hub) = found {
+                    heard.note_coordinator(SocketAddr::new(hub.ip(), port));
+                }
+            }
             Message::Question { number } => heard.question.store(number, Ordering::SeqCst),
             _ => {}
         }

@@ -5,6 +5,7 @@
 //! about to do, numbered from 1 on, in a ring. What they mean is the business of
 //! `engine/compare/`.
 
+mod coordinator;
 mod layout;
 
 use std::io;

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod coordinator;
 mod nodes;
 pub mod place;
 mod report;
@@ -19,6 +20,7 @@ use crate::engine::recorder::RECORDER;
 use crate::link::Link;
 use crate::log;
 use crate::node::board::Board;
+use coordinator::Coordinator;
 use nodes::{Nodes, Seen};
 use state::{MOST_BACKGROUND, State, Wait};
 use stuck::Known;
@@ -45,6 +47,8 @@ pub struct Watch {
     pub board: Option<Arc<Board>>,
     /// To the other nodes, if there are any.
     pub(crate) link: Option<Arc<Link>>,
+    /// Where JAX's coordinator is, and who wants it.
+    pub coordinator: Arc<Coordinator>,
     /// In the world.
     pub rank: i32,
     /// Of the world.
@@ -120,6 +124,7 @@ impl Watch {
             }
         }
         nodes.speak(own, &mut memory.seen, || self.state());
+        self.coordinator.look();
         let longest = match nodes.examines() {
             true => nodes.longest(own),
             false => Duration::ZERO,

@@ -27,6 +27,7 @@ use crate::mpi::shim::{MpiState, Shim};
 use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use crate::watch::Watch;
+use crate::watch::coordinator::Coordinator;
 use agree::AllRanks;
 use finalized::Finalizing;
 use library::MpiLibrary;
@@ -56,6 +57,8 @@ pub struct World {
     pub engine: Engine,
     /// Which file MPI is.
     pub mpi: Option<MpiLibrary>,
+    /// Where JAX's coordinator is, and who wants it; none in a world without MPI.
+    pub coordinator: Option<Arc<Coordinator>>,
     /// To the other nodes, if there are any.
     link: Option<Arc<Link>>,
     shim: Option<Shim>,
@@ -92,10 +95,12 @@ impl World {
             let by = join::duplicates_to_compare(&shim, &joined)?;
             engine.compare_between_nodes(by, options.check);
         }
+        let coordinator = Coordinator::new(joined.rank, joined.size, &shared.board, &link);
         Watch {
             pending: engine.pending(),
             board: shared.board.clone(),
             link: link.clone(),
+            coordinator: coordinator.clone(),
             rank: joined.rank,
             size: joined.size,
             warn_after: options.warn_after,
@@ -133,6 +138,7 @@ impl World {
             shm_rings: shared.shm_rings,
             engine,
             link,
+            coordinator: Some(coordinator),
             shim: Some(shim),
             mpi: Some(mpi),
             owns_mpi: joined.owns_mpi,
@@ -190,6 +196,7 @@ impl World {
             }),
             engine,
             link: None,
+            coordinator: None,
             shim: None,
             mpi: None,
             owns_mpi: false,

@@ -16,7 +16,7 @@ Moment = Literal["import", "operation", "start"]
 #: Every file with something to install: at the import of `mpi_cuda`, at the first operation, and
 #: when JAX starts with this plugin selected.
 INSTALLED: dict[Moment, tuple[str, ...]] = {
-    "import": ("vmap", "linear", "hoisting"),
+    "import": ("vmap", "linear", "hoisting", "coordination"),
     "operation": ("effects_barrier", "token_passing", "fast_dispatch"),
     "start": ("backends", "call_location", "dlpack", "older_plugin"),
 }

@@ -11,6 +11,7 @@ from jax._src import xla_bridge
 from jaxlib import xla_client
 
 from mpi_cuda import _library
+from mpi_cuda._jax_patches import coordination
 from mpi_cuda._jax_patches.patch import Patch
 
 PATCHES = (
@@ -54,14 +55,15 @@ def is_one_ours() -> bool:
 def _options() -> dict[str, Any]:
     """Create options; joins the world first, so that its errors are raised here."""
     _library.start()
+    processes = coordination.processes()
     if not _library.load().mpi_cuda_on_gpu():
-        return {}
+        return processes
     # JAX's own for its GPU plugin: allocator, memory fraction, preallocation.
     options = dict(xla_client.generate_pjrt_gpu_plugin_options())
     if "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT" not in os.environ:
         # Ours is to use it, so that operations do not wait on Python's thread.
         options.pop("use_tfrt_gpu_client", None)
-    return options
+    return options | processes
 
 
 def _watch(hook: Callable[[Any], None]) -> None:
@@ -70,7 +72,8 @@ def _watch(hook: Callable[[Any], None]) -> None:
 
     @functools.wraps(make)
     def make_and_tell(platform: str) -> Any:
-        backend = make(platform)
+        with coordination.hidden(from_ours=platform == NAME):
+            backend = make(platform)
         hook(backend)
         return backend
 
@@ -81,6 +84,7 @@ def _answer_to_usual_names(backend: Any) -> None:
     """JAX asks for the backend "cpu" in callbacks, and for "gpu", another name of "cuda", where it
     lowers for one; if the user selected none of that name, ours is one."""
     if _library.is_ours(backend):
+        coordination.offer(max(device.process_index for device in backend.devices()) + 1)
         name = {"gpu": "cuda"}.get(backend.platform, backend.platform)
         platforms = (xla_bridge.config.jax_platforms.value or "").split(",")
         if name not in platforms and backend.platform not in platforms:

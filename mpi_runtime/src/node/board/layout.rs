@@ -74,6 +74,10 @@ pub(super) struct Shown {
     pub(super) elsewhere: [AtomicU64; ELSEWHERE / IN_WORD],
     /// Other than 0 while an operation of another node waits, as far as this rank has heard.
     pub(super) waits_elsewhere: AtomicU64,
+    /// Other than 0 once this rank wants JAX's coordinator.
+    pub(super) wants_coordinator: AtomicU64,
+    /// Where the coordinator is, as far as this rank knows: an IPv6 address and a port.
+    pub(super) coordinator: [AtomicU64; 3],
     pub(super) texts: [Text; TEXTS],
     pub(super) lanes: [Lane; LANES],
 }
