@@ -133,7 +133,8 @@ impl Shim {
         let api: &'static ShimApi = unsafe { &*entry() };
         if api.abi_version != ABI_VERSION {
             return Err(format!(
-                "it has version {} of the contract, and {ABI_VERSION} is needed; run scripts/setup",
+                "it has version {} of the contract, and {ABI_VERSION} is needed; install the wheel \
+                 again, or run scripts/setup in a checkout",
                 api.abi_version
             )
             .into());
