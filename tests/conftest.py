@@ -12,6 +12,8 @@ import pytest
 pytest.register_assert_rewrite("collectives_support", "jobs")
 
 LIMIT = float(os.environ.get("TEST_TIMEOUT", "90"))
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or "0")
+RANKS = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +35,7 @@ def not_on_gpu(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
     stderr = int(os.environ.get("TEST_STDERR", "2"))
-    faulthandler.dump_traceback_later(LIMIT, exit=True, file=stderr)
+    # One rank after the other, since their lines would mix. The last one ends the job.
+    faulthandler.dump_traceback_later(LIMIT + RANK, exit=RANK == RANKS - 1, file=stderr)
     yield
     faulthandler.cancel_dump_traceback_later()

@@ -17,9 +17,11 @@ RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") 
 
 
 def main() -> int:
-    # Stacks of a hang go to the real standard error, which pytest captures (conftest.py).
+    # Stacks of a hang go to the real standard error (conftest.py), and so do the library's reports,
+    # which would be lost with a rank that ends by its time limit.
     os.environ["TEST_STDERR"] = str(os.dup(2))
-    arguments = ["-x", "-q", "--color=no", "-p", "no:cacheprovider", *sys.argv[1:]]
+    arguments = ["-x", "-q", "--color=no", "--capture=sys", "-p", "no:cacheprovider"]
+    arguments += sys.argv[1:]
     if RANK == 0:
         return pytest.main(arguments)
     output = io.StringIO()
