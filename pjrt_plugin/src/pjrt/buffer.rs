@@ -8,8 +8,10 @@ use pjrt_sys::*;
 
 use crate::clients;
 use crate::error::Error;
-use crate::inner::api;
-use crate::inner::handles::{BufferHandle, EventHandle, FromRaw, Handle, HostArray, Owned};
+use crate::inner::handles::{
+    BufferHandle, EventHandle, FromRaw, Handle, HostArray, Owned, reference_lock,
+};
+use crate::inner::{api, on_gpu};
 use crate::launch::{completion, donation, executables, keep_alive};
 use crate::pjrt::entry::entry;
 
@@ -137,7 +139,14 @@ entry! {
         args: PJRT_Buffer_IncreaseExternalReferenceCount_Args, buffer: BufferHandle
     ) {
         donation::refuse_use("PJRT_Buffer_IncreaseExternalReferenceCount", buffer)?;
+        if !on_gpu() {
+            // The inner plugin waits for the content, and must not do so under the lock. An error
+            // of the content is its own to tell.
+            let _ = buffer.wait_ready();
+        }
+        let lock = reference_lock(buffer);
         args.pass_on(api().PJRT_Buffer_IncreaseExternalReferenceCount)?;
+        drop(lock);
         donation::reference_added(buffer);
         Ok(())
     }
@@ -147,6 +156,7 @@ entry! {
         args: PJRT_Buffer_DecreaseExternalReferenceCount_Args, buffer: BufferHandle
     ) {
         donation::reference_removed(buffer);
+        let _lock = reference_lock(buffer);
         args.pass_on(api().PJRT_Buffer_DecreaseExternalReferenceCount)
     }
 }

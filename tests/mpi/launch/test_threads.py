@@ -180,6 +180,30 @@ def test_a_thread_whose_programs_have_callbacks() -> None:
     assert seen == [SIZE, 4 * SIZE, 9 * SIZE]
 
 
+def test_threads_share_their_inputs() -> None:
+    """The inner plugin counts who reads a buffer without a lock, and ends a process that lost one.
+
+    It did so in one of 8 processes that ran half of this.
+    """
+    comms = [MPI.COMM_SELF.Dup() for _ in range(4)]
+    programs = [jax.jit(lambda x, c=comm: nt.allreduce(x, m.SUM, comm=c)) for comm in comms]
+    shared = [X + i for i in range(40)]
+
+    def work(number: int) -> None:
+        for x in shared:
+            for _ in range(100):
+                result = programs[number](x)
+        np.testing.assert_array_equal(result, X + len(shared) - 1)
+
+    together(*[lambda n=n: work(n) for n in range(4)])
+    for x in shared:
+        x.delete()
+    shared.clear()
+    del x
+    for comm in comms:
+        comm.Free()
+
+
 def test_results_of_every_kind_come_from_a_thread() -> None:
     @jax.jit
     def program(x):

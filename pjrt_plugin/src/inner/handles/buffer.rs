@@ -3,10 +3,11 @@
 use std::ffi::c_void;
 use std::ptr::NonNull;
 
+use parking_lot::{Mutex, MutexGuard};
 use pjrt_sys::*;
 
 use super::handle::{
-    BufferHandle, ClientHandle, DeviceHandle, EventHandle, FromRaw, MemoryHandle, Owned,
+    BufferHandle, ClientHandle, DeviceHandle, EventHandle, FromRaw, Handle, MemoryHandle, Owned,
 };
 use crate::boundary;
 use crate::error::Error;
@@ -131,8 +132,9 @@ unsafe extern "C" fn release(_: *mut c_void, backing: *mut c_void) {
 pub struct ExternalReference(BufferHandle);
 
 impl ExternalReference {
-    /// None if the inner plugin cannot do that. The buffer must outlive it.
+    /// None if the inner plugin cannot do that. The buffer has its content, and must outlive this.
     pub fn new(buffer: BufferHandle) -> Option<ExternalReference> {
+        let _lock = reference_lock(buffer);
         ask!(PJRT_Buffer_IncreaseExternalReferenceCount {
             buffer: buffer.raw()
         })
@@ -141,8 +143,18 @@ impl ExternalReference {
     }
 }
 
+/// Held while external references of a buffer are added or removed: the inner plugin keeps them in
+/// a list without a lock, and threads of ours do it beside those of the framework. Several buffers
+/// share a lock, so nobody waits under it.
+pub fn reference_lock(buffer: BufferHandle) -> MutexGuard<'static, ()> {
+    static LOCKS: [Mutex<()>; 16] = [const { Mutex::new(()) }; 16];
+    // Buffers are some cache lines apart.
+    LOCKS[(buffer.address() / 64) % LOCKS.len()].lock()
+}
+
 impl Drop for ExternalReference {
     fn drop(&mut self) {
+        let _lock = reference_lock(self.0);
         // A failure would leave nothing to do.
         let _ = ask!(PJRT_Buffer_DecreaseExternalReferenceCount {
             buffer: self.0.raw()
