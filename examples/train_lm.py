@@ -13,6 +13,9 @@ and without MPI the same program runs on one device, or on several of one proces
 Every process runs the same code on the same global arrays, and touches only its own shards. The
 batch of a step depends on the seed and the step alone, so the losses are those of one device up to
 rounding.
+
+With --checkpoint, SIGTERM to any of several processes lets all of them save after the same step and
+end, to be resumed: a batch system sends it before it ends a job (examples/slurm/time_limit.sbatch).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -362,6 +366,18 @@ def make_mesh(shape: tuple[int, int] | None) -> Mesh:
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def asked_to_stop(step: int) -> bool:
+    """Whether a process has got SIGTERM. Each calls it after each step, and the answer is True in
+    the same step in all of them."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def stopped_after(step: int) -> int:
+    if jax.process_index() == 0:
+        print(f"stopped after step {step}, to be resumed")
+    return 0
+
+
 def main() -> int:
     arguments = parse()
     batch, context = arguments.batch, arguments.context
@@ -403,6 +419,9 @@ def main() -> int:
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
+    # The first call takes the signal from here on, before the long first step.
+    if checkpoints and asked_to_stop(done):
+        return stopped_after(done)
     start = time.perf_counter()
     for step in range(done + 1, stop + 1):
         pieces = corpus.batch(arguments.seed, step, (batch, context + 1), by_rows)
@@ -413,8 +432,11 @@ def main() -> int:
         elif first:
             rate = (step - done - 1) * batch * context / (time.perf_counter() - start)
             progress(step, stop, losses[-1], rate)
-        if checkpoints and (step == stop or step % arguments.every == 0):
+        stopped = checkpoints is not None and asked_to_stop(step)
+        if checkpoints and (stopped or step == stop or step % arguments.every == 0):
             checkpoints.save(state, step, losses)
+        if stopped:
+            return stopped_after(step)
 
     if first and arguments.losses:
         lines = [f"{step} {loss:.9g}\n" for step, loss in enumerate(losses, 1)]

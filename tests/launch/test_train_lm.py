@@ -3,8 +3,12 @@ one process without MPI, and after a resume."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +96,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path) -> None:
 
     resumed = train("mpich", 2, tmp_path, checkpoint, "--resume")
     np.testing.assert_array_equal(resumed, pair[0])
+
+
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(mpi: str, tmp_path) -> None:
+    """As before a batch job's time limit, which reaches each rank at another moment."""
+    checkpoint = tmp_path / "checkpoint"
+    options = ["--steps=100000", f"--checkpoint={checkpoint}", "--every=1"]
+    command = [f"mpirun.{mpi}", "-n", "2", sys.executable, SCRIPT, *SIZES, *options]
+    job = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 60
+        while not (checkpoint / "checkpoint.json").exists():
+            assert job.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        os.kill(ranks_of(str(checkpoint))[-1], signal.SIGTERM)
+        output, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 0, output
+    stopped = re.search(r"stopped after step (\d+), to be resumed", output)
+    assert stopped, output
+
+    # What was saved is whole, and later steps go on from it.
+    step = int(stopped[1])
+    resumed = train(mpi, 2, tmp_path, *options, "--resume", f"--stop={step + 1}")
+    assert len(resumed) == step + 1
+
+
+def ranks_of(argument: str) -> list[int]:
+    """The processes of Python that have got this in an argument."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if words[0] == sys.executable and any(argument in word for word in words):
+            found.append(int(folder.name))
+    return sorted(found)
