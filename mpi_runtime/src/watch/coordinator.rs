@@ -84,9 +84,13 @@ impl Coordinator {
 
     /// Whether a rank has died, or cannot be reached.
     pub fn has_died(&self, rank: usize) -> bool {
-        let as_it_should = ["has ended its program", "has called MPI_Finalize"];
-        let gone = self.gone(rank);
-        gone.is_some_and(|how| !as_it_should.contains(&how))
+        match self.board.as_ref().filter(|board| board.sees(rank)) {
+            Some(board) => board.gone(rank).is_some() && !board.has_left(rank),
+            None => {
+                let gone = self.link.as_ref().and_then(|link| link.gone(rank));
+                gone.is_some_and(|how| how != Gone::Left)
+            }
+        }
     }
 
     /// Of a rank that is not rank 0: the end of the coordinator must not be the end of this

@@ -8,10 +8,10 @@ use pjrt_sys::*;
 
 use crate::clients;
 use crate::error::Error;
+use crate::inner::api;
 use crate::inner::handles::{
-    BufferHandle, EventHandle, FromRaw, Handle, HostArray, Owned, reference_lock,
+    BufferHandle, EventHandle, FromRaw, Handle, HostArray, Owned, with_references,
 };
-use crate::inner::{api, on_gpu};
 use crate::launch::{completion, donation, executables, keep_alive};
 use crate::pjrt::entry::entry;
 
@@ -139,14 +139,9 @@ entry! {
         args: PJRT_Buffer_IncreaseExternalReferenceCount_Args, buffer: BufferHandle
     ) {
         donation::refuse_use("PJRT_Buffer_IncreaseExternalReferenceCount", buffer)?;
-        if !on_gpu() {
-            // The inner plugin waits for the content, and must not do so under the lock. An error
-            // of the content is its own to tell.
-            let _ = buffer.wait_ready();
-        }
-        let lock = reference_lock(buffer);
-        args.pass_on(api().PJRT_Buffer_IncreaseExternalReferenceCount)?;
-        drop(lock);
+        with_references(buffer, || {
+            args.pass_on(api().PJRT_Buffer_IncreaseExternalReferenceCount)
+        })?;
         donation::reference_added(buffer);
         Ok(())
     }
@@ -156,8 +151,9 @@ entry! {
         args: PJRT_Buffer_DecreaseExternalReferenceCount_Args, buffer: BufferHandle
     ) {
         donation::reference_removed(buffer);
-        let _lock = reference_lock(buffer);
-        args.pass_on(api().PJRT_Buffer_DecreaseExternalReferenceCount)
+        with_references(buffer, || {
+            args.pass_on(api().PJRT_Buffer_DecreaseExternalReferenceCount)
+        })
     }
 }
 

@@ -1,9 +1,12 @@
 //! Buffers: their content, views of it, and buffers that are filled later.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use pjrt_sys::*;
 
 use super::handle::{
@@ -132,32 +135,51 @@ unsafe extern "C" fn release(_: *mut c_void, backing: *mut c_void) {
 pub struct ExternalReference(BufferHandle);
 
 impl ExternalReference {
-    /// None if the inner plugin cannot do that. The buffer has its content, and must outlive this.
+    /// None if the inner plugin cannot do that. The buffer must outlive it.
     pub fn new(buffer: BufferHandle) -> Option<ExternalReference> {
-        let _lock = reference_lock(buffer);
-        ask!(PJRT_Buffer_IncreaseExternalReferenceCount {
-            buffer: buffer.raw()
-        })
-        .ok()
-        .map(|_| ExternalReference(buffer))
+        let added = with_references(buffer, || {
+            ask!(PJRT_Buffer_IncreaseExternalReferenceCount {
+                buffer: buffer.raw()
+            })
+        });
+        added.ok().map(|_| ExternalReference(buffer))
     }
 }
 
-/// Held while external references of a buffer are added or removed: the inner plugin keeps them in
-/// a list without a lock, and threads of ours do it beside those of the framework. Several buffers
-/// share a lock, so nobody waits under it.
-pub fn reference_lock(buffer: BufferHandle) -> MutexGuard<'static, ()> {
-    static LOCKS: [Mutex<()>; 16] = [const { Mutex::new(()) }; 16];
-    // Buffers are some cache lines apart.
-    LOCKS[(buffer.address() / 64) % LOCKS.len()].lock()
+/// Adds or removes an external reference of a buffer while nobody else does: the inner plugin keeps
+/// them in a list without a lock, and threads of ours do it beside those of the framework. Each
+/// buffer has a lock of its own, since adding one waits for the content.
+pub fn with_references<R>(buffer: BufferHandle, change: impl FnOnce() -> R) -> R {
+    let lock = REFERENCE_LOCKS
+        .lock()
+        .get_or_insert_default()
+        .entry(buffer.address())
+        .or_default()
+        .clone();
+    let held = lock.lock();
+    let result = change();
+    drop(held);
+    let mut locks = REFERENCE_LOCKS.lock();
+    drop(lock);
+    if let Some(locks) = locks.as_mut()
+        && let Entry::Occupied(found) = locks.entry(buffer.address())
+        && Arc::strong_count(found.get()) == 1
+    {
+        found.remove();
+    }
+    result
 }
+
+/// Of the buffers whose references change at this moment, by address.
+static REFERENCE_LOCKS: Mutex<Option<HashMap<usize, Arc<Mutex<()>>>>> = Mutex::new(None);
 
 impl Drop for ExternalReference {
     fn drop(&mut self) {
-        let _lock = reference_lock(self.0);
         // A failure would leave nothing to do.
-        let _ = ask!(PJRT_Buffer_DecreaseExternalReferenceCount {
-            buffer: self.0.raw()
+        let _ = with_references(self.0, || {
+            ask!(PJRT_Buffer_DecreaseExternalReferenceCount {
+                buffer: self.0.raw()
+            })
         });
     }
 }

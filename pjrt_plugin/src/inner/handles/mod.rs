@@ -9,7 +9,7 @@ mod device;
 mod event;
 mod executable;
 
-pub use buffer::{AliasFiller, BufferShape, ExternalReference, reference_lock};
+pub use buffer::{AliasFiller, BufferShape, ExternalReference, with_references};
 pub use client::HostArray;
 pub use executable::Output;
 pub use handle::{
