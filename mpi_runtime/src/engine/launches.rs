@@ -79,6 +79,7 @@ impl Engine {
         self.order.retire(ticket);
         // Nobody else has used these communicators.
         for comm in self.freed_comms.let_go(ticket) {
+            self.calls.comparison.free(comm.number);
             if let Some(nonblocking) = &self.calls.nonblocking {
                 nonblocking.free(comm.handle);
             }

@@ -57,11 +57,13 @@ impl Engine {
             nonblocking.free(handle);
         }
         if executing && let Some(handle) = handle {
+            // What these launches still execute is compared, as on ranks that come here later.
             self.freed_comms
                 .keep(number, handle, || self.order.not_ended(number));
+        } else {
+            self.calls.comparison.free(number);
         }
         self.communicators.free(number);
-        self.calls.comparison.free(number);
         executing
     }
 }

@@ -109,13 +109,30 @@ impl Board {
         Some(lane)
     }
 
-    /// Gives a lane back. The ranks of a communicator free it together, so none of them still reads
-    /// there when the lane is taken again.
+    /// This rank reads no more of the channel of that lane of its own, and writes nothing more.
+    /// Others may still read there what it has written.
+    pub(crate) fn retire_lane(&self, lane: usize) {
+        self.of(self.rank).lanes[lane]
+            .retired
+            .store(1, Ordering::SeqCst);
+    }
+
+    /// Whether `rank`, which has had that lane for `channel`, reads no more of the channel.
+    pub(crate) fn has_retired(&self, rank: usize, lane: usize, channel: u64) -> bool {
+        let lane = &self.of(rank).lanes[lane];
+        lane.retired.load(Ordering::SeqCst) != 0
+            || lane.channel.load(Ordering::SeqCst) != channel
+            || self.gone(rank).is_some()
+    }
+
+    /// Gives a lane back where nobody reads any more.
     pub(crate) fn free_lane(&self, lane: usize) {
         let lane = &self.of(self.rank).lanes[lane];
         for slot in &lane.slots {
             slot.number.store(0, Ordering::SeqCst);
         }
+        // Before it can be taken again.
+        lane.retired.store(0, Ordering::SeqCst);
         lane.channel.store(0, Ordering::SeqCst);
     }
 

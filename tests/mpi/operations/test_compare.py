@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -257,6 +258,22 @@ def test_communicators_of_the_user() -> None:
                 jax.effects_barrier()
     check_all_right()
     half.Free()
+    comm.Free()
+
+
+@if_told
+def test_a_communicator_is_freed_while_others_still_compare_its_last_operation() -> None:
+    """The root of a bcast does not wait for the others, and MPI_Comm_free does not either."""
+    for _ in range(30):
+        comm = MPI.COMM_WORLD.Dup()
+        if RANK == 0:
+            time.sleep(0.003)
+        np.testing.assert_array_equal(nt.bcast(X, 0, comm=comm), X)
+        comm.Free()
+    # Who has waited for such a record in vain compares nothing more on that communicator, and is
+    # not together with the others in the next one.
+    comm = MPI.COMM_WORLD.Dup()
+    check_refused(lambda: nt.allreduce(X, m.SUM if FIRST else m.MAX, comm=comm), "SUM", "MAX")
     comm.Free()
 
 

@@ -42,6 +42,8 @@ pub(super) struct Channel {
     /// Rank of this process in the communicator.
     rank: i32,
     peers: Vec<Peer>,
+    /// Those that it does not wait for any more, since it has stopped.
+    former: Vec<Peer>,
     /// The records that this rank has written.
     written: u64,
     /// Refused operations whose rounds are not over: this rank did not wait for the others.
@@ -87,6 +89,26 @@ impl Peer {
     }
 }
 
+/// A lane of a channel that this rank uses no more.
+pub(super) struct Retired {
+    id: u64,
+    lane: usize,
+    /// The ranks that have used it too, and their lanes.
+    readers: Vec<(usize, usize)>,
+}
+
+impl Retired {
+    /// Gives the lane back if nobody reads there any more; whether it has.
+    pub(super) fn give_back(&self, board: &Board) -> bool {
+        let mut readers = self.readers.iter();
+        let over = readers.all(|&(rank, lane)| board.has_retired(rank, lane, self.id));
+        if over {
+            board.free_lane(self.lane);
+        }
+        over
+    }
+}
+
 impl Channel {
     /// A channel called `id`, the same on all its ranks, over a lane of this rank's that was taken
     /// for it. `members` are the ranks of the communicator in the world.
@@ -110,6 +132,7 @@ impl Channel {
             lane,
             rank: own_rank.next().map_or(-1, |(rank, _)| rank as i32),
             peers,
+            former: Vec::new(),
             written: 0,
             owed: VecDeque::new(),
             shared,
@@ -175,10 +198,23 @@ impl Channel {
         }
     }
 
-    /// The communicator is gone: gives the lane back.
-    pub(super) fn give_back(&mut self, board: &Board) {
+    /// The communicator is gone. The lane is given back later: a rank may see the last records of
+    /// all others, end, and be here before another one has looked at its own.
+    pub(super) fn retire(&mut self, board: &Board) -> Retired {
         self.closed = Some("the communicator has been freed".into());
-        board.free_lane(self.lane);
+        board.retire_lane(self.lane);
+        let peers = self.peers.drain(..).chain(self.former.drain(..));
+        let readers = peers.filter_map(|peer| {
+            let lane = peer
+                .lane
+                .or_else(|| board.find_lane(peer.world_rank, self.id));
+            Some((peer.world_rank, lane?))
+        });
+        Retired {
+            id: self.id,
+            lane: self.lane,
+            readers: readers.collect(),
+        }
     }
 
     /// Whether it is not used any more: a rank has gone, or ranks have differed.
@@ -275,7 +311,7 @@ impl Channel {
     #[cold]
     fn stop(&mut self) -> Outcome {
         self.stopped = true;
-        self.peers.clear();
+        self.former.append(&mut self.peers);
         self.owed.clear();
         Outcome::Same
     }
@@ -389,5 +425,42 @@ fn text_until(board: &Board, rank: usize, key: u64, deadline: Instant) -> Option
             return text;
         }
         std::thread::sleep(Duration::from_micros(200).min(left));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::compare::record::Sequence;
+    use crate::node::segment::new_number;
+
+    #[test]
+    fn who_frees_a_communicator_leaves_its_records_to_those_that_look_later() {
+        const ID: u64 = 77;
+        let number = new_number();
+        let mut boards = [0, 1].map(|rank| Board::make(number, rank, 2).unwrap());
+        boards.iter_mut().for_each(Board::open);
+        boards.iter().for_each(Board::unlink);
+        let [first, second] = &boards;
+        let channel = |board: &Board| {
+            let lane = board.take_lane(ID, 0).unwrap();
+            (lane, Channel::new(board, ID, lane, &[0, 1], true))
+        };
+        let (early_lane, mut early) = channel(first);
+        let (late_lane, mut late) = channel(second);
+        let record = Record::Launch(Sequence::default());
+
+        // The second rank has written its record, and has not looked at the other one yet.
+        second.write(late_lane, 1, record.words());
+        assert_eq!(early.step(first, record, String::new), Ok(true));
+        let early = early.retire(first);
+        assert!(!early.give_back(first));
+
+        assert_eq!(late.step(second, record, String::new), Ok(true));
+        assert!(!late.stopped);
+        let late = late.retire(second);
+        assert!(early.give_back(first));
+        assert_eq!(first.take_lane(ID + 1, 0), Some(early_lane));
+        assert!(late.give_back(second));
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::engine::compare::channel::Channel;
+use crate::engine::compare::channel::{Channel, Retired};
 use crate::engine::compare::exchange::ByMessages;
 use crate::engine::compare::nodes::BetweenNodes;
 use crate::engine::compare::within_node::{FIXED, WithinNode};
@@ -26,6 +26,8 @@ pub(super) struct UsersComms {
     known: RwLock<BTreeMap<i64, Arc<UsersComm>>>,
     /// How many there were with these members.
     ordinals: Mutex<HashMap<Vec<i32>, u64>>,
+    /// Lanes of those that were freed, which others may still read.
+    retired: Mutex<Vec<Retired>>,
 }
 
 /// The ranks of a communicator, and how they call it.
@@ -89,7 +91,7 @@ impl UsersComms {
         let members = &who.members[..];
         let id = who.id.unwrap_or_else(|| self.next_id(members));
         let within = board.and_then(|board| {
-            let lane = board.take_lane(id, FIXED)?;
+            let lane = self.take_lane(board, id)?;
             let mut channel = Channel::new(board, id, lane, members, who.id.is_none());
             if self.messages.is_some() {
                 channel.is_told_elsewhere();
@@ -117,8 +119,16 @@ impl UsersComms {
         let known = self.known.write().remove(&number);
         let within = known.as_ref().and_then(|known| known.within.as_ref());
         if let (Some(board), Some(within)) = (board, within) {
-            within.channel.lock().give_back(board);
+            let retired = within.channel.lock().retire(board);
+            self.retired.lock().push(retired);
         }
+    }
+
+    /// A lane for the channel `id`, maybe that of one that was freed.
+    fn take_lane(&self, board: &Board, id: u64) -> Option<usize> {
+        let mut retired = self.retired.lock();
+        retired.retain(|lane| !lane.give_back(board));
+        board.take_lane(id, FIXED)
     }
 
     fn next_id(&self, members: &[i32]) -> u64 {

@@ -29,6 +29,8 @@ pub(super) struct Slot {
 pub(super) struct Lane {
     /// The channel that it belongs to; 0 if it is free.
     pub(super) channel: AtomicU64,
+    /// Other than 0 once its rank reads nothing more of this channel.
+    pub(super) retired: AtomicU64,
     pub(super) slots: [Slot; RING as usize],
 }
 
