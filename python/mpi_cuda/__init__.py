@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 try:
-    import jax as _jax  # noqa: F401
+    import jax as _jax
 except ModuleNotFoundError as missing:
     if missing.name != "jax":
         raise
@@ -19,8 +19,15 @@ except ModuleNotFoundError as missing:
         "CPU plugin, which CPU devices need: pip install jax xla-cpu-pjrt"
     ) from None
 
-from mpi_cuda import _derivatives, _jax_patches, experimental, notoken  # noqa: F401
+from mpi_cuda import _jax_version
+
+_jax_version.refuse_older(_jax.__version__)
+try:
+    from mpi_cuda import _derivatives, _jax_patches  # noqa: F401
+except (AttributeError, ImportError) as error:
+    raise _jax_version.does_not_fit(_jax.__version__, error) from error
 from mpi_cuda import _library as _library
+from mpi_cuda import experimental, notoken
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
 from mpi_cuda._nonblocking import Request, irecv, isend, wait

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 FOLDER = Path(__file__).resolve().parent / "lib"
 LIBRARY = FOLDER / "libpjrt_mpi_cuda.so"
 RANK_MARK = "MPI_CUDA_RANK_PROCESS"
-#: Packages with an XLA plugin and its file, by the variable that tells the library where it is.
+#: Packages with an XLA plugin and its file, by the variable that tells the library where they are;
+#: which of them is taken is the library's choice (`pjrt_plugin/src/inner/find.rs`).
 WHEELS = {
-    "MPI_CUDA_PLUGIN_CPU": [("xla_plugins.xla_cpu_pjrt", "xla_cpu_pjrt.so")],
+    "MPI_CUDA_PLUGIN_CPU": [
+        ("lammps_jax_pjrt_cpu", "pjrt_c_api_cpu_plugin.so"),
+        ("xla_plugins.xla_cpu_pjrt", "xla_cpu_pjrt.so"),
+    ],
     "MPI_CUDA_PLUGIN_CUDA": [
         ("jax_plugins.xla_cuda13", "xla_cuda_plugin.so"),
         ("jax_plugins.xla_cuda12", "xla_cuda_plugin.so"),
@@ -45,9 +49,9 @@ class World(NamedTuple):
 def _find_inner_plugins() -> None:
     """Tells the library where the wheels with XLA plugins are, as Python finds them."""
     for variable, wheels in WHEELS.items():
-        found = [plugin for wheel in wheels if (plugin := _file_of(*wheel))]
+        found = [str(plugin) for wheel in wheels if (plugin := _file_of(*wheel))]
         if found and variable not in os.environ:
-            os.environ[variable] = str(found[0])
+            os.environ[variable] = os.pathsep.join(found)
 
 
 def _find_packages() -> None:

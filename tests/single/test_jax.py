@@ -129,4 +129,8 @@ def test_analyses() -> None:
     compiled = jax.jit(lambda x: x @ x.T).lower(X).compile()
     assert "dot" in compiled.as_text()
     assert compiled.memory_analysis().output_size_in_bytes == 16
-    assert compiled.cost_analysis()["flops"] > 0
+
+
+def test_what_a_program_costs_is_known_before_and_after_compiling() -> None:
+    lowered = jax.jit(lambda x: x @ x.T).lower(X)
+    assert lowered.cost_analysis()["flops"] == lowered.compile().cost_analysis()["flops"] > 0

@@ -76,6 +76,24 @@ def test_log_info_says_what_was_found() -> None:
         assert text in result.stderr, result.stderr
 
 
+def test_an_inner_plugin_is_chosen_by_its_wheel() -> None:
+    code = "import jax; jax.devices()"
+    logged = {"JAX_PLATFORMS": "mpi_cuda", "MPI_CUDA_LOG": "info"}
+    files = {
+        "lammps-jax-pjrt-cpu": "lammps_jax_pjrt_cpu/pjrt_c_api_cpu_plugin.so",
+        "xla-cpu-pjrt": "xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so",
+    }
+    for wheel, file in files.items():
+        result = run(code, MPI_CUDA_INNER_PLUGIN=wheel, **logged)
+        assert f"{file} (PJRT" in result.stderr and result.returncode == 0, result.stderr
+    assert files["lammps-jax-pjrt-cpu"] in run(code, **logged).stderr
+    # One that is not installed is not replaced by another.
+    older = run(
+        code, MPI_CUDA_INNER_PLUGIN="xla-cpu-pjrt", MPI_CUDA_PLUGIN_CPU="/nowhere", **logged
+    )
+    assert "install the Python wheel xla-cpu-pjrt, or" in older.stderr, older.stderr
+
+
 def test_without_any_mpi(tmp_path) -> None:
     """No shim that loads: a world of size 1, in which collectives work."""
     code = """if True:
@@ -141,3 +159,33 @@ def test_a_world_of_256_is_affordable() -> None:
     assert result.returncode == 0, result.stderr
     count, threads, _seconds = result.stdout.split()
     assert int(count) == 256 and int(threads) < 600
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("0.8.3", "ImportError: mpi_cuda needs JAX 0.9.0 or newer, and this is JAX 0.8.3"),
+        ("99.0.0", "UserWarning: mpi_cuda: JAX 99.0.0 is newer than"),
+    ],
+)
+def test_another_jax_than_those_tested_is_said(version: str, words: str) -> None:
+    result = run(
+        f"import jax; jax.__version__ = {version!r}; import mpi_cuda; jax.devices()",
+        JAX_PLATFORMS="mpi_cuda",
+    )
+    assert result.stderr.count(words) == 1, result.stderr
+
+
+def test_a_jax_that_has_changed_inside_is_said_to_be_it() -> None:
+    code = """if True:
+        import jax
+        from jax._src import {module}
+        jax.__version__ = "99.0.0"
+        del {module}.{name}
+        import mpi_cuda
+        jax.devices()
+    """
+    for module, name in (("core", "Primitive"), ("xla_bridge", "register_plugin")):
+        result = run(code.format(module=module, name=name), JAX_PLATFORMS="mpi_cuda")
+        assert "ImportError: mpi_cuda cannot work with JAX 99.0.0" in result.stderr, result.stderr
+        assert f"has no attribute '{name}'" in result.stderr, result.stderr

@@ -38,6 +38,12 @@ const WHEELS: &[Wheel] = &[
         package: "xla-cuda12-pjrt",
         in_site_packages: "xla_plugins/xla_cuda12_pjrt/xla_gpu_pjrt.so",
     },
+    // The newer one first (docs/compatibility.md, "Plugins for the CPU").
+    Wheel {
+        device: DeviceKind::Cpu,
+        package: "lammps-jax-pjrt-cpu",
+        in_site_packages: "lammps_jax_pjrt_cpu/pjrt_c_api_cpu_plugin.so",
+    },
     Wheel {
         device: DeviceKind::Cpu,
         package: "xla-cpu-pjrt",
@@ -45,8 +51,24 @@ const WHEELS: &[Wheel] = &[
     },
 ];
 
+/// The wheels for one kind of device, the preferred one first.
+fn wheels(device: DeviceKind) -> impl Iterator<Item = &'static Wheel> {
+    WHEELS.iter().filter(move |wheel| wheel.device == device)
+}
+
+/// The wheel that `MPI_CUDA_INNER_PLUGIN` names instead of a file.
+fn named(plugin: &Path) -> Option<&'static Wheel> {
+    let name = plugin.to_str()?.replace('_', "-");
+    WHEELS.iter().find(|wheel| wheel.package == name)
+}
+
 /// What the inner plugin's devices are to be, and why.
 pub fn choose(config: &Config) -> Result<(DeviceKind, String), Error> {
+    let wheel = config.inner_plugin.as_deref().and_then(named);
+    if let (DeviceKind::Auto, Some(wheel)) = (config.device, wheel) {
+        let reason = format!("MPI_CUDA_INNER_PLUGIN={}", wheel.package);
+        return Ok((wheel.device, reason));
+    }
     Ok(match config.device {
         // Of a file that the user names nobody knows what it is for.
         DeviceKind::Auto if config.inner_plugin.is_some() => (
@@ -105,53 +127,69 @@ fn automatic(
     }
 }
 
-/// The environment first, then beside our own file, then the site-packages we lie in.
+/// A wheel or file that the user names, or the first wheel that is there.
 pub fn find(config: &Config, device: DeviceKind) -> Result<PathBuf, Error> {
-    if let Some(path) = &config.inner_plugin {
-        if path.is_file() {
-            return Ok(path.clone());
-        }
-        return Err(Error::precondition(format!(
-            "MPI_CUDA_INNER_PLUGIN={} is not a file",
-            path.display()
-        )));
+    let Some(plugin) = &config.inner_plugin else {
+        return find_first(wheels(device), device);
+    };
+    if let Some(wheel) = named(plugin) {
+        return find_first(std::iter::once(wheel), wheel.device);
     }
-    // Where Python finds its packages (`python/mpi_cuda/_library.py`).
+    if plugin.is_file() {
+        return Ok(plugin.clone());
+    }
+    let known: Vec<_> = WHEELS.iter().map(|wheel| wheel.package).collect();
+    Err(Error::precondition(format!(
+        "MPI_CUDA_INNER_PLUGIN={} is not a file, and not one of the wheels {}",
+        plugin.display(),
+        known.join(", ")
+    )))
+}
+
+/// Looks where Python finds its packages (`python/mpi_cuda/_library.py`), then beside our own file,
+/// then in the site-packages that we lie in.
+fn find_first(
+    wheels: impl Iterator<Item = &'static Wheel>,
+    device: DeviceKind,
+) -> Result<PathBuf, Error> {
     let variable = match device {
         DeviceKind::Cuda => "MPI_CUDA_PLUGIN_CUDA",
         _ => "MPI_CUDA_PLUGIN_CPU",
     };
-    if let Some(path) = std::env::var_os(variable).map(PathBuf::from)
-        && path.is_file()
-    {
-        return Ok(path);
-    }
+    let by_python = std::env::var_os(variable).unwrap_or_default();
+    let by_python: Vec<_> = std::env::split_paths(&by_python).collect();
     let own = own_folder();
-    let wheels = WHEELS.iter().filter(|wheel| wheel.device == device);
-    let mut looked = Vec::new();
+    let mut missing = Vec::new();
     for wheel in wheels {
-        for folder in own.ancestors().take(8) {
-            let beside = folder.join(
-                Path::new(wheel.in_site_packages)
-                    .file_name()
-                    .unwrap_or_default(),
-            );
-            let candidates = [beside, folder.join(wheel.in_site_packages)];
-            if let Some(path) = candidates.into_iter().find(|path| path.is_file()) {
-                return Ok(path);
-            }
-            looked.push(folder.display().to_string());
+        if let Some(path) = by_python
+            .iter()
+            .find(|path| path.ends_with(wheel.in_site_packages) && path.is_file())
+            .cloned()
+            .or_else(|| wheel.near(&own))
+        {
+            return Ok(path);
         }
+        missing.push(wheel.package);
     }
     Err(Error::precondition(format!(
         "no inner XLA plugin found: install the Python wheel {}, or set MPI_CUDA_INNER_PLUGIN to \
          the path of an XLA PJRT plugin (looked in and above {})",
-        WHEELS
-            .iter()
-            .find(|wheel| wheel.device == device)
-            .map_or("", |wheel| wheel.package),
-        looked.first().map_or("", String::as_str)
+        missing.join(" or "),
+        own.display()
     )))
+}
+
+impl Wheel {
+    /// Its file in or above a folder, below `site-packages` or alone.
+    fn near(&self, folder: &Path) -> Option<PathBuf> {
+        let in_site_packages = Path::new(self.in_site_packages);
+        let alone = Path::new(in_site_packages.file_name()?);
+        folder
+            .ancestors()
+            .take(8)
+            .flat_map(|folder| [folder.join(alone), folder.join(in_site_packages)])
+            .find(|path| path.is_file())
+    }
 }
 
 /// The folder of this very library.
@@ -188,6 +226,49 @@ pub fn silence_logs() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wheel_is_known_by_its_name_and_brings_its_device() {
+        let config = |plugin: &str, device| Config {
+            inner_plugin: Some(plugin.into()),
+            device,
+            ..Config::default()
+        };
+        let chosen = |plugin, device| choose(&config(plugin, device)).map(|(kind, _)| kind);
+        for (name, device) in [
+            ("lammps-jax-pjrt-cpu", DeviceKind::Cpu),
+            ("xla_cpu_pjrt", DeviceKind::Cpu),
+            ("jax-cuda12-pjrt", DeviceKind::Cuda),
+        ] {
+            assert_eq!(chosen(name, DeviceKind::Auto).ok(), Some(device), "{name}");
+        }
+        let asked = chosen("jax-cuda12-pjrt", DeviceKind::Cpu);
+        assert_eq!(asked.ok(), Some(DeviceKind::Cpu));
+        let error = find(&config("xla-cpu", DeviceKind::Auto), DeviceKind::Cpu).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("not one of the wheels jax-cuda13-pjrt")
+        );
+    }
+
+    #[test]
+    fn a_wheel_is_found_beside_us_and_above_us() {
+        let root = std::env::temp_dir().join(format!("mpi_cuda_find_{}", std::process::id()));
+        let own = root.join("mpi_cuda/lib");
+        std::fs::create_dir_all(&own).unwrap();
+        for wheel in wheels(DeviceKind::Cpu) {
+            assert_eq!(wheel.near(&own), None);
+            let file = root.join(wheel.in_site_packages);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(&file, "").unwrap();
+            assert_eq!(wheel.near(&own), Some(file.clone()));
+            let beside = own.join(file.file_name().unwrap());
+            std::fs::write(&beside, "").unwrap();
+            assert_eq!(wheel.near(&own), Some(beside));
+        }
+        std::fs::remove_dir_all(root).unwrap();
+    }
 
     #[test]
     fn gpus_are_taken_where_everything_is_there() {

@@ -14,7 +14,7 @@ use crate::ffi::{self, memory};
 use crate::inner::call::bytes;
 use crate::inner::create_options::GivenOption;
 use crate::inner::handles::{ClientHandle, Owned};
-use crate::inner::{api, inner, xla_flags};
+use crate::inner::{api, find, inner, xla_flags};
 use crate::launch;
 use crate::pjrt::entry::entry;
 use crate::plugin::{config_with, start_world, warn};
@@ -123,10 +123,8 @@ fn split_options(given: Vec<GivenOption<'_>>) -> (Vec<(String, String)>, Vec<Giv
 /// with that are fine.
 fn refuse_late_choice(config: &Config) -> Result<(), Error> {
     let loaded = inner();
-    let other_file = config
-        .inner_plugin
-        .as_ref()
-        .is_some_and(|path| *path != loaded.path);
+    let other_file = config.inner_plugin.is_some()
+        && find::find(config, loaded.device).ok().as_ref() != Some(&loaded.path);
     let other_device = match config.device {
         DeviceKind::Auto => false,
         asked => asked != loaded.device,

@@ -10,9 +10,8 @@ import sys
 from collections.abc import Iterator
 
 from mpi_cuda._doctor.finding import Facts, Finding, note, problem
+from mpi_cuda._jax_version import NEWEST, OLDEST, is_tested
 
-#: The oldest and the newest JAX that were tested (docs/compatibility.md).
-TESTED = ("0.10.2", "0.12.0.1")
 #: Platforms of JAX's own, and of plugins that many have.
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu", "metal", "oneapi", "")
 
@@ -32,15 +31,15 @@ def collect(about: dict[str, str]) -> Facts:
 def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     """Lines of the report."""
     yield "Python", f"{facts['python']} ({facts['executable']})"
-    tested = "tested" if _is_tested(facts["jax"]) else "not tested"
+    tested = "tested" if facts["jax"] and is_tested(facts["jax"]) else "not tested"
     yield "JAX", f"{facts['jax']} with jaxlib {facts['jaxlib']} ({tested}), mpi_cuda {_of(facts)}"
 
 
 def check(facts: Facts) -> Iterator[Finding]:
     """Findings of one rank."""
-    if facts["jax"] and not _is_tested(facts["jax"]):
+    if facts["jax"] and not is_tested(facts["jax"]):
         yield note(
-            f"JAX {facts['jax']} was not tested with this version, {' to '.join(TESTED)} were",
+            f"JAX {facts['jax']} was not tested with this version, {OLDEST} to {NEWEST} were",
             "if something fails, install one of those (docs/compatibility.md)",
         )
     platforms = facts["platforms"]
@@ -75,13 +74,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _is_tested(version: str | None) -> bool:
-    oldest, newest = map(_numbers, TESTED)
-    return version is not None and oldest <= _numbers(version) <= newest
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = version.split(".")
-    return tuple(int(part) for part in parts if part.isdigit())

@@ -11,6 +11,10 @@ import functools
 import importlib
 from typing import Literal
 
+import jax
+
+from mpi_cuda import _jax_version
+
 Moment = Literal["import", "operation", "start"]
 
 #: Every file with something to install: at the import of `mpi_cuda`, at the first operation, and
@@ -18,7 +22,7 @@ Moment = Literal["import", "operation", "start"]
 INSTALLED: dict[Moment, tuple[str, ...]] = {
     "import": ("vmap", "linear", "hoisting", "coordination"),
     "operation": ("effects_barrier", "token_passing", "fast_dispatch"),
-    "start": ("backends", "call_location", "dlpack", "older_plugin"),
+    "start": ("backends", "call_location", "cost_analysis", "dlpack", "older_plugin"),
 }
 #: The others, whose functions are called.
 CALLED = ("custom_calls", "effect", "jax_core", "jaxprs", "places", "uniform")
@@ -26,6 +30,13 @@ CALLED = ("custom_calls", "effect", "jax_core", "jaxprs", "places", "uniform")
 
 @functools.cache
 def install(moment: Moment) -> None:
-    """Changes in JAX what is to be changed at this moment, once."""
-    for file in INSTALLED[moment]:
-        importlib.import_module(f"{__name__}.{file}").install()
+    """Changes in JAX what is to be changed at this moment, once.
+
+    Raises:
+      ImportError: JAX lacks what is to be changed.
+    """
+    try:
+        for file in INSTALLED[moment]:
+            importlib.import_module(f"{__name__}.{file}").install()
+    except (AttributeError, ImportError) as error:
+        raise _jax_version.does_not_fit(jax.__version__, error) from error

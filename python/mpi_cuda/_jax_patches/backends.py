@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax._src import xla_bridge
 from jaxlib import xla_client
 
-from mpi_cuda import _library
+from mpi_cuda import _jax_version, _library
 from mpi_cuda._jax_patches import coordination
 from mpi_cuda._jax_patches.patch import Patch
 
@@ -54,7 +55,8 @@ def is_one_ours() -> bool:
 
 def _options() -> dict[str, Any]:
     """Create options; joins the world first, so that its errors are raised here."""
-    _library.start()
+    if _library.start().rank == 0:
+        _jax_version.warn_of_newer(jax.__version__)
     processes = coordination.processes()
     if not _library.load().mpi_cuda_on_gpu():
         return processes

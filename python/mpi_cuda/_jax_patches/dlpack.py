@@ -44,6 +44,20 @@ class _Tensor(ctypes.Structure):
     )
 
 
+class _Versioned(ctypes.Structure):
+    """`DLManagedTensorVersioned`, which capsules hold since DLPack 1.0."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("manager_context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    )
+
+
+#: Where a capsule's memory has the tensor, by the capsule's name.
+_OFFSETS = {b"dltensor": 0, b"dltensor_versioned": _Versioned.tensor.offset}
 #: `kDLCPU`.
 _HOST = 1
 #: The kinds of numbers by `DLDataTypeCode`: numpy's letters, and `ml_dtypes`'s names.
@@ -80,12 +94,8 @@ def install() -> None:
 
 def _view(capsule: Any) -> np.ndarray | None:
     """The host memory of a capsule as an array, if numpy can say what is in it."""
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    try:
-        # The managed tensor begins with the tensor.
-        tensor = _Tensor.from_address(get(capsule, b"dltensor"))
-    except ValueError:
+    tensor = _tensor(capsule)
+    if tensor is None:
         return None
     dtype = _dtype(tensor.code, tensor.bits)
     if dtype is None or tensor.device_type != _HOST or tensor.lanes != 1:
@@ -103,6 +113,17 @@ def _view(capsule: Any) -> np.ndarray | None:
     )
     in_bytes = tuple(stride * dtype.itemsize for stride in strides) if strides else None
     return np.ndarray(shape, dtype, memoryview(memory), strides=in_bytes)
+
+
+def _tensor(capsule: Any) -> _Tensor | None:
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    for name, offset in _OFFSETS.items():
+        try:
+            return _Tensor.from_address(get(capsule, name) + offset)
+        except ValueError:
+            continue
+    return None
 
 
 def _dtype(code: int, bits: int) -> np.dtype | None:

@@ -8,6 +8,7 @@ effect is hidden: the whole program becomes one equation without it, which makes
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 import weakref
 from typing import Any
@@ -47,6 +48,13 @@ def _abstract_eval(*_: Any, program: Any) -> Any:
     return program.out_avals, {e for e in program.effects if e != effect}
 
 
+@functools.cache
+def _takes_traceback() -> bool:
+    """Since JAX 0.9.1 it wants one."""
+    parameters = inspect.signature(private_mlir.jaxpr_subcomp).parameters
+    return "outer_traceback" in parameters
+
+
 def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: Any) -> Any:
     inner = mlir.TokenSet.create([effect])
     tokens = mlir.TokenSet({**dict(ctx.tokens_in.items()), **dict(inner.items())})
@@ -64,7 +72,7 @@ def _lowering(ctx: mlir.LoweringRuleContext, *args: Any, program: Any) -> Any:
             *args,
             dim_var_values=ctx.dim_var_values,
             const_lowering=ctx.const_lowering,
-            outer_traceback=ctx.traceback,
+            **({"outer_traceback": ctx.traceback} if _takes_traceback() else {}),
         )
     finally:
         uniform.set_pending(None)

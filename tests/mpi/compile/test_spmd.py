@@ -257,6 +257,7 @@ def test_donated_state_stays_in_place() -> None:
         before = state
         state = train(state, x)
         assert before.is_deleted()
+    state.block_until_ready()
     start = resident()
     for _ in range(30):
         state = train(state, x)
