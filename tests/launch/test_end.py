@@ -124,7 +124,7 @@ def test_messages_that_nobody_waits_for(mpi: str) -> None:
     """What was sent arrives; a receive is named."""
     result = job(mpi, NOT_WAITED)
     assert result.returncode == 0 and result.stdout == "1048575.0\n", result.stderr
-    said = "rank 0: irecv of float32 from rank 1 with tag 2 was never waited for"
+    said = "rank 0: mpi_cuda: irecv of float32 from rank 1 with tag 2 was never waited for"
     assert said in result.stderr, result.stderr
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -126,8 +128,6 @@ DISTRIBUTED = """if True:
 
 @pytest.mark.parametrize(("kind", "answer"), [("right", "agreed"), ("wrong", "refused")])
 def test_jax_distributed_agrees_or_is_refused(kind: str, answer: str) -> None:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,8 +137,43 @@ def test_jax_distributed_agrees_or_is_refused(kind: str, answer: str) -> None:
 
 def test_log_info_has_one_line_per_rank() -> None:
     result = job("openmpi", "import jax; jax.devices()", MPI_CUDA_LOG="info")
-    lines = [line for line in result.stderr.splitlines() if line.startswith("mpi_cuda: rank")]
+    lines = [line for line in result.stderr.splitlines() if "mpi_cuda: rank" in line]
     assert len(lines) == 2 and all("of 2" in line and "Open MPI v4" in line for line in lines)
+
+
+LOGGED = """if True:
+    import jax.numpy as jnp, mpi_cuda as m
+    m._library.log("before the start")
+    m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
+    m._library.log("from Python\\nin two lines")
+    m._library.warn("as a warning")
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_lines_of_the_log_carry_time_host_and_rank(mpi: str) -> None:
+    before = datetime.now(UTC)
+    result = job(mpi, LOGGED, MPI_CUDA_LOG="debug", TZ="XYZ-05:30")
+    after = datetime.now(UTC)
+    assert result.returncode == 0, result.stderr
+    said: dict[str, list[str]] = {"rank 0": [], "rank 1": [], "pid": []}
+    for line in result.stderr.splitlines():
+        # Python's own warnings have the place in the program before ours.
+        prefix, ours, text = line.rpartition("Warning: ")[2].partition(": mpi_cuda: ")
+        if not ours:
+            assert "mpi_cuda: " not in line, result.stderr
+            continue
+        time, host, kind, number = prefix.split()
+        assert before - timedelta(milliseconds=1) <= datetime.fromisoformat(time) <= after, line
+        assert time[23:] == "+05:30" and host == socket.gethostname(), line
+        said["pid" if kind == "pid" else f"{kind} {number}"].append(text)
+    assert said["pid"] == ["before the start"] * 2, result.stderr
+    for rank in range(2):
+        lines = said[f"rank {rank}"]
+        expected = (f"rank {rank} of 2 ", "launch ", "from Python", "as a warning")
+        assert [words for words in expected if any(line.startswith(words) for line in lines)] == [
+            *expected
+        ], result.stderr
 
 
 def test_a_missing_header_is_named_with_the_remedy(tmp_path) -> None:

@@ -36,7 +36,8 @@ def test_the_transfer_that_is_used_is_said() -> None:
     ):
         result = job("openmpi", TRANSFER, **said, **variable)
         assert result.returncode == 0, result.stderr
-        assert re.search(rf"rank 1: transfer staged \(.*{why}\)", result.stderr), result.stderr
+        words = rf"rank 1: mpi_cuda: transfer staged \(.*{why}\)"
+        assert re.search(words, result.stderr), result.stderr
         assert ("is not understood" in result.stderr) == ("yes" in variable.values())
     assert "transfer" not in job("openmpi", TRANSFER, MPI_CUDA_LOG="info").stderr
 
@@ -71,7 +72,7 @@ def test_a_probe_lets_auto_transfer_directly(mpi: str, tmp_path: Path) -> None:
     def transfer() -> str:
         result = job(mpi, TRANSFER, **device)
         assert result.returncode == 0, result.stderr
-        return re.findall(r"rank 1: transfer (.*)", result.stderr)[0]
+        return re.findall(r"rank 1: mpi_cuda: transfer (.*)", result.stderr)[0]
 
     assert transfer().startswith("staged (direct is not proven with")
     result = job(mpi, PROBE, **device)

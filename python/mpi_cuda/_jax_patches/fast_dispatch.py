@@ -8,7 +8,6 @@ effect is hidden: the whole program becomes one equation without it, which makes
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from typing import Any
 
@@ -17,6 +16,7 @@ from jax._src.interpreters import mlir as private_mlir
 from jax._src.interpreters import pxla
 from jax.interpreters import mlir
 
+from mpi_cuda import _library
 from mpi_cuda._jax_patches import jax_core, jaxprs, places, uniform
 from mpi_cuda._jax_patches.effect import effect, only_operations
 from mpi_cuda._jax_patches.patch import Patch
@@ -106,9 +106,8 @@ def install() -> None:
     global is_taken
     original: Any = getattr(pxla, "_cached_lowering_to_hlo", None)
     if original is None or not hasattr(private_mlir, "jaxpr_subcomp"):
-        warnings.warn(
-            "mpi_cuda: this version of JAX has no fast dispatch for operations; calls are slower",
-            stacklevel=2,
+        _library.warn(
+            "this version of JAX has no fast dispatch for operations; calls are slower",
         )
         return
 
