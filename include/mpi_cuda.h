@@ -131,6 +131,11 @@ enum {
 /* Text of the last error of this thread; valid until its next call. */
 const char *mpi_cuda_last_error(void);
 
+/* What stands before a line of this library's log (docs/configuration.md, MPI_CUDA_LOG):
+ * "2026-11-29T21:50:03.123+01:00 node01 rank 3: mpi_cuda: ". Valid until this thread's next
+ * call. */
+const char *mpi_cuda_log_prefix(void);
+
 /* Opens the MPI of this process, and initialises nothing (docs/mpi.md, "Which MPI"). Tells its
  * file: an empty text if there is none and none is needed, null on error. Whoever loads an MPI by
  * its name after that gets this one. Valid until this thread's next call. */

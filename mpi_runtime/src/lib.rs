@@ -15,6 +15,7 @@ pub mod mpi;
 pub mod node;
 pub mod operation;
 pub mod ranks;
+mod time_of_day;
 pub mod transfer;
 pub mod watch;
 pub mod world;

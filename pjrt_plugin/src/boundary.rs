@@ -4,6 +4,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use mpi_runtime::log;
 use pjrt_sys::PJRT_Error;
 
 use crate::error::Error;
@@ -25,7 +26,7 @@ pub fn guarded<T>(body: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
 /// Runs a body that cannot report; a panic becomes `fallback` and a line on standard error.
 pub fn quiet<T>(fallback: T, body: impl FnOnce() -> T) -> T {
     guarded(|| Ok(body())).unwrap_or_else(|error| {
-        eprintln!("{error}");
+        log::line(&error.bare());
         fallback
     })
 }

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use mpi_runtime::engine::recorder::file;
+use mpi_runtime::log;
 use mpi_runtime::node::process::is_main_thread;
 use mpi_runtime::watch::coordinator::{BringUp, Coordinator};
 use mpi_runtime::watch::place;
@@ -43,6 +44,19 @@ pub extern "C" fn GetPjrtApi() -> *const PJRT_Api {
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_last_error() -> *const c_char {
     LAST_ERROR.with_borrow(|text| text.as_ptr())
+}
+
+/// What stands before a line of our log: time, host, rank and the library's name. Valid until this
+/// thread's next call.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_log_prefix() -> *const c_char {
+    thread_local! {
+        static PREFIX: RefCell<CString> = RefCell::default();
+    }
+    quiet(c"".as_ptr(), || {
+        PREFIX.set(CString::new(log::prefix()).unwrap_or_default());
+        PREFIX.with_borrow(|prefix| prefix.as_ptr())
+    })
 }
 
 /// Opens the MPI of this process, if that has not happened, and tells its file; an empty text if

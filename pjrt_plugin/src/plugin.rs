@@ -189,8 +189,7 @@ fn log_transfer(world: &World, config: &Config) {
     if config.log >= Log::Info {
         let readers = world.shm_rings.as_ref().map_or(0, |all| all.readers());
         log::line(&format!(
-            "rank {}: transfer {transfer}{}",
-            world.rank,
+            "transfer {transfer}{}",
             match readers {
                 0 => String::new(),
                 _ => format!("; shares memory with {readers} other rank(s) of this node"),
@@ -200,10 +199,9 @@ fn log_transfer(world: &World, config: &Config) {
     let failure = world.shm_rings.as_ref().and_then(|all| all.failure());
     if let Some(failure) = failure.filter(|_| world.node_rank == 0 && world.node_size > 1) {
         log::line(&format!(
-            "rank {}: long messages within this node go through MPI, which is slower, \
-             since memory cannot be shared in /dev/shm ({failure}): make it larger (docker \
-             --shm-size), or set MPI_CUDA_SHM_RING=0",
-            world.rank
+            "long messages within this node go through MPI, which is slower, since memory cannot \
+             be shared in /dev/shm ({failure}): make it larger (docker --shm-size), or set \
+             MPI_CUDA_SHM_RING=0"
         ));
     }
 }

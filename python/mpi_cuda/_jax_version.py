@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from mpi_cuda import _library
 
 #: The oldest and the newest JAX that were tested (docs/compatibility.md).
 OLDEST, NEWEST = "0.9.0", "0.12.0.1"
@@ -42,9 +42,8 @@ def does_not_fit(version: str, error: Exception) -> ImportError:
 def warn_of_newer(version: str) -> None:
     """Says that a JAX is newer than what was tested; one rank calls this, once."""
     if numbers(version) > numbers(NEWEST):
-        warnings.warn(
+        _library.warn(
             f"mpi_cuda: JAX {version} is newer than {NEWEST}, the newest that was tested. What it "
             "has changed inside makes calls slower, or is refused by name; a message says which "
-            "(docs/compatibility.md). `python -m mpi_cuda doctor` tries what matters most",
-            stacklevel=2,
+            "(docs/compatibility.md). `python -m mpi_cuda doctor` tries what matters most"
         )

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +99,7 @@ def load() -> ctypes.CDLL:
     int_pointer = ctypes.POINTER(ctypes.c_int)
     signatures: dict[str, tuple[object, list[object]]] = {
         "mpi_cuda_last_error": (ctypes.c_char_p, []),
+        "mpi_cuda_log_prefix": (ctypes.c_char_p, []),
         "mpi_cuda_open_mpi": (ctypes.c_char_p, []),
         "mpi_cuda_about": (ctypes.c_char_p, []),
         "mpi_cuda_start": (
@@ -163,6 +165,30 @@ def _cannot_load(error: OSError) -> str:
 def last_error() -> str:
     """Text of the last error of this thread."""
     return load().mpi_cuda_last_error().decode(errors="replace")
+
+
+def log_prefix() -> str:
+    """What stands before each line of the log: time, host, rank and the library's name."""
+    try:
+        return load().mpi_cuda_log_prefix().decode(errors="replace")
+    except RuntimeError:
+        # Whoever needs the library says why it cannot be loaded.
+        return "mpi_cuda: "
+
+
+def log(text: str) -> None:
+    """Prints a line of the log, as the library itself does."""
+    line = f"{log_prefix()}{text.removeprefix('mpi_cuda: ')}\n"
+    try:
+        print(line, end="", file=sys.stderr or sys.__stderr__, flush=True)
+    except Exception:
+        os.write(2, line.encode(errors="replace"))
+
+
+def warn(text: str) -> None:
+    """Gives a warning of Python's, so that filters see it, for the caller's caller. It says who
+    gives it, and when."""
+    warnings.warn(f"{log_prefix()}{text}", stacklevel=3)
 
 
 def open_mpi() -> str:

@@ -63,10 +63,11 @@ def _leave(status: int) -> NoReturn:
     """Exit to the system with specified status, without normal exit processing."""
     if os.getpid() == _process:
         # By its name: importing it would import the package, and so JAX.
-        library = sys.modules["mpi_cuda._library"].load()
+        library_module = sys.modules["mpi_cuda._library"]
+        library = library_module.load()
         if not status and library.mpi_cuda_is_awaited():
             # A launcher may take the job's other ranks down with it, and call that a success.
-            _say("mpi_cuda: this rank leaves by os._exit(0) while others wait for it")
+            library_module.log("this rank leaves by os._exit(0) while others wait for it")
             library.mpi_cuda_abort(1)
     _system_exit(status)
 
@@ -107,7 +108,7 @@ def _at_exit() -> None:
         return
     library.mpi_cuda_ending()
     if library.mpi_cuda_wait():
-        _say(library_module.last_error())
+        library_module.log(library_module.last_error())
         library.mpi_cuda_abort(1)
     # Programs with callbacks need Python to end.
     if jax := sys.modules.get("jax"):
@@ -116,7 +117,7 @@ def _at_exit() -> None:
         except Exception as error:
             # Somebody may have read it; JAX's own exit would print a long trace of it.
             first = str(error).splitlines()[:1]
-            _say(f"mpi_cuda: rank {world.rank}: a program had failed: {''.join(first)}")
+            library_module.log(f"a program had failed: {''.join(first)}")
     library.mpi_cuda_set_trampoline(None)
     library.mpi_cuda_set_where(None)
     coordination = sys.modules.get("mpi_cuda._jax_patches.coordination")
@@ -142,13 +143,6 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, file=sys.stderr or sys.__stderr__, flush=True)
-    except Exception:
-        os.write(2, f"{text}\n".encode())
 
 
 def _why() -> str:

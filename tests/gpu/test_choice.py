@@ -67,7 +67,7 @@ def test_each_rank_has_a_gpu_of_its_own_if_there_are_enough() -> None:
     assert done.returncode == 0, done.stderr
     assert "share" not in done.stderr.replace("shares memory", "")
     for rank in range(2):
-        assert f"rank {rank}: CUDA client with" in done.stderr
+        assert f"rank {rank}: mpi_cuda: CUDA client with" in done.stderr
         assert f'("visible_devices", List([{rank}]))' in done.stderr
 
 

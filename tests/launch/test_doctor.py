@@ -67,9 +67,8 @@ def test_mpi4py_with_another_mpi_is_a_problem() -> None:
     assert "mpi4py" in line and line.endswith("Remedy: unset MPI4PY_MPIABI")
 
 
-@pytest.mark.parametrize("mpi", MPIS)
-def test_no_mpi_under_a_launcher(mpi: str) -> None:
-    found = told(doctor(mpi, "--json", MPI_CUDA_LIBMPI="/nowhere/libmpi.so"), 2)
+def test_no_mpi_under_a_launcher() -> None:
+    found = told(doctor("openmpi", "--json", MPI_CUDA_LIBMPI="/nowhere/libmpi.so"), 2)
     said = problems(found)
     assert "tried /nowhere/libmpi.so, named by MPI_CUDA_LIBMPI" in said
     assert "one of 2 by its launcher" in said and found["exchange"] is None

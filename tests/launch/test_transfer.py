@@ -18,7 +18,8 @@ TRANSFER = """if True:
 @pytest.mark.parametrize("mpi", MPIS)
 def test_direct_transfer_without_a_cuda_aware_mpi_is_refused(mpi: str) -> None:
     name = {"openmpi": "Open MPI", "mpich": "MPICH"}[mpi]
-    for variable in ({"MPI_CUDA_TRANSFER": "direct"}, {"MPI4JAX_USE_CUDA_MPI": "1"}):
+    asked = [{"MPI_CUDA_TRANSFER": "direct"}, {"MPI4JAX_USE_CUDA_MPI": "1"}]
+    for variable in asked if mpi == "openmpi" else asked[:1]:
         result = job(mpi, TRANSFER, MPI_CUDA_PRETEND_DEVICE="1", **variable)
         assert result.returncode != 0
         assert "direct transfer was asked for" in result.stderr, result.stderr
@@ -36,7 +37,8 @@ def test_the_transfer_that_is_used_is_said() -> None:
     ):
         result = job("openmpi", TRANSFER, **said, **variable)
         assert result.returncode == 0, result.stderr
-        assert re.search(rf"rank 1: transfer staged \(.*{why}\)", result.stderr), result.stderr
+        words = rf"rank 1: mpi_cuda: transfer staged \(.*{why}\)"
+        assert re.search(words, result.stderr), result.stderr
         assert ("is not understood" in result.stderr) == ("yes" in variable.values())
     assert "transfer" not in job("openmpi", TRANSFER, MPI_CUDA_LOG="info").stderr
 
@@ -60,8 +62,7 @@ PROBE = """if True:
 """
 
 
-@pytest.mark.parametrize("mpi", MPIS)
-def test_a_probe_lets_auto_transfer_directly(mpi: str, tmp_path: Path) -> None:
+def test_a_probe_lets_auto_transfer_directly(tmp_path: Path) -> None:
     device = {
         "MPI_CUDA_PRETEND_DEVICE": "aware",
         "MPI_CUDA_PROBE_DIR": str(tmp_path),
@@ -69,23 +70,23 @@ def test_a_probe_lets_auto_transfer_directly(mpi: str, tmp_path: Path) -> None:
     }
 
     def transfer() -> str:
-        result = job(mpi, TRANSFER, **device)
+        result = job("mpich", TRANSFER, **device)
         assert result.returncode == 0, result.stderr
-        return re.findall(r"rank 1: transfer (.*)", result.stderr)[0]
+        return re.findall(r"rank 1: mpi_cuda: transfer (.*)", result.stderr)[0]
 
     assert transfer().startswith("staged (direct is not proven with")
-    result = job(mpi, PROBE, **device)
+    result = job("mpich", PROBE, **device)
     assert result.returncode == 0 and "the arrays as they are" in result.stdout, result.stderr
     assert transfer().startswith("direct (it was tried with")
     # As if the job had died in it: not used, and the next probe tries the next way.
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text().replace("\narrays", "\ntrying arrays"))
     assert re.match("staged .* did not end; run the probe again", transfer())
-    result = job(mpi, PROBE, **device)
+    result = job("mpich", PROBE, **device)
     assert result.returncode == 0 and "as they are" not in result.stdout, result.stdout
     assert transfer().startswith("direct, through copies on the device (it was tried")
     file.write_text(file.read_text().replace("\ncopies", "\ntrying copies"))
-    assert job(mpi, PROBE, **device).returncode == 1
+    assert job("mpich", PROBE, **device).returncode == 1
     assert "each job that tried it died" in transfer()
 
 
@@ -118,14 +119,13 @@ def test_ranks_whose_transfers_differ_are_refused(tmp_path: Path) -> None:
     assert re.search(r"MPI_CUDA_TRANSFER.* is 1 on rank 1", result.stderr), result.stderr
 
 
-@pytest.mark.parametrize("mpi", MPIS)
-def test_chunks_that_differ_between_ranks_are_refused(mpi: str) -> None:
+def test_chunks_that_differ_between_ranks_are_refused() -> None:
     code = (
         "import os\nrank = os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ['PMI_RANK']\n"
         "os.environ['MPI_CUDA_CHUNK_BYTES'] = str(4096 * (1 + int(rank)))\n"
         "import jax; jax.devices()"
     )
-    result = job(mpi, code, MPI_CUDA_PRETEND_DEVICE="1")
+    result = job("mpich", code, MPI_CUDA_PRETEND_DEVICE="1")
     assert result.returncode != 0
     assert "MPI_CUDA_CHUNK_BYTES is 8192 on rank 1" in result.stderr, result.stderr
-    assert job(mpi, code).returncode == 0
+    assert job("mpich", code).returncode == 0

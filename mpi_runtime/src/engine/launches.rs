@@ -87,8 +87,8 @@ impl Engine {
                 && let Err(error) = shim.comm_free(comm.handle)
             {
                 log::line(&format!(
-                    "rank {}: cannot free communicator {}: {}",
-                    self.rank, comm.number, error
+                    "cannot free communicator {}: {error}",
+                    comm.number
                 ));
             }
         }

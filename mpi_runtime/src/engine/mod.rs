@@ -232,8 +232,7 @@ impl Engine {
         let by = self.calls.shim.map_or("no MPI", |shim| shim.family.name());
         let end = if done { "done" } else { "failed" };
         log::line(&format!(
-            "rank {}, launch {}: {op} on {comm} {end} by {by} in {:.1} us",
-            self.rank,
+            "launch {}: {op} on {comm} {end} by {by} in {:.1} us",
             ticket.0,
             time.as_secs_f64() * 1e6
         ));
@@ -399,7 +398,7 @@ impl Engine {
     /// when everything else has ended.
     pub fn finish_messages(&self) {
         for lost in self.calls.finish_messages(&self.communicators) {
-            log::line(&format!("rank {}: {lost}", self.rank));
+            log::line(&lost);
         }
     }
 }

@@ -77,6 +77,7 @@ impl World {
             return Ok(Self::single_rank(options));
         };
         let joined = join::join(&shim, &mpi, options, launched)?;
+        log::joined_as(joined.rank);
         let mut engine = Engine::new(Some(shim), joined.rank, options.engine());
         let ranks = AllRanks {
             shim: &shim,
@@ -158,6 +159,7 @@ impl World {
 
     /// A world of size 1 without MPI.
     fn single_rank(options: &WorldOptions) -> World {
+        log::joined_as(0);
         let engine = Engine::new(None, 0, options.engine());
         let about = About {
             rank: 0,
@@ -232,10 +234,7 @@ impl World {
         if self.owns_mpi && shim.state() == MpiState::Running {
             // An error here has no one left to hear it but the user at the terminal.
             if let Err(error) = shim.finalize() {
-                log::line(&format!(
-                    "MPI_Finalize failed on rank {}: {error}",
-                    self.rank
-                ));
+                log::line(&format!("MPI_Finalize failed: {error}"));
             }
         }
     }

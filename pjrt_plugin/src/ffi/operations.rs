@@ -3,6 +3,7 @@
 //! Targets, operands, results and attributes are documented in `include/mpi_cuda.h`. mpi4jax's
 //! targets (0.9, `mpi_allreduce_ffi` and so on) differ little from ours and are executed likewise.
 
+use mpi_runtime::log;
 use mpi_runtime::mpi::communicators;
 use mpi_runtime::operation::REDUCTIONS;
 use mpi_runtime::{
@@ -175,10 +176,10 @@ fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), E
             // What its users look for; the job ends as usual, with a Python exception.
             let mut name = kind.name().to_owned();
             name[..1].make_ascii_uppercase();
-            eprintln!(
+            log::line(&format!(
                 "r{} | MPI_{name} returned error code: {}",
                 error.rank, error.reason
-            );
+            ));
         }
         Error::from(error)
     })?;

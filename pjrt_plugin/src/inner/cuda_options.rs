@@ -30,7 +30,7 @@ pub fn options(
     };
     let mut options = choose(rank, size, Node::of(world, count), given);
     if verbose {
-        log::line(&format!("rank {rank}: CUDA client with {options:?}"));
+        log::line(&format!("CUDA client with {options:?}"));
     }
     if let Some((_, Value::List(devices))) = options.iter().find(|(n, _)| *n == "visible_devices") {
         let sharing = world.node_size > count;

@@ -7,13 +7,13 @@ package are not the user's.
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax._src.lib import _jax
 
+from mpi_cuda import _library
 from mpi_cuda._jax_patches.patch import Patch
 
 PATCHES = (
@@ -35,10 +35,9 @@ def install() -> None:
     module: Any = _jax
     current = getattr(jax.config, _OPTION, None)
     if current is None or not hasattr(module, "add_exclude_path"):
-        warnings.warn(
-            "mpi_cuda: with this version of JAX, records (MPI_CUDA_RECORD_DIR) do not have the "
+        _library.warn(
+            "with this version of JAX, records (MPI_CUDA_RECORD_DIR) do not have the "
             "lines of Python that launched what is in them",
-            stacklevel=2,
         )
         return
     module.add_exclude_path(str(Path(__file__).resolve().parents[1]))

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -272,7 +271,7 @@ def _on_wanted() -> None:
                 if not state.is_offered:
                     _disconnect(state)
     except Exception as error:
-        print(f"mpi_cuda: {error}", file=sys.stderr, flush=True)
+        _library.log(str(error))
 
 
 _callback = ctypes.CFUNCTYPE(None)(_on_wanted)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 import weakref
 from typing import Any
 
@@ -18,6 +17,7 @@ from jax._src.interpreters import mlir as private_mlir
 from jax._src.interpreters import pxla
 from jax.interpreters import mlir
 
+from mpi_cuda import _library
 from mpi_cuda._jax_patches import jax_core, jaxprs, places, uniform
 from mpi_cuda._jax_patches.effect import effect, only_operations
 from mpi_cuda._jax_patches.patch import Patch
@@ -114,9 +114,8 @@ def install() -> None:
     global is_taken
     original: Any = getattr(pxla, "_cached_lowering_to_hlo", None)
     if original is None or not hasattr(private_mlir, "jaxpr_subcomp"):
-        warnings.warn(
-            "mpi_cuda: this version of JAX has no fast dispatch for operations; calls are slower",
-            stacklevel=2,
+        _library.warn(
+            "this version of JAX has no fast dispatch for operations; calls are slower",
         )
         return
 

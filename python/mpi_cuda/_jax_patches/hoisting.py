@@ -9,7 +9,6 @@ under `jax.checkpoint` it forgets all if no result depends on a tangent; here th
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from threading import local
 from typing import Any
@@ -18,6 +17,7 @@ from jax._src import ad_checkpoint as remat
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.control_flow import conditionals, loops
 
+from mpi_cuda import _library
 from mpi_cuda._jax_patches import jaxprs
 from mpi_cuda._jax_patches.effect import effect
 from mpi_cuda._jax_patches.patch import Patch
@@ -166,10 +166,9 @@ def install() -> None:
     unknown_programs: Any = pe.custom_partial_eval_rules
     found = hasattr(module, "_scan_known_hoisting") and hasattr(pe, "EffectHandle")
     if not found or loops.scan_p not in rules or remat.remat_p not in unknown_programs:
-        warnings.warn(
-            "mpi_cuda: with this version of JAX, operations in a scan may be moved "
+        _library.warn(
+            "with this version of JAX, operations in a scan may be moved "
             "out of it, and in jax.checkpoint be forgotten, when they are differentiated",
-            stacklevel=2,
         )
         return
     module._scan_known_hoisting = _keep_known(module._scan_known_hoisting)

@@ -9,7 +9,6 @@ is compiled once more with Shardy's part as attributes, as it goes through XLA's
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax._src.lib import _jax
 from jax.interpreters import mlir
 from jax.interpreters.mlir import ir
 
+from mpi_cuda import _library
 from mpi_cuda._jax_patches.patch import Patch
 
 PATCHES = (
@@ -115,10 +115,9 @@ def install() -> None:
     """Wraps what compiles; with another JAX such programs fail as the inner plugin says."""
     module: Any = compiler
     if not hasattr(module, "backend_compile_and_load"):
-        warnings.warn(
-            "mpi_cuda: with this version of JAX, programs for several devices with floats of 8 "
+        _library.warn(
+            "with this version of JAX, programs for several devices with floats of 8 "
             "bits and less may need jax_use_shardy_partitioner=False",
-            stacklevel=2,
         )
         return
     module.backend_compile_and_load = _once_more(module.backend_compile_and_load)

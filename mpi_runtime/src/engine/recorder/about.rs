@@ -13,6 +13,7 @@ use super::layout::{ABOUT_BYTES, COMMS, ENTRIES, LAUNCHES, MAGIC, Record, UNFINI
 use super::ring::REASONS;
 use super::texts;
 use crate::buffer::ElementType;
+use crate::log;
 use crate::operation::REDUCTIONS;
 
 /// Who records.
@@ -45,7 +46,6 @@ impl About {
     }
 
     fn json(&self) -> String {
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let command = std::fs::read("/proc/self/cmdline").unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
         let command: String = command.trim().chars().take(300).collect();
@@ -57,7 +57,7 @@ impl About {
             ("size", self.size.to_string()),
             ("job", self.job.to_string()),
             ("library", quoted(&self.library)),
-            ("host", quoted(host.trim())),
+            ("host", quoted(log::host())),
             ("pid", std::process::id().to_string()),
             ("command", quoted(&command)),
             ("layout", layout()),

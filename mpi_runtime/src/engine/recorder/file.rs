@@ -57,8 +57,7 @@ pub fn start(about: &About, options: Option<&RecordOptions>) {
     let Some(options) = options else { return };
     if let Err(error) = open(options, about.rank) {
         log::line(&format!(
-            "rank {}: no record is written, since MPI_CUDA_RECORD_DIR={} cannot be used: {error}",
-            about.rank,
+            "no record is written, since MPI_CUDA_RECORD_DIR={} cannot be used: {error}",
             options.folder.display()
         ));
         return;
