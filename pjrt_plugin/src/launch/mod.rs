@@ -13,6 +13,7 @@ pub mod executables;
 mod inflight_limit;
 pub mod keep_alive;
 mod on_caller;
+mod queue_entrance;
 pub mod spare_client;
 mod task_queue;
 pub mod thread_order;
@@ -39,6 +40,7 @@ use executables::ProgramInfo;
 use inflight_limit::InFlightSlot;
 use keep_alive::Kept;
 use on_caller::WithCallbacks;
+use queue_entrance::Ahead;
 use thread_order::ThreadOrder;
 use ticket::{Dispatcher, RunId, TicketGuard};
 
@@ -48,9 +50,9 @@ pub use on_caller::launches_on_callers;
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
     let deleted = donation::refuse_deleted(args);
     let program = executables::find(args.executable);
-    if let Some(outer) = ticket::callback_out_of_queue() {
+    if let Some(outer) = ticket::callback_in_background() {
         deleted?;
-        return launch_at_once(args, program, outer);
+        return launch_in_background(args, program, outer);
     }
     match program {
         Some(program) if program.operations => {
@@ -61,7 +63,7 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
             launch_operations(args, program, world)
         }
         _ if deleted.is_err() => deleted,
-        None if !inflight_limit::may_be_full() => args.pass_on(),
+        None if let Some(_ahead) = Ahead::new() => args.pass_on(),
         _ => launch_others(args, program.is_some_and(|program| program.callbacks)),
     }
 }
@@ -91,6 +93,7 @@ fn launch_operations(
     let needs = Needs {
         launches,
         order: Some(&place),
+        apart: !order.is_first(),
     };
     let deferred = world.size > 1
         && outer.is_none()
@@ -219,18 +222,24 @@ fn world_for_operations() -> Result<&'static World, Error> {
 /// Launches a program without operations, which may have callbacks.
 fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Error> {
     let context = args.context.map(Kept::new);
-    let several = world().is_some_and(|world| world.size > 1);
+    let several = world().is_some_and(|world| world.size > 1) && !crate::fork::is_child();
     let order = world().map_or_else(thread_order::first, thread_order::of);
     let lock = several.then(|| order.lock());
+    // In XLA's queue it must not wait for what another thread has launched, nor may the first
+    // thread wait for its callbacks.
+    let of_other = several && !order.is_first();
+    let ahead = (of_other && !callbacks).then(Ahead::new).flatten();
+    let apart = of_other && ahead.is_none();
     let needs = Needs {
         launches: 1,
         order: None,
+        apart,
     };
     let deferred = several && deferred::is_needed(&order, args, &needs)?;
     // JAX's own launch ids must not look like a ticket.
     let launch_id = RunId::of(&order).launch_id();
     let completion = Completion {
-        inputs: if deferred || several && inflight_limit::may_be_full() {
+        inputs: if deferred || several && queue_entrance::may_wait() {
             keep_inputs(args)
         } else {
             Vec::new()
@@ -243,16 +252,21 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
         deferred: false,
     };
     if deferred {
+        drop(ahead);
         return defer(&order, args, launch_id, completion);
     }
     // Only the order of deferring matters here, and a callback may wait for another thread's
     // launch.
     drop(lock);
-    args.with_launch_id(launch_id, |args| launch(args, completion))
+    args.with_launch_id(launch_id, |args| match apart {
+        true => launch_apart(args, completion),
+        false => launch(args, completion),
+    })
 }
 
-/// Runs what a callback of the launch `outer` launches to its end, here.
-fn launch_at_once(
+/// Runs what a callback of the launch `outer` launches while that is in the background: to the end,
+/// here.
+fn launch_in_background(
     args: &mut ExecuteArgs<'_>,
     program: Option<ProgramInfo>,
     outer: RunId,

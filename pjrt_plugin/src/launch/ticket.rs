@@ -103,13 +103,10 @@ pub fn callback_of() -> Option<Ticket> {
     }
 }
 
-/// The launch whose host callback this thread is running, if what it launches must not get into
-/// XLA's queue. There it would wait for its own program, if that is in the background, and in a
-/// callback of another thread than the first for launches that wait for peers.
-pub fn callback_out_of_queue() -> Option<RunId> {
-    CALLBACK_OF.get().filter(|run_id| {
-        is_in_background() || matches!(run_id, RunId::By(thread) if thread.order != 0)
-    })
+/// The launch whose host callback this thread is running, if XLA runs that in the background. What
+/// the callback launches would wait in XLA's queue for its own program.
+pub fn callback_in_background() -> Option<RunId> {
+    CALLBACK_OF.get().filter(|_| is_in_background())
 }
 
 /// Whether this thread runs a host callback of a program that XLA runs in the background.
