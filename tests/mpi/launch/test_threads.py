@@ -123,6 +123,36 @@ def test_a_checkpoints_barrier_beside_training() -> None:
     np.testing.assert_allclose(step(w, x), np.full(3, steps + 1.0))
 
 
+@pytest.mark.skipif(SIZE < 4, reason="the groups share two ranks, and have a lowest one each")
+def test_threads_make_communicators_of_groups_that_overlap() -> None:
+    """Each group's first collective makes its communicator, in both shared ranks at once."""
+
+    comms, together_here = [MPI.COMM_WORLD.Dup() for _ in range(2)], threading.Barrier(2)
+
+    def work(number: int) -> None:
+        members = [number, 2, 3]
+        group = comms[number].Split(0 if RANK in members else 1)
+        if RANK not in members:
+            return
+        devices = [device for device in jax.devices() if device.process_index in members]
+        mesh = jax.sharding.Mesh(np.array(devices), ("x",))
+        sharded, own = jax.NamedSharding(mesh, jax.P("x")), mesh.local_devices
+        for length in range(1, 11):
+            x = jax.make_array_from_single_device_arrays(
+                (3 * length,), sharded, [jax.device_put(np.ones(length, np.float32), own[0])]
+            )
+            total = jax.jit(lambda x: x.sum(), out_shardings=jax.NamedSharding(mesh, jax.P()))
+            total = total.lower(x).compile()
+            group.Barrier()
+            if RANK > 1:
+                together_here.wait()
+            assert float(total(x)) == 3 * length
+
+    together(*[lambda n=n: work(n) for n in range(2)])
+    for comm in comms:
+        comm.Free()
+
+
 def test_a_pool_whose_threads_take_turns() -> None:
     program = jax.jit(lambda x: nt.allreduce(x, m.SUM, comm=m.COMM_WORLD))
     y = X
