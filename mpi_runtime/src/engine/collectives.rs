@@ -202,9 +202,10 @@ fn number_apart(group: i64, channel: u64) -> i64 {
 
 /// Makes the communicator of a group, which has that number, while other threads may make others.
 ///
-/// Open MPI 4 does not bear that (its issue 2025), so a process makes one at a time. Ranks must
-/// then make them in the same order: each waits until the group's first rank, which makes one at a
-/// time too, says that it is the turn of this one.
+/// Open MPI 4 does not bear that (its issue 2025), so a process makes one at a time. Once all
+/// members are there, each keeps its process from making others, from the lowest rank to the
+/// highest. In that order whoever waits for a process waits for a higher one than it has, so groups
+/// never wait for each other.
 fn make_in_turn(
     on: CollectiveContext<'_>,
     shim: &Shim,
@@ -213,23 +214,24 @@ fn make_in_turn(
     number: i64,
 ) -> Result<u64, MpiError> {
     static MAKING: Mutex<()> = Mutex::new(());
-    let first = members.iter().copied().min().unwrap_or(on.rank);
     let tag = tags_of(number as u64);
     let post = Post { shim, comm: world };
-    let making = if first == on.rank {
-        for &rank in members.iter().filter(|&&rank| rank != first) {
+    let mut ranks = members.to_vec();
+    ranks.sort_unstable();
+    let (lower, others) = ranks.split_at(ranks.partition_point(|&rank| rank < on.rank));
+    let higher = others.get(1..).unwrap_or_default();
+    if let ([first, ..], [.., before]) = (lower, lower) {
+        post.send(*first, tag, &[])?;
+        post.receive(*before, tag + 1)?;
+    } else {
+        for &rank in higher {
             post.receive(rank, tag)?;
         }
-        let making = MAKING.lock();
-        for &rank in members.iter().filter(|&&rank| rank != first) {
-            post.send(rank, tag + 1, &[])?;
-        }
-        making
-    } else {
-        post.send(first, tag, &[])?;
-        post.receive(first, tag + 1)?;
-        MAKING.lock()
-    };
+    }
+    let making = MAKING.lock();
+    if let Some(&next) = higher.first() {
+        post.send(next, tag + 1, &[])?;
+    }
     let made = shim.comm_create_group(world, members, tag + 2);
     drop(making);
     made

@@ -8,8 +8,9 @@ use std::collections::VecDeque;
 
 use parking_lot::{Condvar, Mutex};
 
-/// Names one launch; never 0. 32 bits because PJRT's `launch_id` has no more. Tickets are compared
-/// only for equality, so wrapping around is safe while fewer than 2^32 launches are in flight.
+/// Names one launch; never 0, and at most `i32::MAX`, since it is a positive `launch_id` of PJRT's.
+/// Tickets are compared only for equality, so beginning again at 1 is safe while fewer launches are
+/// in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u32);
 
@@ -63,9 +64,10 @@ struct OrderState {
 
 impl OrderState {
     fn next(&mut self) -> Ticket {
-        let mut next = self.last.wrapping_add(1);
-        while next == 0 || self.place(Ticket(next)).is_some() {
-            next = next.wrapping_add(1);
+        let after = |ticket: u32| ticket % i32::MAX as u32 + 1;
+        let mut next = after(self.last);
+        while self.place(Ticket(next)).is_some() {
+            next = after(next);
         }
         self.last = next;
         Ticket(next)
@@ -278,14 +280,15 @@ mod tests {
     }
 
     #[test]
-    fn tickets_wrap_and_skip_zero() {
+    fn tickets_wrap_and_are_above_zero() {
+        const MOST: u32 = i32::MAX as u32;
         let order = Order::default();
-        order.state.lock().last = u32::MAX - 1;
+        order.state.lock().last = MOST - 1;
         let (first, second) = (
             order.issue(LaunchOrder::default()),
             order.issue(LaunchOrder::default()),
         );
-        assert_eq!((first, second), (Ticket(u32::MAX), Ticket(1)));
+        assert_eq!((first, second), (Ticket(MOST), Ticket(1)));
         order.wait_turn(first);
         order.retire(first);
         order.wait_turn(second);

@@ -33,6 +33,8 @@ pub struct Needs<'a> {
     pub launches: usize,
     /// What its operations are ordered with, if it has any.
     pub order: Option<&'a LaunchOrder>,
+    /// It must not get into XLA's queue, where it would wait for launches of other threads.
+    pub apart: bool,
 }
 
 /// Whether the dispatching thread would wait, and a thread of ours can do so instead. Call with the
@@ -60,12 +62,11 @@ pub fn is_needed(
 }
 
 fn would_wait(order: &ThreadOrder, args: &ExecuteArgs<'_>, needs: &Needs<'_>) -> bool {
-    if alias_buffer::any_unfulfilled(args.inputs) {
+    if needs.apart || alias_buffer::any_unfulfilled(args.inputs) {
         return true;
     }
     if !order.is_first() {
-        // XLA would queue it behind what waits for peers.
-        return needs.order.is_some() || inflight_limit::may_be_full();
+        return false;
     }
     let behind = |own: &LaunchOrder| {
         thread_order::are_others()

@@ -7,10 +7,11 @@
 //! (`deferred.rs`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::launch::queue_entrance::BehindPeers;
 
 /// Launches of the first thread that we let the inner plugin hold; the rest is for those that are
 /// not counted, and for other threads, each of which has one with operations in flight.
@@ -22,8 +23,6 @@ const MANY: usize = 1024;
 /// Beyond them every dispatch waits this long, since what is deferred holds its inputs.
 const LONG_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Launches in flight or deferred that may wait for a peer, of all threads.
-static BEHIND_PEERS: AtomicUsize = AtomicUsize::new(0);
 /// Launches that are deferred, of all threads.
 static DEFERRED: Mutex<usize> = Mutex::new(0);
 static NONE_DEFERRED: Condvar = Condvar::new();
@@ -55,11 +54,6 @@ impl InFlight {
     }
 }
 
-/// Whether a launch now may find all slots taken by launches that wait for peers.
-pub fn may_be_full() -> bool {
-    BEHIND_PEERS.load(Ordering::Acquire) > 0
-}
-
 /// Waits until no launch of any thread is deferred.
 pub fn wait_none_deferred() {
     let mut deferred = DEFERRED.lock();
@@ -72,29 +66,24 @@ pub fn wait_none_deferred() {
 pub struct InFlightSlot {
     limit: Arc<Limit>,
     launches: usize,
-    behind_peers: bool,
+    behind_peers: Option<BehindPeers>,
 }
 
 impl InFlightSlot {
     /// Takes the slots of a launch; `waits` if it may wait for a peer.
     pub fn new(limit: &Arc<Limit>, launches: usize, waits: bool) -> InFlightSlot {
         limit.state.lock().in_flight += launches;
-        if waits {
-            BEHIND_PEERS.fetch_add(1, Ordering::AcqRel);
-        }
         InFlightSlot {
             limit: limit.clone(),
             launches,
-            behind_peers: waits,
+            behind_peers: waits.then(BehindPeers::new),
         }
     }
 }
 
 impl Drop for InFlightSlot {
     fn drop(&mut self) {
-        if self.behind_peers {
-            BEHIND_PEERS.fetch_sub(1, Ordering::AcqRel);
-        }
+        self.behind_peers = None;
         self.limit.change(|state| {
             state.in_flight -= self.launches;
             state.ended += 1;
@@ -103,22 +92,28 @@ impl Drop for InFlightSlot {
 }
 
 /// Counts a launch as deferred until dropped.
-pub struct Deferred(Arc<Limit>);
+pub struct Deferred {
+    limit: Arc<Limit>,
+    #[expect(dead_code, reason = "held for its drop")]
+    behind_peers: BehindPeers,
+}
 
 impl Deferred {
     /// One more.
     pub fn new(limit: &Arc<Limit>) -> Deferred {
-        BEHIND_PEERS.fetch_add(1, Ordering::AcqRel);
+        let behind_peers = BehindPeers::new();
         *DEFERRED.lock() += 1;
         limit.state.lock().deferred += 1;
-        Deferred(limit.clone())
+        Deferred {
+            limit: limit.clone(),
+            behind_peers,
+        }
     }
 }
 
 impl Drop for Deferred {
     fn drop(&mut self) {
-        BEHIND_PEERS.fetch_sub(1, Ordering::AcqRel);
-        self.0.change(|state| state.deferred -= 1);
+        self.limit.change(|state| state.deferred -= 1);
         let mut deferred = DEFERRED.lock();
         *deferred -= 1;
         if *deferred == 0 {

@@ -13,6 +13,7 @@ pub mod executables;
 mod inflight_limit;
 pub mod keep_alive;
 mod on_caller;
+mod queue_entrance;
 pub mod spare_client;
 mod task_queue;
 pub mod thread_order;
@@ -39,8 +40,9 @@ use executables::ProgramInfo;
 use inflight_limit::InFlightSlot;
 use keep_alive::Kept;
 use on_caller::WithCallbacks;
+use queue_entrance::Ahead;
 use thread_order::ThreadOrder;
-use ticket::TicketGuard;
+use ticket::{Dispatcher, RunId, TicketGuard};
 
 pub use on_caller::launches_on_callers;
 
@@ -48,9 +50,9 @@ pub use on_caller::launches_on_callers;
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
     let deleted = donation::refuse_deleted(args);
     let program = executables::find(args.executable);
-    if ticket::is_in_background() {
+    if let Some(outer) = ticket::callback_in_background() {
         deleted?;
-        return launch_in_background(args, program);
+        return launch_in_background(args, program, outer);
     }
     match program {
         Some(program) if program.operations => {
@@ -61,7 +63,7 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
             launch_operations(args, program, world)
         }
         _ if deleted.is_err() => deleted,
-        None if !inflight_limit::may_be_full() => args.pass_on(),
+        None if let Some(_ahead) = Ahead::new() => args.pass_on(),
         _ => launch_others(args, program.is_some_and(|program| program.callbacks)),
     }
 }
@@ -91,19 +93,15 @@ fn launch_operations(
     let needs = Needs {
         launches,
         order: Some(&place),
+        apart: !order.is_first(),
     };
     let deferred = world.size > 1
         && outer.is_none()
         && deferred::is_needed(&order, args, &needs)
             .inspect_err(|error| tell_refused(&program, error))?;
     let ticket = outer.unwrap_or_else(|| world.engine.issue_ticket(place));
-    if outer.is_none() && world.size > 1 {
-        let launch = Launch {
-            uniform: program.uniform,
-            collectives: program.collectives,
-            by_main_thread: is_main_thread(),
-        };
-        world.engine.note_launch(ticket, launch);
+    if let RunId::By(thread) = RunId::of(&order) {
+        note_launch(world, ticket, &program, thread);
     }
     RECORDER.launch(ticket, program.name, args.call_location());
     // The outer launch retires the ticket of what its callbacks launch.
@@ -126,7 +124,7 @@ fn launch_operations(
         ends: Vec::new(),
         deferred: false,
     };
-    let launch_id = ticket.0 as i32;
+    let launch_id = RunId::Ticket(ticket).launch_id();
     let result = if deferred {
         defer(&order, args, launch_id, completion)
             .inspect_err(|error| tell_refused(&program, error))
@@ -150,6 +148,18 @@ fn launch_operations(
         world.engine.wait_launch(ticket);
     }
     result
+}
+
+/// Tells the comparison between ranks of a launch that has taken `ticket`.
+fn note_launch(world: &World, ticket: Ticket, program: &ProgramInfo, thread: Dispatcher) {
+    if world.size > 1 {
+        let launch = Launch {
+            uniform: program.uniform,
+            collectives: program.collectives,
+            by_main_thread: thread.is_main,
+        };
+        world.engine.note_launch(ticket, launch);
+    }
 }
 
 /// Launches with operations that the main thread has asked for, whatever came of them.
@@ -212,16 +222,24 @@ fn world_for_operations() -> Result<&'static World, Error> {
 /// Launches a program without operations, which may have callbacks.
 fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Error> {
     let context = args.context.map(Kept::new);
-    let several = world().is_some_and(|world| world.size > 1);
-    let order = thread_order::current();
+    let several = world().is_some_and(|world| world.size > 1) && !crate::fork::is_child();
+    let order = world().map_or_else(thread_order::first, thread_order::of);
     let lock = several.then(|| order.lock());
+    // In XLA's queue it must not wait for what another thread has launched, nor may the first
+    // thread wait for its callbacks.
+    let of_other = several && !order.is_first();
+    let ahead = (of_other && !callbacks).then(Ahead::new).flatten();
+    let apart = of_other && ahead.is_none();
     let needs = Needs {
         launches: 1,
         order: None,
+        apart,
     };
     let deferred = several && deferred::is_needed(&order, args, &needs)?;
+    // JAX's own launch ids must not look like a ticket.
+    let launch_id = RunId::of(&order).launch_id();
     let completion = Completion {
-        inputs: if deferred || several && inflight_limit::may_be_full() {
+        inputs: if deferred || several && queue_entrance::may_wait() {
             keep_inputs(args)
         } else {
             Vec::new()
@@ -234,32 +252,36 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
         deferred: false,
     };
     if deferred {
-        return defer(&order, args, 0, completion);
+        drop(ahead);
+        return defer(&order, args, launch_id, completion);
     }
     // Only the order of deferring matters here, and a callback may wait for another thread's
     // launch.
     drop(lock);
-    // Without a ticket: JAX's own launch ids must not look like one.
-    args.with_launch_id(0, |args| launch(args, completion))
+    args.with_launch_id(launch_id, |args| match apart {
+        true => launch_apart(args, completion),
+        false => launch(args, completion),
+    })
 }
 
-/// Runs what a callback launches while its own program is in the background: to the end, here.
+/// Runs what a callback of the launch `outer` launches while that is in the background: to the end,
+/// here.
 fn launch_in_background(
     args: &mut ExecuteArgs<'_>,
     program: Option<ProgramInfo>,
+    outer: RunId,
 ) -> Result<(), Error> {
+    let mut run_id = outer;
     let mut own = None;
-    let ticket = match (program, world()) {
-        (Some(program), Some(world)) if program.operations => {
-            ticket::callback_of().unwrap_or_else(|| {
-                let ticket = world.engine.issue_ticket_now(program.order(0));
-                own = Some(TicketGuard(ticket));
-                ticket
-            })
-        }
-        _ => Ticket(0),
-    };
-    let result = args.with_launch_id(ticket.0 as i32, spare_client::execute);
+    if let (Some(program), Some(world), RunId::By(thread)) = (program, world(), outer)
+        && program.operations
+    {
+        let ticket = world.engine.issue_ticket_now(program.order(thread.order));
+        own = Some(TicketGuard(ticket));
+        note_launch(world, ticket, &program, thread);
+        run_id = RunId::Ticket(ticket);
+    }
+    let result = args.with_launch_id(run_id.launch_id(), spare_client::execute);
     drop(own);
     result
 }

@@ -4,12 +4,65 @@
 use std::cell::Cell;
 
 use mpi_runtime::Ticket;
+use mpi_runtime::node::process::is_main_thread;
 
+use crate::launch::thread_order::ThreadOrder;
 use crate::plugin::world;
+
+/// What a launch says to its operations and host callbacks, as its run id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunId {
+    /// The launch has operations, or belongs to one that has them.
+    Ticket(Ticket),
+    /// It has no ticket.
+    By(Dispatcher),
+}
+
+/// The thread that has dispatched a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dispatcher {
+    /// The number of its order.
+    pub order: u32,
+    /// It is the main thread of this process.
+    pub is_main: bool,
+}
+
+impl RunId {
+    /// Of what the calling thread launches in that order without a ticket of its own: in a host
+    /// callback it belongs to the launch whose callback that is.
+    pub fn of(order: &ThreadOrder) -> RunId {
+        let by_this_thread = || {
+            RunId::By(Dispatcher {
+                order: order.number,
+                is_main: is_main_thread(),
+            })
+        };
+        CALLBACK_OF.get().unwrap_or_else(by_this_thread)
+    }
+
+    /// As PJRT's `launch_id`: tickets are above 0.
+    pub fn launch_id(self) -> i32 {
+        match self {
+            RunId::Ticket(ticket) => ticket.0 as i32,
+            RunId::By(thread) => -((thread.order as i32) << 1 | i32::from(thread.is_main)),
+        }
+    }
+
+    /// What a run id of XLA's says.
+    fn read(run_id: i64) -> RunId {
+        match ticket_of(run_id) {
+            Some(ticket) => RunId::Ticket(ticket),
+            None => RunId::By(Dispatcher {
+                order: (-run_id >> 1) as u32,
+                is_main: run_id & 1 == 1,
+            }),
+        }
+    }
+}
 
 thread_local! {
     /// The launch whose host callback this thread is running; what it launches belongs to it.
-    static CALLBACK_OF: Cell<Option<Ticket>> = const { Cell::new(None) };
+    static CALLBACK_OF: Cell<Option<RunId>> = const { Cell::new(None) };
     /// Launches of programs with callbacks or operations that this thread is inside of.
     static LAUNCHES_HERE: Cell<u32> = const { Cell::new(0) };
     /// This thread runs a host callback of a program that XLA runs in the background.
@@ -18,7 +71,7 @@ thread_local! {
 
 /// The ticket that a run id carries.
 pub fn ticket_of(run_id: i64) -> Option<Ticket> {
-    Some(Ticket(run_id as u32)).filter(|ticket| ticket.0 != 0)
+    u32::try_from(run_id).ok().filter(|&id| id != 0).map(Ticket)
 }
 
 /// Retires its ticket when dropped, so that no path forgets it.
@@ -34,7 +87,7 @@ impl Drop for TicketGuard {
 
 /// Runs `body` as a host callback of the launch with `run_id`.
 pub fn in_callback_of<T>(run_id: i64, body: impl FnOnce() -> T) -> T {
-    let outer = CALLBACK_OF.replace(ticket_of(run_id));
+    let outer = CALLBACK_OF.replace(Some(RunId::read(run_id)));
     let outer_background = IN_BACKGROUND.replace(LAUNCHES_HERE.get() == 0);
     let result = body();
     IN_BACKGROUND.set(outer_background);
@@ -42,9 +95,18 @@ pub fn in_callback_of<T>(run_id: i64, body: impl FnOnce() -> T) -> T {
     result
 }
 
-/// The launch whose host callback this thread is running.
+/// The launch whose host callback this thread is running, if it has a ticket.
 pub fn callback_of() -> Option<Ticket> {
-    CALLBACK_OF.get()
+    match CALLBACK_OF.get() {
+        Some(RunId::Ticket(ticket)) => Some(ticket),
+        _ => None,
+    }
+}
+
+/// The launch whose host callback this thread is running, if XLA runs that in the background. What
+/// the callback launches would wait in XLA's queue for its own program.
+pub fn callback_in_background() -> Option<RunId> {
+    CALLBACK_OF.get().filter(|_| is_in_background())
 }
 
 /// Whether this thread runs a host callback of a program that XLA runs in the background.
@@ -69,4 +131,27 @@ pub fn inside_launch<T>(body: impl FnOnce() -> T) -> T {
 /// Whether this thread is inside of such a launch.
 pub fn is_inside_launch() -> bool {
     LAUNCHES_HERE.get() > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_id_says_which_launch_it_is() {
+        let by = |order, is_main| RunId::By(Dispatcher { order, is_main });
+        let ids = [
+            RunId::Ticket(Ticket(1)),
+            RunId::Ticket(Ticket(i32::MAX as u32)),
+            by(0, false),
+            by(0, true),
+            by(1, false),
+            by(77, false),
+            by(77, true),
+        ];
+        for id in ids {
+            assert_eq!(RunId::read(i64::from(id.launch_id())), id);
+        }
+        assert_eq!(ticket_of(i64::from(by(5, false).launch_id())), None);
+    }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -122,6 +123,36 @@ def test_a_checkpoints_barrier_beside_training() -> None:
     np.testing.assert_allclose(step(w, x), np.full(3, steps + 1.0))
 
 
+@pytest.mark.skipif(SIZE < 4, reason="the groups share two ranks, and have a lowest one each")
+def test_threads_make_communicators_of_groups_that_overlap() -> None:
+    """Each group's first collective makes its communicator, in both shared ranks at once."""
+
+    comms, together_here = [MPI.COMM_WORLD.Dup() for _ in range(2)], threading.Barrier(2)
+
+    def work(number: int) -> None:
+        members = [number, 2, 3]
+        group = comms[number].Split(0 if RANK in members else 1)
+        if RANK not in members:
+            return
+        devices = [device for device in jax.devices() if device.process_index in members]
+        mesh = jax.sharding.Mesh(np.array(devices), ("x",))
+        sharded, own = jax.NamedSharding(mesh, jax.P("x")), mesh.local_devices
+        for length in range(1, 11):
+            x = jax.make_array_from_single_device_arrays(
+                (3 * length,), sharded, [jax.device_put(np.ones(length, np.float32), own[0])]
+            )
+            total = jax.jit(lambda x: x.sum(), out_shardings=jax.NamedSharding(mesh, jax.P()))
+            total = total.lower(x).compile()
+            group.Barrier()
+            if RANK > 1:
+                together_here.wait()
+            assert float(total(x)) == 3 * length
+
+    together(*[lambda n=n: work(n) for n in range(2)])
+    for comm in comms:
+        comm.Free()
+
+
 def test_a_pool_whose_threads_take_turns() -> None:
     program = jax.jit(lambda x: nt.allreduce(x, m.SUM, comm=m.COMM_WORLD))
     y = X
@@ -239,3 +270,26 @@ def test_an_error_in_a_thread_is_that_threads() -> None:
 
     together(work)
     np.testing.assert_allclose(good(X), X * SIZE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4])
+def test_a_threads_program_waits_for_no_launch_of_the_main_thread(dtype: jnp.dtype) -> None:
+    """One without operations. Results of 4 bits cannot be promised."""
+    total = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    program, results = jax.jit(lambda x: x.astype(dtype)).lower(X).compile(), []
+    jax.block_until_ready(total(X))
+    if RANK == 0:
+        result = total(X)
+        # Until its operation waits for the others.
+        time.sleep(0.3)
+        thread = threading.Thread(target=lambda: results.append(program(X).block_until_ready()))
+        thread.start()
+        thread.join()
+        for rank in range(1, SIZE):
+            MPI.COMM_WORLD.send("through", rank)
+    else:
+        assert MPI.COMM_WORLD.recv(source=0) == "through"
+        result = total(X)
+    np.testing.assert_array_equal(result, X * SIZE)
+    for small in results:
+        np.testing.assert_array_equal(small.astype(jnp.float32), X)
