@@ -88,10 +88,8 @@ def test_an_inner_plugin_is_chosen_by_its_wheel() -> None:
         assert f"{file} (PJRT" in result.stderr and result.returncode == 0, result.stderr
     assert files["lammps-jax-pjrt-cpu"] in run(code, **logged).stderr
     # One that is not installed is not replaced by another.
-    older = run(
-        code, MPI_CUDA_INNER_PLUGIN="xla-cpu-pjrt", MPI_CUDA_PLUGIN_CPU="/nowhere", **logged
-    )
-    assert "install the Python wheel xla-cpu-pjrt, or" in older.stderr, older.stderr
+    absent = run(code, MPI_CUDA_INNER_PLUGIN="xla-cuda12-pjrt", **logged)
+    assert "install the Python wheel xla-cuda12-pjrt, or" in absent.stderr, absent.stderr
 
 
 def test_without_any_mpi(tmp_path) -> None:

@@ -63,8 +63,11 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
             launch_operations(args, program, world)
         }
         _ if deleted.is_err() => deleted,
-        None if let Some(_ahead) = Ahead::new() => args.pass_on(),
-        _ => launch_others(args, program.is_some_and(|program| program.callbacks)),
+        Some(program) => launch_others(args, program.callbacks),
+        None => match Ahead::new() {
+            Some(_ahead) => args.pass_on(),
+            None => launch_others(args, false),
+        },
     }
 }
 
