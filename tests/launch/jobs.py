@@ -16,9 +16,10 @@ OWN = ("MPI_CUDA", "MPI4PY", "JAX", "PMI", "PMIX", "OMPI_COMM")
 
 def in_turn(*cases: Any) -> list[tuple]:
     """The arguments of each case behind one of the MPIs, now this and now that one: for what no MPI
-    has a part in."""
+    has a part in. With TEST_OTHER_MPI in the environment it is the other one."""
+    first = "TEST_OTHER_MPI" in os.environ
     arguments = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [(MPIS[number % len(MPIS)], *own) for number, own in enumerate(arguments)]
+    return [(MPIS[number % len(MPIS)], *own) for number, own in enumerate(arguments, first)]
 
 
 def environment(**variables: str) -> dict[str, str]:

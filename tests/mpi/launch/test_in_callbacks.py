@@ -103,5 +103,5 @@ def test_what_a_callback_launches_is_compared_wherever_it_runs() -> None:
     start = time.monotonic()
     np.testing.assert_array_equal(program(a), a + X.sum())
     # A rank that compares waits 10 s for others that do not.
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
     comm.Free()
