@@ -8,7 +8,8 @@ installed, takes the first it finds; the wrong one sees a world of size 1.
 And where the backend mpi_cuda is selected, an `import mpi4jax` gets our bridge instead of its own
 (`mpi_cuda/_bridge/mpi4jax.py`), and whoever imports `mpi4py.MPI` under a launcher joins the world
 then: that is collective, and all ranks import it, while the first use of JAX may come before an
-mpi4py collective on one rank and after it on another.
+mpi4py collective on one rank and after it on another. `jax.distributed.initialize()` imports our
+package, which knows the world, if nothing else has.
 """
 
 import os
@@ -59,12 +60,9 @@ class _Mpi4py:
             return None
         if not _launched() and not _without_pmi() and _joined() is None:
             return None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if find and finder is not cls else None
-            if spec is not None and spec.loader is not None:
-                spec.loader = _JoinAfter(spec.loader)
-                return spec
+        if spec := _found_by_others(cls, name, path, target):
+            spec.loader = _JoinAfter(spec.loader)
+            return spec
         raise ImportError(
             "mpi4py has no module for the MPI of this process: its wheels have those of Open MPI "
             "and MPICH, and none for the ABI of the MPI standard. Unset MPI_CUDA_MPI=mpi_abi and "
@@ -125,6 +123,52 @@ class _JoinAfter:
             raise ImportError(wrong)
 
 
+class _Distributed:
+    """Lets `jax.distributed.initialize` import our package first."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name != "jax.distributed":
+            return None
+        if spec := _found_by_others(cls, name, path, target):
+            spec.loader = _PackageFirst(spec.loader)
+        return spec
+
+
+class _PackageFirst:
+    """A loader, and a function that imports the package."""
+
+    def __init__(self, loader):  # type: ignore[no-untyped-def]
+        self.loader = loader
+
+    def create_module(self, spec):  # type: ignore[no-untyped-def]
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):  # type: ignore[no-untyped-def]
+        self.loader.exec_module(module)
+        original = module.initialize
+
+        def initialize(*arguments, **options):  # type: ignore[no-untyped-def]
+            module.initialize = original
+            if _Bridge._selected():
+                # It has its own part in this (mpi_cuda/_jax_patches/coordination.py).
+                import mpi_cuda  # noqa: F401
+            return original(*arguments, **options)
+
+        initialize.__doc__ = original.__doc__
+        module.initialize = initialize
+
+
+def _found_by_others(finder, name, path, target):  # type: ignore[no-untyped-def]
+    """What would be imported without `finder`; none if it is not there."""
+    for other in sys.meta_path:
+        find = getattr(other, "find_spec", None)
+        spec = find(name, path, target) if find and other is not finder else None
+        if spec is not None and spec.loader is not None:
+            return spec
+    return None
+
+
 def _open() -> str | None:
     """Opens the MPI that this process uses; what is wrong if that fails."""
     try:
@@ -180,4 +224,4 @@ def _launched() -> bool:
     return any(size not in ("", "1") for size in sizes) or "PMIX_RANK" in os.environ
 
 
-sys.meta_path[:0] = [_Bridge, _Mpi4py]
+sys.meta_path[:0] = [_Bridge, _Distributed, _Mpi4py]

@@ -34,6 +34,14 @@ def test_initialize_without_arguments_before_the_backend() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_initialize_without_arguments_is_the_first_thing_that_is_done(mpi: str) -> None:
+    """JAX itself finds the ranks of Open MPI, and not those of MPICH."""
+    result = job(mpi, CLIENT.replace(", mpi_cuda", ""), "()")
+    assert result.returncode == 0 and twice("met", result), result.stderr
+    assert result.stderr == ""
+
+
 def test_initialize_with_arguments_leaves_no_lines_at_the_end() -> None:
     rank = "int(__import__('os').environ['PMI_RANK'])"
     result = job("mpich", CLIENT, f"('127.0.0.1:{free_port()}', 2, {rank})")
