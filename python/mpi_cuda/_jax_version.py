@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mpi_cuda import _library
 
 #: The oldest and the newest JAX that were tested (docs/compatibility.md).
@@ -10,7 +12,8 @@ OLDEST, NEWEST = "0.9.0", "0.12.0.1"
 
 def numbers(version: str) -> tuple[int, ...]:
     """A version's numbers, to compare; of a development version those of the release to come."""
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    parts = (re.match(r"\d*", part) for part in version.split("+")[0].split("."))
+    return tuple(int(part[0]) for part in parts if part and part[0])
 
 
 def is_tested(version: str) -> bool:
@@ -43,7 +46,7 @@ def warn_of_newer(version: str) -> None:
     """Says that a JAX is newer than what was tested; one rank calls this, once."""
     if numbers(version) > numbers(NEWEST):
         _library.warn(
-            f"mpi_cuda: JAX {version} is newer than {NEWEST}, the newest that was tested. What it "
+            f"JAX {version} is newer than {NEWEST}, the newest that was tested. What it "
             "has changed inside makes calls slower, or is refused by name; a message says which "
             "(docs/compatibility.md). `python -m mpi_cuda doctor` tries what matters most"
         )

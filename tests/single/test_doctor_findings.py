@@ -116,6 +116,8 @@ def test_platforms_and_versions() -> None:
         assert one.is_problem is is_problem and "JAX_PLATFORMS=mpi_cuda" in one.remedy
     (newer,) = software.check(facts | {"jax": "99.0"})
     assert not newer.is_problem and "99.0" in newer.text
+    for version in ("0.9.0+nv25", "0.9.1rc1", "0.10.2.dev20260601"):
+        assert _jax_version.is_tested(version), version
     page = (ROOT / "docs" / "compatibility.md").read_text()
     assert all(version in page for version in (_jax_version.OLDEST, _jax_version.NEWEST))
 

@@ -25,8 +25,13 @@ impl Engine {
 
     /// Notes what is known of the launch that has taken `ticket`, before it begins.
     pub fn note_launch(&self, ticket: Ticket, launch: Launch) {
-        self.pending.note_thread();
         self.calls.comparison.note(ticket, launch);
+    }
+
+    /// The calling thread launches operations: of several such threads one may help another that
+    /// waits.
+    pub fn note_thread(&self) {
+        self.pending.note_thread();
     }
 
     /// Says in words what the sequence of a [`UniformProgram`](super::UniformProgram) is; `code` is

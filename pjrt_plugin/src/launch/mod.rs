@@ -64,6 +64,7 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
         }
         _ if deleted.is_err() => deleted,
         Some(program) => launch_others(args, program.callbacks),
+        None if dispatch_thread::is_main() && !queue_entrance::may_wait() => args.pass_on(),
         None => match Ahead::new() {
             Some(_ahead) => args.pass_on(),
             None => launch_others(args, false),
@@ -104,6 +105,7 @@ fn launch_operations(
             .inspect_err(|error| tell_refused(&program, error))?;
     let ticket = outer.unwrap_or_else(|| world.engine.issue_ticket(place));
     if let RunId::By(thread) = RunId::of(&order) {
+        world.engine.note_thread();
         note_launch(world, ticket, &program, thread);
     }
     RECORDER.launch(ticket, program.name, args.call_location());
