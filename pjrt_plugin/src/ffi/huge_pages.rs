@@ -61,9 +61,7 @@ pub fn prepare(op: &Operation<'_>) {
         return;
     };
     let mut pages = pages.lock();
-    // SAFETY: of 0 it only tells where the heap ends (sbrk(2)).
-    let end = unsafe { libc::sbrk(0) } as usize;
-    let heap = pages.heap.map(|start| start..end);
+    let heap = pages.heap.map(|start| start..heap_end());
     for buffer in [&op.send, &op.recv] {
         let (start, bytes) = (buffer.data() as usize, buffer.bytes());
         if bytes >= OFTEN_MAPPED {
@@ -135,6 +133,14 @@ fn advise(range: &Range<usize>, advice: libc::c_int) -> bool {
     unsafe { libc::madvise(range.start as *mut libc::c_void, range.len(), advice) == 0 }
 }
 
+/// Where the heap ends, by the kernel's own word. UCX, which MPICH uses, puts a function of its own
+/// in the place of sbrk(3). That sets the end to what it was a moment before also where it is only
+/// asked: another thread's malloc then loses what it has just got.
+fn heap_end() -> usize {
+    // SAFETY: an address below the heap changes nothing, and tells where it ends (brk(2)).
+    unsafe { libc::syscall(libc::SYS_brk, 0) as usize }
+}
+
 /// From a text like that of /proc/self/maps (proc(5)).
 fn heap_start(maps: &str) -> Option<usize> {
     let line = maps.lines().find(|line| line.ends_with("[heap]"))?;
@@ -162,6 +168,13 @@ mod tests {
         assert!(blocks(&range, None).is_empty());
         assert!(inside(&range).is_empty());
         assert_eq!(blocks(&range, Some(&(0..BLOCK * 2))), 1..2);
+    }
+
+    #[test]
+    fn the_end_of_the_heap_is_that_of_its_mapping() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let start = heap_start(&maps).unwrap();
+        assert!(start < heap_end() && heap_end() - start < 1 << 40);
     }
 
     #[test]
