@@ -146,8 +146,11 @@ class _PackageFirst:
 
     def exec_module(self, module):  # type: ignore[no-untyped-def]
         self.loader.exec_module(module)
+        from functools import wraps
+
         original = module.initialize
 
+        @wraps(original)
         def initialize(*arguments, **options):  # type: ignore[no-untyped-def]
             module.initialize = original
             if _Bridge._selected():
@@ -155,7 +158,6 @@ class _PackageFirst:
                 import mpi_cuda  # noqa: F401
             return original(*arguments, **options)
 
-        initialize.__doc__ = original.__doc__
         module.initialize = initialize
 
 

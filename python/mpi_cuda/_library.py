@@ -186,9 +186,10 @@ def log(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Gives a warning of Python's, so that filters see it, for the caller's caller. It says who
-    gives it, and when."""
-    warnings.warn(f"{log_prefix()}{text}", stacklevel=3)
+    """Gives a warning of Python's for the caller's caller. It begins with the library's name, which
+    filters know it by, and ends with who gives it, and when."""
+    who = log_prefix().removesuffix("mpi_cuda: ").removesuffix(": ")
+    warnings.warn(f"mpi_cuda: {text}" + (f" [{who}]" if who else ""), stacklevel=3)
 
 
 def open_mpi() -> str:

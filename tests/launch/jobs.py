@@ -9,17 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 MPIS = ["openmpi", "mpich"]
 
 OWN = ("MPI_CUDA", "MPI4PY", "JAX", "PMI", "PMIX", "OMPI_COMM")
 
+#: Whether what runs under one MPI is to run under the other one.
+OTHER = "TEST_OTHER_MPI" in os.environ
+
+
+def on_one(mpi: str) -> pytest.MarkDecorator:
+    """Runs a test under that MPI alone: one in which no MPI has a part."""
+    return pytest.mark.parametrize("mpi", [MPIS[MPIS.index(mpi) ^ OTHER]])
+
 
 def in_turn(*cases: Any) -> list[tuple]:
     """The arguments of each case behind one of the MPIs, now this and now that one: for what no MPI
-    has a part in. With TEST_OTHER_MPI in the environment it is the other one."""
-    first = "TEST_OTHER_MPI" in os.environ
+    has a part in."""
     arguments = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [(MPIS[number % len(MPIS)], *own) for number, own in enumerate(arguments, first)]
+    return [(MPIS[number % len(MPIS)], *own) for number, own in enumerate(arguments, OTHER)]
 
 
 def environment(**variables: str) -> dict[str, str]:

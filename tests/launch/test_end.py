@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from jobs import MPIS, in_turn, job, twice
+from jobs import MPIS, in_turn, job, on_one, twice
 
 ENDINGS = """if True:
     import sys, time, jax, jax.numpy as jnp, mpi_cuda as m
@@ -74,7 +74,8 @@ def test_an_error_nobody_reads_is_raised_at_exit() -> None:
     assert result.returncode != 0 and "there is no BOR of float32" in result.stderr
 
 
-def test_callbacks_that_are_still_running_at_the_end_finish() -> None:
+@on_one("openmpi")
+def test_callbacks_that_are_still_running_at_the_end_finish(mpi: str) -> None:
     code = """if True:
         import time, jax, jax.numpy as jnp
         def slow(x):
@@ -83,7 +84,7 @@ def test_callbacks_that_are_still_running_at_the_end_finish() -> None:
         x = jnp.ones((200, 200))
         jax.jit(lambda x: jax.debug.callback(slow, (x @ x).sum()))(x)
     """
-    result = job("openmpi", code)
+    result = job(mpi, code)
     assert result.returncode == 0 and twice("finished", result), result.stderr
 
 
@@ -254,7 +255,8 @@ def test_a_rank_at_its_end_does_not_wait_for_ever(mpi: str) -> None:
     assert "in send of float32[1048576] to rank 1 with tag 5" in result.stderr, result.stderr
 
 
-def test_a_rank_with_nothing_left_to_do_waits_for_the_others() -> None:
+@on_one("openmpi")
+def test_a_rank_with_nothing_left_to_do_waits_for_the_others(mpi: str) -> None:
     code = """if True:
         import time, jax.numpy as jnp, mpi_cuda as m
         m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
@@ -262,7 +264,7 @@ def test_a_rank_with_nothing_left_to_do_waits_for_the_others() -> None:
             time.sleep(4)
             print("worked")
     """
-    result = job("openmpi", code, MPI_CUDA_EXIT_TIMEOUT="1")
+    result = job(mpi, code, MPI_CUDA_EXIT_TIMEOUT="1")
     assert result.returncode == 0 and result.stdout == "worked\n", result
 
 
@@ -283,8 +285,9 @@ STOPPED = """if True:
 """
 
 
-def test_all_ranks_stop_in_the_same_step() -> None:
-    result = job("mpich", STOPPED)
+@on_one("mpich")
+def test_all_ranks_stop_in_the_same_step(mpi: str) -> None:
+    result = job(mpi, STOPPED)
     assert result.returncode == 0, result
     assert twice("20", result) or twice("21", result), result
 

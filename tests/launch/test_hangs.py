@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from jobs import MPIS, in_turn, job
+from jobs import MPIS, in_turn, job, on_one
 
 STUCK = 35
 
@@ -150,7 +150,8 @@ else: time.sleep(12)
     assert "rank 0 waits in vain: rank 1 has ended its program" in result.stderr, result.stderr
 
 
-def test_who_has_done_its_part_of_a_collective_is_not_missed() -> None:
+@on_one("mpich")
+def test_who_has_done_its_part_of_a_collective_is_not_missed(mpi: str) -> None:
     """Across nodes a rank ends a gather before all have begun it."""
     code = """
 if R == 1: time.sleep(7)
@@ -159,7 +160,7 @@ if R == 0: nt.send(X, 2)
 if R == 2: nt.recv(X, 0).block_until_ready()
 print("fine")
 """
-    result = run("mpich", code, ranks=3, nodes=3)
+    result = run(mpi, code, ranks=3, nodes=3)
     assert result.returncode == 0 and result.stdout.count("fine") == 3, result.stderr
 
 
@@ -217,7 +218,8 @@ MPI.Finalize()
     assert "rank 1 waits in vain: rank 0 has called MPI_Finalize" in result.stderr, result.stderr
 
 
-def test_a_rank_whose_main_thread_has_failed_beside_another_thread() -> None:
+@on_one("mpich")
+def test_a_rank_whose_main_thread_has_failed_beside_another_thread(mpi: str) -> None:
     code = """
 if R == 1:
     threading.Thread(target=lambda: time.sleep(40)).start()
@@ -225,14 +227,15 @@ if R == 1:
 nt.recv(X, 1).block_until_ready()
 """
     start = time.monotonic()
-    result = run("mpich", code, MPI_CUDA_WARN_AFTER="3")
+    result = run(mpi, code, MPI_CUDA_WARN_AFTER="3")
     assert result.returncode == 1 and time.monotonic() - start < 30, result.stderr
     words = "main thread has failed with ValueError: beside a thread"
     assert f"rank 1 is in Python: its {words}" in result.stderr, result.stderr
     assert "the main thread of rank 1 has failed with ValueError" in result.stderr, result.stderr
 
 
-def test_a_thread_beside_a_main_thread_that_has_failed_may_end_its_work() -> None:
+@on_one("openmpi")
+def test_a_thread_beside_a_main_thread_that_has_failed_may_end_its_work(mpi: str) -> None:
     code = """
 def late():
     time.sleep(3)
@@ -245,7 +248,7 @@ if R == 1:
 nt.recv(X, 1).block_until_ready()
 time.sleep(20)
 """
-    result = run("openmpi", code)
+    result = run(mpi, code)
     assert result.returncode == 1 and "written" in result.stdout, result
 
 
@@ -321,7 +324,8 @@ time.sleep(10)
     assert re.search(expected, result.stderr), result.stderr
 
 
-def test_what_waits_is_reported_with_what_the_others_do() -> None:
+@on_one("mpich")
+def test_what_waits_is_reported_with_what_the_others_do(mpi: str) -> None:
     code = """
 def busy():
     time.sleep(3)
@@ -332,7 +336,7 @@ else:
     busy()
     nt.allreduce(X, m.SUM).block_until_ready()
 """
-    result = run("mpich", code, MPI_CUDA_WARN_AFTER="1")
+    result = run(mpi, code, MPI_CUDA_WARN_AFTER="1")
     assert result.returncode == 0, result.stderr
     assert "rank 0 is waiting in allreduce of float32[3] with SUM" in result.stderr, result.stderr
     # `python -c` has no file, so its lines are nobody's.
@@ -380,7 +384,8 @@ print("fine")
     assert result.returncode == 0 and result.stdout.count("fine") == 2, result.stderr
 
 
-def test_a_thread_that_has_launched_nothing_yet_may_help() -> None:
+@on_one("mpich")
+def test_a_thread_that_has_launched_nothing_yet_may_help(mpi: str) -> None:
     code = """
 def late():
     time.sleep(6)
@@ -394,5 +399,5 @@ else:
     nt.recv(X, 0).block_until_ready()
     thread.join()
 """
-    result = run("mpich", code)
+    result = run(mpi, code)
     assert result.returncode == 0, result.stderr

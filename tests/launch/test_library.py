@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from jobs import MPIS, job
+from jobs import MPIS, job, on_one
 
 #: Where Debian has them.
 NAMES = {"openmpi": "libmpi.so.40", "mpich": "libmpich.so.12"}
@@ -43,8 +43,9 @@ def test_mpi4py_uses_the_same_library(mpi: str, first: str) -> None:
     assert result.stdout.count(NAMES[mpi]) == 2, result.stdout
 
 
-def test_a_library_by_name_that_is_not_there_is_refused() -> None:
-    result = job("mpich", HELLO, MPI_CUDA_LIBMPI="/nowhere/libmpi.so")
+@on_one("mpich")
+def test_a_library_by_name_that_is_not_there_is_refused(mpi: str) -> None:
+    result = job(mpi, HELLO, MPI_CUDA_LIBMPI="/nowhere/libmpi.so")
     assert result.returncode != 0
     said = "tried /nowhere/libmpi.so, named by MPI_CUDA_LIBMPI ("
     assert said in result.stderr and "No such file" in result.stderr, result.stderr

@@ -7,10 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from jobs import MPIS, job, twice
+from jobs import MPIS, job, on_one, twice
 
 
-def test_a_waiting_operation_is_named() -> None:
+@on_one("mpich")
+def test_a_waiting_operation_is_named(mpi: str) -> None:
     code = """if True:
         import time, jax.numpy as jnp, mpi_cuda as m
         if m.COMM_WORLD.rank == 0:
@@ -19,7 +20,7 @@ def test_a_waiting_operation_is_named() -> None:
             time.sleep(2)
             m.send(jnp.zeros((2, 3)), 0, tag=4)
     """
-    result = job("mpich", code, MPI_CUDA_WARN_AFTER="0.5")
+    result = job(mpi, code, MPI_CUDA_WARN_AFTER="0.5")
     expected = "rank 0 is waiting in recv into float32[2,3] from rank 1 with tag 4"
     assert result.returncode == 0 and expected in result.stderr, result.stderr
 
@@ -128,9 +129,10 @@ SERIALIZED = """if True:
 """
 
 
-def test_a_program_of_another_run_finds_its_communicator_or_none(tmp_path) -> None:
+@on_one("mpich")
+def test_a_program_of_another_run_finds_its_communicator_or_none(mpi: str, tmp_path) -> None:
     def run(mode: str) -> subprocess.CompletedProcess[str]:
-        result = job("mpich", SERIALIZED, mode, str(tmp_path / "program"))
+        result = job(mpi, SERIALIZED, mode, str(tmp_path / "program"))
         assert result.returncode == 0, result.stderr
         return result
 
@@ -158,8 +160,9 @@ SWAPPED = """if True:
 """
 
 
-def test_programs_that_have_run_before_in_another_order_are_named() -> None:
-    result = job("openmpi", SWAPPED, limit=30)
+@on_one("openmpi")
+def test_programs_that_have_run_before_in_another_order_are_named(mpi: str) -> None:
+    result = job(mpi, SWAPPED, limit=30)
     assert result.returncode != 0 and not result.stdout
     assert "Rank 0: all-reduce f32[3] SUM" in result.stderr, result.stderr
     assert "Rank 1: all-reduce f32[3] MAX" in result.stderr, result.stderr

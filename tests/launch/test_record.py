@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import environment, job, twice
+from jobs import environment, job, on_one, twice
 
 from mpi_cuda._report import record
 
@@ -112,9 +112,10 @@ def test_a_segmentation_fault(mpi: str, ranks: int, tmp_path: Path) -> None:
     assert f"rank {ranks - 1}: never came there; its last was 4" in text
 
 
-def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+@on_one("mpich")
+def test_a_rank_that_is_killed(mpi: str, tmp_path: Path) -> None:
     text = reported(
-        "mpich",
+        mpi,
         tmp_path,
         "time.sleep(0.5)",
         "if rank == 1:",
@@ -125,10 +126,11 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     assert "the last was allreduce of 3 float32 with SUM" in of_rank(text, 1)
 
 
-def test_the_end_of_an_operation_is_written_though_none_follows(tmp_path: Path) -> None:
+@on_one("openmpi")
+def test_the_end_of_an_operation_is_written_though_none_follows(mpi: str, tmp_path: Path) -> None:
     """The record is written while rank 1 waits in its last operation, and once more after it."""
     text = reported(
-        "openmpi",
+        mpi,
         tmp_path,
         "time.sleep(0.7 if rank == 0 else 0)",
         "step(x).block_until_ready()",
@@ -163,7 +165,8 @@ def test_the_first_divergence_is_named(mpi: str, ranks: int, tmp_path: Path) -> 
     assert "<string>:10" in text.split("rank 1: allreduce")[1].splitlines()[0]
 
 
-def test_a_job_that_hangs_is_asked(tmp_path: Path) -> None:
+@on_one("mpich")
+def test_a_job_that_hangs_is_asked(mpi: str, tmp_path: Path) -> None:
     """By SIGUSR1; and the file is there anyway."""
     code = lines(
         "if rank == 0:",
@@ -174,7 +177,7 @@ def test_a_job_that_hangs_is_asked(tmp_path: Path) -> None:
         "time.sleep(60)",
     )
     process = subprocess.Popen(
-        ["mpirun.mpich", "-n", "3", sys.executable, "-c", code],
+        [f"mpirun.{mpi}", "-n", "3", sys.executable, "-c", code],
         env=environment(MPI_CUDA_RECORD_DIR=str(tmp_path)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -202,28 +205,30 @@ def test_a_job_that_hangs_is_asked(tmp_path: Path) -> None:
     assert asked == [5, 5, 5]
 
 
-def test_a_deadlock_that_ends_the_job(tmp_path: Path) -> None:
+@on_one("mpich")
+def test_a_deadlock_that_ends_the_job(mpi: str, tmp_path: Path) -> None:
     waits = "nt.recv(x, (rank + 1) % size).block_until_ready()"
-    text = reported("mpich", tmp_path, waits, ranks=3)
+    text = reported(mpi, tmp_path, waits, ranks=3)
     assert re.search(r"ended the job with status \d+ at [\d:.]+: deadlock: ", text), text
     assert "\ndeadlock: 0 waits for 1 waits for 2 waits for 0" in text, text
 
 
-def test_a_job_that_ends_well_leaves_what_it_was_asked_to(tmp_path: Path) -> None:
+@on_one("mpich")
+def test_a_job_that_ends_well_leaves_what_it_was_asked_to(mpi: str, tmp_path: Path) -> None:
     own = tmp_path / "own.record"
     code = lines(f"if rank == 0: m.write_record({str(own)!r})")
     folder = tmp_path / "folder"
-    assert job("mpich", code, MPI_CUDA_RECORD_DIR=str(folder)).returncode == 0
+    assert job(mpi, code, MPI_CUDA_RECORD_DIR=str(folder)).returncode == 0
     assert records(folder) == [] and own.stat().st_size == 1 << 18
     own.unlink()
     keep = {"MPI_CUDA_RECORD_DIR": str(folder), "MPI_CUDA_RECORD": "always"}
-    assert job("mpich", lines("m.notoken.barrier()"), **keep).returncode == 0
+    assert job(mpi, lines("m.notoken.barrier()"), **keep).returncode == 0
     text = report(folder)
     assert "ended well" in of_rank(text, 0) and "ended well" in of_rank(text, 1)
     assert "allreduce SUM float32 on the default communicator" in text
     # Nobody asked.
-    assert job("mpich", lines()).returncode == 0
-    error = job("mpich", lines("m.write_record()"))
+    assert job(mpi, lines()).returncode == 0
+    error = job(mpi, lines("m.write_record()"))
     assert error.returncode != 0 and "MPI_CUDA_RECORD_DIR" in error.stderr
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from jobs import MPIS, job, twice
+from jobs import MPIS, job, on_one, twice
 
 
 @pytest.mark.parametrize("mpi", MPIS)
@@ -82,8 +82,9 @@ CHILD = """if True:
 """
 
 
-def test_a_child_process_is_refused_with_the_remedy() -> None:
-    result = job("mpich", CHILD)
+@on_one("mpich")
+def test_a_child_process_is_refused_with_the_remedy(mpi: str) -> None:
+    result = job(mpi, CHILD)
     assert twice("fine", result), result.stderr
 
 
@@ -210,7 +211,8 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(mpi: str) -> None:
     assert result.returncode == 0 and twice("2.0", result), result.stderr
 
 
-def test_settings_that_ranks_must_share_are_compared() -> None:
+@on_one("mpich")
+def test_settings_that_ranks_must_share_are_compared(mpi: str) -> None:
     code = """if True:
         import os
         rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"])
@@ -218,13 +220,13 @@ def test_settings_that_ranks_must_share_are_compared() -> None:
         import jax
         jax.devices()
     """
-    result = job("mpich", code)
+    result = job(mpi, code)
     assert result.returncode != 0
     assert "differs between ranks (64 to 65)" in result.stderr, result.stderr
     code = code.replace("PART_BYTES", "TOPOLOGY").replace(
         "str(64 + rank)", "['global', 'local'][rank]"
     )
-    result = job("mpich", code)
+    result = job(mpi, code)
     assert result.returncode != 0
     words = (
         "MPI_CUDA_TOPOLOGY (0 global, 1 local) is 1 on rank 1 and differs between ranks (0 to 1)"
@@ -345,12 +347,13 @@ def test_tasks_without_process_management_are_refused(first: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_joining_with_mpi4py_imports_no_jax() -> None:
+@on_one("openmpi")
+def test_joining_with_mpi4py_imports_no_jax(mpi: str) -> None:
     """The program may still set variables that JAX reads when it is imported."""
     code = """if True:
         import sys
         from mpi4py import MPI
         print("mpi_cuda._library" in sys.modules, "jax" in sys.modules)
     """
-    result = job("openmpi", code)
+    result = job(mpi, code)
     assert result.returncode == 0 and twice("True False", result), result

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import environment
+from jobs import environment, on_one
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_lm.py"
 SIZES = ["--steps=30", "--batch=8", "--context=16", "--width=32", "--heads=4"]
@@ -98,7 +98,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path) -> None:
     np.testing.assert_array_equal(resumed, pair[0])
 
 
-def test_sigterm_to_one_rank_stops_all_after_the_same_step(tmp_path) -> None:
+@on_one("mpich")
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(mpi: str, tmp_path) -> None:
     """As before a batch job's time limit, which reaches each rank at another moment."""
     checkpoint = tmp_path / "checkpoint"
     options = ["--steps=100000", f"--checkpoint={checkpoint}", "--every=1"]
@@ -119,7 +120,7 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(tmp_path) -> None:
 
     # What was saved is whole, and later steps go on from it.
     step = int(stopped[1])
-    resumed = train("mpich", 2, tmp_path, *options, "--resume", f"--stop={step + 1}")
+    resumed = train(mpi, 2, tmp_path, *options, "--resume", f"--stop={step + 1}")
     assert len(resumed) == step + 1
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from jobs import MPIS, job
+from jobs import MPIS, job, on_one
 
 TRANSFER = """if True:
     import jax, jax.numpy as jnp, mpi_cuda as m
@@ -62,7 +62,8 @@ PROBE = """if True:
 """
 
 
-def test_a_probe_lets_auto_transfer_directly(tmp_path: Path) -> None:
+@on_one("mpich")
+def test_a_probe_lets_auto_transfer_directly(mpi: str, tmp_path: Path) -> None:
     device = {
         "MPI_CUDA_PRETEND_DEVICE": "aware",
         "MPI_CUDA_PROBE_DIR": str(tmp_path),
@@ -70,23 +71,23 @@ def test_a_probe_lets_auto_transfer_directly(tmp_path: Path) -> None:
     }
 
     def transfer() -> str:
-        result = job("mpich", TRANSFER, **device)
+        result = job(mpi, TRANSFER, **device)
         assert result.returncode == 0, result.stderr
         return re.findall(r"rank 1: mpi_cuda: transfer (.*)", result.stderr)[0]
 
     assert transfer().startswith("staged (direct is not proven with")
-    result = job("mpich", PROBE, **device)
+    result = job(mpi, PROBE, **device)
     assert result.returncode == 0 and "the arrays as they are" in result.stdout, result.stderr
     assert transfer().startswith("direct (it was tried with")
     # As if the job had died in it: not used, and the next probe tries the next way.
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text().replace("\narrays", "\ntrying arrays"))
     assert re.match("staged .* did not end; run the probe again", transfer())
-    result = job("mpich", PROBE, **device)
+    result = job(mpi, PROBE, **device)
     assert result.returncode == 0 and "as they are" not in result.stdout, result.stdout
     assert transfer().startswith("direct, through copies on the device (it was tried")
     file.write_text(file.read_text().replace("\ncopies", "\ntrying copies"))
-    assert job("mpich", PROBE, **device).returncode == 1
+    assert job(mpi, PROBE, **device).returncode == 1
     assert "each job that tried it died" in transfer()
 
 
@@ -119,13 +120,14 @@ def test_ranks_whose_transfers_differ_are_refused(tmp_path: Path) -> None:
     assert re.search(r"MPI_CUDA_TRANSFER.* is 1 on rank 1", result.stderr), result.stderr
 
 
-def test_chunks_that_differ_between_ranks_are_refused() -> None:
+@on_one("mpich")
+def test_chunks_that_differ_between_ranks_are_refused(mpi: str) -> None:
     code = (
         "import os\nrank = os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ['PMI_RANK']\n"
         "os.environ['MPI_CUDA_CHUNK_BYTES'] = str(4096 * (1 + int(rank)))\n"
         "import jax; jax.devices()"
     )
-    result = job("mpich", code, MPI_CUDA_PRETEND_DEVICE="1")
+    result = job(mpi, code, MPI_CUDA_PRETEND_DEVICE="1")
     assert result.returncode != 0
     assert "MPI_CUDA_CHUNK_BYTES is 8192 on rank 1" in result.stderr, result.stderr
-    assert job("mpich", code).returncode == 0
+    assert job(mpi, code).returncode == 0

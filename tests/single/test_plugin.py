@@ -87,9 +87,11 @@ def test_an_inner_plugin_is_chosen_by_its_wheel() -> None:
         result = run(code, MPI_CUDA_INNER_PLUGIN=wheel, **logged)
         assert f"{file} (PJRT" in result.stderr and result.returncode == 0, result.stderr
     assert files["lammps-jax-pjrt-cpu"] in run(code, **logged).stderr
-    # One that is not installed is not replaced by another.
+    # One for devices that are not there, or not asked for, is not replaced by another.
     absent = run(code, MPI_CUDA_INNER_PLUGIN="xla-cuda12-pjrt", **logged)
-    assert "install the Python wheel xla-cuda12-pjrt, or" in absent.stderr, absent.stderr
+    assert "MPI_CUDA_INNER_PLUGIN=xla-cuda12-pjrt, but " in absent.stderr, absent.stderr
+    other = run(code, MPI_CUDA_INNER_PLUGIN="xla-cpu-pjrt", MPI_CUDA_DEVICE="cuda", **logged)
+    assert "MPI_CUDA_DEVICE says Cuda: leave out one" in other.stderr, other.stderr
 
 
 def test_without_any_mpi(tmp_path) -> None:

@@ -64,10 +64,8 @@ fn named(plugin: &Path) -> Option<&'static Wheel> {
 
 /// What the inner plugin's devices are to be, and why.
 pub fn choose(config: &Config) -> Result<(DeviceKind, String), Error> {
-    let wheel = config.inner_plugin.as_deref().and_then(named);
-    if let (DeviceKind::Auto, Some(wheel)) = (config.device, wheel) {
-        let reason = format!("MPI_CUDA_INNER_PLUGIN={}", wheel.package);
-        return Ok((wheel.device, reason));
+    if let Some(wheel) = config.inner_plugin.as_deref().and_then(named) {
+        return wheel.choose(config.device);
     }
     Ok(match config.device {
         // Of a file that the user names nobody knows what it is for.
@@ -78,18 +76,18 @@ pub fn choose(config: &Config) -> Result<(DeviceKind, String), Error> {
         DeviceKind::Auto => automatic(&cuda::find(), || find(config, DeviceKind::Cuda)),
         DeviceKind::Cpu => (DeviceKind::Cpu, "as asked for".into()),
         DeviceKind::Cuda => {
-            refuse_without_gpu()?;
+            refuse_without_gpu("MPI_CUDA_DEVICE=cuda")?;
             (DeviceKind::Cuda, "as asked for".into())
         }
     })
 }
 
 /// Whoever asks for a GPU hears what is missing here, and not in the words of the inner plugin.
-fn refuse_without_gpu() -> Result<(), Error> {
+fn refuse_without_gpu(asked: &str) -> Result<(), Error> {
     match missing(&cuda::find()) {
         None => Ok(()),
         Some(missing) => Err(Error::precondition(format!(
-            "MPI_CUDA_DEVICE=cuda, but {missing}; use MPI_CUDA_DEVICE=cpu"
+            "{asked}, but {missing}; use MPI_CUDA_DEVICE=cpu, without a plugin for GPUs"
         ))),
     }
 }
@@ -180,6 +178,22 @@ fn find_first(
 }
 
 impl Wheel {
+    /// It brings its device; another one cannot be asked for.
+    fn choose(&self, asked: DeviceKind) -> Result<(DeviceKind, String), Error> {
+        let reason = format!("MPI_CUDA_INNER_PLUGIN={}", self.package);
+        if asked != DeviceKind::Auto && asked != self.device {
+            return Err(Error::precondition(format!(
+                "{reason} is for devices of kind {:?}, and MPI_CUDA_DEVICE says {asked:?}: leave \
+                 out one of the two",
+                self.device
+            )));
+        }
+        if self.device == DeviceKind::Cuda {
+            refuse_without_gpu(&reason)?;
+        }
+        Ok((self.device, reason))
+    }
+
     /// Its file in or above a folder, below `site-packages` or alone.
     fn near(&self, folder: &Path) -> Option<PathBuf> {
         let in_site_packages = Path::new(self.in_site_packages);
@@ -234,16 +248,16 @@ mod tests {
             device,
             ..Config::default()
         };
-        let chosen = |plugin, device| choose(&config(plugin, device)).map(|(kind, _)| kind);
-        for (name, device) in [
-            ("lammps-jax-pjrt-cpu", DeviceKind::Cpu),
-            ("xla_cpu_pjrt", DeviceKind::Cpu),
-            ("jax-cuda12-pjrt", DeviceKind::Cuda),
-        ] {
-            assert_eq!(chosen(name, DeviceKind::Auto).ok(), Some(device), "{name}");
+        let chosen = |plugin, device| choose(&config(plugin, device));
+        for name in ["lammps-jax-pjrt-cpu", "xla_cpu_pjrt"] {
+            for asked in [DeviceKind::Auto, DeviceKind::Cpu] {
+                assert_eq!(chosen(name, asked).ok().unwrap().0, DeviceKind::Cpu);
+            }
+            let error = chosen(name, DeviceKind::Cuda).unwrap_err().to_string();
+            assert!(error.contains("is for devices of kind Cpu"), "{error}");
         }
-        let asked = chosen("jax-cuda12-pjrt", DeviceKind::Cpu);
-        assert_eq!(asked.ok(), Some(DeviceKind::Cpu));
+        let error = chosen("jax-cuda12-pjrt", DeviceKind::Cpu).unwrap_err();
+        assert!(error.to_string().contains("of kind Cuda"), "{error}");
         let error = find(&config("xla-cpu", DeviceKind::Auto), DeviceKind::Cpu).unwrap_err();
         assert!(
             error

@@ -3,6 +3,12 @@
 //! that does gets in meanwhile.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long a launch that waits for a peer lets others go ahead. What takes longer is not on its
+/// way into the queue: XLA runs a small program on the calling thread, and a function of another
+/// package's in it may wait for the very launch.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Launches on both sides.
 #[derive(Debug, Default)]
@@ -34,9 +40,12 @@ impl Entrance {
         self.ahead.fetch_sub(1, Ordering::SeqCst);
     }
 
-    fn go_behind_peers(&self) {
+    fn go_behind_peers(&self, patience: Duration) {
         self.behind_peers.fetch_add(1, Ordering::SeqCst);
-        while self.ahead.load(Ordering::SeqCst) > 0 {
+        let mut since = None;
+        while self.ahead.load(Ordering::SeqCst) > 0
+            && since.get_or_insert_with(Instant::now).elapsed() < patience
+        {
             std::thread::yield_now();
         }
     }
@@ -54,7 +63,7 @@ pub struct BehindPeers(());
 impl BehindPeers {
     /// Call before it gets into the queue; waits for those that are on their way.
     pub fn new() -> BehindPeers {
-        ENTRANCE.go_behind_peers();
+        ENTRANCE.go_behind_peers(PATIENCE);
         BehindPeers(())
     }
 }
@@ -88,7 +97,6 @@ mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
     use std::thread;
-    use std::time::Duration;
 
     #[test]
     fn who_waits_for_peers_gets_in_behind_who_is_on_its_way() {
@@ -97,7 +105,7 @@ mod tests {
         assert!(entrance.go_ahead());
         thread::scope(|scope| {
             scope.spawn(|| {
-                entrance.go_behind_peers();
+                entrance.go_behind_peers(Duration::MAX);
                 inside.store(true, Ordering::SeqCst);
             });
             thread::sleep(Duration::from_millis(50));
@@ -110,6 +118,14 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_peers_waits_for_nobody_for_long() {
+        let entrance = Entrance::default();
+        assert!(entrance.go_ahead());
+        entrance.go_behind_peers(Duration::from_millis(1));
+        assert!(!entrance.go_ahead());
+    }
+
+    #[test]
     fn none_gets_in_before_the_check_and_after_it() {
         /// So many launches of each kind.
         const MANY: usize = 20_000;
@@ -118,7 +134,7 @@ mod tests {
         thread::scope(|scope| {
             scope.spawn(|| {
                 for _ in 0..MANY {
-                    entrance.go_behind_peers();
+                    entrance.go_behind_peers(Duration::MAX);
                     queued_behind.fetch_add(1, Ordering::SeqCst);
                     queued_behind.fetch_sub(1, Ordering::SeqCst);
                     entrance.behind_peers.fetch_sub(1, Ordering::SeqCst);

@@ -2,6 +2,7 @@
 //! every rank.
 
 use std::ffi::c_char;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use mpi_runtime::World;
@@ -123,8 +124,13 @@ fn split_options(given: Vec<GivenOption<'_>>) -> (Vec<(String, String)>, Vec<Giv
 /// with that are fine.
 fn refuse_late_choice(config: &Config) -> Result<(), Error> {
     let loaded = inner();
-    let other_file = config.inner_plugin.is_some()
-        && find::find(config, loaded.device).ok().as_ref() != Some(&loaded.path);
+    let is_loaded = |asked: &PathBuf| {
+        *asked == loaded.path || find::find(config, loaded.device).is_ok_and(|p| p == loaded.path)
+    };
+    let other_file = config
+        .inner_plugin
+        .as_ref()
+        .is_some_and(|asked| !is_loaded(asked));
     let other_device = match config.device {
         DeviceKind::Auto => false,
         asked => asked != loaded.device,

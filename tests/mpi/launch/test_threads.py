@@ -276,20 +276,16 @@ def test_an_error_in_a_thread_is_that_threads() -> None:
 def test_a_threads_program_waits_for_no_launch_of_the_main_thread(dtype: jnp.dtype) -> None:
     """One without operations. Results of 4 bits cannot be promised."""
     total = jax.jit(lambda x: nt.allreduce(x, m.SUM))
-    program, results = jax.jit(lambda x: x.astype(dtype)).lower(X).compile(), []
+    program = jax.jit(lambda x: x.astype(dtype)).lower(X).compile()
     jax.block_until_ready(total(X))
     if RANK == 0:
         result = total(X)
         # Until its operation waits for the others.
         time.sleep(0.3)
-        thread = threading.Thread(target=lambda: results.append(program(X).block_until_ready()))
-        thread.start()
-        thread.join()
+        together(lambda: np.testing.assert_array_equal(program(X).astype(jnp.float32), X))
         for rank in range(1, SIZE):
             MPI.COMM_WORLD.send("through", rank)
     else:
         assert MPI.COMM_WORLD.recv(source=0) == "through"
         result = total(X)
     np.testing.assert_array_equal(result, X * SIZE)
-    for small in results:
-        np.testing.assert_array_equal(small.astype(jnp.float32), X)

@@ -14,7 +14,7 @@ use super::handle::{
 };
 use crate::boundary;
 use crate::error::Error;
-use crate::inner::call::new_args;
+use crate::inner::call::{new_args, slice};
 
 impl BufferHandle {
     /// An event that happens when the buffer has its content.
@@ -102,7 +102,11 @@ impl BufferHandle {
         let element = ask!(PJRT_Buffer_ElementType { buffer: self.raw() })?;
         let dims = ask!(PJRT_Buffer_Dimensions { buffer: self.raw() })?;
         let memory = ask!(PJRT_Buffer_OpaqueDeviceMemoryDataPointer { buffer: self.raw() })?;
-        let mut layout = ask!(PJRT_Buffer_GetMemoryLayout { buffer: self.raw() }).ok();
+        // Row-major is what no layout means. Newer plugins refuse to be told it for types of less
+        // than 8 bits, since that does not say that the elements are packed.
+        let mut layout = ask!(PJRT_Buffer_GetMemoryLayout { buffer: self.raw() })
+            .ok()
+            .filter(|args| !is_row_major(&args.layout));
         let view = ask!(PJRT_Client_CreateViewOfDeviceBuffer {
             client: client.raw(),
             device: device.raw(),
@@ -293,6 +297,22 @@ fn tiled_layout(order: &[i64]) -> PJRT_Buffer_MemoryLayout {
     layout.type_ = PJRT_Buffer_MemoryLayout_Type_Tiled;
     layout.__bindgen_anon_1.tiled = tiled;
     layout
+}
+
+fn is_row_major(layout: &PJRT_Buffer_MemoryLayout) -> bool {
+    if layout.type_ != PJRT_Buffer_MemoryLayout_Type_Tiled {
+        return false;
+    }
+    // SAFETY: the type says which of the two it is, and the inner plugin's arrays are as long as it
+    // says.
+    let (tiled, order) = unsafe {
+        let tiled = layout.__bindgen_anon_1.tiled;
+        (
+            tiled,
+            slice(tiled.minor_to_major, tiled.minor_to_major_size),
+        )
+    };
+    tiled.num_tiles == 0 && order.iter().rev().copied().eq(0..order.len() as i64)
 }
 
 impl AliasFiller {
