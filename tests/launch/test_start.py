@@ -157,8 +157,11 @@ def test_lines_of_the_log_carry_time_host_and_rank() -> None:
     assert result.returncode == 0, result.stderr
     said: dict[str, list[str]] = {"rank 0": [], "rank 1": [], "pid": []}
     for line in result.stderr.splitlines():
-        # Python's own warnings have the place in the program before ours.
-        prefix, ours, text = line.rpartition("Warning: ")[2].partition(": mpi_cuda: ")
+        # A warning of Python's begins with its place in the program, and ends with who gives it.
+        warning = re.search(r"Warning: mpi_cuda: (.*) \[(.*)\]$", line)
+        prefix, ours, text = line.partition(": mpi_cuda: ")
+        if warning:
+            text, prefix = warning.groups()
         if not ours:
             assert "mpi_cuda: " not in line, result.stderr
             continue
