@@ -10,8 +10,8 @@ use crate::error::Error;
 use crate::inner::api;
 use crate::pjrt::entry::entry;
 use crate::pjrt::{
-    buffer, client, error, event, executable, execute_context, extension, loaded_executable,
-    topology,
+    buffer, client, device, error, event, executable, execute_context, extension,
+    loaded_executable, newer, topology,
 };
 use crate::plugin;
 
@@ -60,6 +60,19 @@ fn wrapped() -> *const PJRT_Api {
         &mut *api
     };
     api.extension_start = extension::chain();
+    replace_general(api);
+    replace_devices(api);
+    replace_buffers(api);
+    for (place, ours) in newer::FUNCTIONS {
+        if let Some(entry) = slot(api, place) {
+            *entry = ours;
+        }
+    }
+    api
+}
+
+/// Errors, events, clients and executables.
+fn replace_general(api: &mut PJRT_Api) {
     replace! { api:
         PJRT_Error_Destroy = error::destroy,
         PJRT_Error_Message = error::message,
@@ -69,14 +82,6 @@ fn wrapped() -> *const PJRT_Api {
         PJRT_Client_Create = client::create,
         PJRT_Client_Destroy = client::destroy,
         PJRT_Client_PlatformVersion = client::platform_version,
-        PJRT_Client_ProcessIndex = topology::process_index,
-        PJRT_Client_AddressableDevices = topology::addressable_devices,
-        PJRT_Client_AddressableMemories = topology::addressable_memories,
-        PJRT_Client_LookupAddressableDevice = topology::lookup_addressable_device,
-        PJRT_Client_DefaultDeviceAssignment = topology::default_device_assignment,
-        PJRT_Device_IsAddressable = topology::is_addressable,
-        PJRT_Device_LocalHardwareId = topology::local_hardware_id,
-        PJRT_DeviceDescription_ProcessIndex = topology::description_process_index,
         PJRT_Client_Compile = executable::compile,
         PJRT_Compile = executable::compile_ahead,
         PJRT_LoadedExecutable_GetExecutable = loaded_executable::get_executable,
@@ -91,6 +96,38 @@ fn wrapped() -> *const PJRT_Api {
         PJRT_ExecuteContext_Destroy = execute_context::destroy,
         PJRT_LoadedExecutable_Execute = loaded_executable::execute,
         PJRT_LoadedExecutable_Destroy = loaded_executable::destroy,
+    }
+}
+
+/// Devices and the topology.
+fn replace_devices(api: &mut PJRT_Api) {
+    replace! { api:
+        PJRT_Client_ProcessIndex = topology::process_index,
+        PJRT_Client_Devices = topology::devices,
+        PJRT_Client_LookupDevice = topology::lookup_device,
+        PJRT_Client_AddressableDevices = topology::addressable_devices,
+        PJRT_Client_AddressableMemories = topology::addressable_memories,
+        PJRT_Client_LookupAddressableDevice = topology::lookup_addressable_device,
+        PJRT_Client_DefaultDeviceAssignment = topology::default_device_assignment,
+        PJRT_TopologyDescription_GetDeviceDescriptions = topology::device_descriptions,
+        PJRT_Device_GetDescription = device::description,
+        PJRT_Device_IsAddressable = device::is_addressable,
+        PJRT_Device_LocalHardwareId = device::local_hardware_id,
+        PJRT_Device_AddressableMemories = device::addressable_memories,
+        PJRT_Device_DefaultMemory = device::default_memory,
+        PJRT_Device_MemoryStats = device::memory_stats,
+        PJRT_DeviceDescription_Id = device::id,
+        PJRT_DeviceDescription_ProcessIndex = device::process_index,
+        PJRT_DeviceDescription_Attributes = device::attributes,
+        PJRT_DeviceDescription_Kind = device::kind,
+        PJRT_DeviceDescription_DebugString = device::debug_string,
+        PJRT_DeviceDescription_ToString = device::to_string,
+    }
+}
+
+/// Buffers.
+fn replace_buffers(api: &mut PJRT_Api) {
+    replace! { api:
         PJRT_Client_BufferFromHostBuffer = buffer::from_host_buffer,
         PJRT_Client_CreateUninitializedBuffer = buffer::create_uninitialized,
         PJRT_Client_CreateViewOfDeviceBuffer = buffer::create_view,
@@ -109,16 +146,7 @@ fn wrapped() -> *const PJRT_Api {
         PJRT_Buffer_IncreaseExternalReferenceCount = buffer::add_reference,
         PJRT_Buffer_DecreaseExternalReferenceCount = buffer::remove_reference,
     }
-    if let Some(inner) = slot(api, FOR_EACH_PAYLOAD) {
-        let ours = error::for_each_payload as *const c_void;
-        error::for_each_payload_by(std::mem::replace(inner, ours));
-    }
-    api
 }
-
-/// Where newer tables than our header's have `PJRT_Error_ForEachPayload` (fields are only
-/// ever appended).
-const FOR_EACH_PAYLOAD: usize = 137;
 
 /// An entry of the table by its number among the table's words, if the table has it.
 fn slot(api: &mut PJRT_Api, number: usize) -> Option<&mut *const c_void> {

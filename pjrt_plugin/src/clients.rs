@@ -2,18 +2,18 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
 use parking_lot::RwLock;
 
 use crate::config::Log;
+use crate::devices::Devices;
 use crate::error::Error;
 use crate::inner::create_options::{GivenOption, Value};
 use crate::inner::handles::{
-    ClientHandle, DeviceHandle, Handle, LoadedHandle, MemoryHandle, Owned,
+    ClientHandle, DeviceHandle, Handle, LoadedHandle, Owned, TopologyHandle,
 };
-use crate::inner::{cuda_options, on_gpu};
+use crate::inner::{cuda_options, inner, on_gpu};
 use crate::plugin::{config, world};
 
 /// What we know of a client; the handle the framework has is the inner plugin's.
@@ -24,12 +24,15 @@ pub struct Client {
     pub rank: i32,
     /// Number of devices: that of the ranks, or 1 in the local topology.
     pub size: i32,
-    /// The memories of this rank's device.
-    pub memories: Vec<MemoryHandle>,
-    /// Owner rank of every device and memory, by address.
-    owners: HashMap<usize, i32>,
-    /// This rank's device, as the one-element list the framework asks for.
-    pub addressable: [DeviceHandle; 1],
+    /// The devices of all of them.
+    pub devices: Devices,
+}
+
+impl Client {
+    /// This rank's device.
+    pub fn device(&self) -> DeviceHandle {
+        self.devices.own()[0]
+    }
 }
 
 /// The clients the framework made; one, in practice.
@@ -59,13 +62,23 @@ pub fn find(handle: ClientHandle) -> Option<Arc<Client>> {
         .cloned()
 }
 
-/// The client that owns a device or memory, and its owner's rank.
+/// The client that has a device, a description or a memory, and its owner's rank.
 pub fn owner(address: usize) -> Option<(Arc<Client>, i32)> {
     let clients = CLIENTS.read();
     clients.iter().find_map(|client| {
-        let owner = *client.owners.get(&address)?;
+        let owner = client.devices.owner(address)?;
         Some((client.clone(), owner))
     })
+}
+
+/// The client whose inner client has that topology, in which the devices of other ranks are
+/// missing.
+pub fn of_topology(topology: TopologyHandle) -> Option<Arc<Client>> {
+    let clients = CLIENTS.read();
+    clients
+        .iter()
+        .find(|client| client.devices.lacking_topology() == Some(topology))
+        .cloned()
 }
 
 /// The client that an executable is loaded on, and its device there.
@@ -76,7 +89,26 @@ pub fn of_executable(loaded: LoadedHandle) -> Result<(Arc<Client>, DeviceHandle)
         .ok_or_else(|| Error::internal("an executable is loaded on no client"))
 }
 
-/// Makes an inner client with a device for every rank, and has what is known of it.
+/// The most devices of a client that has some for other ranks; it starts threads for each, and
+/// XLA's versions differ in what they allow.
+const MOST_DEVICES: i32 = 1024;
+
+/// An inner client for CPUs with a device for each of so many ranks, for programs that only such a
+/// one can partition.
+pub fn create_for_all(size: i32) -> Result<Owned<ClientHandle>, Error> {
+    if size > MOST_DEVICES {
+        return Err(Error::unimplemented(format!(
+            "{} partitions programs for at most {MOST_DEVICES} devices, and this world has {size}; \
+             a newer plugin has no limit: pip install 'mpi-cuda[cpu-recent]' \
+             (MPI_CUDA_INNER_PLUGIN=lammps-jax-pjrt-cpu)",
+            inner().path.display()
+        )));
+    }
+    ClientHandle::create(&[], &[("cpu_device_count", Value::Int(i64::from(size)))])
+}
+
+/// Makes an inner client, and has what is known of it. Its devices are those of all ranks on GPUs,
+/// where the others' cost nothing, and this rank's alone on CPUs.
 pub fn create_inner(
     rank: i32,
     size: i32,
@@ -88,48 +120,14 @@ pub fn create_inner(
             let given: Vec<String> = options.iter().map(|option| option.name.clone()).collect();
             cuda_options::options(rank, size, &given, world, config().log >= Log::Info)?
         }
-        false => vec![("cpu_device_count", Value::Int(i64::from(size)))],
+        false => vec![("cpu_device_count", Value::Int(1))],
     };
     let made = ClientHandle::create(options, &own)?;
-    let client = describe(made.get(), rank, size)?;
-    Ok((made, client))
-}
-
-/// Reads the devices and memories of a new inner client.
-fn describe(handle: ClientHandle, rank: i32, size: i32) -> Result<Client, Error> {
-    let devices = handle.devices()?;
-    if devices.len() != size as usize {
-        return Err(Error::internal(format!(
-            "the inner plugin made {} devices instead of {size}",
-            devices.len()
-        )));
-    }
-    let (mut owners, mut memories) = (HashMap::new(), Vec::new());
-    for (owner, &device) in (0..).zip(&devices) {
-        check_id(device, owner)?;
-        owners.insert(device.address(), owner);
-        let of_device = device.memories()?;
-        owners.extend(of_device.iter().map(|memory| (memory.address(), owner)));
-        if owner == rank {
-            memories = of_device;
-        }
-    }
-    Ok(Client {
-        handle,
+    let client = Client {
+        handle: made.get(),
         rank,
         size,
-        memories,
-        owners,
-        addressable: [devices[rank as usize]],
-    })
-}
-
-/// Device `i` is rank `i`'s.
-fn check_id(device: DeviceHandle, index: i32) -> Result<(), Error> {
-    match device.id()? {
-        id if id == index => Ok(()),
-        id => Err(Error::internal(format!(
-            "the inner plugin's device {index} has the id {id}"
-        ))),
-    }
+        devices: Devices::of(made.get(), rank, size)?,
+    };
+    Ok((made, client))
 }

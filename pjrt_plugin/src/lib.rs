@@ -13,6 +13,7 @@ mod boundary;
 mod clients;
 mod compile;
 mod config;
+mod devices;
 mod error;
 mod exports;
 mod ffi;

@@ -1,5 +1,6 @@
-//! Extension structs of `xla/pjrt/c/pjrt_c_api_ffi_extension.h` and
-//! `xla/pjrt/c/pjrt_c_api_layouts_extension.h`, which no wheel ships.
+//! Extension structs of `xla/pjrt/c/pjrt_c_api_ffi_extension.h`,
+//! `xla/pjrt/c/pjrt_c_api_layouts_extension.h` and
+//! `xla/pjrt/c/pjrt_c_api_memory_descriptions_extension.h`, which no wheel ships.
 
 use crate::bindings::*;
 
@@ -49,6 +50,28 @@ pub struct PJRT_FFI_Extension {
     pub type_register: *const core::ffi::c_void,
     pub user_data_add: PJRT_Extension_Function<PJRT_FFI_UserData_Add_Args>,
     pub register_handler: PJRT_Extension_Function<PJRT_FFI_Register_Handler_Args>,
+}
+
+/// Arguments of `PJRT_DeviceDescription_MemoryDescriptions`: what memories a device has.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PJRT_DeviceDescription_MemoryDescriptions_Args {
+    pub struct_size: usize,
+    pub extension_start: *mut PJRT_Extension_Base,
+    pub device_description: *mut PJRT_DeviceDescription,
+    pub memory_descriptions: *const *const core::ffi::c_void,
+    pub num_memory_descriptions: usize,
+    pub default_memory_index: usize,
+}
+
+/// The extension that describes memories (`PJRT_Extension_Type_MemoryDescriptions`).
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct PJRT_MemoryDescriptions_Extension {
+    pub base: PJRT_Extension_Base,
+    pub of_device: PJRT_Extension_Function<PJRT_DeviceDescription_MemoryDescriptions_Args>,
+    pub kind: *const core::ffi::c_void,
 }
 
 /// Arguments of `PJRT_Layouts_MemoryLayout_Serialize`: a layout as XLA's text, such as `{0,1}`.

@@ -58,18 +58,20 @@ static void await_event(PJRT_Event *event, char *text, size_t capacity) {
   must(api->PJRT_Event_Destroy(&destroy), "destroy event");
 }
 
-/* A CompileOptionsProto for this rank's device: executable_build_options (3) with num_replicas (4),
+/* A CompileOptionsProto for one device: executable_build_options (3) with num_replicas (4),
  * num_partitions (5) and device_assignment (9). */
-static size_t compile_options(unsigned char *bytes) {
+static size_t compile_options(unsigned char *bytes, int device) {
   unsigned char options[] = {0x1a, 16,   0x20, 1, 0x28, 1,    0x4a, 10,  0x08,
                              1,    0x10, 1,    0x1a, 4, 0x0a, 2, 0, 0};
-  options[16] = (unsigned char)(rank | 0x80);
+  options[16] = (unsigned char)(device | 0x80);
   options[17] = 0;
   memcpy(bytes, options, sizeof options);
   return sizeof options;
 }
 
-static PJRT_LoadedExecutable *compile(PJRT_Client *client, const char *text) {
+/* Compiles a program for one device, or for none in particular if that is negative. */
+static PJRT_Error *compile_for(PJRT_Client *client, const char *text, int device,
+                               PJRT_LoadedExecutable **executable) {
   PJRT_Program program = {.struct_size = PJRT_Program_STRUCT_SIZE};
   program.code = (char *)text;
   program.code_size = strlen(text);
@@ -79,10 +81,43 @@ static PJRT_LoadedExecutable *compile(PJRT_Client *client, const char *text) {
   PJRT_Client_Compile_Args args = {.struct_size = PJRT_Client_Compile_Args_STRUCT_SIZE};
   args.client = client;
   args.program = &program;
-  args.compile_options_size = compile_options(options);
+  args.compile_options_size = compile_options(options, device);
+  if (device < 0) {
+    /* Without the device assignment. */
+    options[1] = 4;
+    args.compile_options_size = 6;
+  }
   args.compile_options = (char *)options;
-  must(api->PJRT_Client_Compile(&args), "compile");
-  return args.executable;
+  PJRT_Error *error = api->PJRT_Client_Compile(&args);
+  *executable = args.executable;
+  return error;
+}
+
+static PJRT_LoadedExecutable *compile(PJRT_Client *client, const char *text) {
+  PJRT_LoadedExecutable *executable;
+  must(compile_for(client, text, rank, &executable), "compile");
+  return executable;
+}
+
+/* The device that a program for one is assigned to; -1 if it is assigned to none. */
+static int assigned(PJRT_LoadedExecutable *executable) {
+  PJRT_LoadedExecutable_GetDeviceAssignment_Args args = {
+      .struct_size = PJRT_LoadedExecutable_GetDeviceAssignment_Args_STRUCT_SIZE};
+  args.executable = executable;
+  must(api->PJRT_LoadedExecutable_GetDeviceAssignment(&args), "device assignment");
+  if (args.serialized_bytes_size == 0) return -1;
+  /* A DeviceAssignmentProto with 1 replica and 1 computation; its last byte is the device. */
+  int device = args.serialized_bytes[args.serialized_bytes_size - 1];
+  args.serialized_device_assignment_deleter(args.serialized_device_assignment);
+  return device;
+}
+
+static size_t addressable(PJRT_LoadedExecutable *executable) {
+  PJRT_LoadedExecutable_AddressableDevices_Args args = {
+      .struct_size = PJRT_LoadedExecutable_AddressableDevices_Args_STRUCT_SIZE};
+  args.executable = executable;
+  must(api->PJRT_LoadedExecutable_AddressableDevices(&args), "devices of a program");
+  return args.num_addressable_devices;
 }
 
 /* done happens when data may be changed or freed. */
@@ -226,6 +261,139 @@ static void donate(PJRT_Client *client, PJRT_Buffer *operand) {
   read_buffer(buffers[COUNT], result, error, sizeof error);
   check(error[0] == 0 && result[0] == 2 && result[3] == 5, "the last result is right");
   for (int i = 1; i <= COUNT; i++) destroy_buffer(buffers[i]);
+}
+
+/* What is said of a rank's device, whoever asks. */
+static void describe(PJRT_Device *device, int owner) {
+  PJRT_Device_GetDescription_Args get = {.struct_size = PJRT_Device_GetDescription_Args_STRUCT_SIZE};
+  get.device = device;
+  must(api->PJRT_Device_GetDescription(&get), "description");
+  PJRT_DeviceDescription_Id_Args id = {.struct_size = PJRT_DeviceDescription_Id_Args_STRUCT_SIZE};
+  id.device_description = get.device_description;
+  must(api->PJRT_DeviceDescription_Id(&id), "id");
+  PJRT_DeviceDescription_ProcessIndex_Args process = {
+      .struct_size = PJRT_DeviceDescription_ProcessIndex_Args_STRUCT_SIZE};
+  process.device_description = get.device_description;
+  must(api->PJRT_DeviceDescription_ProcessIndex(&process), "process index of a device");
+  check(id.id == owner && process.process_index == owner, "a device has the number of its rank");
+  PJRT_DeviceDescription_ToString_Args text = {
+      .struct_size = PJRT_DeviceDescription_ToString_Args_STRUCT_SIZE};
+  text.device_description = get.device_description;
+  must(api->PJRT_DeviceDescription_ToString(&text), "text");
+  PJRT_DeviceDescription_DebugString_Args debug = {
+      .struct_size = PJRT_DeviceDescription_DebugString_Args_STRUCT_SIZE};
+  debug.device_description = get.device_description;
+  must(api->PJRT_DeviceDescription_DebugString(&debug), "text for developers");
+  check(memchr(text.to_string, '0' + owner, text.to_string_size) != NULL &&
+            memchr(debug.debug_string, '0' + owner, debug.debug_string_size) != NULL,
+        "a device is called by its rank");
+  PJRT_DeviceDescription_Kind_Args kind = {
+      .struct_size = PJRT_DeviceDescription_Kind_Args_STRUCT_SIZE};
+  kind.device_description = get.device_description;
+  must(api->PJRT_DeviceDescription_Kind(&kind), "kind");
+  check(kind.device_kind_size == 3 && memcmp(kind.device_kind, "cpu", 3) == 0 &&
+            kind.device_description == get.device_description,
+        "devices are of one kind");
+  PJRT_DeviceDescription_Attributes_Args attributes = {
+      .struct_size = PJRT_DeviceDescription_Attributes_Args_STRUCT_SIZE};
+  attributes.device_description = get.device_description;
+  must(api->PJRT_DeviceDescription_Attributes(&attributes), "attributes");
+  PJRT_Device_IsAddressable_Args is = {.struct_size = PJRT_Device_IsAddressable_Args_STRUCT_SIZE};
+  is.device = device;
+  must(api->PJRT_Device_IsAddressable(&is), "addressable");
+  check(is.is_addressable == (owner == rank), "a rank's own device is addressable");
+}
+
+/* Devices of other ranks are shown, and nothing can be done with them. */
+static void devices_of_others(PJRT_Client *client, PJRT_Device *const *devices) {
+  char text[4096];
+  for (int owner = 0; owner < size; owner++) {
+    describe(devices[owner], owner);
+    PJRT_Client_LookupDevice_Args find = {.struct_size = PJRT_Client_LookupDevice_Args_STRUCT_SIZE};
+    find.client = client;
+    find.id = owner;
+    must(api->PJRT_Client_LookupDevice(&find), "look up a device");
+    check(find.device == devices[owner], "a device is found by its number");
+  }
+  PJRT_Client_LookupDevice_Args find = {.struct_size = PJRT_Client_LookupDevice_Args_STRUCT_SIZE};
+  find.client = client;
+  find.id = 7;
+  check(take_error(api->PJRT_Client_LookupDevice(&find), text, sizeof text) &&
+            strstr(text, "no device 7: there are those from 0 to 1"),
+        "a device that is not there is refused");
+
+  PJRT_Device *other = devices[1 - rank];
+  PJRT_Device_AddressableMemories_Args memories = {
+      .struct_size = PJRT_Device_AddressableMemories_Args_STRUCT_SIZE};
+  memories.device = other;
+  must(api->PJRT_Device_AddressableMemories(&memories), "memories of another rank's device");
+  check(memories.num_memories == 0, "no memory of another rank's can be addressed");
+  PJRT_Device_DefaultMemory_Args memory = {
+      .struct_size = PJRT_Device_DefaultMemory_Args_STRUCT_SIZE};
+  memory.device = other;
+  check(take_error(api->PJRT_Device_DefaultMemory(&memory), text, sizeof text) &&
+            strstr(text, "belongs to rank"),
+        "another rank's memory is refused");
+  PJRT_Device_MemoryStats_Args stats = {.struct_size = PJRT_Device_MemoryStats_Args_STRUCT_SIZE};
+  stats.device = other;
+  check(take_error(api->PJRT_Device_MemoryStats(&stats), text, sizeof text) &&
+            strstr(text, "belongs to rank"),
+        "another rank's memory is not measured here");
+
+  PJRT_Client_TopologyDescription_Args topology = {
+      .struct_size = PJRT_Client_TopologyDescription_Args_STRUCT_SIZE};
+  topology.client = client;
+  must(api->PJRT_Client_TopologyDescription(&topology), "topology");
+  PJRT_TopologyDescription_GetDeviceDescriptions_Args described = {
+      .struct_size = PJRT_TopologyDescription_GetDeviceDescriptions_Args_STRUCT_SIZE};
+  described.topology = topology.topology;
+  must(api->PJRT_TopologyDescription_GetDeviceDescriptions(&described), "descriptions");
+  check((int)described.num_descriptions == size, "the topology has the devices of all ranks");
+
+  int assignment[4] = {9, 9, 9, 9};
+  PJRT_Client_DefaultDeviceAssignment_Args numbers = {
+      .struct_size = PJRT_Client_DefaultDeviceAssignment_Args_STRUCT_SIZE};
+  numbers.client = client;
+  numbers.num_replicas = 1;
+  numbers.num_partitions = 1;
+  numbers.default_assignment = assignment;
+  numbers.default_assignment_size = 1;
+  must(api->PJRT_Client_DefaultDeviceAssignment(&numbers), "default assignment");
+  check(assignment[0] == rank && assignment[1] == 9, "a program for one device is for one's own");
+  numbers.num_partitions = 2;
+  numbers.default_assignment_size = 2;
+  must(api->PJRT_Client_DefaultDeviceAssignment(&numbers), "default assignment of two");
+  check(assignment[0] == 0 && assignment[1] == 1 && assignment[2] == 9,
+        "a program for two devices is for the first two");
+  numbers.num_replicas = 2;
+  numbers.default_assignment_size = 4;
+  check(take_error(api->PJRT_Client_DefaultDeviceAssignment(&numbers), text, sizeof text) &&
+            strstr(text, "more than the 2 devices"),
+        "there is no assignment to more devices than there are");
+}
+
+static const char *const NEGATE = "module @negate {\n"
+                                  "  func.func public @main(%x: tensor<4xf32>) -> tensor<4xf32> {\n"
+                                  "    %y = stablehlo.negate %x : tensor<4xf32>\n"
+                                  "    return %y : tensor<4xf32>\n"
+                                  "  }\n"
+                                  "}\n";
+
+/* Which device a program is for, by its options. */
+static void places(PJRT_Client *client, PJRT_Buffer *x) {
+  char text[4096];
+  float result[4] = {0};
+  PJRT_LoadedExecutable *own = compile(client, NEGATE), *anywhere, *other;
+  check(assigned(own) == rank && addressable(own) == 1, "a program is for this rank's device");
+  must(compile_for(client, NEGATE, -1, &anywhere), "compile for no device in particular");
+  check(assigned(anywhere) == rank, "a program without a device is for this rank's");
+  run(anywhere, x, result, text, sizeof text);
+  check(text[0] == 0 && result[0] == -1 - rank, "it runs there");
+  must(compile_for(client, NEGATE, 1 - rank, &other), "compile for another rank's device");
+  check(assigned(other) == 1 - rank && addressable(other) == 0, "a program may be for another's");
+  check(take_error(compile_for(client, NEGATE, 7, &other), text, sizeof text) &&
+            strstr(text, "device 7") && strstr(text, "from 0 to 1"),
+        "a program for a device that is not there is refused");
 }
 
 /* A program with one custom call, whose attributes follow. */
@@ -374,6 +542,8 @@ int main(int argc, char **argv) {
   check(take_error(to_device(client, devices.devices[1 - rank], data, &other), text, sizeof text) &&
             strstr(text, "belongs to rank"),
         "a buffer for another rank's device is refused");
+  devices_of_others(client, devices.devices);
+  places(client, x);
 
   run(compile(client, program("mpi_cuda_allreduce", "comm = 0 : i64, op = 0 : i64")), x, result,
       text, sizeof text);

@@ -30,7 +30,7 @@ def rank(host: str = "a", of: int = 4, own: list[int] | None = None, **changes: 
     """What the cores of a rank are like."""
     some = own if own is not None else list(range(of))
     facts = {"host": host, "cores": some, "of": of, "nproc": None, "quota": None}
-    return {**facts, "threads": len(some), "devices": 2, "launcher": "srun", **changes}
+    return {**facts, "threads": len(some), "launcher": "srun", **changes}
 
 
 def of_cores(*ranks: dict[str, Any]) -> list[str]:
@@ -55,8 +55,7 @@ def test_cores_that_ranks_share() -> None:
 def test_threads_of_one_rank() -> None:
     (one,) = cores.check(rank(own=[3], nproc="4", threads=4))
     assert "4 threads" in one.text and "NPROC=4" in one.text and one.remedy == "set NPROC=1"
-    (devices,) = cores.check(rank(own=[3], threads=2))
-    assert "one for each rank of the job" in devices.text
+    assert list(cores.check(rank(own=[3], threads=1))) == []
     assert cores.spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 

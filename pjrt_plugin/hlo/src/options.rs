@@ -137,6 +137,14 @@ impl Options {
         Devices::new(replicas, partitions, ids)
     }
 
+    /// The same on another device, for a program for one.
+    pub fn on_device(&self, device: i64) -> Options {
+        let mut options = self.clone();
+        let build = options.0.executable_build_options.mut_or_insert_default();
+        build.device_assignment = MessageField::some(assignment(1, 1, &[device]));
+        options
+    }
+
     /// Serialized options that compile a rewritten module for `device` alone, without any pass.
     ///
     /// # Errors
@@ -226,6 +234,7 @@ mod tests {
         let one = Options::read(&Options::for_one(3).write().unwrap()).unwrap();
         assert!(one.is_for_one() && one.is_assigned());
         assert_eq!(one.devices().unwrap().ids(), [3]);
+        assert_eq!(one.on_device(0).devices().unwrap().ids(), [0]);
     }
 
     #[test]

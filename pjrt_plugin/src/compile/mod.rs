@@ -17,7 +17,7 @@ use crate::compile::contents::Contents;
 use crate::compile::spmd::RunsOn;
 use crate::config::Log;
 use crate::error::Error;
-use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned};
+use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned, Program};
 use crate::inner::{on_gpu, side_table};
 use crate::launch::async_barrier;
 use crate::launch::executables::ProgramComms;
@@ -40,39 +40,43 @@ fn name(program: &[u8]) -> String {
     name.map(|&byte| char::from(byte)).collect()
 }
 
-/// Compiles a program for the framework: `inner` has the inner plugin compile it, with other
-/// options than the framework's if they are not empty.
+/// Compiles a program for the framework: `inner` has the inner plugin compile it with the options
+/// that it gets.
 pub fn compile(
     client: ClientHandle,
-    program: &[u8],
+    program: Program<'_>,
     options: &[u8],
     inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
-    let _activity = place::enter(format!("a compilation of {}", name(program)));
-    let mut contents = Contents::of(program);
-    let place = spmd::place(client, options);
+    let _activity = place::enter(format!("a compilation of {}", name(program.code)));
+    let mut contents = Contents::of(program.code);
     let start = Instant::now();
-    let first_options = match &place {
-        RunsOn::Several(options) if on_gpu() => options.tuned_alone()?,
-        RunsOn::Several(options) => options.without_code()?,
-        _ => Vec::new(),
-    };
-    let whole = inner(&first_options).map_err(with_remedy)?;
-    let first = start.elapsed();
-    match place {
-        RunsOn::Here if config().recompile => {
-            let again = spmd::recompile(client, whole, options)?;
+    match spmd::place(client, options) {
+        RunsOn::Here => {
+            let options = spmd::serialized_for_inner(client, options)?;
+            let whole = inner(&options).map_err(with_remedy)?;
+            if !config().recompile {
+                return note(whole, contents);
+            }
+            let again = spmd::recompile(client, whole, &options)?;
             log::line("compiled an optimized program again as it is");
             note(again, contents)
         }
-        RunsOn::Here => note(whole, contents),
         RunsOn::Elsewhere(_) if contents.operations => Err(elsewhere()),
+        RunsOn::Elsewhere(options) if options.is_for_one() => {
+            let for_inner = spmd::for_inner(client, &options)?.write()?;
+            let loaded = inner(&for_inner).map_err(with_remedy)?;
+            spmd::note_elsewhere(loaded.get(), &options)?;
+            Ok(loaded)
+        }
         RunsOn::Elsewhere(options) => {
-            spmd::note_elsewhere(whole.get(), &options, contents.callbacks)?;
-            Ok(whole)
+            let whole = spmd::partition(client, program, &options, inner).map_err(with_remedy)?;
+            spmd::load_elsewhere(client, whole, &options, contents.callbacks)
         }
         RunsOn::Several(options) => {
-            let (own, rewritten) = spmd::specialise(client, whole, &options, contents.callbacks)?;
+            let whole = spmd::partition(client, program, &options, inner).map_err(with_remedy)?;
+            let first = start.elapsed();
+            let (own, rewritten) = spmd::load(client, whole, &options, contents.callbacks)?;
             contents.merge(rewritten);
             log_times(start.elapsed(), first);
             note(own, contents)
@@ -115,26 +119,44 @@ fn elsewhere() -> Error {
 }
 
 /// Loads a serialized program for the framework, with the options given or, if they are empty,
-/// those that it was compiled with: `inner` has the inner plugin load it.
+/// those that it was compiled with: `inner` has the inner plugin load it with the options that it
+/// gets.
 pub fn load(
     client: ClientHandle,
     serialized: &[u8],
     options: &[u8],
-    inner: impl FnOnce() -> Result<Owned<LoadedHandle>, Error>,
+    inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
     let mut contents = Contents::of(serialized);
     if let Some((loaded, rewritten)) = spmd::deserialize(client, serialized, options)? {
         contents.merge(rewritten);
         return note(loaded, contents);
     }
-    let loaded = inner()?;
+    let loaded = match options {
+        [] => inner(options)?,
+        given => inner(&spmd::serialized_for_inner(client, given)?)?,
+    };
     if !options.is_empty()
         && let RunsOn::Elsewhere(options) = spmd::place(client, options)
     {
-        spmd::note_elsewhere(loaded.get(), &options, contents.callbacks)?;
+        spmd::note_elsewhere(loaded.get(), &options)?;
         return Ok(loaded);
     }
     note(loaded, contents)
+}
+
+/// Loads a program that was compiled without a client: `inner` has the inner plugin load it with
+/// the options that it gets.
+pub fn load_compiled(
+    client: ClientHandle,
+    options: &[u8],
+    inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
+) -> Result<Owned<LoadedHandle>, Error> {
+    let loaded = inner(&spmd::serialized_for_inner(client, options)?)?;
+    if let RunsOn::Elsewhere(options) = spmd::place(client, options) {
+        spmd::note_elsewhere(loaded.get(), &options)?;
+    }
+    Ok(loaded)
 }
 
 /// Notes a loaded executable, or destroys and refuses it.

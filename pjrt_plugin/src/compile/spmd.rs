@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use hlo_rewrite::{Devices, Envelope, Options, Refused};
 
-use crate::clients;
+use crate::clients::{self, Client};
 use crate::compile::contents::Contents;
 use crate::error::Error;
 use crate::ffi::replica_groups;
-use crate::inner::handles::{ClientHandle, Handle, LoadedHandle, Owned};
+use crate::inner::handles::{ClientHandle, Handle, LoadedHandle, Owned, Program};
+use crate::inner::on_gpu;
 use crate::inner::side_table::SideTable;
 use crate::plugin::world;
 
@@ -29,8 +30,8 @@ pub struct Spmd {
 /// By executable and by loaded executable.
 static KNOWN: SideTable<Arc<Spmd>> = SideTable::new();
 
-/// Loaded executables for devices of other ranks alone.
-static ELSEWHERE: SideTable<()> = SideTable::new();
+/// Loaded executables for devices of other ranks alone: the first of them.
+static ELSEWHERE: SideTable<i64> = SideTable::new();
 
 /// What is known of an executable or a loaded executable; none if it is for one device.
 pub fn find(address: usize) -> Option<Arc<Spmd>> {
@@ -92,38 +93,86 @@ pub fn place(client: ClientHandle, serialized: &[u8]) -> RunsOn {
     }
 }
 
-/// Notes that `loaded`, compiled with `options`, runs on devices of other ranks alone.
-pub fn note_elsewhere(
-    loaded: LoadedHandle,
-    options: &Options,
-    callbacks: bool,
-) -> Result<(), Error> {
-    if !options.is_for_one() {
-        // Other ranks may load what this one serializes.
-        let spmd = Spmd {
-            optimized: optimized_program(loaded)?,
-            devices: options.devices()?,
-            options: options.clone(),
-            callbacks,
-        };
-        KNOWN.insert(loaded.address(), Arc::new(spmd));
+/// The options of a program for one device as the inner client takes them: where that has this
+/// rank's device alone, the program is compiled for it, whatever device it is for.
+pub fn for_inner(client: ClientHandle, options: &Options) -> Result<Options, Error> {
+    let known = find_client(client)?;
+    known.devices.check(options.devices()?.ids())?;
+    Ok(match known.devices.is_alone() && options.is_assigned() {
+        true => options.on_device(known.devices.inner_id()),
+        false => options.clone(),
+    })
+}
+
+fn find_client(client: ClientHandle) -> Result<Arc<Client>, Error> {
+    clients::find(client).ok_or_else(|| Error::invalid("unknown client"))
+}
+
+/// Serialized options for the inner plugin; what we cannot read is for it to refuse.
+pub fn serialized_for_inner(client: ClientHandle, serialized: &[u8]) -> Result<Vec<u8>, Error> {
+    match Options::read(serialized) {
+        Ok(options) if options.is_for_one() => Ok(for_inner(client, &options)?.write()?),
+        _ => Ok(serialized.to_vec()),
     }
-    ELSEWHERE.insert(loaded.address(), ());
+}
+
+/// The serialized device assignment of a loaded executable, as the framework knows the devices;
+/// none if the inner plugin knows them by the same numbers.
+pub fn assignment(loaded: LoadedHandle) -> Result<Option<Vec<u8>>, Error> {
+    let devices = match (find(loaded.address()), ELSEWHERE.get(loaded.address())) {
+        (Some(spmd), _) => spmd.devices.clone(),
+        (None, Some(device)) => Devices::new(1, 1, vec![device])?,
+        (None, None) => {
+            let (client, _) = clients::of_executable(loaded)?;
+            if !client.devices.is_alone() {
+                return Ok(None);
+            }
+            Devices::new(1, 1, vec![i64::from(client.rank)])?
+        }
+    };
+    Ok(Some(devices.to_assignment()?))
+}
+
+/// Notes that `loaded`, compiled with `options` for one device, runs on that of another rank.
+pub fn note_elsewhere(loaded: LoadedHandle, options: &Options) -> Result<(), Error> {
+    let first = options.devices()?.ids().first().copied();
+    ELSEWHERE.insert(loaded.address(), first.unwrap_or(0));
     Ok(())
 }
 
-/// Replaces what the inner plugin compiled for all devices, with `options`, by a program for this
-/// rank's.
-pub fn specialise(
+/// Has the inner plugin partition a program for several devices, and optimize it: `inner` has its
+/// client compile the program, with the options that it gets.
+pub fn partition(
     client: ClientHandle,
-    whole: Owned<LoadedHandle>,
+    program: Program<'_>,
     options: &Options,
-    callbacks: bool,
-) -> Result<(Owned<LoadedHandle>, Contents), Error> {
-    let optimized = optimized_program(whole.get());
-    // What was compiled for all devices is not needed any more.
-    drop(whole);
-    load(client, optimized?, options, callbacks)
+    inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
+) -> Result<Vec<u8>, Error> {
+    let known = find_client(client)?;
+    if !known.devices.is_alone() {
+        let options = match on_gpu() {
+            true => options.tuned_alone()?,
+            false => options.without_code()?,
+        };
+        return optimized_program(inner(&options)?.get());
+    }
+    known.devices.check(options.devices()?.ids())?;
+    let options = options.without_code()?;
+    if let Some(topology) = known.devices.lacking_topology() {
+        match topology.compile(program, &options) {
+            Err(error) if is_for_a_client(&error) => (),
+            compiled => return compiled?.get().optimized_program(),
+        }
+    }
+    // It has threads for each device, and ends with the compilation.
+    let all = clients::create_for_all(known.size)?;
+    optimized_program(all.get().compile(program, &options)?.get())
+}
+
+/// Whether an inner plugin says that it compiles for devices of a client only, as XLA's for the CPU
+/// did before 2026.
+fn is_for_a_client(error: &Error) -> bool {
+    error.to_string().contains("No compiler registered")
 }
 
 /// Compiles the optimized program of `whole`, which is for this rank's device alone, again as it is
@@ -144,19 +193,19 @@ pub fn recompile(
 }
 
 /// Compiles a partitioned, optimized program for this rank's device.
-fn load(
+pub fn load(
     client: ClientHandle,
     optimized: Vec<u8>,
     options: &Options,
     callbacks: bool,
 ) -> Result<(Owned<LoadedHandle>, Contents), Error> {
     let world = world().ok_or_else(|| Error::internal("a program before the world"))?;
-    let known = clients::find(client).ok_or_else(|| Error::invalid("unknown client"))?;
+    let known = find_client(client)?;
     let devices = options.devices()?;
     let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
     replica_groups::register(&rewritten, devices.ids(), world)?;
     let contents = Contents::of_rewritten(&rewritten, &devices, world, callbacks);
-    let for_device = options.for_device(i64::from(known.rank), &rewritten.layouts)?;
+    let for_device = options.for_device(known.devices.inner_id(), &rewritten.layouts)?;
     let loaded = compile_module(client, &rewritten.module, &for_device)?;
     let spmd = Arc::new(Spmd {
         devices,
@@ -166,6 +215,33 @@ fn load(
     });
     KNOWN.insert(loaded.get().address(), spmd);
     Ok((loaded, contents))
+}
+
+/// Has an executable for a partitioned, optimized program of devices of other ranks alone. It never
+/// runs; but the framework asks it what it would, and other ranks may load what this one
+/// serializes.
+pub fn load_elsewhere(
+    client: ClientHandle,
+    optimized: Vec<u8>,
+    options: &Options,
+    callbacks: bool,
+) -> Result<Owned<LoadedHandle>, Error> {
+    let devices = options.devices()?;
+    let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
+    let own = find_client(client)?.devices.inner_id();
+    let for_device = options.for_device(own, &rewritten.layouts)?;
+    let without_code = Options::read(&for_device)?.without_code()?;
+    let loaded = compile_module(client, &rewritten.module, &without_code)?;
+    let address = loaded.get().address();
+    ELSEWHERE.insert(address, devices.ids().first().copied().unwrap_or(0));
+    let spmd = Spmd {
+        devices,
+        optimized,
+        options: options.clone(),
+        callbacks,
+    };
+    KNOWN.insert(address, Arc::new(spmd));
+    Ok(loaded)
 }
 
 /// Loads what [`Spmd::serialize`] wrote, with the options given or those that it was compiled with;
@@ -185,12 +261,10 @@ pub fn deserialize(
     };
     let loaded = match place(client, given) {
         RunsOn::Several(options) => load(client, envelope.optimized, &options, envelope.callbacks)?,
-        RunsOn::Elsewhere(options) => {
-            let module = hlo_rewrite::module_of(&envelope.optimized)?;
-            let loaded = compile_module(client, &module, &options.without_passes()?)?;
-            note_elsewhere(loaded.get(), &options, envelope.callbacks)?;
-            (loaded, Contents::default())
-        }
+        RunsOn::Elsewhere(options) => (
+            load_elsewhere(client, envelope.optimized, &options, envelope.callbacks)?,
+            Contents::default(),
+        ),
         RunsOn::Here => {
             return Err(Error::invalid(
                 "a program for several devices cannot be loaded for one: give the options that it \
@@ -219,7 +293,11 @@ fn compile_module(
     module: &[u8],
     options: &[u8],
 ) -> Result<Owned<LoadedHandle>, Error> {
-    client.compile(module, "hlo", options)
+    let program = Program {
+        code: module,
+        format: b"hlo",
+    };
+    client.compile(program, options)
 }
 
 fn optimized_program(loaded: LoadedHandle) -> Result<Vec<u8>, Error> {

@@ -7,9 +7,6 @@ use mpi_runtime::engine::recorder::file::Keep;
 use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::Asked;
 
-/// Largest world; the inner CPU client holds about 1.3 threads for every device of the world.
-pub const MAX_WORLD: i32 = 1024;
-
 /// What MPI surely takes in one call: some products of it still fit a C `int`.
 pub const LARGEST_PART: i64 = 1 << 30;
 

@@ -277,7 +277,7 @@ pub const VARIABLES: &[Variable] = &[
         read: |config, text| {
             set(
                 &mut config.pretend_size,
-                number(text, 1..=i32::MAX).map(Some),
+                number(text, 1..=1 << 20).map(Some),
             )
         },
     },

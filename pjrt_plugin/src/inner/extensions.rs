@@ -10,6 +10,16 @@ pub fn ffi() -> Option<&'static PJRT_FFI_Extension> {
     find(PJRT_Extension_Type_FFI).map(|found| unsafe { &*found.cast() })
 }
 
+/// The extension that describes memories, if it has all that we use of it.
+pub fn memory_descriptions() -> Option<&'static PJRT_MemoryDescriptions_Extension> {
+    let found = find(PJRT_Extension_Type_MemoryDescriptions)?;
+    // SAFETY: as in `layouts`.
+    unsafe {
+        let size = size_of::<PJRT_MemoryDescriptions_Extension>();
+        ((*found).struct_size >= size).then(|| &*found.cast())
+    }
+}
+
 /// The layouts extension, if it has all that we use of it.
 pub fn layouts() -> Option<&'static PJRT_Layouts_Extension> {
     let found = find(PJRT_Extension_Type_Layouts)?;

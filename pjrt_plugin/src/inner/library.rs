@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use libloading::Library;
 use pjrt_sys::PJRT_Api;
 
+use super::call::Function;
 use super::find::{choose, find, silence_logs};
 use crate::config::{Config, DeviceKind};
 use crate::error::Error;
@@ -41,6 +42,20 @@ pub fn inner() -> &'static Inner {
 /// The function table of the inner plugin.
 pub fn api() -> &'static PJRT_Api {
     inner().api
+}
+
+/// A function that newer inner tables have after those of our header (entries are only ever
+/// appended, `pjrt_c_api.h`), by its place among the table's words.
+///
+/// # Safety
+/// `Args` must be the arguments of the function in that place.
+pub unsafe fn newer<Args>(place: usize) -> Function<Args> {
+    let table = std::ptr::from_ref(api()).cast::<Function<Args>>();
+    if api().struct_size < (place + 1) * size_of::<Function<Args>>() {
+        return None;
+    }
+    // SAFETY: the table is as long as it says, and a function that lacks is null.
+    unsafe { *table.add(place) }
 }
 
 /// Whether the inner plugin's devices are GPUs.

@@ -14,11 +14,13 @@ use crate::clients::{self, Client};
 use crate::error::Error;
 use crate::inner::execute_args::OwnLaunch;
 use crate::inner::execute_options::ExecuteOptions;
-use crate::inner::handles::{BufferHandle, ClientHandle, HostArray, LoadedHandle, Owned};
+use crate::inner::handles::{BufferHandle, ClientHandle, HostArray, LoadedHandle, Owned, Program};
 use crate::plugin::world;
 
 /// The matrix product has 2 · 16³ operations, which is above XLA's limit for cheap programs.
-const PROGRAM: &str = r#"module @mpi_cuda_async_barrier {
+const PROGRAM: Program<'_> = Program {
+    format: b"mlir",
+    code: br#"module @mpi_cuda_async_barrier {
   func.func public @main(%a: tensor<16x16xf32>) -> tensor<16x16xf32> {
     %t = stablehlo.custom_call @mpi_cuda_async_barrier()
         {api_version = 4 : i32, has_side_effect = true} : () -> tensor<i32>
@@ -26,7 +28,8 @@ const PROGRAM: &str = r#"module @mpi_cuda_async_barrier {
         : (tensor<16x16xf32>, tensor<16x16xf32>) -> tensor<16x16xf32>
     return %b : tensor<16x16xf32>
   }
-}"#;
+}"#,
+};
 
 /// The operand: a matrix of zeros.
 const MATRIX: HostArray<'_> = HostArray {
@@ -128,11 +131,11 @@ fn get(client: &Client) -> Result<(LoadedHandle, BufferHandle), Error> {
 }
 
 fn make(client: &Client) -> Result<BarrierProgram, Error> {
-    let options = hlo_rewrite::Options::for_one(i64::from(client.rank)).write()?;
+    let options = hlo_rewrite::Options::for_one(client.devices.inner_id()).write()?;
     let handle = client.handle;
     Ok(BarrierProgram {
         client: handle,
-        executable: handle.compile(PROGRAM.as_bytes(), "mlir", &options)?,
-        operand: handle.copy_from_host(client.addressable[0], &MATRIX)?,
+        executable: handle.compile(PROGRAM, &options)?,
+        operand: handle.copy_from_host(client.device(), &MATRIX)?,
     })
 }

@@ -267,7 +267,11 @@ fn shape(
         return Ok(None);
     }
     let memory = match &output.memory_kind {
-        Some(kind) => client.memories.iter().find(|memory| memory.is_kind(kind)),
+        Some(kind) => client
+            .devices
+            .memories()
+            .iter()
+            .find(|memory| memory.is_kind(kind)),
         None => Some(&default),
     };
     match memory {

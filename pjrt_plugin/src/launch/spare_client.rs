@@ -54,11 +54,11 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
     for &buffer in args.inputs {
         buffer.wait_ready()?;
         in_use.extend(ExternalReference::new(buffer));
-        views.push(buffer.view_on(away.handle, away.addressable[0], None)?);
+        views.push(buffer.view_on(away.handle, away.device(), None)?);
     }
     let (executable, num_outputs) = spare.load(args.executable)?;
     let inputs: Vec<_> = views.iter().map(Owned::get).collect();
-    let device = args.device.map(|_| away.addressable[0]);
+    let device = args.device.map(|_| away.device());
     let launch = OwnLaunch::like(args, executable, &inputs).on(device);
     let mut results: Vec<Option<Owned<BufferHandle>>> = (0..num_outputs).map(|_| None).collect();
     let event = launch.run(&mut results, |own| own.execute())?;
@@ -73,9 +73,9 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
             buffer.wait_ready()?;
             if buffer.is_token() {
                 // It has no memory; for the framework an empty array is one.
-                return home.handle.copy_from_host(home.addressable[0], &NOTHING);
+                return home.handle.copy_from_host(home.device(), &NOTHING);
             }
-            buffer.view_on(home.handle, home.addressable[0], Some(result))
+            buffer.view_on(home.handle, home.device(), Some(result))
         })
         .collect();
     args.give_results(&mut shared?)?;

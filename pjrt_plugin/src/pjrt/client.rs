@@ -1,5 +1,4 @@
-//! Creating and destroying clients: joining the world, and the inner client with one device for
-//! every rank.
+//! Creating and destroying clients: joining the world, and the inner client for this rank.
 
 use std::ffi::c_char;
 use std::path::PathBuf;
@@ -9,7 +8,7 @@ use mpi_runtime::World;
 use pjrt_sys::*;
 
 use crate::clients;
-use crate::config::{Config, DeviceKind, MAX_WORLD, Topology};
+use crate::config::{Config, DeviceKind, Topology};
 use crate::error::Error;
 use crate::ffi::{self, memory};
 use crate::inner::call::bytes;
@@ -84,13 +83,6 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<Owned<ClientHandle>, Err
         (Topology::Global, None) => (world.rank, world.size),
         (Topology::Local, None) => (0, 1),
     };
-    if size > MAX_WORLD {
-        return Err(Error::unimplemented(format!(
-            "a world of {size} ranks is above the limit of {MAX_WORLD} for the global topology, \
-             since the inner CPU client starts threads for every device; use \
-             MPI_CUDA_TOPOLOGY=local, which has no limit"
-        )));
-    }
     // What JAX passes for its distributed service is meaningless to an inner client.
     let passed_on: Vec<_> = given
         .into_iter()

@@ -1,7 +1,6 @@
 //! Errors as the framework reads and destroys them: ours, and the inner plugin's.
 
-use std::ffi::{c_char, c_void};
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::ffi::c_char;
 
 use pjrt_sys::*;
 
@@ -9,7 +8,9 @@ use crate::boundary::quiet;
 use crate::error::{find_own, take_own};
 use crate::inner::api;
 use crate::inner::call::bytes;
+use crate::inner::library::newer;
 use crate::launch::completion;
+use crate::pjrt::newer::FOR_EACH_PAYLOAD;
 
 /// `PJRT_Error_Destroy`
 pub unsafe extern "C" fn destroy(args: *mut PJRT_Error_Destroy_Args) {
@@ -66,24 +67,14 @@ pub struct ForEachPayloadArgs {
     error: *const PJRT_Error,
 }
 
-/// The inner plugin's function.
-static FOR_EACH_PAYLOAD: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
-
-/// Says what the inner plugin has in the table.
-pub fn for_each_payload_by(inner: *const c_void) {
-    FOR_EACH_PAYLOAD.store(inner.cast_mut(), Ordering::Release);
-}
-
 /// `PJRT_Error_ForEachPayload`; our errors have none.
 pub unsafe extern "C" fn for_each_payload(args: *mut ForEachPayloadArgs) -> *mut PJRT_Error {
-    type Function = unsafe extern "C" fn(*mut ForEachPayloadArgs) -> *mut PJRT_Error;
-    let inner = FOR_EACH_PAYLOAD.load(Ordering::Acquire);
-    // SAFETY: the framework passes valid arguments with a live error. The entry of the inner table
-    // has this type, and what is not ours is the inner plugin's.
+    // SAFETY: the framework passes valid arguments with a live error. In that place of the inner
+    // table is the function of these arguments, and what is not ours is the inner plugin's.
     unsafe {
-        if inner.is_null() || find_own((*args).error).is_some() {
-            return std::ptr::null_mut();
+        match newer(FOR_EACH_PAYLOAD) {
+            Some(function) if find_own((*args).error).is_none() => function(args),
+            _ => std::ptr::null_mut(),
         }
-        std::mem::transmute::<*mut c_void, Function>(inner)(args)
     }
 }

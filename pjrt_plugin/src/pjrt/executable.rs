@@ -9,7 +9,7 @@ use crate::compile::{self, spmd};
 use crate::error::Error;
 use crate::inner::api;
 use crate::inner::call::bytes;
-use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned};
+use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned, Program};
 use crate::inner::side_table;
 use crate::pjrt::entry::{Passed, entry};
 
@@ -23,7 +23,13 @@ entry! {
         options: &[u8] = compile_options, compile_options_size
     ) {
         // SAFETY: the framework passes a valid program.
-        let program = unsafe { bytes((*args.program).code, (*args.program).code_size) };
+        let program = unsafe {
+            let program = &*args.program;
+            Program {
+                code: bytes(program.code, program.code_size),
+                format: bytes(program.format, program.format_size),
+            }
+        };
         let loaded = compile::compile(client, program, options, |first_options| {
             compile_inner(&mut args, first_options)
         })?;
@@ -49,13 +55,22 @@ entry! {
         serialized: &[u8] = serialized_executable, serialized_executable_size
     ) {
         // SAFETY: the framework passes valid arguments, with options that outlive the call.
-        let options = unsafe { overridden_options(args.raw()) };
-        let loaded = compile::load(client, serialized, options, || {
-            // SAFETY: there it gives the executable.
+        let given = unsafe { overridden_options(args.raw()) };
+        let loaded = compile::load(client, serialized, given, |options| {
+            // SAFETY: the options live through the call, after which the framework's are there
+            // again; there the function gives the executable. Where there are any, the arguments
+            // are long enough to say so.
             unsafe {
-                args.make(api().PJRT_Executable_DeserializeAndLoad, |args| {
+                if !given.is_empty() {
+                    put_options(args.members(), options);
+                }
+                let loaded = args.make(api().PJRT_Executable_DeserializeAndLoad, |args| {
                     &mut args.loaded_executable
-                })
+                });
+                if !given.is_empty() {
+                    put_options(args.members(), given);
+                }
+                loaded
             }
         })?;
         // SAFETY: the framework gets the executable.
@@ -113,7 +128,7 @@ entry! {
     }
 }
 
-/// Compiles with the inner plugin; other options than the framework's if there are any.
+/// Compiles with the inner plugin, with these options.
 fn compile_inner(
     args: &mut Passed<'_, PJRT_Client_Compile_Args>,
     options: &[u8],
@@ -122,16 +137,20 @@ fn compile_inner(
     // SAFETY: the options live through the call, after which the framework's are there again; the
     // function gives the executable there.
     unsafe {
-        if !options.is_empty() {
-            let args = args.members();
-            args.compile_options = options.as_ptr().cast();
-            args.compile_options_size = options.len();
-        }
+        let members = args.members();
+        members.compile_options = options.as_ptr().cast();
+        members.compile_options_size = options.len();
         let compiled = args.make(api().PJRT_Client_Compile, |args| &mut args.executable);
         let args = args.members();
         (args.compile_options, args.compile_options_size) = given;
         compiled
     }
+}
+
+/// Replaces the options of a serialized program.
+fn put_options(args: &mut PJRT_Executable_DeserializeAndLoad_Args, options: &[u8]) {
+    args.overridden_serialized_compile_options = options.as_ptr().cast();
+    args.overridden_serialized_compile_options_size = options.len();
 }
 
 /// The options that replace those in a serialized program; empty if there are none.

@@ -4,16 +4,46 @@
 use pjrt_sys::*;
 
 use crate::ffi::callbacks;
-use crate::inner::extensions;
+use crate::inner::handles::DescriptionHandle;
+use crate::inner::{extensions, on_gpu};
+use crate::pjrt::device;
 use crate::pjrt::entry::entry;
 
 /// Extensions we hide: transfers between processes that know nothing of MPI's topology.
 const HIDDEN: &[PJRT_Extension_Type] = &[PJRT_Extension_Type_CrossHostTransfers];
 
+/// Extensions whose functions take no device. On CPUs, where a device may be ours alone, no others
+/// are shown but those with changes of ours.
+const WITHOUT_DEVICES: &[PJRT_Extension_Type] = &[
+    PJRT_Extension_Type_Profiler,
+    PJRT_Extension_Type_Custom_Partitioner,
+    PJRT_Extension_Type_Layouts,
+    PJRT_Extension_Type_PhaseCompile,
+    PJRT_Extension_Type_ExecutableMetadata,
+    SHARDINGS,
+    XLA_TRANSFORM,
+];
+
+/// `PJRT_Extension_Type_Shardings` of newer headers than ours.
+const SHARDINGS: PJRT_Extension_Type = 19;
+/// `PJRT_Extension_Type_XlaTransform`.
+const XLA_TRANSFORM: PJRT_Extension_Type = 24;
+
+fn is_shown(kind: PJRT_Extension_Type) -> bool {
+    let changed = [
+        PJRT_Extension_Type_FFI,
+        PJRT_Extension_Type_MemoryDescriptions,
+    ];
+    match on_gpu() {
+        true => !HIDDEN.contains(&kind),
+        false => changed.contains(&kind) || WITHOUT_DEVICES.contains(&kind),
+    }
+}
+
 /// The inner plugin's chain with our changes. Its copy is leaked: the table lives as long as we.
 pub fn chain() -> *mut PJRT_Extension_Base {
     let shown: Vec<_> = extensions::all()
-        .filter(|(kind, _)| !HIDDEN.contains(kind))
+        .filter(|(kind, _)| is_shown(*kind))
         .collect();
     let mut next = std::ptr::null_mut();
     for (kind, link) in shown.into_iter().rev() {
@@ -23,6 +53,10 @@ pub fn chain() -> *mut PJRT_Extension_Base {
             (*copy).next = next;
             if kind == PJRT_Extension_Type_FFI {
                 (*copy.cast::<PJRT_FFI_Extension>()).user_data_add = Some(user_data_add);
+            }
+            if kind == PJRT_Extension_Type_MemoryDescriptions {
+                (*copy.cast::<PJRT_MemoryDescriptions_Extension>()).of_device =
+                    Some(memory_descriptions);
             }
             next = copy;
         }
@@ -43,6 +77,20 @@ unsafe fn copy_words(from: *const u8, size: usize) -> *mut u64 {
 }
 
 entry! {
+    /// `PJRT_DeviceDescription_MemoryDescriptions`
+    pub fn memory_descriptions(
+        args: PJRT_DeviceDescription_MemoryDescriptions_Args, device_description: DescriptionHandle
+    ) {
+        // SAFETY: live as well, and of the same kind.
+        unsafe { args.members() }.device_description =
+            device::description_like(device_description).raw();
+        let of_device = extensions::memory_descriptions().and_then(|found| found.of_device);
+        let done = args.pass_on(of_device);
+        // SAFETY: as it was.
+        unsafe { args.members() }.device_description = device_description.raw();
+        done
+    }
+
     /// `PJRT_FFI_UserData_Add`
     pub fn user_data_add(args: PJRT_FFI_UserData_Add_Args) {
         callbacks::note_user_data(args.user_data.type_id);

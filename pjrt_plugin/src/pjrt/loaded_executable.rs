@@ -7,9 +7,10 @@ use pjrt_sys::*;
 use crate::compile::spmd;
 use crate::inner::api;
 use crate::inner::execute_args::ExecuteArgs;
-use crate::inner::handles::{Handle, LoadedHandle, Owned};
+use crate::inner::handles::{DeviceHandle, FromRaw, Handle, LoadedHandle, Owned};
 use crate::inner::side_table;
 use crate::launch::{self, keep_alive};
+use crate::pjrt::device;
 use crate::pjrt::entry::entry;
 
 entry! {
@@ -18,6 +19,11 @@ entry! {
         if args.num_devices == 0 {
             // It runs on devices of other ranks alone.
             return Ok(());
+        }
+        if !args.execute_device.is_null() {
+            // SAFETY: the framework passes a live device.
+            let device = unsafe { DeviceHandle::from_raw(args.execute_device) }?;
+            device::refuse_other("PJRT_LoadedExecutable_Execute", device)?;
         }
         // SAFETY: the framework passes valid arguments, and each executable here has one device.
         launch::execute(&mut unsafe { ExecuteArgs::new(args.members()) }?)
@@ -61,10 +67,19 @@ entry! {
     pub fn device_assignment(
         args: PJRT_LoadedExecutable_GetDeviceAssignment_Args, executable: LoadedHandle
     ) {
-        let Some(spmd) = spmd::find(executable.address()) else {
-            return args.pass_on(api().PJRT_LoadedExecutable_GetDeviceAssignment);
+        args.pass_on(api().PJRT_LoadedExecutable_GetDeviceAssignment)?;
+        if args.serialized_bytes_size == 0 {
+            // A program that runs on whatever device it is launched on.
+            return Ok(());
+        }
+        let Some(serialized) = spmd::assignment(executable)? else {
+            return Ok(());
         };
-        let serialized = Box::new(spmd.devices.to_assignment()?);
+        let serialized = Box::new(serialized);
+        if let Some(free) = args.serialized_device_assignment_deleter {
+            // SAFETY: the inner plugin has just made it, for whoever calls its deleter.
+            unsafe { free(args.serialized_device_assignment) };
+        }
         // SAFETY: the bytes live until the framework calls the deleter with the box.
         let args = unsafe { args.members() };
         args.serialized_bytes = serialized.as_ptr().cast();

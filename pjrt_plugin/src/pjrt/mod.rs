@@ -3,6 +3,7 @@
 
 pub mod buffer;
 pub mod client;
+pub mod device;
 pub mod entry;
 pub mod error;
 pub mod event;
@@ -10,4 +11,5 @@ pub mod executable;
 pub mod execute_context;
 pub mod extension;
 pub mod loaded_executable;
+pub mod newer;
 pub mod topology;

@@ -7,15 +7,15 @@ use pjrt_sys::*;
 use crate::clients::{self, Client};
 use crate::error::Error;
 use crate::inner::api;
-use crate::inner::call::ask;
-use crate::inner::handles::{ClientHandle, DeviceHandle, Handle};
+use crate::inner::handles::{ClientHandle, TopologyHandle};
 use crate::pjrt::entry::entry;
 
 fn find(client: ClientHandle) -> Result<Arc<Client>, Error> {
     clients::find(client).ok_or_else(|| unknown("client"))
 }
 
-fn unknown(what: &str) -> Error {
+/// What the framework names is not of a client that it has.
+pub fn unknown(what: &str) -> Error {
     Error::invalid(format!(
         "unknown {what}: it is not of a client of this plugin"
     ))
@@ -30,13 +30,52 @@ entry! {
         Ok(())
     }
 
+    /// `PJRT_Client_Devices`
+    pub fn devices(args: PJRT_Client_Devices_Args, client: ClientHandle) {
+        let client = find(client)?;
+        // SAFETY: the list lives as long as the client, which is known until it is destroyed.
+        let args = unsafe { args.members() };
+        args.devices = client.devices.all().as_ptr().cast();
+        args.num_devices = client.devices.all().len();
+        Ok(())
+    }
+
+    /// `PJRT_Client_LookupDevice`
+    pub fn lookup_device(args: PJRT_Client_LookupDevice_Args, client: ClientHandle) {
+        let client = find(client)?;
+        let devices = client.devices.all();
+        let device = usize::try_from(args.id).ok().and_then(|id| devices.get(id));
+        let device = device.ok_or_else(|| {
+            let last = devices.len() - 1;
+            Error::invalid(format!("no device {}: there are those from 0 to {last}", args.id))
+        })?;
+        // SAFETY: the device lives as long as its client.
+        unsafe { args.members() }.device = device.raw();
+        Ok(())
+    }
+
+    /// `PJRT_TopologyDescription_GetDeviceDescriptions`: a client's topology has all devices.
+    pub fn device_descriptions(
+        args: PJRT_TopologyDescription_GetDeviceDescriptions_Args, topology: TopologyHandle
+    ) {
+        let Some(client) = clients::of_topology(topology) else {
+            return args.pass_on(api().PJRT_TopologyDescription_GetDeviceDescriptions);
+        };
+        let descriptions = client.devices.descriptions();
+        // SAFETY: the list lives as long as the client, whose topology this is.
+        let args = unsafe { args.members() };
+        args.descriptions = descriptions.as_ptr().cast();
+        args.num_descriptions = descriptions.len();
+        Ok(())
+    }
+
     /// `PJRT_Client_AddressableDevices`
     pub fn addressable_devices(args: PJRT_Client_AddressableDevices_Args, client: ClientHandle) {
         let client = find(client)?;
         // SAFETY: the list lives as long as the client, which is known until it is destroyed.
         let args = unsafe { args.members() };
-        args.addressable_devices = client.addressable.as_ptr().cast();
-        args.num_addressable_devices = client.addressable.len();
+        args.addressable_devices = client.devices.own().as_ptr().cast();
+        args.num_addressable_devices = client.devices.own().len();
         Ok(())
     }
 
@@ -45,8 +84,8 @@ entry! {
         let client = find(client)?;
         // SAFETY: as in `addressable_devices`.
         let args = unsafe { args.members() };
-        args.addressable_memories = client.memories.as_ptr().cast();
-        args.num_addressable_memories = client.memories.len();
+        args.addressable_memories = client.devices.memories().as_ptr().cast();
+        args.num_addressable_memories = client.devices.memories().len();
         Ok(())
     }
 
@@ -62,50 +101,35 @@ entry! {
             )));
         }
         // SAFETY: the device lives as long as its client.
-        unsafe { args.members() }.addressable_device = client.addressable[0].raw();
+        unsafe { args.members() }.addressable_device = client.device().raw();
         Ok(())
     }
 
-    /// `PJRT_Client_DefaultDeviceAssignment`: this rank's device for programs of one device.
+    /// `PJRT_Client_DefaultDeviceAssignment`: this rank's device for programs of one device, else
+    /// the first ones in order, replica by replica.
     pub fn default_device_assignment(
         args: PJRT_Client_DefaultDeviceAssignment_Args, client: ClientHandle
     ) {
         let client = find(client)?;
-        args.pass_on(api().PJRT_Client_DefaultDeviceAssignment)?;
-        if args.num_replicas * args.num_partitions == 1 && args.default_assignment_size > 0 {
-            // SAFETY: the framework's list is as long as it says.
-            unsafe { *args.default_assignment = client.rank };
+        let (replicas, partitions) = (args.num_replicas.max(0), args.num_partitions.max(0));
+        let count = i64::from(replicas) * i64::from(partitions);
+        if count > i64::from(client.size) {
+            return Err(Error::invalid(format!(
+                "{replicas} replicas of {partitions} partitions are more than the {} devices",
+                client.size
+            )));
         }
-        Ok(())
-    }
-
-    /// `PJRT_Device_IsAddressable`
-    pub fn is_addressable(args: PJRT_Device_IsAddressable_Args, device: DeviceHandle) {
-        let (client, owner) = clients::owner(device.address()).ok_or_else(|| unknown("device"))?;
-        // SAFETY: an answer for the framework.
-        unsafe { args.members() }.is_addressable = owner == client.rank;
-        Ok(())
-    }
-
-    /// `PJRT_Device_LocalHardwareId`
-    pub fn local_hardware_id(args: PJRT_Device_LocalHardwareId_Args) {
-        // SAFETY: a number for the framework.
-        unsafe { args.members() }.local_hardware_id = 0;
-        Ok(())
-    }
-
-    /// `PJRT_DeviceDescription_ProcessIndex`. Descriptions of devices and of topologies are
-    /// different pointers with the same ids, and the inner CPU client numbers its devices from 0:
-    /// the id is the rank.
-    pub fn description_process_index(args: PJRT_DeviceDescription_ProcessIndex_Args) {
-        let description = args.device_description;
-        // SAFETY: the framework passes a live description.
-        let described = unsafe {
-            ask(api().PJRT_DeviceDescription_Id, |id| id.device_description = description)
-        };
-        let id = described?.id;
-        // SAFETY: a number for the framework.
-        unsafe { args.members() }.process_index = id;
+        if args.default_assignment_size < count as usize {
+            return Err(Error::invalid(format!(
+                "{replicas} replicas of {partitions} partitions do not fit into a list of {}",
+                args.default_assignment_size
+            )));
+        }
+        for place in 0..count as i32 {
+            let device = if count == 1 { client.rank } else { place };
+            // SAFETY: the framework's list is as long as it says.
+            unsafe { *args.default_assignment.add(place as usize) = device };
+        }
         Ok(())
     }
 }

@@ -99,7 +99,7 @@ def facts_of_rank(about: dict[str, str], mpi4py: Facts | None) -> dict[str, Fact
     later = {name: words for name, words in world.about().items() if name not in by_launcher}
     facts = job.collect({**about, **later}, mpi4py, None)
     facts["plugin"]["backend"] = backend
-    facts["cores"] |= {"threads": backend.get("xla_threads"), "devices": backend.get("devices")}
+    facts["cores"]["threads"] = backend.get("xla_threads")
     return facts
 
 

@@ -42,17 +42,11 @@ def describe(facts: Facts) -> Iterator[tuple[str, str]]:
 def check(facts: Facts) -> Iterator[Finding]:
     """Findings of one rank."""
     threads, cores = facts.get("threads") or 0, len(facts["cores"])
-    if _for_cores(facts) > cores:
+    if threads > cores:
         why = f"NPROC={facts['nproc']}" if facts["nproc"] else "it counts those of the node"
         yield note(
             f"XLA has {threads} threads, and the rank may use {cores} core(s) ({why})",
             f"set NPROC={cores}",
-        )
-    elif threads > cores:
-        yield note(
-            f"XLA has {threads} threads in each rank, one for each rank of the job",
-            "they mostly sleep; MPI_CUDA_TOPOLOGY=local starts as many as there are cores, if no "
-            "program is for several devices",
         )
     if facts["quota"] and facts["quota"] < cores:
         yield note(
@@ -101,16 +95,9 @@ def _check_node(host: str, here: dict[int, Facts]) -> Iterator[Finding]:
         )
 
 
-def _for_cores(facts: Facts) -> int:
-    """XLA's threads of a rank, but for those that it has since the job has so many devices."""
-    threads = facts.get("threads") or 0
-    by_devices = threads <= (facts.get("devices") or 0)
-    return min(threads, len(facts["cores"])) if by_devices else threads
-
-
 def _busy(facts: Facts) -> int:
-    """As many of them as can run at once."""
-    return min(_for_cores(facts), len(facts["cores"]))
+    """As many of XLA's threads of a rank as can run at once."""
+    return min(facts.get("threads") or 0, len(facts["cores"]))
 
 
 def _same_single_core(here: dict[int, Facts]) -> tuple[int, ...]:

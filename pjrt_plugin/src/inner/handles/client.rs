@@ -3,7 +3,8 @@
 use pjrt_sys::*;
 
 use super::handle::{
-    BufferHandle, ClientHandle, DeviceHandle, EventHandle, FromRaw, LoadedHandle, Owned,
+    BufferHandle, ClientHandle, DeviceHandle, EventHandle, ExecutableHandle, FromRaw, LoadedHandle,
+    Owned, TopologyHandle,
 };
 use crate::error::Error;
 use crate::inner::call::{new_args, slice};
@@ -17,6 +18,46 @@ pub struct HostArray<'a> {
     pub dims: &'a [i64],
     /// Its content, row-major.
     pub data: &'a [u8],
+}
+
+/// A program as the framework gives it.
+#[derive(Clone, Copy)]
+pub struct Program<'a> {
+    /// Its code.
+    pub code: &'a [u8],
+    /// What the code is, `mlir` or `hlo`.
+    pub format: &'a [u8],
+}
+
+impl Program<'_> {
+    /// The same as the inner plugin takes it; it must not outlive `self`.
+    fn raw(&self) -> PJRT_Program {
+        let mut program = new_args::<PJRT_Program>();
+        program.code = self.code.as_ptr().cast_mut().cast();
+        program.code_size = self.code.len();
+        program.format = self.format.as_ptr().cast();
+        program.format_size = self.format.len();
+        program
+    }
+}
+
+impl TopologyHandle {
+    /// Compiles a program for devices of which there need to be none.
+    pub fn compile(
+        self,
+        program: Program<'_>,
+        options: &[u8],
+    ) -> Result<Owned<ExecutableHandle>, Error> {
+        let program = program.raw();
+        let args = ask!(PJRT_Compile {
+            topology: self.raw(),
+            program: &program,
+            compile_options: options.as_ptr().cast(),
+            compile_options_size: options.len(),
+        })?;
+        // SAFETY: the executable is the caller's.
+        unsafe { Owned::new(args.executable) }
+    }
 }
 
 impl ClientHandle {
@@ -34,7 +75,14 @@ impl ClientHandle {
         unsafe { Owned::new(args.client) }
     }
 
-    /// Its devices, those of other ranks too.
+    /// The topology that its devices are of.
+    pub fn topology(self) -> Result<TopologyHandle, Error> {
+        let args = ask!(PJRT_Client_TopologyDescription { client: self.raw() })?;
+        // SAFETY: the topology lives as long as the client.
+        unsafe { TopologyHandle::from_raw(args.topology) }
+    }
+
+    /// Its devices: of all ranks, or of this one.
     pub fn devices(self) -> Result<Vec<DeviceHandle>, Error> {
         let args = ask!(PJRT_Client_Devices { client: self.raw() })?;
         // SAFETY: the list and its devices live as long as the client.
@@ -46,18 +94,13 @@ impl ClientHandle {
         }
     }
 
-    /// Compiles a program in `format` with serialized options.
+    /// Compiles a program with serialized options.
     pub fn compile(
         self,
-        code: &[u8],
-        format: &str,
+        program: Program<'_>,
         options: &[u8],
     ) -> Result<Owned<LoadedHandle>, Error> {
-        let mut program = new_args::<PJRT_Program>();
-        program.code = code.as_ptr().cast_mut().cast();
-        program.code_size = code.len();
-        program.format = format.as_ptr().cast();
-        program.format_size = format.len();
+        let program = program.raw();
         let args = ask!(PJRT_Client_Compile {
             client: self.raw(),
             program: &program,

@@ -1,17 +1,48 @@
-//! Devices and memories.
+//! Devices, their descriptions, and memories.
 
-use super::handle::{DeviceHandle, FromRaw, MemoryHandle};
+use super::handle::{DescriptionHandle, DeviceHandle, FromRaw, MemoryHandle};
+use crate::devices::Texts;
 use crate::error::Error;
 use crate::inner::call::{bytes, slice};
 
-impl DeviceHandle {
-    /// Its number in the topology.
+impl DescriptionHandle {
+    /// The device's number in its topology.
     pub fn id(self) -> Result<i32, Error> {
-        let described = ask!(PJRT_Device_GetDescription { device: self.raw() })?;
         let args = ask!(PJRT_DeviceDescription_Id {
-            device_description: described.device_description,
+            device_description: self.raw(),
         })?;
         Ok(args.id)
+    }
+
+    /// What the device is called.
+    pub fn texts(self) -> Result<Texts, Error> {
+        let debug = ask!(PJRT_DeviceDescription_DebugString {
+            device_description: self.raw(),
+        })?;
+        let short = ask!(PJRT_DeviceDescription_ToString {
+            device_description: self.raw(),
+        })?;
+        // SAFETY: the texts live as long as the description.
+        let (debug, short) = unsafe {
+            (
+                bytes(debug.debug_string, debug.debug_string_size),
+                bytes(short.to_string, short.to_string_size),
+            )
+        };
+        let owned = |text| String::from_utf8_lossy(text).into_owned();
+        Ok(Texts {
+            debug: owned(debug),
+            short: owned(short),
+        })
+    }
+}
+
+impl DeviceHandle {
+    /// What it says of itself.
+    pub fn description(self) -> Result<DescriptionHandle, Error> {
+        let args = ask!(PJRT_Device_GetDescription { device: self.raw() })?;
+        // SAFETY: the description lives as long as the device.
+        unsafe { DescriptionHandle::from_raw(args.device_description) }
     }
 
     /// Its memories.

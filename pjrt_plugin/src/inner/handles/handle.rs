@@ -4,7 +4,8 @@
 //! destroyed, and the inner plugin is thread-safe, so every thread may use it meanwhile. Whoever
 //! has one knows why it is live: the framework passed it to the call that is running, or it is
 //! [`Owned`], or it is kept (`launch/keep_alive.rs`). The methods rely on that; a handle is not
-//! used after `destroy`.
+//! used after `destroy`. Devices and descriptions of other ranks may be ours instead
+//! (`devices.rs`); those are only shown, and no method is called on them.
 
 use std::ptr::NonNull;
 
@@ -62,10 +63,16 @@ macro_rules! handles {
         // SAFETY: as for `Send`.
         unsafe impl Sync for $name {}
 
+        #[allow(dead_code, reason = "not every kind needs both")]
         impl $name {
             /// The pointer.
             pub fn raw(self) -> *mut $raw {
                 self.0.as_ptr()
+            }
+
+            /// A handle of ours with nothing behind it, which the inner plugin must not get.
+            pub fn standing_at(place: &u64) -> $name {
+                $name(NonNull::from(place).cast())
             }
         }
 
@@ -96,6 +103,10 @@ handles! {
     ClientHandle(PJRT_Client);
     /// A `PJRT_Device`; it lives as long as its client.
     DeviceHandle(PJRT_Device);
+    /// A `PJRT_DeviceDescription`; it lives as long as its device or its topology.
+    DescriptionHandle(PJRT_DeviceDescription);
+    /// A `PJRT_TopologyDescription`.
+    TopologyHandle(PJRT_TopologyDescription);
     /// A `PJRT_Memory`; it lives as long as its client.
     MemoryHandle(PJRT_Memory);
     /// A `PJRT_Buffer`.

@@ -10,9 +10,10 @@ mod event;
 mod executable;
 
 pub use buffer::{AliasFiller, BufferShape, ExternalReference, with_references};
-pub use client::HostArray;
+pub use client::{HostArray, Program};
 pub use executable::Output;
 pub use handle::{
-    BufferHandle, ClientHandle, ContextHandle, Destroy, DeviceHandle, EventHandle,
-    ExecutableHandle, FromRaw, Handle, LoadedHandle, MemoryHandle, Owned,
+    BufferHandle, ClientHandle, ContextHandle, DescriptionHandle, Destroy, DeviceHandle,
+    EventHandle, ExecutableHandle, FromRaw, Handle, LoadedHandle, MemoryHandle, Owned,
+    TopologyHandle,
 };

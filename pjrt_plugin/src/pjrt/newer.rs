@@ -1,0 +1,108 @@
+//! Functions that tables of newer inner plugins have after those of our header, by their place
+//! among the table's words. They differ where they take a device or its description, which may be
+//! of another rank, or compile options.
+
+use std::ffi::{c_char, c_void};
+
+use pjrt_sys::*;
+
+use crate::compile;
+use crate::inner::handles::{ClientHandle, DeviceHandle};
+use crate::inner::library::newer;
+use crate::pjrt::entry::entry;
+use crate::pjrt::{device, error};
+
+/// The places, and what stands there in the framework's table.
+pub const FUNCTIONS: [(usize, *const c_void); 6] = [
+    (POISON_EXECUTION, poison_execution as *const c_void),
+    (TRACKING_EVENT, tracking_event as *const c_void),
+    (GET_ATTRIBUTES, get_attributes as *const c_void),
+    (CLIENT_LOAD, client_load as *const c_void),
+    (FOR_EACH_PAYLOAD, error::for_each_payload as *const c_void),
+    (CLEAR_MEMORY_STATS, clear_memory_stats as *const c_void),
+];
+
+const POISON_EXECUTION: usize = 126;
+const TRACKING_EVENT: usize = 127;
+const GET_ATTRIBUTES: usize = 133;
+const CLIENT_LOAD: usize = 134;
+/// Where `PJRT_Error_ForEachPayload` is.
+pub const FOR_EACH_PAYLOAD: usize = 137;
+const CLEAR_MEMORY_STATS: usize = 140;
+
+/// How the arguments of a device's functions begin.
+#[repr(C)]
+pub struct OfDevice {
+    struct_size: usize,
+    extension_start: *mut PJRT_Extension_Base,
+    device: *mut PJRT_Device,
+}
+
+/// The arguments of `PJRT_Client_Load`.
+#[repr(C)]
+pub struct Load {
+    struct_size: usize,
+    extension_start: *mut PJRT_Extension_Base,
+    client: *mut PJRT_Client,
+    executable: *mut PJRT_Executable,
+    compile_options: *const c_char,
+    compile_options_size: usize,
+    loaded_executable: *mut PJRT_LoadedExecutable,
+}
+
+entry! {
+    /// `PJRT_Device_PoisonExecution`
+    pub fn poison_execution(args: OfDevice, device: DeviceHandle) {
+        device::refuse_other("PJRT_Device_PoisonExecution", device)?;
+        // SAFETY: in this place is the function of these arguments; so below.
+        args.pass_on(unsafe { newer(POISON_EXECUTION) })
+    }
+
+    /// `PJRT_Device_CreateAsyncTrackingEvent`
+    pub fn tracking_event(args: OfDevice, device: DeviceHandle) {
+        device::refuse_other("PJRT_Device_CreateAsyncTrackingEvent", device)?;
+        // SAFETY: as above.
+        args.pass_on(unsafe { newer(TRACKING_EVENT) })
+    }
+
+    /// `PJRT_Device_ClearMemoryStats`
+    pub fn clear_memory_stats(args: OfDevice, device: DeviceHandle) {
+        device::refuse_other("PJRT_Device_ClearMemoryStats", device)?;
+        // SAFETY: as above.
+        args.pass_on(unsafe { newer(CLEAR_MEMORY_STATS) })
+    }
+
+    /// `PJRT_Device_GetAttributes`: those of another rank's device are like this one's.
+    pub fn get_attributes(args: OfDevice, device: DeviceHandle) {
+        // SAFETY: a live device as well.
+        unsafe { args.members() }.device = device::like(device).raw();
+        // SAFETY: as above.
+        let done = args.pass_on(unsafe { newer(GET_ATTRIBUTES) });
+        // SAFETY: as it was.
+        unsafe { args.members() }.device = device.raw();
+        done
+    }
+
+    /// `PJRT_Client_Load`
+    pub fn client_load(
+        args: Load, client: ClientHandle; options: &[u8] = compile_options, compile_options_size
+    ) {
+        let loaded = compile::load_compiled(client, options, |options| {
+            let given = (args.compile_options, args.compile_options_size);
+            // SAFETY: the options live through the call, after which the framework's are there
+            // again; the function gives the executable there.
+            unsafe {
+                let members = args.members();
+                members.compile_options = options.as_ptr().cast();
+                members.compile_options_size = options.len();
+                let loaded = args.make(newer(CLIENT_LOAD), |args| &mut args.loaded_executable);
+                let members = args.members();
+                (members.compile_options, members.compile_options_size) = given;
+                loaded
+            }
+        })?;
+        // SAFETY: the framework gets the executable.
+        unsafe { args.members() }.loaded_executable = loaded.release().raw();
+        Ok(())
+    }
+}
