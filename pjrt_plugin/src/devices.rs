@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use crate::error::Error;
 use crate::inner::handles::{
-    ClientHandle, DescriptionHandle, DeviceHandle, Handle, MemoryHandle, TopologyHandle,
+    ClientHandle, DescriptionHandle, DeviceHandle, Handle, MemoryHandle, Texts, TopologyHandle,
 };
 
 /// The devices of a client.
@@ -40,15 +40,6 @@ struct Shown {
     texts: Texts,
     /// How each rank's is called; made when it is asked for.
     of_ranks: Box<[OnceLock<Texts>]>,
-}
-
-/// The texts of a device's description.
-#[derive(Debug, PartialEq)]
-pub struct Texts {
-    /// For whoever develops it.
-    pub debug: String,
-    /// For users.
-    pub short: String,
 }
 
 impl Devices {

@@ -1,5 +1,6 @@
 """Milliseconds of a rank's own work by the size of the world, whose ranks need not be there: XLA's
-pool for the CPU has a thread for each core of the process, or for each device if those are more.
+pool for the CPU has a thread for each core of the process, or for each device of its client if
+those are more.
 
 JAX_PLATFORMS=mpi_cuda MPI_CUDA_PRETEND_SIZE=64 taskset -c 0 python pool.py
 """

@@ -265,7 +265,8 @@ static void donate(PJRT_Client *client, PJRT_Buffer *operand) {
 
 /* What is said of a rank's device, whoever asks. */
 static void describe(PJRT_Device *device, int owner) {
-  PJRT_Device_GetDescription_Args get = {.struct_size = PJRT_Device_GetDescription_Args_STRUCT_SIZE};
+  PJRT_Device_GetDescription_Args get = {
+      .struct_size = PJRT_Device_GetDescription_Args_STRUCT_SIZE};
   get.device = device;
   must(api->PJRT_Device_GetDescription(&get), "description");
   PJRT_DeviceDescription_Id_Args id = {.struct_size = PJRT_DeviceDescription_Id_Args_STRUCT_SIZE};
@@ -394,6 +395,83 @@ static void places(PJRT_Client *client, PJRT_Buffer *x) {
   check(take_error(compile_for(client, NEGATE, 7, &other), text, sizeof text) &&
             strstr(text, "device 7") && strstr(text, "from 0 to 1"),
         "a program for a device that is not there is refused");
+}
+
+/* Arguments of functions that newer plugins have after those of our header. */
+struct load_args {
+  size_t struct_size;
+  void *extension_start;
+  PJRT_Client *client;
+  PJRT_Executable *executable;
+  const char *compile_options;
+  size_t compile_options_size;
+  PJRT_LoadedExecutable *loaded_executable;
+};
+struct logical_ids_args {
+  size_t struct_size;
+  void *extension_start;
+  PJRT_LoadedExecutable *executable;
+  const int (*ids)[2];
+  size_t num_ids;
+};
+
+static PJRT_Error *call_newer(size_t place, void *args) {
+  return ((PJRT_Error * (*const *)(void *)) api)[place](args);
+}
+
+static PJRT_LoadedExecutable *load(PJRT_Client *client, const char *bytes, size_t size) {
+  PJRT_Executable_DeserializeAndLoad_Args args = {
+      .struct_size = PJRT_Executable_DeserializeAndLoad_Args_STRUCT_SIZE};
+  args.client = client;
+  args.serialized_executable = bytes;
+  args.serialized_executable_size = size;
+  must(api->PJRT_Executable_DeserializeAndLoad(&args), "load what was serialized");
+  return args.loaded_executable;
+}
+
+/* A program that is compiled for the topology, loaded, and serialized. */
+static void ahead(PJRT_Client *client, PJRT_Buffer *x) {
+  /* PJRT_Client_Load and PJRT_LoadedExecutable_AddressableDeviceLogicalIds */
+  enum { LOAD = 134, LOGICAL_IDS = 135 };
+  if (api->struct_size <= LOGICAL_IDS * sizeof(void *)) return;
+  char text[4096];
+  float result[4] = {0};
+  unsigned char options[64];
+  PJRT_Client_TopologyDescription_Args topology = {
+      .struct_size = PJRT_Client_TopologyDescription_Args_STRUCT_SIZE};
+  topology.client = client;
+  must(api->PJRT_Client_TopologyDescription(&topology), "topology");
+  PJRT_Program program = {.struct_size = PJRT_Program_STRUCT_SIZE};
+  program.code = (char *)NEGATE;
+  program.code_size = strlen(NEGATE);
+  program.format = "mlir";
+  program.format_size = 4;
+  PJRT_Compile_Args args = {.struct_size = PJRT_Compile_Args_STRUCT_SIZE};
+  args.topology = topology.topology;
+  args.program = &program;
+  args.compile_options_size = compile_options(options, rank);
+  args.compile_options = (char *)options;
+  must(api->PJRT_Compile(&args), "compile for a topology");
+
+  struct load_args to_load = {sizeof to_load, NULL, client, args.executable, (char *)options,
+                              args.compile_options_size, NULL};
+  must(call_newer(LOAD, &to_load), "load a program compiled for a topology");
+  check(assigned(to_load.loaded_executable) == rank, "it is for this rank's device");
+  run(to_load.loaded_executable, x, result, text, sizeof text);
+  check(text[0] == 0 && result[0] == -1 - rank, "it runs there");
+  struct logical_ids_args ids = {sizeof ids, NULL, to_load.loaded_executable, NULL, 0};
+  must(call_newer(LOGICAL_IDS, &ids), "replicas and partitions");
+  check(ids.num_ids == 1 && ids.ids[0][0] == 0 && ids.ids[0][1] == 0, "it is partition 0");
+
+  PJRT_Executable_Serialize_Args bytes = {
+      .struct_size = PJRT_Executable_Serialize_Args_STRUCT_SIZE};
+  bytes.executable = args.executable;
+  must(api->PJRT_Executable_Serialize(&bytes), "serialize");
+  PJRT_LoadedExecutable *loaded =
+      load(client, bytes.serialized_bytes, bytes.serialized_bytes_size);
+  result[0] = 0;
+  run(loaded, x, result, text, sizeof text);
+  check(text[0] == 0 && result[0] == -1 - rank, "what was serialized runs here too");
 }
 
 /* A program with one custom call, whose attributes follow. */
@@ -544,6 +622,7 @@ int main(int argc, char **argv) {
         "a buffer for another rank's device is refused");
   devices_of_others(client, devices.devices);
   places(client, x);
+  ahead(client, x);
 
   run(compile(client, program("mpi_cuda_allreduce", "comm = 0 : i64, op = 0 : i64")), x, result,
       text, sizeof text);

@@ -49,6 +49,12 @@ impl Devices {
         self.replicas
     }
 
+    /// The replica and the partition that a device runs.
+    pub fn logical(&self, id: i64) -> Option<[i32; 2]> {
+        let position = self.ids.iter().position(|&own| own == id)?;
+        Some([position / self.partitions, position % self.partitions].map(|number| number as i32))
+    }
+
     /// The device that runs `partition` of `replica`.
     pub(crate) fn device(&self, replica: usize, partition: usize) -> i64 {
         self.ids[replica * self.partitions + partition]
@@ -103,5 +109,7 @@ mod tests {
         let devices = Devices::new(2, 2, vec![3, 2, 1, 0]).unwrap();
         assert_eq!(devices.values(false), [(0, 1), (1, 0), (2, 1), (3, 0)]);
         assert_eq!(devices.values(true), [(0, 1), (1, 1), (2, 0), (3, 0)]);
+        assert_eq!(devices.logical(1), Some([1, 0]));
+        assert_eq!(devices.logical(4), None);
     }
 }

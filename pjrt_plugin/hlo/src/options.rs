@@ -80,19 +80,6 @@ impl Options {
         Ok(options.write_to_bytes()?)
     }
 
-    /// Serialized options that compile an optimized module for all its devices, without any pass.
-    ///
-    /// # Errors
-    /// If they cannot be written.
-    pub fn without_passes(&self) -> Result<Vec<u8>, Refused> {
-        let mut options = self.0.clone();
-        options
-            .executable_build_options
-            .mut_or_insert_default()
-            .run_backend_only = true;
-        Ok(options.write_to_bytes()?)
-    }
-
     /// Replicas and partitions.
     pub fn counts(&self) -> (usize, usize) {
         let build = self.0.executable_build_options.get_or_default();

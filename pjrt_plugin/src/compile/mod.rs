@@ -13,11 +13,14 @@ use mpi_runtime::engine::recorder::RECORDER;
 use mpi_runtime::log;
 use mpi_runtime::watch::place;
 
+use crate::clients;
 use crate::compile::contents::Contents;
 use crate::compile::spmd::RunsOn;
 use crate::config::Log;
 use crate::error::Error;
-use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned, Program};
+use crate::inner::handles::{
+    ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned, Program, TopologyHandle,
+};
 use crate::inner::{on_gpu, side_table};
 use crate::launch::async_barrier;
 use crate::launch::executables::ProgramComms;
@@ -53,20 +56,18 @@ pub fn compile(
     let start = Instant::now();
     match spmd::place(client, options) {
         RunsOn::Here => {
-            let options = spmd::serialized_for_inner(client, options)?;
-            let whole = inner(&options).map_err(with_remedy)?;
+            let whole = for_one(client, options, inner).map_err(with_remedy)?;
             if !config().recompile {
                 return note(whole, contents);
             }
-            let again = spmd::recompile(client, whole, &options)?;
+            let again = spmd::recompile(client, whole, options)?;
             log::line("compiled an optimized program again as it is");
             note(again, contents)
         }
         RunsOn::Elsewhere(_) if contents.operations => Err(elsewhere()),
-        RunsOn::Elsewhere(options) if options.is_for_one() => {
-            let for_inner = spmd::for_inner(client, &options)?.write()?;
-            let loaded = inner(&for_inner).map_err(with_remedy)?;
-            spmd::note_elsewhere(loaded.get(), &options)?;
+        RunsOn::Elsewhere(target) if target.is_for_one() => {
+            let loaded = for_one(client, options, inner).map_err(with_remedy)?;
+            spmd::note_elsewhere(loaded.get());
             Ok(loaded)
         }
         RunsOn::Elsewhere(options) => {
@@ -82,6 +83,22 @@ pub fn compile(
             note(own, contents)
         }
     }
+}
+
+/// Has the inner plugin compile or load a program for one device: `inner` does it with the options
+/// that it gets.
+fn for_one(
+    client: ClientHandle,
+    given: &[u8],
+    inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
+) -> Result<Owned<LoadedHandle>, Error> {
+    let Some(known) = clients::find(client) else {
+        return inner(given);
+    };
+    let options = spmd::for_inner(&known, given)?;
+    let loaded = inner(&options)?;
+    spmd::note_given(loaded.get().address(), given, &options);
+    Ok(loaded)
 }
 
 /// Logs how long a program for several devices took, and how long the first compilation of it.
@@ -134,12 +151,10 @@ pub fn load(
     }
     let loaded = match options {
         [] => inner(options)?,
-        given => inner(&spmd::serialized_for_inner(client, given)?)?,
+        given => for_one(client, given, inner)?,
     };
-    if !options.is_empty()
-        && let RunsOn::Elsewhere(options) = spmd::place(client, options)
-    {
-        spmd::note_elsewhere(loaded.get(), &options)?;
+    if !options.is_empty() && matches!(spmd::place(client, options), RunsOn::Elsewhere(_)) {
+        spmd::note_elsewhere(loaded.get());
         return Ok(loaded);
     }
     note(loaded, contents)
@@ -152,11 +167,32 @@ pub fn load_compiled(
     options: &[u8],
     inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
-    let loaded = inner(&spmd::serialized_for_inner(client, options)?)?;
-    if let RunsOn::Elsewhere(options) = spmd::place(client, options) {
-        spmd::note_elsewhere(loaded.get(), &options)?;
+    let loaded = for_one(client, options, inner)?;
+    if !options.is_empty() && matches!(spmd::place(client, options), RunsOn::Elsewhere(_)) {
+        spmd::note_elsewhere(loaded.get());
+        return Ok(loaded);
     }
-    Ok(loaded)
+    let optimized = loaded.get().executable()?.get().optimized_program()?;
+    note(loaded, Contents::of(&optimized))
+}
+
+/// Compiles a program for a topology: `inner` has the inner plugin compile it with the options that
+/// it gets.
+pub fn compile_ahead(
+    topology: Option<TopologyHandle>,
+    given: &[u8],
+    inner: impl FnOnce(&[u8]) -> Result<Owned<ExecutableHandle>, Error>,
+) -> Result<Owned<ExecutableHandle>, Error> {
+    let Some(client) = topology.and_then(clients::of_topology) else {
+        let compiled = inner(given)?;
+        refuse_several_devices(compiled.get())?;
+        return Ok(compiled);
+    };
+    let options = spmd::for_inner(&client, given)?;
+    let compiled = inner(&options)?;
+    refuse_several_devices(compiled.get())?;
+    spmd::note_given(compiled.get().address(), given, &options);
+    Ok(compiled)
 }
 
 /// Notes a loaded executable, or destroys and refuses it.
@@ -210,7 +246,7 @@ fn is_cheap(loaded: LoadedHandle, contents: &Contents) -> Result<bool, Error> {
 }
 
 /// Refuses a program that is not for one device.
-pub fn refuse_several_devices(executable: ExecutableHandle) -> Result<(), Error> {
+fn refuse_several_devices(executable: ExecutableHandle) -> Result<(), Error> {
     let (partitions, replicas) = (executable.partitions()?, executable.replicas()?);
     if partitions * replicas > 1 {
         return Err(Error::unimplemented(format!(

@@ -1,10 +1,13 @@
-//! Programs for several devices. The inner plugin partitions one for all devices of the world; what
-//! it made of it is rewritten (`hlo_rewrite`), and compiled again for this rank's device alone.
-//! Towards the framework the result is still the program for all of them.
+//! Programs for several devices. The inner plugin partitions one for all of them; what it made of
+//! it is rewritten (`hlo_rewrite`), and compiled again for this rank's device alone. Towards the
+//! framework the result is still the program for all of them.
 
+use std::borrow::Cow;
+use std::ffi::c_int;
 use std::sync::Arc;
 
 use hlo_rewrite::{Devices, Envelope, Options, Refused};
+use parking_lot::Mutex;
 
 use crate::clients::{self, Client};
 use crate::compile::contents::Contents;
@@ -25,13 +28,20 @@ pub struct Spmd {
     options: Options,
     /// It calls back into the host.
     callbacks: bool,
+    /// Replica and partition of this rank's device, as `PJRT_LogicalDeviceIds`; none if it is for
+    /// others alone.
+    pub logical: Option<[c_int; 2]>,
 }
 
 /// By executable and by loaded executable.
 static KNOWN: SideTable<Arc<Spmd>> = SideTable::new();
 
-/// Loaded executables for devices of other ranks alone: the first of them.
-static ELSEWHERE: SideTable<i64> = SideTable::new();
+/// Loaded executables for devices of other ranks alone.
+static ELSEWHERE: SideTable<()> = SideTable::new();
+
+/// The options that the framework compiled a program for one device with, where the inner client
+/// got others.
+static GIVEN: SideTable<Arc<[u8]>> = SideTable::new();
 
 /// What is known of an executable or a loaded executable; none if it is for one device.
 pub fn find(address: usize) -> Option<Arc<Spmd>> {
@@ -43,6 +53,25 @@ pub fn share(loaded: usize, executable: usize) {
     if let Some(spmd) = find(loaded) {
         KNOWN.insert(executable, spmd);
     }
+    if let Some(given) = GIVEN.get(loaded) {
+        GIVEN.insert(executable, given);
+    }
+}
+
+/// Notes the options that the framework compiled an executable with, if the inner client got
+/// others.
+pub fn note_given(address: usize, given: &[u8], to_inner: &[u8]) {
+    if given != to_inner {
+        GIVEN.insert(address, given.into());
+    }
+}
+
+/// The options that the framework compiled an executable with; none if the inner plugin knows them.
+pub fn given(address: usize) -> Result<Option<Vec<u8>>, Error> {
+    Ok(match find(address) {
+        Some(spmd) => Some(spmd.options.write()?),
+        None => GIVEN.get(address).map(|given| given.to_vec()),
+    })
 }
 
 /// Whether a loaded executable runs on devices of other ranks alone.
@@ -93,51 +122,47 @@ pub fn place(client: ClientHandle, serialized: &[u8]) -> RunsOn {
     }
 }
 
-/// The options of a program for one device as the inner client takes them: where that has this
-/// rank's device alone, the program is compiled for it, whatever device it is for.
-pub fn for_inner(client: ClientHandle, options: &Options) -> Result<Options, Error> {
-    let known = find_client(client)?;
-    known.devices.check(options.devices()?.ids())?;
-    Ok(match known.devices.is_alone() && options.is_assigned() {
-        true => options.on_device(known.devices.inner_id()),
-        false => options.clone(),
-    })
-}
-
 fn find_client(client: ClientHandle) -> Result<Arc<Client>, Error> {
     clients::find(client).ok_or_else(|| Error::invalid("unknown client"))
 }
 
-/// Serialized options for the inner plugin; what we cannot read is for it to refuse.
-pub fn serialized_for_inner(client: ClientHandle, serialized: &[u8]) -> Result<Vec<u8>, Error> {
-    match Options::read(serialized) {
-        Ok(options) if options.is_for_one() => Ok(for_inner(client, &options)?.write()?),
-        _ => Ok(serialized.to_vec()),
+/// Serialized options of a program for one device as the inner client takes them: where that has
+/// this rank's device alone, the program is compiled for it, whatever device it is for. What we
+/// cannot read is for the inner plugin to refuse.
+pub fn for_inner<'a>(client: &Client, serialized: &'a [u8]) -> Result<Cow<'a, [u8]>, Error> {
+    let options = match Options::read(serialized) {
+        Ok(options) if client.devices.is_alone() && options.is_for_one() => options,
+        _ => return Ok(serialized.into()),
+    };
+    match options.devices() {
+        Ok(devices) if options.is_assigned() => client.devices.check(devices.ids())?,
+        _ => return Ok(serialized.into()),
     }
+    let options = options.on_device(client.devices.inner_id());
+    Ok(options.write()?.into())
 }
 
 /// The serialized device assignment of a loaded executable, as the framework knows the devices;
 /// none if the inner plugin knows them by the same numbers.
 pub fn assignment(loaded: LoadedHandle) -> Result<Option<Vec<u8>>, Error> {
-    let devices = match (find(loaded.address()), ELSEWHERE.get(loaded.address())) {
-        (Some(spmd), _) => spmd.devices.clone(),
-        (None, Some(device)) => Devices::new(1, 1, vec![device])?,
-        (None, None) => {
-            let (client, _) = clients::of_executable(loaded)?;
-            if !client.devices.is_alone() {
-                return Ok(None);
-            }
-            Devices::new(1, 1, vec![i64::from(client.rank)])?
-        }
-    };
-    Ok(Some(devices.to_assignment()?))
+    let address = loaded.address();
+    if let Some(spmd) = find(address) {
+        return Ok(Some(spmd.devices.to_assignment()?));
+    }
+    if let Some(given) = GIVEN.get(address) {
+        return Ok(Some(Options::read(&given)?.devices()?.to_assignment()?));
+    }
+    let (client, _) = clients::of_executable(loaded)?;
+    if !client.devices.is_alone() {
+        return Ok(None);
+    }
+    let own = Devices::new(1, 1, vec![i64::from(client.rank)])?;
+    Ok(Some(own.to_assignment()?))
 }
 
-/// Notes that `loaded`, compiled with `options` for one device, runs on that of another rank.
-pub fn note_elsewhere(loaded: LoadedHandle, options: &Options) -> Result<(), Error> {
-    let first = options.devices()?.ids().first().copied();
-    ELSEWHERE.insert(loaded.address(), first.unwrap_or(0));
-    Ok(())
+/// Notes that `loaded`, compiled for one device, runs on that of another rank.
+pub fn note_elsewhere(loaded: LoadedHandle) {
+    ELSEWHERE.insert(loaded.address(), ());
 }
 
 /// Has the inner plugin partition a program for several devices, and optimize it: `inner` has its
@@ -158,19 +183,29 @@ pub fn partition(
     }
     known.devices.check(options.devices()?.ids())?;
     let options = options.without_code()?;
-    if let Some(topology) = known.devices.lacking_topology() {
-        match topology.compile(program, &options) {
-            Err(error) if is_for_a_client(&error) => (),
-            compiled => return compiled?.get().optimized_program(),
-        }
+    let refused = match known.devices.lacking_topology() {
+        None => None,
+        Some(topology) => match topology.compile(program, &options) {
+            Ok(compiled) => return compiled.get().optimized_program(),
+            Err(error) => Some(error),
+        },
+    };
+    // XLA's for the CPU compiled for devices of a client only, before 2026. One with threads for
+    // each device ends with the compilation.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _others_wait = ONE_AT_A_TIME.lock();
+    match clients::create_for_all(known.size).and_then(|all| {
+        let compiled = all.get().compile(program, &options)?;
+        optimized_program(compiled.get())
+    }) {
+        Ok(optimized) => Ok(optimized),
+        Err(error) => Err(refused
+            .filter(|first| !is_for_a_client(first))
+            .unwrap_or(error)),
     }
-    // It has threads for each device, and ends with the compilation.
-    let all = clients::create_for_all(known.size)?;
-    optimized_program(all.get().compile(program, &options)?.get())
 }
 
-/// Whether an inner plugin says that it compiles for devices of a client only, as XLA's for the CPU
-/// did before 2026.
+/// Whether an inner plugin says that it compiles for devices of a client only.
 fn is_for_a_client(error: &Error) -> bool {
     error.to_string().contains("No compiler registered")
 }
@@ -187,7 +222,7 @@ pub fn recompile(
     let optimized = optimized?;
     let options = Options::read(options)?;
     let layouts = hlo_rewrite::layouts_of(&optimized)?;
-    let own = options.devices()?.ids().first().copied().unwrap_or(0);
+    let own = find_client(client)?.devices.inner_id();
     let for_device = options.for_device(own, &layouts)?;
     compile_module(client, &hlo_rewrite::module_of(&optimized)?, &for_device)
 }
@@ -202,12 +237,14 @@ pub fn load(
     let world = world().ok_or_else(|| Error::internal("a program before the world"))?;
     let known = find_client(client)?;
     let devices = options.devices()?;
+    known.devices.check(devices.ids())?;
     let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
     replica_groups::register(&rewritten, devices.ids(), world)?;
     let contents = Contents::of_rewritten(&rewritten, &devices, world, callbacks);
     let for_device = options.for_device(known.devices.inner_id(), &rewritten.layouts)?;
     let loaded = compile_module(client, &rewritten.module, &for_device)?;
     let spmd = Arc::new(Spmd {
+        logical: devices.logical(i64::from(known.rank)),
         devices,
         optimized,
         options: options.clone(),
@@ -226,15 +263,17 @@ pub fn load_elsewhere(
     options: &Options,
     callbacks: bool,
 ) -> Result<Owned<LoadedHandle>, Error> {
+    let known = find_client(client)?;
     let devices = options.devices()?;
+    known.devices.check(devices.ids())?;
     let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
-    let own = find_client(client)?.devices.inner_id();
-    let for_device = options.for_device(own, &rewritten.layouts)?;
+    let for_device = options.for_device(known.devices.inner_id(), &rewritten.layouts)?;
     let without_code = Options::read(&for_device)?.without_code()?;
     let loaded = compile_module(client, &rewritten.module, &without_code)?;
     let address = loaded.get().address();
-    ELSEWHERE.insert(address, devices.ids().first().copied().unwrap_or(0));
+    ELSEWHERE.insert(address, ());
     let spmd = Spmd {
+        logical: None,
         devices,
         optimized,
         options: options.clone(),

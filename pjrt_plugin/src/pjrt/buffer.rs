@@ -1,8 +1,8 @@
-//! Buffers. Every way to create one is guarded: to the inner client every device is local, and data
-//! for another rank's device would silently be lost. And the inputs of launches that may wait for a
-//! peer are kept when the framework gives them up: a deferred launch still needs them, and the
-//! inner plugin waits for the end of the launch when a donated one is destroyed. What a deferred
-//! launch is to get is deleted to everybody else (`launch/donation.rs`).
+//! Buffers. Every way to create one is guarded: a device of another rank is not the inner client's,
+//! or is local to it, and data for it would silently be lost. And the inputs of launches that may
+//! wait for a peer are kept when the framework gives them up: a deferred launch still needs them,
+//! and the inner plugin waits for the end of the launch when a donated one is destroyed. What a
+//! deferred launch is to get is deleted to everybody else (`launch/donation.rs`).
 
 use pjrt_sys::*;
 

@@ -36,7 +36,7 @@ pub fn refuse_other(function: &str, device: DeviceHandle) -> Result<(), Error> {
 /// The client that a description is of, if its rank is not for the inner plugin to say.
 fn described(description: DescriptionHandle) -> Option<(Arc<Client>, i32)> {
     let found = clients::owner(description.address())?;
-    found.0.devices.texts(found.1).is_some().then_some(found)
+    found.0.devices.is_alone().then_some(found)
 }
 
 /// A device of the inner plugin's that is of the same kind.

@@ -9,7 +9,9 @@ use crate::compile::{self, spmd};
 use crate::error::Error;
 use crate::inner::api;
 use crate::inner::call::bytes;
-use crate::inner::handles::{ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned, Program};
+use crate::inner::handles::{
+    ClientHandle, ExecutableHandle, FromRaw, Handle, LoadedHandle, Owned, Program,
+};
 use crate::inner::side_table;
 use crate::pjrt::entry::{Passed, entry};
 
@@ -30,8 +32,8 @@ entry! {
                 format: bytes(program.format, program.format_size),
             }
         };
-        let loaded = compile::compile(client, program, options, |first_options| {
-            compile_inner(&mut args, first_options)
+        let loaded = compile::compile(client, program, options, |options| {
+            compile_inner(&mut args, options)
         })?;
         // SAFETY: the framework gets the executable.
         unsafe { args.members() }.executable = loaded.release().raw();
@@ -39,11 +41,25 @@ entry! {
     }
 
     /// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
-    pub fn compile_ahead(args: PJRT_Compile_Args) {
-        // SAFETY: there it gives the executable.
-        let compiled: Owned<ExecutableHandle> =
-            unsafe { args.make(api().PJRT_Compile, |args| &mut args.executable) }?;
-        compile::refuse_several_devices(compiled.get())?;
+    pub fn compile_ahead(
+        args: PJRT_Compile_Args; options: &[u8] = compile_options, compile_options_size
+    ) {
+        // SAFETY: the framework passes a live topology.
+        let topology = unsafe { FromRaw::from_raw(args.topology.cast_mut()) }?;
+        let compiled = compile::compile_ahead(topology, options, |options| {
+            let given = (args.compile_options, args.compile_options_size);
+            // SAFETY: the options live through the call, after which the framework's are there
+            // again; there it gives the executable.
+            unsafe {
+                let members = args.members();
+                members.compile_options = options.as_ptr().cast();
+                members.compile_options_size = options.len();
+                let compiled = args.make(api().PJRT_Compile, |args| &mut args.executable);
+                let members = args.members();
+                (members.compile_options, members.compile_options_size) = given;
+                compiled
+            }
+        })?;
         // SAFETY: the framework gets the executable.
         unsafe { args.members() }.executable = compiled.release().raw();
         Ok(())

@@ -18,14 +18,23 @@ const WITHOUT_DEVICES: &[PJRT_Extension_Type] = &[
     PJRT_Extension_Type_Profiler,
     PJRT_Extension_Type_Custom_Partitioner,
     PJRT_Extension_Type_Layouts,
+    PJRT_Extension_Type_RawBuffer,
     PJRT_Extension_Type_PhaseCompile,
     PJRT_Extension_Type_ExecutableMetadata,
+    PJRT_Extension_Type_Callback,
+    PJRT_Extension_Type_HostAllocator,
     SHARDINGS,
+    ABI_VERSION,
+    HOST_MEMORY_ALLOCATOR,
     XLA_TRANSFORM,
 ];
 
 /// `PJRT_Extension_Type_Shardings` of newer headers than ours.
 const SHARDINGS: PJRT_Extension_Type = 19;
+/// `PJRT_Extension_Type_AbiVersion`.
+const ABI_VERSION: PJRT_Extension_Type = 20;
+/// `PJRT_Extension_Type_HostMemoryAllocator`.
+const HOST_MEMORY_ALLOCATOR: PJRT_Extension_Type = 23;
 /// `PJRT_Extension_Type_XlaTransform`.
 const XLA_TRANSFORM: PJRT_Extension_Type = 24;
 

@@ -67,12 +67,10 @@ entry! {
     pub fn device_assignment(
         args: PJRT_LoadedExecutable_GetDeviceAssignment_Args, executable: LoadedHandle
     ) {
+        let ours = spmd::assignment(executable)?;
         args.pass_on(api().PJRT_LoadedExecutable_GetDeviceAssignment)?;
-        if args.serialized_bytes_size == 0 {
-            // A program that runs on whatever device it is launched on.
-            return Ok(());
-        }
-        let Some(serialized) = spmd::assignment(executable)? else {
+        // A program without one runs on whatever device it is launched on.
+        let Some(serialized) = ours.filter(|_| args.serialized_bytes_size > 0) else {
             return Ok(());
         };
         let serialized = Box::new(serialized);

@@ -106,7 +106,7 @@ entry! {
     }
 
     /// `PJRT_Client_DefaultDeviceAssignment`: this rank's device for programs of one device, else
-    /// the first ones in order, replica by replica.
+    /// the first ones in order, replica by replica, as for programs that are assigned to none.
     pub fn default_device_assignment(
         args: PJRT_Client_DefaultDeviceAssignment_Args, client: ClientHandle
     ) {

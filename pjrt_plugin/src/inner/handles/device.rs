@@ -1,9 +1,17 @@
 //! Devices, their descriptions, and memories.
 
 use super::handle::{DescriptionHandle, DeviceHandle, FromRaw, MemoryHandle};
-use crate::devices::Texts;
 use crate::error::Error;
 use crate::inner::call::{bytes, slice};
+
+/// What a device is called.
+#[derive(Debug, PartialEq)]
+pub struct Texts {
+    /// For whoever develops it.
+    pub debug: String,
+    /// For users.
+    pub short: String,
+}
 
 impl DescriptionHandle {
     /// The device's number in its topology.

@@ -63,16 +63,10 @@ macro_rules! handles {
         // SAFETY: as for `Send`.
         unsafe impl Sync for $name {}
 
-        #[allow(dead_code, reason = "not every kind needs both")]
         impl $name {
             /// The pointer.
             pub fn raw(self) -> *mut $raw {
                 self.0.as_ptr()
-            }
-
-            /// A handle of ours with nothing behind it, which the inner plugin must not get.
-            pub fn standing_at(place: &u64) -> $name {
-                $name(NonNull::from(place).cast())
             }
         }
 
@@ -120,6 +114,19 @@ handles! {
     /// A `PJRT_ExecuteContext`.
     ContextHandle(PJRT_ExecuteContext);
 }
+
+macro_rules! shown {
+    ($($name:ident)+) => {$(
+        impl $name {
+            /// A handle of ours with nothing behind it, which the inner plugin must not get.
+            pub fn standing_at(place: &u64) -> $name {
+                $name(NonNull::from(place).cast())
+            }
+        }
+    )+};
+}
+
+shown! { DeviceHandle DescriptionHandle }
 
 macro_rules! destroyed {
     ($($name:ident: $function:ident($member:ident);)+) => {$(

@@ -11,6 +11,7 @@ mod executable;
 
 pub use buffer::{AliasFiller, BufferShape, ExternalReference, with_references};
 pub use client::{HostArray, Program};
+pub use device::Texts;
 pub use executable::Output;
 pub use handle::{
     BufferHandle, ClientHandle, ContextHandle, DescriptionHandle, Destroy, DeviceHandle,
