@@ -226,4 +226,15 @@ def _launched() -> bool:
     return any(size not in ("", "1") for size in sizes) or "PMIX_RANK" in os.environ
 
 
+def _failed_early(process: int) -> None:
+    """Ends the job, if this rank ends by an exception before MPI has begun."""
+    failed = hasattr(sys, "last_value")
+    if failed and os.getpid() == process and _Bridge._selected() and _joined() is None:
+        _alone("_failed_early").end_job()
+
+
+if "HYDI_CONTROL_FD" in os.environ and _launched():
+    import atexit
+
+    atexit.register(_failed_early, os.getpid())
 sys.meta_path[:0] = [_Bridge, _Distributed, _Mpi4py]

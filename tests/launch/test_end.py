@@ -301,3 +301,31 @@ def test_asking_inside_a_program_is_refused() -> None:
             print("outside of jax.jit" in str(error) or error)
     """
     assert twice("True", job("openmpi", code))
+
+
+EARLY = """if True:
+    import os, sys
+    if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
+        raise RuntimeError("before JAX")
+    import jax
+    jax.devices()
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_that_fails_before_mpi_has_begun_ends_the_job(mpi: str) -> None:
+    result = job(mpi, EARLY, limit=30)
+    assert result.returncode == 1 and "RuntimeError: before JAX" in result.stderr, result.stderr
+
+
+def test_a_child_of_a_rank_that_fails_does_not_end_the_job() -> None:
+    code = """if True:
+        import subprocess, sys
+        for options in ({}, {"close_fds": False}):
+            child = subprocess.run([sys.executable, "-c", "1 / 0"], **options)
+            assert child.returncode == 1
+        import jax
+        print(len(jax.devices()), "devices")
+    """
+    result = job("mpich", code)
+    assert result.returncode == 0 and twice("2 devices", result), result.stderr

@@ -401,3 +401,20 @@ else:
 """
     result = run(mpi, code)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_that_waits_to_join_says_so(mpi: str) -> None:
+    code = """if True:
+        import os, time
+        if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
+            time.sleep(50)
+        import jax
+        jax.devices()
+    """
+    result = job(mpi, code, MPI_CUDA_WARN_AFTER="1", MPI_CUDA_ABORT_AFTER="3")
+    assert result.returncode == 35, result.stderr
+    said = result.stderr.splitlines()
+    waits = [line for line in said if "this rank has waited for 1 s to join the 2 ranks" in line]
+    assert len(waits) == 1 and "imports mpi4py" in waits[0], result.stderr
+    assert "MPI_CUDA_ABORT_AFTER has passed" in result.stderr

@@ -12,6 +12,7 @@ mod options;
 mod output;
 mod ping;
 mod share;
+mod starting;
 
 use std::sync::Arc;
 
@@ -76,6 +77,7 @@ impl World {
         let Some((shim, mpi)) = loaded else {
             return Ok(Self::single_rank(options));
         };
+        let _starting = starting::watch(launched, options);
         let joined = join::join(&shim, &mpi, options, launched)?;
         log::joined_as(joined.rank);
         let mut engine = Engine::new(Some(shim), joined.rank, options.engine());
