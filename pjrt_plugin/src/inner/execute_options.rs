@@ -6,7 +6,8 @@ use pjrt_sys::PJRT_ExecuteOptions;
 
 use super::call::{new_args, slice};
 
-/// A copy of the framework's options, as long as it made them and as we know them.
+/// A copy of the framework's options, as long as it made them and at least as long as we know them:
+/// inner plugins refuse shorter ones, of older frameworks. What those do not say is zero.
 pub struct ExecuteOptions {
     words: Vec<u64>,
     /// The copy points to it.
@@ -33,6 +34,7 @@ impl ExecuteOptions {
             let mut copy = vec![0u64; known.div_ceil(size_of::<u64>())];
             let target = copy.as_mut_ptr().cast::<u8>();
             std::ptr::copy_nonoverlapping(options.cast::<u8>(), target, size);
+            copy[0] = known as u64;
             copy
         };
         ExecuteOptions {

@@ -7,6 +7,7 @@ use pjrt_sys::*;
 use crate::compile::spmd;
 use crate::inner::api;
 use crate::inner::execute_args::ExecuteArgs;
+use crate::inner::execute_options::ExecuteOptions;
 use crate::inner::handles::{DeviceHandle, FromRaw, Handle, LoadedHandle, Owned};
 use crate::inner::side_table;
 use crate::launch::{self, keep_alive};
@@ -25,8 +26,21 @@ entry! {
             let device = unsafe { DeviceHandle::from_raw(args.execute_device) }?;
             device::refuse_other("PJRT_LoadedExecutable_Execute", device)?;
         }
+        let given = args.options;
+        // SAFETY: the options are valid for their size, and outlive the copy.
+        let mut longer = unsafe {
+            ((*given).struct_size < size_of::<PJRT_ExecuteOptions>())
+                .then(|| ExecuteOptions::borrow(given))
+        };
+        if let Some(longer) = &mut longer {
+            // SAFETY: the same options, for this call.
+            unsafe { args.members() }.options = longer.raw();
+        }
         // SAFETY: the framework passes valid arguments, and each executable here has one device.
-        launch::execute(&mut unsafe { ExecuteArgs::new(args.members()) }?)
+        let launched = launch::execute(&mut unsafe { ExecuteArgs::new(args.members()) }?);
+        // SAFETY: as they were.
+        unsafe { args.members() }.options = given;
+        launched
     }
 
     /// `PJRT_LoadedExecutable_Destroy`
