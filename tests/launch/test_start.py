@@ -141,6 +141,22 @@ def test_log_info_has_one_line_per_rank() -> None:
     assert len(lines) == 2 and all("of 2" in line and "Open MPI v4" in line for line in lines)
 
 
+def test_ranks_of_a_node_find_each_other_where_mpi_denies_it() -> None:
+    """As MPICH 5 built with UCX does, which Debian has."""
+    result = job(
+        "mpich",
+        "import jax; jax.devices()\n"
+        "from mpi4py import MPI\n"
+        "assert MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == 1",
+        ranks=3,
+        MPIR_CVAR_NOLOCAL="1",
+        MPI_CUDA_LOG="info",
+    )
+    assert result.returncode == 0, result.stderr
+    for rank in range(3):
+        assert f"rank {rank} of 3 (node-local {rank})" in result.stderr, result.stderr
+
+
 LOGGED = """if True:
     import jax.numpy as jnp, mpi_cuda as m
     m._library.log("before the start")

@@ -20,6 +20,7 @@ mod handle;
 mod large;
 mod matching;
 mod messages;
+mod node;
 mod nonblocking;
 mod reduction;
 mod waiting;
@@ -272,13 +273,7 @@ unsafe extern "C" fn node(
     unsafe {
         libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), own.as_mut_ptr().cast());
         attempt! {
-            ffi::MPI_Comm_split_type(
-                comm_from_bits(comm),
-                ffi::MPI_COMM_TYPE_SHARED as c_int,
-                0,
-                ffi::RSMPI_INFO_NULL,
-                &mut node,
-            );
+            node::split(comm_from_bits(comm), &mut node);
             ffi::MPI_Comm_rank(node, rank);
             ffi::MPI_Comm_size(node, size);
             ffi::MPI_Allreduce(

@@ -255,8 +255,8 @@ pub struct ShimApi {
         tag: c_int,
         new: *mut u64,
     ) -> c_int,
-    /// Rank among those of this node, their number (`MPI_Comm_split_type`, shared memory), and the
-    /// number of cores that they may use together.
+    /// Rank among those of this node, their number, and the number of cores that they may use
+    /// together.
     pub node: unsafe extern "C" fn(
         comm: u64,
         rank: *mut c_int,
