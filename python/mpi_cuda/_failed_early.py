@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import stat
+import sys
+import time
 from pathlib import Path
 
-#: How much of an answer of the launcher's is read.
-_ANSWER = 1024
+#: How much of an answer of the launcher's is read, and for how many seconds it may take.
+_ANSWER, _LIMIT = 1024, 1.0
+#: Seconds in which the launcher reads what this rank has printed; then it kills all ranks.
+_READ = 0.3
 
 
 def end_job() -> None:
@@ -23,32 +28,36 @@ def end_job() -> None:
     connection = int(os.environ.get("PMI_FD", "-1"))
     if not _is_ours(connection) or _has_mpi_begun():
         return
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    time.sleep(_READ)
     os.write(connection, b"cmd=init pmi_version=1 pmi_subversion=1\n")
-    os.read(connection, _ANSWER)
+    if select.select([connection], [], [], _LIMIT)[0]:
+        os.read(connection, _ANSWER)
     os.write(connection, b"cmd=abort exitcode=1\n")
 
 
 def _is_ours(connection: int) -> bool:
     """Whether that is Hydra's end, and not what a child of a rank has by the number."""
-    try:
-        parent = Path(f"/proc/{os.getppid()}/comm").read_text()
-        return parent.startswith("hydra_pmi") and stat.S_ISSOCK(os.fstat(connection).st_mode)
-    except OSError:
-        return False
+    parent = Path(f"/proc/{os.getppid()}/comm").read_text()
+    return parent.startswith("hydra_pmi") and stat.S_ISSOCK(os.fstat(connection).st_mode)
 
 
 def _has_mpi_begun() -> bool:
-    """Whether a library of this process says so."""
+    """Whether a library of this process says so, or may have."""
     begun = ctypes.c_int(0)
-    for row in Path("/proc/self/maps").read_text().splitlines():
-        path = row.partition("/")[2]
+    for row in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+        path = "/" + row.partition("/")[2]
         if "libmpi" not in os.path.basename(path):
             continue
         try:
-            library = ctypes.CDLL(f"/{path}", os.RTLD_NOLOAD | os.RTLD_LAZY)
+            library = ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_LAZY)
+        except OSError:
+            # Another file is there by now.
+            return True
+        if hasattr(library, "MPI_Initialized"):
             library.MPI_Initialized(ctypes.byref(begun))
-        except (OSError, AttributeError):
-            continue
         if begun.value:
             return True
     return False

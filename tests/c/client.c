@@ -70,6 +70,7 @@ static size_t compile_options(unsigned char *bytes, int device) {
 }
 
 /* Compiles a program for one device, or for none in particular if that is negative. */
+enum { NONE = -1, PORTABLE = -2 };
 static PJRT_Error *compile_for(PJRT_Client *client, const char *text, int device,
                                PJRT_LoadedExecutable **executable) {
   PJRT_Program program = {.struct_size = PJRT_Program_STRUCT_SIZE};
@@ -86,6 +87,12 @@ static PJRT_Error *compile_for(PJRT_Client *client, const char *text, int device
     /* Without the device assignment. */
     options[1] = 4;
     args.compile_options_size = 6;
+  }
+  if (device == PORTABLE) {
+    /* compile_portable_executable (4) */
+    options[6] = 0x20;
+    options[7] = 1;
+    args.compile_options_size = 8;
   }
   args.compile_options = (char *)options;
   PJRT_Error *error = api->PJRT_Client_Compile(&args);
@@ -387,7 +394,7 @@ static void places(PJRT_Client *client, PJRT_Buffer *x) {
   float result[4] = {0};
   PJRT_LoadedExecutable *own = compile(client, NEGATE), *anywhere, *other;
   check(assigned(own) == rank && addressable(own) == 1, "a program is for this rank's device");
-  must(compile_for(client, NEGATE, -1, &anywhere), "compile for no device in particular");
+  must(compile_for(client, NEGATE, NONE, &anywhere), "compile for no device in particular");
   check(assigned(anywhere) == rank, "a program without a device is for this rank's");
   /* Older frameworks' options end before call_location. */
   options_size = offsetof(PJRT_ExecuteOptions, call_location);
@@ -396,6 +403,8 @@ static void places(PJRT_Client *client, PJRT_Buffer *x) {
   options_size = PJRT_ExecuteOptions_STRUCT_SIZE;
   run(anywhere, x, result, text, sizeof text);
   check(text[0] == 0 && result[0] == -1 - rank, "it runs there");
+  must(compile_for(client, NEGATE, PORTABLE, &other), "compile for whatever device");
+  check(assigned(other) == -1, "a portable program is assigned to no device");
   must(compile_for(client, NEGATE, 1 - rank, &other), "compile for another rank's device");
   check(assigned(other) == 1 - rank && addressable(other) == 0, "a program may be for another's");
   check(take_error(compile_for(client, NEGATE, 7, &other), text, sizeof text) &&

@@ -81,8 +81,8 @@ unsafe fn by_place(comm: ffi::MPI_Comm, ranks: c_int, node: *mut ffi::MPI_Comm) 
 fn place() -> Option<u64> {
     let boot = fs::read("/proc/sys/kernel/random/boot_id").ok()?;
     let name = fs::read("/proc/sys/kernel/hostname").ok()?;
-    let memory = fs::metadata("/dev/shm").ok()?.dev();
+    let memory = fs::metadata("/dev/shm").ok()?;
     let mut hasher = DefaultHasher::new();
-    (boot, name, memory).hash(&mut hasher);
+    (boot, name, memory.dev(), memory.ino()).hash(&mut hasher);
     Some(hasher.finish())
 }

@@ -50,9 +50,9 @@ pub(super) fn watch(launched: Option<&Launched>, options: &WorldOptions) -> Opti
 
 fn waits(waited: Duration, ranks: usize, launcher: &str) -> String {
     format!(
-        "this rank has waited for {:.0} s to join the {ranks} ranks that {launcher} started, since \
-         MPI starts when all of them do: a rank joins when it first uses JAX or imports mpi4py. \
-         Look whether one has ended before that, or does something else",
+        "this rank has waited for {:.0} s to join the {ranks} ranks that {launcher} started, which \
+         all of them do together: a rank joins when it first uses JAX or imports mpi4py. Look \
+         whether one has ended before that, or does something else",
         waited.as_secs_f64()
     )
 }

@@ -61,6 +61,7 @@ pub fn compile(
                 return note(whole, contents);
             }
             let again = spmd::recompile(client, whole, options)?;
+            spmd::note_given(again.get().address(), options, options);
             log::line("compiled an optimized program again as it is");
             note(again, contents)
         }
@@ -150,7 +151,9 @@ pub fn load(
         return note(loaded, contents);
     }
     let loaded = match options {
-        [] => inner(options)?,
+        [] => inner(options).inspect(|loaded| {
+            spmd::note_given(loaded.get().address(), options, options);
+        })?,
         given => for_one(client, given, inner)?,
     };
     if !options.is_empty() && matches!(spmd::place(client, options), RunsOn::Elsewhere(_)) {
@@ -168,12 +171,16 @@ pub fn load_compiled(
     inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
     let loaded = for_one(client, options, inner)?;
+    let optimized = loaded.get().executable()?.get().optimized_program()?;
+    let contents = Contents::of(&optimized);
     if !options.is_empty() && matches!(spmd::place(client, options), RunsOn::Elsewhere(_)) {
+        if contents.operations {
+            return Err(elsewhere());
+        }
         spmd::note_elsewhere(loaded.get());
         return Ok(loaded);
     }
-    let optimized = loaded.get().executable()?.get().optimized_program()?;
-    note(loaded, Contents::of(&optimized))
+    note(loaded, contents)
 }
 
 /// Compiles a program for a topology: `inner` has the inner plugin compile it with the options that

@@ -58,11 +58,14 @@ pub fn share(loaded: usize, executable: usize) {
     }
 }
 
-/// Notes the options that the framework compiled an executable with, if the inner client got
+/// Notes the options that the framework compiled a new executable with, if the inner client got
 /// others.
 pub fn note_given(address: usize, given: &[u8], to_inner: &[u8]) {
     if given != to_inner {
         GIVEN.insert(address, given.into());
+    } else if GIVEN.has(address) {
+        // Of one of ours that was there before.
+        GIVEN.edit(|rows| rows.remove(&address));
     }
 }
 
@@ -152,7 +155,10 @@ pub fn assignment(loaded: LoadedHandle) -> Result<Option<Vec<u8>>, Error> {
     if let Some(given) = GIVEN.get(address) {
         return Ok(Some(Options::read(&given)?.devices()?.to_assignment()?));
     }
-    let (client, _) = clients::of_executable(loaded)?;
+    let device = loaded.device()?;
+    let Some((client, _)) = device.and_then(|device| clients::owner(device.address())) else {
+        return Ok(None);
+    };
     if !client.devices.is_alone() {
         return Ok(None);
     }
@@ -183,31 +189,30 @@ pub fn partition(
     }
     known.devices.check(options.devices()?.ids())?;
     let options = options.without_code()?;
-    let refused = match known.devices.lacking_topology() {
-        None => None,
-        Some(topology) => match topology.compile(program, &options) {
-            Ok(compiled) => return compiled.get().optimized_program(),
-            Err(error) => Some(error),
-        },
-    };
+    if let Some(topology) = known.devices.lacking_topology() {
+        match topology.compile(program, &options) {
+            Err(error) if is_for_a_client(&error) => (),
+            compiled => return compiled?.get().optimized_program(),
+        }
+    }
     // XLA's for the CPU compiled for devices of a client only, before 2026. One with threads for
     // each device ends with the compilation.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _others_wait = ONE_AT_A_TIME.lock();
-    match clients::create_for_all(known.size).and_then(|all| {
-        let compiled = all.get().compile(program, &options)?;
-        optimized_program(compiled.get())
-    }) {
-        Ok(optimized) => Ok(optimized),
-        Err(error) => Err(refused
-            .filter(|first| !is_for_a_client(first))
-            .unwrap_or(error)),
-    }
+    let all = clients::create_for_all(known.size)?;
+    optimized_program(all.get().compile(program, &options)?.get())
 }
 
-/// Whether an inner plugin says that it compiles for devices of a client only.
+/// Whether an inner plugin says that it compiles for devices of a client only: it has no compiler,
+/// or lacks the function, or looks for the devices.
 fn is_for_a_client(error: &Error) -> bool {
-    error.to_string().contains("No compiler registered")
+    let words = [
+        "No compiler registered",
+        "lacks the function",
+        "No matching device found",
+    ];
+    let said = error.to_string();
+    words.iter().any(|words| said.contains(words))
 }
 
 /// Compiles the optimized program of `whole`, which is for this rank's device alone, again as it is

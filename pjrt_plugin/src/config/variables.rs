@@ -100,14 +100,14 @@ pub const VARIABLES: &[Variable] = &[
         name: "MPI_CUDA_WARN_AFTER",
         old_name: None,
         values: "60, seconds above 0",
-        meaning: "print an operation that waits longer than this",
+        meaning: "print an operation, or a start of MPI, that waits longer than this",
         read: |config, text| set(&mut config.warn_after, seconds(text)),
     },
     Variable {
         name: "MPI_CUDA_ABORT_AFTER",
         old_name: None,
         values: "0, seconds",
-        meaning: "end the job if an operation waits longer than this; 0: never",
+        meaning: "end the job if an operation, or the start of MPI, waits longer; 0: never",
         read: |config, text| set(&mut config.abort_after, limit(text)),
     },
     Variable {

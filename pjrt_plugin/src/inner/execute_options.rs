@@ -6,8 +6,8 @@ use pjrt_sys::PJRT_ExecuteOptions;
 
 use super::call::{new_args, slice};
 
-/// A copy of the framework's options, as long as it made them and at least as long as we know them:
-/// inner plugins refuse shorter ones, of older frameworks. What those do not say is zero.
+/// A copy of the framework's options, as long as it made them and at least as long as our header
+/// has them: inner plugins refuse shorter ones, of older frameworks. What those do not say is zero.
 pub struct ExecuteOptions {
     words: Vec<u64>,
     /// The copy points to it.

@@ -40,7 +40,7 @@ entry! {
         Ok(())
     }
 
-    /// `PJRT_Compile`: without a client, so only for what needs no operations of ours.
+    /// `PJRT_Compile`: without a client, for one device.
     pub fn compile_ahead(
         args: PJRT_Compile_Args; options: &[u8] = compile_options, compile_options_size
     ) {

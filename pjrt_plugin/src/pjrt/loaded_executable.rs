@@ -37,7 +37,8 @@ entry! {
             unsafe { args.members() }.options = longer.raw();
         }
         // SAFETY: the framework passes valid arguments, and each executable here has one device.
-        let launched = launch::execute(&mut unsafe { ExecuteArgs::new(args.members()) }?);
+        let launched = unsafe { ExecuteArgs::new(args.members()) }
+            .and_then(|mut launch| launch::execute(&mut launch));
         // SAFETY: as they were.
         unsafe { args.members() }.options = given;
         launched

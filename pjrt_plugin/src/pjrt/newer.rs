@@ -7,7 +7,9 @@ use std::ffi::{c_char, c_int, c_void};
 use pjrt_sys::*;
 
 use crate::compile::{self, spmd};
-use crate::inner::handles::{ClientHandle, DeviceHandle, ExecutableHandle, Handle, LoadedHandle};
+use crate::inner::handles::{
+    ClientHandle, DeviceHandle, ExecutableHandle, FromRaw, Handle, LoadedHandle,
+};
 use crate::inner::library::newer;
 use crate::pjrt::entry::entry;
 use crate::pjrt::{device, error};
@@ -40,6 +42,17 @@ pub struct OfDevice {
     struct_size: usize,
     extension_start: *mut PJRT_Extension_Base,
     device: *mut PJRT_Device,
+}
+
+/// The arguments of `PJRT_Device_CreateAsyncTrackingEvent`.
+#[repr(C)]
+pub struct TrackingEvent {
+    struct_size: usize,
+    extension_start: *mut PJRT_Extension_Base,
+    device: *mut PJRT_Device,
+    description: *const c_char,
+    description_size: usize,
+    event: *mut c_void,
 }
 
 /// The arguments of `PJRT_Client_Load`.
@@ -126,8 +139,10 @@ entry! {
 
     /// `PJRT_Device_CreateAsyncTrackingEvent`: no event for another rank's device, which
     /// frameworks take; an error would end them.
-    pub fn tracking_event(args: OfDevice, device: DeviceHandle) {
+    pub fn tracking_event(args: TrackingEvent, device: DeviceHandle) {
         if device::refuse_other("PJRT_Device_CreateAsyncTrackingEvent", device).is_err() {
+            // SAFETY: no event.
+            unsafe { args.members() }.event = std::ptr::null_mut();
             return Ok(());
         }
         // SAFETY: as above.
@@ -156,7 +171,13 @@ entry! {
     pub fn client_load(
         args: Load, client: ClientHandle; options: &[u8] = compile_options, compile_options_size
     ) {
-        let loaded = compile::load_compiled(client, options, |options| {
+        // SAFETY: the framework passes a live executable.
+        let executable = unsafe { ExecutableHandle::from_raw(args.executable) }?;
+        let compiled_with = match options {
+            [] => spmd::given(executable.address())?.unwrap_or_default(),
+            given => given.to_vec(),
+        };
+        let loaded = compile::load_compiled(client, &compiled_with, |options| {
             let given = (args.compile_options, args.compile_options_size);
             // SAFETY: the options live through the call, after which the framework's are there
             // again; the function gives the executable there.
