@@ -120,3 +120,28 @@ macro_rules! entry {
 }
 
 pub(crate) use entry;
+
+/// Passes a call on with other serialized compile options than the framework's, unless they are
+/// empty, and takes what the inner plugin has made out of the member named. Then the framework's
+/// options are there again.
+macro_rules! make_with_options {
+    ($args:ident, $options:expr, $function:expr, $made:ident) => {{
+        let options: &[u8] = $options;
+        let given = ($args.compile_options, $args.compile_options_size);
+        // SAFETY: the options are valid through the call, and the function, which is that of these
+        // arguments, gives what it makes in that member.
+        unsafe {
+            if !options.is_empty() {
+                let members = $args.members();
+                members.compile_options = options.as_ptr().cast();
+                members.compile_options_size = options.len();
+            }
+            let made = $args.make($function, |args| &mut args.$made);
+            let members = $args.members();
+            (members.compile_options, members.compile_options_size) = given;
+            made
+        }
+    }};
+}
+
+pub(crate) use make_with_options;

@@ -9,11 +9,9 @@ use crate::compile::{self, spmd};
 use crate::error::Error;
 use crate::inner::api;
 use crate::inner::call::bytes;
-use crate::inner::handles::{
-    ClientHandle, ExecutableHandle, FromRaw, Handle, LoadedHandle, Owned, Program,
-};
+use crate::inner::handles::{ClientHandle, ExecutableHandle, FromRaw, Handle, Program};
 use crate::inner::side_table;
-use crate::pjrt::entry::{Passed, entry};
+use crate::pjrt::entry::{Passed, entry, make_with_options};
 
 /// Format of what `PJRT_Executable_OptimizedProgram` gives.
 const OPTIMIZED: &str = "hlo_with_config";
@@ -33,7 +31,7 @@ entry! {
             }
         };
         let loaded = compile::compile(client, program, options, |options| {
-            compile_inner(&mut args, options)
+            make_with_options!(args, options, api().PJRT_Client_Compile, executable)
         })?;
         // SAFETY: the framework gets the executable.
         unsafe { args.members() }.executable = loaded.release().raw();
@@ -47,18 +45,7 @@ entry! {
         // SAFETY: the framework passes a live topology.
         let topology = unsafe { FromRaw::from_raw(args.topology.cast_mut()) }?;
         let compiled = compile::compile_ahead(topology, options, |options| {
-            let given = (args.compile_options, args.compile_options_size);
-            // SAFETY: the options live through the call, after which the framework's are there
-            // again; there it gives the executable.
-            unsafe {
-                let members = args.members();
-                members.compile_options = options.as_ptr().cast();
-                members.compile_options_size = options.len();
-                let compiled = args.make(api().PJRT_Compile, |args| &mut args.executable);
-                let members = args.members();
-                (members.compile_options, members.compile_options_size) = given;
-                compiled
-            }
+            make_with_options!(args, options, api().PJRT_Compile, executable)
         })?;
         // SAFETY: the framework gets the executable.
         unsafe { args.members() }.executable = compiled.release().raw();
@@ -141,25 +128,6 @@ entry! {
             return args.pass_on(api().PJRT_Executable_OptimizedProgram);
         };
         write_program(&mut args, &spmd.optimized)
-    }
-}
-
-/// Compiles with the inner plugin, with these options.
-fn compile_inner(
-    args: &mut Passed<'_, PJRT_Client_Compile_Args>,
-    options: &[u8],
-) -> Result<Owned<LoadedHandle>, Error> {
-    let given = (args.compile_options, args.compile_options_size);
-    // SAFETY: the options live through the call, after which the framework's are there again; the
-    // function gives the executable there.
-    unsafe {
-        let members = args.members();
-        members.compile_options = options.as_ptr().cast();
-        members.compile_options_size = options.len();
-        let compiled = args.make(api().PJRT_Client_Compile, |args| &mut args.executable);
-        let args = args.members();
-        (args.compile_options, args.compile_options_size) = given;
-        compiled
     }
 }
 

@@ -11,7 +11,7 @@ use crate::inner::handles::{
     ClientHandle, DeviceHandle, ExecutableHandle, FromRaw, Handle, LoadedHandle,
 };
 use crate::inner::library::newer;
-use crate::pjrt::entry::entry;
+use crate::pjrt::entry::{entry, make_with_options};
 use crate::pjrt::{device, error};
 
 /// The places, and what stands there in the framework's table.
@@ -178,20 +178,9 @@ entry! {
             given => given.to_vec(),
         };
         let loaded = compile::load_compiled(client, &compiled_with, |options| {
-            let given = (args.compile_options, args.compile_options_size);
-            // SAFETY: the options live through the call, after which the framework's are there
-            // again; the function gives the executable there.
-            unsafe {
-                if !options.is_empty() {
-                    let members = args.members();
-                    members.compile_options = options.as_ptr().cast();
-                    members.compile_options_size = options.len();
-                }
-                let loaded = args.make(newer(CLIENT_LOAD), |args| &mut args.loaded_executable);
-                let members = args.members();
-                (members.compile_options, members.compile_options_size) = given;
-                loaded
-            }
+            // SAFETY: as above.
+            let function = unsafe { newer(CLIENT_LOAD) };
+            make_with_options!(args, options, function, loaded_executable)
         })?;
         // SAFETY: the framework gets the executable.
         unsafe { args.members() }.loaded_executable = loaded.release().raw();
