@@ -159,6 +159,15 @@ def loops_and_branches() -> None:
 
 
 @check
+def what_was_just_dispatched_has_a_place() -> None:
+    """Bare, the plugin of a GPU ends the process if it is asked before the launch has begun."""
+    program = jax.jit(lambda x: nt.allreduce(x @ x, m.SUM))
+    x = jnp.eye(256)
+    for _ in range(5):
+        assert program(x).unsafe_buffer_pointer()
+
+
+@check
 def errors_have_names() -> None:
     try:
         np.asarray(nt.sendrecv(jnp.ones(500_000), jnp.ones(3), source=LEFT, dest=RIGHT))

@@ -41,6 +41,9 @@ pub(super) struct Connection {
     /// Held while a message is written.
     writing: Mutex<()>,
     broken_off: AtomicBool,
+    /// Whether a write found that the other side had reset it. The kernel says so once: the reader
+    /// hears of an end in order then.
+    reset: AtomicBool,
 }
 
 impl Connection {
@@ -53,6 +56,7 @@ impl Connection {
             stream,
             writing: Mutex::new(()),
             broken_off: AtomicBool::new(false),
+            reset: AtomicBool::new(false),
         })
     }
 
@@ -86,6 +90,11 @@ impl Connection {
         error.kind() == io::ErrorKind::UnexpectedEof && !self.broken_off.load(Ordering::SeqCst)
     }
 
+    /// Whether the other side reset a connection that ended with that error.
+    pub(super) fn was_reset(&self, error: &io::Error) -> bool {
+        error.kind() == io::ErrorKind::ConnectionReset || self.reset.load(Ordering::SeqCst)
+    }
+
     /// Sends a message; a connection that takes none is broken off, which its reader notices.
     pub(super) fn send(&self, message: &Message) {
         let writing = self.writing.lock();
@@ -95,7 +104,11 @@ impl Connection {
             Ok(()) => {}
             // The other side had closed it before it was reset, which its reader will see.
             Err(io::ErrorKind::BrokenPipe) => {}
-            Err(_) => self.break_off(),
+            Err(kind) => {
+                let reset = kind == io::ErrorKind::ConnectionReset;
+                self.reset.fetch_or(reset, Ordering::SeqCst);
+                self.break_off();
+            }
         }
     }
 

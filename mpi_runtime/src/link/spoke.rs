@@ -203,7 +203,7 @@ impl Spoke {
                 Err(error) => break error,
             }
         };
-        let closed = connection.was_closed(&end);
+        let (closed, reset) = (connection.was_closed(&end), connection.was_reset(&end));
         drop(connection);
         let mut contact = self.contact.lock();
         contact.connection = None;
@@ -211,8 +211,10 @@ impl Spoke {
         let gone = match (bye, closed) {
             (true, _) => Gone::Left,
             (_, true) => Gone::Died,
-            _ if end.kind() == io::ErrorKind::ConnectionReset && contact.is_refused() => Gone::Died,
+            _ if reset && contact.is_refused() => Gone::Died,
             _ if self.join(&mut contact).is_ok() => return,
+            // The kernel may close the place after the connection.
+            _ if reset && contact.is_refused() => Gone::Died,
             _ => Gone::Lost,
         };
         self.heard.note(0, gone);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::MutexGuard;
 
 use super::hub::{HANDSHAKE, RETURN, Stranger};
-use super::socket::Listener;
+use super::socket::{Connection, Listener};
 use super::spoke::{Contact, JOIN, TRY};
 use super::*;
 use crate::node::segment::new_number;
@@ -128,8 +128,8 @@ fn who_does_not_return_is_lost_and_not_dead() {
     assert_eq!(all, [Some(Gone::Lost); 3]);
 }
 
-#[test]
-fn a_hub_that_ends_before_it_has_read_all_has_died() {
+/// Joins a hub that ends before it has read all. Its connection is closed first, or its place.
+fn end_unread(connection_first: bool) -> Arc<Link> {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let invitation = invitation_to(listener.local_addr().unwrap().port(), &["127.0.0.1"]);
     let cookie = invitation.of_hub;
@@ -139,12 +139,47 @@ fn a_hub_that_ends_before_it_has_read_all_has_died() {
         Message::Welcome { cookie }.write(&mut stream).unwrap();
         // The rank says that it is ready, which nobody reads.
         stream.peek(&mut [0]).unwrap();
+        match connection_first {
+            true => {
+                drop(stream);
+                // Until the rank has come back in vain.
+                let (again, _) = listener.accept().unwrap();
+                drop((again, listener));
+            }
+            false => drop((listener, stream)),
+        }
     });
     let link = Link::new(1, 4, None);
     link.accept(invitation).unwrap();
     hub.join().unwrap();
-    wait(|| link.gone(0).is_some());
-    assert_eq!(link.gone(0), Some(Gone::Died));
+    link
+}
+
+#[test]
+fn a_hub_that_ends_before_it_has_read_all_has_died() {
+    for connection_first in [false, true] {
+        let link = end_unread(connection_first);
+        wait(|| link.gone(0).is_some());
+        assert_eq!(link.gone(0), Some(Gone::Died));
+    }
+}
+
+#[test]
+fn a_reset_that_a_write_hears_of_is_one_for_the_reader_too() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let connection = Connection::new(stream).unwrap();
+    connection.send(&Message::Ready);
+    let (stream, _) = listener.accept().unwrap();
+    // With bytes that nobody has read, which the kernel answers by a reset.
+    stream.peek(&mut [0]).unwrap();
+    drop(stream);
+    connection.send(&Message::Ready);
+    let end = connection.read().unwrap_err();
+    assert!(
+        connection.was_reset(&end) && !connection.was_closed(&end),
+        "{end}"
+    );
 }
 
 #[test]

@@ -77,10 +77,25 @@ uses! {
         PJRT_Buffer_ToHostBuffer_Args: src);
     copy_raw_to_host = PJRT_Buffer_CopyRawToHost(
         PJRT_Buffer_CopyRawToHost_Args: buffer);
-    unsafe_pointer = PJRT_Buffer_UnsafePointer(
-        PJRT_Buffer_UnsafePointer_Args: buffer);
+}
+
+/// Entries that tell where a buffer lies, once it lies there: the inner plugin of a GPU ends the
+/// process if it is asked while the launch that makes the buffer has only been dispatched.
+macro_rules! places {
+    ($($name:ident = $function:ident($Args:ident);)+) => {entry! {$(
+        #[doc = concat!("`", stringify!($function), "`")]
+        pub fn $name(args: $Args, buffer: BufferHandle) {
+            donation::refuse_use(stringify!($function), buffer)?;
+            buffer.wait_ready()?;
+            args.pass_on(api().$function)
+        }
+    )+}};
+}
+
+places! {
+    unsafe_pointer = PJRT_Buffer_UnsafePointer(PJRT_Buffer_UnsafePointer_Args);
     device_pointer = PJRT_Buffer_OpaqueDeviceMemoryDataPointer(
-        PJRT_Buffer_OpaqueDeviceMemoryDataPointer_Args: buffer);
+        PJRT_Buffer_OpaqueDeviceMemoryDataPointer_Args);
 }
 
 entry! {
