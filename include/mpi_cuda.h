@@ -278,6 +278,24 @@ typedef int (*mpi_cuda_trampoline)(void *callback, int in_place, int num_args,
 /* Installs the function that calls host callbacks; null removes it. */
 void mpi_cuda_set_trampoline(mpi_cuda_trampoline trampoline);
 
+/* Has the framework's own XLA partition a program for several devices, and optimize it, since the
+ * program has custom calls that only that XLA can partition (registered by PJRT's extension
+ * Custom_Partitioner). program is MLIR as the framework gave it, options a CompileOptionsProto for
+ * devices numbered from 0. It calls mpi_cuda_partitioned with result before it returns. */
+typedef void (*mpi_cuda_partitioner)(const char *program, size_t program_size, const char *options,
+                                     size_t options_size, void *result);
+
+/* Installs that function; null removes it. Without it such programs are refused. Not for GPUs,
+ * whose plugin has the extension itself. */
+void mpi_cuda_set_partitioner(mpi_cuda_partitioner partitioner);
+
+/* What came of it: an HloModuleProto or, if failed is not 0, words. */
+void mpi_cuda_partitioned(void *result, int failed, const char *bytes, size_t size);
+
+/* Calls visit with the name of each operation's custom call, and with an XLA_FFI_Handler that
+ * refuses to run: for an XLA that is to partition programs with operations. */
+void mpi_cuda_each_target(void (*visit)(const char *name, void *handler));
+
 /* Whether the devices are GPUs. */
 int mpi_cuda_on_gpu(void);
 

@@ -1,5 +1,7 @@
 //! The exported functions beside `GetPjrtApi`; documented in `include/mpi_cuda.h`.
 
+mod partitioner;
+
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;

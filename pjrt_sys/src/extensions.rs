@@ -1,6 +1,7 @@
 //! Extension structs of `xla/pjrt/c/pjrt_c_api_ffi_extension.h`,
-//! `xla/pjrt/c/pjrt_c_api_layouts_extension.h` and
-//! `xla/pjrt/c/pjrt_c_api_memory_descriptions_extension.h`, which no wheel ships.
+//! `xla/pjrt/c/pjrt_c_api_layouts_extension.h`,
+//! `xla/pjrt/c/pjrt_c_api_memory_descriptions_extension.h` and
+//! `xla/pjrt/c/pjrt_c_api_custom_partitioner_extension.h`, which no wheel ships.
 
 use crate::bindings::*;
 
@@ -111,4 +112,37 @@ pub struct PJRT_Layouts_Extension {
     pub topology_get_default_layout: *const core::ffi::c_void,
     pub executable_get_output_layouts:
         PJRT_Extension_Function<PJRT_Layouts_PJRT_Executable_GetOutputLayouts_Args>,
+}
+
+/// Arguments of `PJRT_Register_Custom_Partitioner`: the framework partitions custom calls of that
+/// name.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PJRT_Register_Custom_Partitioner_Args {
+    pub struct_size: usize,
+    pub name: *const core::ffi::c_char,
+    pub name_size: usize,
+    pub callbacks: *mut core::ffi::c_void,
+}
+
+/// Arguments of `PJRT_Register_Batch_Partitionable`: custom calls of that name do the same to each
+/// element of a batch.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PJRT_Register_Batch_Partitionable_Args {
+    pub struct_size: usize,
+    pub name: *const core::ffi::c_char,
+    pub name_size: usize,
+}
+
+/// The extension by which the framework says that it partitions custom calls itself
+/// (`PJRT_Extension_Type_Custom_Partitioner`), version 1.
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct PJRT_Custom_Partitioner_Extension {
+    pub base: PJRT_Extension_Base,
+    pub register_custom_partitioner: PJRT_Extension_Function<PJRT_Register_Custom_Partitioner_Args>,
+    pub register_batch_partitionable:
+        PJRT_Extension_Function<PJRT_Register_Batch_Partitionable_Args>,
 }

@@ -136,6 +136,12 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_shutdown": (None, []),
         "mpi_cuda_register_ffi_target": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_void_p]),
         "mpi_cuda_set_trampoline": (None, [ctypes.c_void_p]),
+        "mpi_cuda_set_partitioner": (None, [ctypes.c_void_p]),
+        "mpi_cuda_each_target": (None, [ctypes.c_void_p]),
+        "mpi_cuda_partitioned": (
+            None,
+            [ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t],
+        ),
         "mpi_cuda_on_gpu": (ctypes.c_int, []),
         "mpi_cuda_gather": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p]),
         "mpi_cuda_ping": (ctypes.c_double, [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]),

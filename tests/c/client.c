@@ -559,6 +559,83 @@ static const char *halves(void) {
   return text;
 }
 
+/* What the framework's own XLA has to partition. */
+static void (*partitioned)(void *result, int failed, const char *bytes, size_t size);
+static const char *answer;
+static int answer_fails;
+static size_t asked;
+
+static void partition(const char *code, size_t code_size, const char *options, size_t options_size,
+                      void *result) {
+  asked = code_size;
+  check(code && options && options_size > 0, "the partitioner gets the program and options");
+  if (answer) partitioned(result, answer_fails, answer, strlen(answer));
+}
+
+/* Compiles a program that calls the target, for both ranks' devices. */
+static void compile_for_both(PJRT_Client *client, const char *target, char *error, size_t capacity) {
+  /* As in compile_options, with two partitions and use_spmd_partitioning (6). */
+  unsigned char options[] = {0x1a, 22, 0x20, 1, 0x28, 2, 0x30, 1, 0x4a, 14, 0x08, 1,
+                             0x10, 2, 0x1a, 3, 0x0a, 1, 0, 0x1a, 3, 0x0a, 1, 1};
+  PJRT_Program code = {.struct_size = PJRT_Program_STRUCT_SIZE};
+  code.code = (char *)program(target, "");
+  code.code_size = strlen(code.code);
+  code.format = "mlir";
+  code.format_size = 4;
+  PJRT_Client_Compile_Args args = {.struct_size = PJRT_Client_Compile_Args_STRUCT_SIZE};
+  args.client = client;
+  args.program = &code;
+  args.compile_options = (char *)options;
+  args.compile_options_size = sizeof options;
+  asked = 0;
+  error[0] = 0;
+  take_error(api->PJRT_Client_Compile(&args), error, capacity);
+}
+
+static void partitioner(PJRT_Client *client, void *library) {
+  void (*set)(void *) = (void (*)(void *))dlsym(library, "mpi_cuda_set_partitioner");
+  partitioned =
+      (void (*)(void *, int, const char *, size_t))dlsym(library, "mpi_cuda_partitioned");
+  char text[4096];
+  compile_for_both(client, "InspectSharding", text, sizeof text);
+  check(strstr(text, "InspectSharding") && strstr(text, "mpi_cuda_set_partitioner"),
+        "without a partitioner its programs are refused");
+  set((void *)partition);
+  compile_for_both(client, "InspectSharding", text, sizeof text);
+  check(asked && strstr(text, "it has given nothing"), "a partitioner may give nothing");
+  answer = "no rule";
+  answer_fails = 1;
+  compile_for_both(client, "InspectSharding", text, sizeof text);
+  check(asked && strstr(text, "InspectSharding") && strstr(text, "no rule"),
+        "what a partitioner says is the error");
+  answer_fails = 0;
+  compile_for_both(client, "InspectSharding", text, sizeof text);
+  check(asked && text[0], "what is no module is refused");
+  compile_for_both(client, "their_call", text, sizeof text);
+  check(!asked, "other programs are the inner plugin's");
+
+  /* The extension by which a framework names its custom calls (type 3, see pjrt_c_api.h). */
+  struct registration {
+    size_t struct_size;
+    const char *name;
+    size_t name_size;
+    void *callbacks;
+  } call = {sizeof call, "their_call", 10, NULL};
+  struct extension {
+    size_t struct_size;
+    PJRT_Extension_Type type;
+    PJRT_Extension_Base *next;
+    PJRT_Error *(*custom)(struct registration *);
+  } *found = (struct extension *)api->extension_start;
+  while (found && found->type != PJRT_Extension_Type_Custom_Partitioner)
+    found = (struct extension *)found->next;
+  check(found != NULL, "the extension is there");
+  if (found) must(found->custom(&call), "register a custom partitioner");
+  compile_for_both(client, "their_call", text, sizeof text);
+  check(asked, "what is registered is the framework's");
+  set(NULL);
+}
+
 int main(int argc, char **argv) {
   if (argc != 2) return 2;
   void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
@@ -664,6 +741,7 @@ int main(int argc, char **argv) {
       text, sizeof text);
   check(text[0] == 0 && result[0] == 2, "after errors all goes on");
 
+  partitioner(client, library);
   share_all(client, own.addressable_devices[0]);
   donate(client, x);
 

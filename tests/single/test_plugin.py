@@ -183,6 +183,28 @@ def test_a_plugin_that_cannot_partition_for_a_large_world_says_so() -> None:
     assert "at most 1024 devices, and this world has 1025" in result.stderr, result.stderr
 
 
+LARGE = """if True:
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    spread = NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec("x"))
+    array = jax.ShapeDtypeStruct((len(jax.devices()), 3, 3), jnp.float32, sharding=spread)
+    print("all-gather" in jax.jit(jnp.linalg.cholesky).lower(array).compile().as_text())
+    def inspected(x):
+        jax.debug.inspect_array_sharding(x, callback=print)
+        return x
+    jax.jit(inspected).lower(array).compile()
+"""
+
+
+def test_what_jax_partitions_itself_has_a_limit_and_says_so() -> None:
+    """Above it every device computes a whole batch, and what nobody else can do is refused."""
+    names = {"MPI_CUDA_PRETEND_SIZE": "1025", "MPI_CUDA_INNER_PLUGIN": "lammps-jax-pjrt-cpu"}
+    result = run(LARGE, JAX_PLATFORMS="mpi_cuda", **names)
+    assert result.stdout.split() == ["True"], result.stderr
+    words = "InspectSharding is partitioned by the XLA of the framework, which failed: the program"
+    assert f"{words} is for 1025 devices, and that XLA has threads for each" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("version", "words"),
     [

@@ -132,6 +132,20 @@ impl Options {
         options
     }
 
+    /// The same for as many devices, numbered from 0.
+    ///
+    /// # Errors
+    /// If the counts are of no devices.
+    pub fn numbered(&self) -> Result<Options, Refused> {
+        let (replicas, partitions) = self.counts();
+        let ids: Vec<i64> = (0..(replicas * partitions) as i64).collect();
+        Devices::new(replicas, partitions, ids.clone())?;
+        let mut options = self.clone();
+        let build = options.0.executable_build_options.mut_or_insert_default();
+        build.device_assignment = MessageField::some(assignment(replicas, partitions, &ids));
+        Ok(options)
+    }
+
     /// Serialized options that compile a rewritten module for `device` alone, without any pass.
     ///
     /// # Errors

@@ -158,15 +158,22 @@ struct Around {
     place: Place,
 }
 
+/// Of `WhileLoopBackendConfig` as JSON.
+const KNOWN_TRIP_COUNT: &str = "\"known_trip_count\":{\"n\":\"";
+
 /// How often what an instruction calls runs, if it says so.
-fn runs(instruction: &HloInstructionProto) -> Option<u64> {
+pub fn runs(instruction: &HloInstructionProto) -> Option<u64> {
     if instruction.opcode != "while" {
         return Some(1);
     }
-    // `WhileLoopBackendConfig` as JSON.
     let config = String::from_utf8_lossy(&instruction.backend_config);
-    let (_, rest) = config.split_once("\"known_trip_count\":{\"n\":\"")?;
+    let (_, rest) = config.split_once(KNOWN_TRIP_COUNT)?;
     rest.split('"').next()?.parse().ok()
+}
+
+/// The backend configuration of a loop that says so.
+pub fn known_trip_count(runs: u64) -> String {
+    format!("{{{KNOWN_TRIP_COUNT}{runs}\"}}}}")
 }
 
 fn identity(module: &Module, sequence: u64) -> i64 {

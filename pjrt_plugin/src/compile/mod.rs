@@ -4,6 +4,7 @@
 
 pub mod communicators;
 mod contents;
+pub mod partitioner;
 pub mod spmd;
 
 use std::time::{Duration, Instant};

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use crate::clients::{self, Client};
 use crate::compile::contents::Contents;
+use crate::compile::partitioner;
 use crate::error::Error;
 use crate::ffi::replica_groups;
 use crate::inner::handles::{ClientHandle, Handle, LoadedHandle, Owned, Program};
@@ -188,6 +189,9 @@ pub fn partition(
         return optimized_program(inner(&options)?.get());
     }
     known.devices.check(options.devices()?.ids())?;
+    if let Some(partitioned) = partitioner::partition(program, options)? {
+        return Ok(partitioned);
+    }
     let options = options.without_code()?;
     if let Some(topology) = known.devices.lacking_topology() {
         match topology.compile(program, &options) {

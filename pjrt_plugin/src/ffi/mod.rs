@@ -40,8 +40,8 @@ pub fn register_all() -> Result<(), Error> {
     if *done {
         return Ok(());
     }
-    for (kind, handler) in operations::HANDLERS {
-        register(&format!("{}{}", targets::PREFIX, kind.name()), *handler)?;
+    for (name, (_, handler)) in own_targets().zip(operations::HANDLERS) {
+        register(&name, *handler)?;
     }
     for (kind, handler) in operations::MPI4JAX_HANDLERS {
         register(&targets::mpi4jax_target(*kind), *handler)?;
@@ -60,6 +60,19 @@ pub fn register_all() -> Result<(), Error> {
     *done = true;
     Ok(())
 }
+
+/// The targets of our operations.
+pub fn own_targets() -> impl Iterator<Item = String> {
+    let kinds = operations::HANDLERS.iter();
+    kinds.map(|(kind, _)| format!("{}{}", targets::PREFIX, kind.name()))
+}
+
+/// In place of the handler of an operation, for an XLA that does not run programs.
+pub const STAND_IN: Handler = handler::handler(|_: &frame::Frame<'_>| {
+    Err(Error::internal(
+        "an operation of mpi_cuda in a program that was to be partitioned only",
+    ))
+});
 
 /// Registers a handler with the inner plugin. It reports no refusal: a handler that XLA does not
 /// like is missing when a program is compiled.

@@ -3,6 +3,7 @@
 
 use pjrt_sys::*;
 
+use crate::compile::partitioner;
 use crate::ffi::callbacks;
 use crate::inner::handles::DescriptionHandle;
 use crate::inner::{extensions, on_gpu};
@@ -55,6 +56,11 @@ pub fn chain() -> *mut PJRT_Extension_Base {
         .filter(|(kind, _)| is_shown(*kind))
         .collect();
     let mut next = std::ptr::null_mut();
+    if !on_gpu()
+        && extensions::all().all(|(kind, _)| kind != PJRT_Extension_Type_Custom_Partitioner)
+    {
+        next = std::ptr::from_mut(Box::leak(Box::new(custom_partitioner()))).cast();
+    }
     for (kind, link) in shown.into_iter().rev() {
         // SAFETY: each link is as long as it says, and the type says which struct it is.
         unsafe {
@@ -71,6 +77,19 @@ pub fn chain() -> *mut PJRT_Extension_Base {
         }
     }
     next
+}
+
+/// Ours, where the inner plugin lets nobody partition custom calls.
+fn custom_partitioner() -> PJRT_Custom_Partitioner_Extension {
+    PJRT_Custom_Partitioner_Extension {
+        base: PJRT_Extension_Base {
+            struct_size: size_of::<PJRT_Custom_Partitioner_Extension>(),
+            type_: PJRT_Extension_Type_Custom_Partitioner,
+            next: std::ptr::null_mut(),
+        },
+        register_custom_partitioner: Some(register_custom_partitioner),
+        register_batch_partitionable: Some(register_batch_partitionable),
+    }
 }
 
 /// A copy of a C struct.
@@ -98,6 +117,22 @@ entry! {
         // SAFETY: as it was.
         unsafe { args.members() }.device_description = device_description.raw();
         done
+    }
+
+    /// `PJRT_Register_Custom_Partitioner`: the framework's XLA has the callbacks as well.
+    pub fn register_custom_partitioner(
+        args: PJRT_Register_Custom_Partitioner_Args; called: &[u8] = name, name_size
+    ) {
+        partitioner::register(called, true);
+        Ok(())
+    }
+
+    /// `PJRT_Register_Batch_Partitionable`
+    pub fn register_batch_partitionable(
+        args: PJRT_Register_Batch_Partitionable_Args; called: &[u8] = name, name_size
+    ) {
+        partitioner::register(called, false);
+        Ok(())
     }
 
     /// `PJRT_FFI_UserData_Add`

@@ -22,7 +22,14 @@ Moment = Literal["import", "operation", "start"]
 INSTALLED: dict[Moment, tuple[str, ...]] = {
     "import": ("vmap", "linear", "hoisting", "coordination"),
     "operation": ("effects_barrier", "token_passing", "fast_dispatch"),
-    "start": ("backends", "call_location", "cost_analysis", "dlpack", "older_plugin"),
+    "start": (
+        "backends",
+        "call_location",
+        "cost_analysis",
+        "dlpack",
+        "older_plugin",
+        "partitioner",
+    ),
 }
 #: The others, whose functions are called.
 CALLED = ("custom_calls", "effect", "jax_core", "jaxprs", "places", "uniform")

@@ -1,0 +1,98 @@
+//! Programs with custom calls that the framework partitions itself, by functions that only its own
+//! XLA can call: JAX's `custom_partitioning` and `inspect_array_sharding`. The framework is handed
+//! such a program, has its XLA partition and optimize it for as many devices, and gives the module
+//! back. From there on it is as any other.
+//!
+//! Custom calls that are registered as batch partitionable, as JAX's for LAPACK are, need no more
+//! than their name known. The inner plugin does not know it, and would have every device compute
+//! the whole batch. So their programs go the same way where that is possible.
+
+use hlo_rewrite::Options;
+use mpi_runtime::log;
+use parking_lot::Mutex;
+
+use crate::config::Log;
+use crate::error::Error;
+use crate::inner::handles::Program;
+use crate::plugin::config;
+use crate::search::contains;
+
+/// Has the framework partition a program in MLIR, for devices numbered from 0, with serialized
+/// options; it gives an `HloModuleProto`, or says what it could not do.
+pub type Partition = fn(program: &[u8], options: &[u8]) -> Result<Vec<u8>, String>;
+
+static PARTITION: Mutex<Option<Partition>> = Mutex::new(None);
+
+/// Custom calls that the framework partitions, and whether it must.
+static CALLS: Mutex<Vec<(Vec<u8>, bool)>> = Mutex::new(Vec::new());
+
+/// What jaxlib partitions without a word to plugins (`xla/python/inspect_sharding.cc`).
+const OF_JAXLIB: &[u8] = b"InspectSharding";
+
+/// JAX's client has threads for each device.
+const MOST: usize = 1024;
+
+/// Notes that the framework partitions custom calls of that name, as nobody else can if it `must`.
+pub fn register(name: &[u8], must: bool) {
+    let mut calls = CALLS.lock();
+    if calls.iter().all(|(known, _)| known != name) {
+        calls.push((name.to_vec(), must));
+    }
+}
+
+/// Installs how the framework is asked.
+pub fn set_partition(partition: Option<Partition>) {
+    *PARTITION.lock() = partition;
+}
+
+/// Has the framework partition and optimize a program, if it has custom calls that it partitions.
+pub fn partition(program: Program<'_>, options: &Options) -> Result<Option<Vec<u8>>, Error> {
+    let Some((name, must)) = call_in(program.code) else {
+        return Ok(None);
+    };
+    match ask(program, options) {
+        Ok(partitioned) => Ok(Some(partitioned)),
+        Err(words) if must => Err(Error::unimplemented(format!(
+            "{name} is partitioned by the XLA of the framework, which failed: {words}"
+        ))),
+        Err(words) => {
+            if config().log >= Log::Debug {
+                log::line(&format!(
+                    "every device computes the whole of {name}: {words}"
+                ));
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// A custom call in a program that the framework partitions, and whether it must.
+fn call_in(program: &[u8]) -> Option<(String, bool)> {
+    let calls = CALLS.lock();
+    let all = calls.iter().map(|(name, must)| (&name[..], *must));
+    let found = all
+        .chain([(OF_JAXLIB, true)])
+        .filter(|(name, _)| contains(program, name));
+    let (name, must) = found.max_by_key(|(_, must)| *must)?;
+    Some((String::from_utf8_lossy(name).into_owned(), must))
+}
+
+fn ask(program: Program<'_>, options: &Options) -> Result<Vec<u8>, String> {
+    let partition = (*PARTITION.lock()).ok_or(
+        "the framework has not told how to ask it (mpi_cuda_set_partitioner); JAX needs the \
+         Python package mpi_cuda for that",
+    )?;
+    let (replicas, partitions) = options.counts();
+    let devices = replicas * partitions;
+    if devices > MOST {
+        return Err(format!(
+            "the program is for {devices} devices, and that XLA has threads for each: {MOST} at \
+             most"
+        ));
+    }
+    let words = |refused: hlo_rewrite::Refused| refused.to_string();
+    let numbered = options.numbered().map_err(words)?;
+    let numbered = numbered.without_code().map_err(words)?;
+    let module = partition(program.code, &numbered)?;
+    hlo_rewrite::program_of(&module, options).map_err(words)
+}
