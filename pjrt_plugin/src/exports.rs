@@ -117,7 +117,6 @@ pub unsafe extern "C" fn mpi_cuda_start(
             Ok(world) => world,
             Err(error) => return fail(error),
         };
-        crate::fork::watch();
         // SAFETY: the caller promises writable pointers.
         unsafe {
             *rank = world.rank;

@@ -9,6 +9,7 @@
 
 mod about;
 mod api;
+mod at_exit;
 mod boundary;
 mod clients;
 mod compile;

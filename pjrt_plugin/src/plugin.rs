@@ -15,8 +15,10 @@ use mpi_runtime::world::library::LibraryOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::Mutex;
 
+use crate::at_exit;
 use crate::config::{Config, Log, Pretend, Topology, create_option};
 use crate::error::Error;
+use crate::fork;
 use crate::inner::find::own_folder;
 use crate::inner::{inner, library, on_gpu};
 
@@ -89,6 +91,8 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     let world = World::start(&options).map_err(Error::precondition)?;
     log_world(&world, config);
     log_transfer(&world, config);
+    fork::watch();
+    at_exit::watch();
     Ok(WORLD.get_or_init(|| world))
 }
 

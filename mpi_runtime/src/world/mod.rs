@@ -15,6 +15,7 @@ mod share;
 mod starting;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::engine::recorder::{About, clock, file};
 use crate::engine::{Engine, idle};
@@ -33,6 +34,9 @@ use agree::AllRanks;
 use finalized::Finalizing;
 use library::MpiLibrary;
 pub use options::{DeviceOptions, WorldOptions};
+
+/// This rank leaves its job.
+static LEAVING: AtomicBool = AtomicBool::new(false);
 
 /// This process's place among the ranks.
 pub struct World {
@@ -219,8 +223,14 @@ impl World {
 
     /// Waits for everything dispatched and, if we initialised MPI, finalizes it. Call once, last.
     pub fn shutdown(&self) {
+        LEAVING.store(true, Ordering::SeqCst);
         self.finish();
         file::finish();
+    }
+
+    /// Whether this rank leaves the job, by [`World::shutdown`] or [`World::abort`].
+    pub fn is_leaving(&self) -> bool {
+        LEAVING.load(Ordering::SeqCst)
     }
 
     fn finish(&self) {
@@ -244,6 +254,7 @@ impl World {
 
 /// See [`World::abort`].
 fn abort(shim: Option<Shim>, code: i32) -> ! {
+    LEAVING.store(true, Ordering::SeqCst);
     file::abort(code);
     output::wait_until_read();
     // In the middle of MPI_Finalize, MPICH knows no communicator any more. The launcher ends the
