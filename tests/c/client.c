@@ -682,11 +682,20 @@ int main(int argc, char **argv) {
             strstr(text, "MPI_CUDA_INNER_PLUGIN"),
         "an inner plugin other than the loaded one is refused");
 
-  option.name = "topology";
-  option.name_size = strlen(option.name);
-  option.string_value = "global";
-  option.value_size = 6;
-  must(api->PJRT_Client_Create(&create), "create client");
+  PJRT_NamedValue options[] = {option, option};
+  options[0].name = "topology";
+  options[0].name_size = strlen(options[0].name);
+  options[0].string_value = "global";
+  options[0].value_size = 6;
+  /* What frameworks give to a library with "cuda" in its name. */
+  options[1].name = "memory_fraction";
+  options[1].name_size = strlen(options[1].name);
+  options[1].type = PJRT_NamedValue_kFloat;
+  options[1].float_value = 0.5f;
+  options[1].value_size = 1;
+  create.create_options = options;
+  create.num_options = 2;
+  must(api->PJRT_Client_Create(&create), "create client with an option of GPUs");
   PJRT_Client *client = create.client;
 
   PJRT_Client_ProcessIndex_Args index = {.struct_size = PJRT_Client_ProcessIndex_Args_STRUCT_SIZE};

@@ -145,7 +145,8 @@ pub fn find(config: &Config, device: DeviceKind) -> Result<PathBuf, Error> {
 }
 
 /// Looks where Python finds its packages (`python/mpi_cuda/_library.py`), then beside our own file,
-/// then in the site-packages that we lie in.
+/// then in the site-packages that we lie in; last where packages of this process come from, and in
+/// virtual environments.
 fn find_first(
     wheels: impl Iterator<Item = &'static Wheel>,
     device: DeviceKind,
@@ -157,24 +158,59 @@ fn find_first(
     let by_python = std::env::var_os(variable).unwrap_or_default();
     let by_python: Vec<_> = std::env::split_paths(&by_python).collect();
     let own = own_folder();
-    let mut missing = Vec::new();
-    for wheel in wheels {
-        if let Some(path) = by_python
-            .iter()
+    let wheels: Vec<_> = wheels.collect();
+    let told = |wheel: &&'static Wheel| {
+        let mut files = by_python.iter();
+        files
             .find(|path| path.ends_with(wheel.in_site_packages) && path.is_file())
             .cloned()
             .or_else(|| wheel.near(&own))
-        {
-            return Ok(path);
-        }
-        missing.push(wheel.package);
+    };
+    if let Some(path) = wheels.iter().find_map(told) {
+        return Ok(path);
     }
+    let elsewhere = site_packages(&own);
+    let inside = |wheel: &&'static Wheel| {
+        let mut files = elsewhere
+            .iter()
+            .map(|folder| folder.join(wheel.in_site_packages));
+        files.find(|path| path.is_file())
+    };
+    if let Some(path) = wheels.iter().find_map(inside) {
+        return Ok(path);
+    }
+    let missing: Vec<_> = wheels.iter().map(|wheel| wheel.package).collect();
     Err(Error::precondition(format!(
         "no inner XLA plugin found: install the Python wheel {}, or set MPI_CUDA_INNER_PLUGIN to \
-         the path of an XLA PJRT plugin (looked in and above {})",
+         the path of an XLA PJRT plugin (looked in and above {}, and in the site-packages of this \
+         process)",
         missing.join(" or "),
         own.display()
     )))
+}
+
+/// Folders with packages: those of files that this process has loaded, and those of the virtual
+/// environments that the shell names or that lie beside a folder above ours.
+fn site_packages(own: &Path) -> Vec<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let mut found: Vec<PathBuf> = Vec::new();
+    for line in maps.lines() {
+        let file = line.find('/').map(|start| Path::new(&line[start..]));
+        let mut folders = file.into_iter().flat_map(Path::ancestors);
+        let folder = folders
+            .find(|folder| folder.ends_with("site-packages") || folder.ends_with("dist-packages"));
+        if let Some(folder) = folder.filter(|folder| !found.iter().any(|known| known == folder)) {
+            found.push(folder.to_owned());
+        }
+    }
+    let named = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
+    let beside = own.ancestors().map(|folder| folder.join(".venv"));
+    for environment in named.into_iter().chain(beside) {
+        let versions = std::fs::read_dir(environment.join("lib"));
+        let versions = versions.into_iter().flatten().flatten();
+        found.extend(versions.map(|version| version.path().join("site-packages")));
+    }
+    found
 }
 
 impl Wheel {

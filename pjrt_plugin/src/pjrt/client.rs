@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use mpi_runtime::World;
+use mpi_runtime::{World, log};
 use pjrt_sys::*;
 
 use crate::clients;
@@ -14,7 +14,7 @@ use crate::ffi::{self, memory};
 use crate::inner::call::bytes;
 use crate::inner::create_options::GivenOption;
 use crate::inner::handles::{ClientHandle, Owned};
-use crate::inner::{api, find, inner, xla_flags};
+use crate::inner::{api, find, inner, on_gpu, xla_flags};
 use crate::launch;
 use crate::pjrt::entry::entry;
 use crate::plugin::{config_with, start_world, warn};
@@ -84,15 +84,44 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<Owned<ClientHandle>, Err
         (Topology::Local, None) => (0, 1),
     };
     // What JAX passes for its distributed service is meaningless to an inner client.
-    let passed_on: Vec<_> = given
+    let (mut passed_on, _): (Vec<_>, Vec<_>) = given
         .into_iter()
-        .filter(|option| !DISTRIBUTED.contains(&&option.name[..]))
-        .collect();
+        .partition(|option| !DISTRIBUTED.contains(&&option.name[..]));
+    if !on_gpu() {
+        leave_out_those_of_gpus(&mut passed_on, world);
+    }
     launch::thread_order::adopt_first();
     let (made, client) = clients::create_inner(rank, size, &passed_on)?;
     ffi::register_all()?;
     clients::add(client);
     Ok(made)
+}
+
+/// Options of XLA's plugins for GPUs alone. Frameworks give them to whatever has "cuda" in its name
+/// (`xla/pjrt/plugin/xla_gpu/xla_gpu_client_options.h`).
+const OF_GPUS: &[&str] = &[
+    "allocator",
+    "collective_memory_size",
+    "memory_fraction",
+    "platform_name",
+    "preallocate",
+    "should_stage_host_to_device_transfers",
+    "use_tfrt_gpu_client",
+    "visible_devices",
+];
+
+fn leave_out_those_of_gpus(given: &mut Vec<GivenOption<'_>>, world: &World) {
+    let (of_gpus, others): (Vec<_>, Vec<_>) = std::mem::take(given)
+        .into_iter()
+        .partition(|option| OF_GPUS.contains(&&option.name[..]));
+    *given = others;
+    if world.rank == 0 && !of_gpus.is_empty() {
+        let names: Vec<_> = of_gpus.iter().map(|option| &option.name[..]).collect();
+        log::line(&format!(
+            "the options {} are of GPUs, and have no effect here, where the devices are CPUs",
+            names.join(", ")
+        ));
+    }
 }
 
 /// Options of JAX's distributed service.
