@@ -49,6 +49,12 @@ def test_initialize_with_arguments_leaves_no_lines_at_the_end() -> None:
     assert result.stderr == ""
 
 
+def test_a_shutdown_of_what_nobody_has_started_does_nothing() -> None:
+    result = job("mpich", "import jax; jax.devices(); jax.distributed.shutdown(); print('met')")
+    assert result.returncode == 0 and twice("met", result), result.stderr
+    assert result.stderr == ""
+
+
 ONE_ASKS = """if True:
     import time, jax
     # The last rank asks when the others are at their end.

@@ -126,8 +126,9 @@ class State(distributed.State):
                 _bring_up(self)
 
     def shutdown(self) -> None:
-        """Ours ends with the program, since other ranks may still need it."""
-        if not self.is_own:
+        """Ours ends with the program, since other ranks may still need it. Where there is none, JAX
+        would look for a client, which would bring ours up."""
+        if not self.is_own and self.made is not None:
             super().shutdown()
 
 
