@@ -2,13 +2,16 @@
 //! `mpi_cuda_shutdown`: whoever has initialised MPI finalizes it.
 
 use std::ffi::{c_int, c_void};
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mpi_runtime::engine::recorder::file;
 use mpi_runtime::log;
+use mpi_runtime::node::process::is_main_thread;
+use mpi_runtime::world::note_exit;
 
 use crate::boundary::quiet;
 use crate::fork;
+use crate::launch::ticket;
 use crate::plugin::{config, world};
 
 unsafe extern "C" {
@@ -16,16 +19,22 @@ unsafe extern "C" {
     fn on_exit(function: extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
 }
 
+/// Why this rank fails is known.
+static KNOWN: AtomicBool = AtomicBool::new(false);
+
+/// Somebody has noted why this rank fails.
+pub fn note_failure() {
+    KNOWN.store(true, Ordering::SeqCst);
+}
+
 /// Ends the world when this process ends by `exit`, or returns from `main`.
 ///
-/// Handlers run in the reverse order of their registration. So this one comes before the inner
-/// plugin's and MPI's, if both have been loaded.
+/// Handlers run in the reverse order of their registration. So this is called again when a client
+/// has been made: what XLA and MPI have registered by then is still there when the world ends.
 pub fn watch() {
-    static ONCE: Once = Once::new();
-    // SAFETY: the handler stays, since this library is never unloaded, and it takes no argument.
-    ONCE.call_once(|| unsafe {
-        on_exit(end, std::ptr::null_mut());
-    });
+    // SAFETY: the handler stays, since the library is linked so that it is never unloaded, and it
+    // takes no argument.
+    unsafe { on_exit(end, std::ptr::null_mut()) };
 }
 
 extern "C" fn end(status: c_int, _: *mut c_void) {
@@ -33,9 +42,21 @@ extern "C" fn end(status: c_int, _: *mut c_void) {
         let Some(world) = world().filter(|world| !fork::is_child() && !world.is_leaving()) else {
             return;
         };
+        note_exit();
         if status != 0 {
-            file::failed(status, b"it has ended with that status");
-            world.abort(status);
+            if !KNOWN.load(Ordering::SeqCst) {
+                file::failed(status, b"it has ended with that status");
+            }
+            // Alone there is nobody to be told.
+            if world.size > 1 {
+                world.abort(status);
+            }
+            return;
+        }
+        // MPI is finalized by the thread that has initialised it, and a callback cannot wait for
+        // the launch that it belongs to.
+        if !is_main_thread() || ticket::is_in_callback() {
+            return;
         }
         world.watch_end(config().exit_timeout);
         world.engine.wait_idle();

@@ -18,6 +18,7 @@ use mpi_runtime::{Family, Kind};
 use parking_lot::Mutex;
 use pjrt_sys::PJRT_Api;
 
+use crate::at_exit;
 use crate::boundary::quiet;
 use crate::error::Error;
 use crate::ffi::callbacks::{self, Trampoline};
@@ -117,6 +118,7 @@ pub unsafe extern "C" fn mpi_cuda_start(
             Ok(world) => world,
             Err(error) => return fail(error),
         };
+        at_exit::watch();
         // SAFETY: the caller promises writable pointers.
         unsafe {
             *rank = world.rank;
@@ -462,6 +464,7 @@ pub unsafe extern "C" fn mpi_cuda_failed(code: c_int, words: *const c_char) {
         if world_of_this_process().is_some() {
             // SAFETY: the caller's words are NUL-terminated.
             file::failed(code, unsafe { CStr::from_ptr(words) }.to_bytes());
+            at_exit::note_failure();
         }
     });
 }

@@ -15,7 +15,6 @@ use mpi_runtime::world::library::LibraryOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::Mutex;
 
-use crate::at_exit;
 use crate::config::{Config, Log, Pretend, Topology, create_option};
 use crate::error::Error;
 use crate::fork;
@@ -92,7 +91,6 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
     log_world(&world, config);
     log_transfer(&world, config);
     fork::watch();
-    at_exit::watch();
     Ok(WORLD.get_or_init(|| world))
 }
 

@@ -41,8 +41,8 @@ pub(super) struct Connection {
     /// Held while a message is written.
     writing: Mutex<()>,
     broken_off: AtomicBool,
-    /// Whether a write found that the other side had reset it. The kernel says so once: the reader
-    /// hears of an end in order then.
+    /// Whether a write found that the other side had reset it. The kernel reports a reset once: if
+    /// a write got that report, the reader sees an ordinary end.
     reset: AtomicBool,
 }
 
@@ -87,19 +87,25 @@ impl Connection {
     /// Whether a connection that ended with that error was closed, so that the process on the other
     /// side has ended.
     pub(super) fn was_closed(&self, error: &io::Error) -> bool {
-        error.kind() == io::ErrorKind::UnexpectedEof && !self.broken_off.load(Ordering::SeqCst)
+        let closed = error.kind() == io::ErrorKind::UnexpectedEof;
+        closed && !self.after_writes(&self.broken_off)
     }
 
     /// Whether the other side reset a connection that ended with that error.
     pub(super) fn was_reset(&self, error: &io::Error) -> bool {
-        error.kind() == io::ErrorKind::ConnectionReset || self.reset.load(Ordering::SeqCst)
+        error.kind() == io::ErrorKind::ConnectionReset || self.after_writes(&self.reset)
+    }
+
+    /// What a write that is under way says of its end, which its reader sees at once.
+    fn after_writes(&self, noted: &AtomicBool) -> bool {
+        let _ended = self.writing.lock();
+        noted.load(Ordering::SeqCst)
     }
 
     /// Sends a message; a connection that takes none is broken off, which its reader notices.
     pub(super) fn send(&self, message: &Message) {
-        let writing = self.writing.lock();
+        let _writing = self.writing.lock();
         let sent = message.write(&mut &self.stream);
-        drop(writing);
         match sent.map_err(|error| error.kind()) {
             Ok(()) => {}
             // The other side had closed it before it was reset, which its reader will see.

@@ -26,6 +26,7 @@ use crate::mpi::communicators::{Communicator, DEFAULT, NAMES};
 use crate::mpi::family::Family;
 use crate::mpi::launcher;
 use crate::mpi::shim::{MpiState, Shim};
+use crate::node::process;
 use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use crate::watch::Watch;
@@ -37,6 +38,14 @@ pub use options::{DeviceOptions, WorldOptions};
 
 /// This rank leaves its job.
 static LEAVING: AtomicBool = AtomicBool::new(false);
+
+/// The process runs what is to be run at its end.
+static EXITING: AtomicBool = AtomicBool::new(false);
+
+/// Notes that the process runs what is to be run at its end.
+pub fn note_exit() {
+    EXITING.store(true, Ordering::SeqCst);
+}
 
 /// This process's place among the ranks.
 pub struct World {
@@ -265,5 +274,9 @@ fn abort(shim: Option<Shim>, code: i32) -> ! {
     {
         shim.abort(code);
     }
-    std::process::exit(code)
+    match EXITING.load(Ordering::SeqCst) {
+        // The thread that ends the process may wait, and others cannot end it in order meanwhile.
+        true => process::leave_at_once(code),
+        false => std::process::exit(code),
+    }
 }

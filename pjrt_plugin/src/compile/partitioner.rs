@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use crate::config::Log;
 use crate::error::Error;
 use crate::inner::handles::Program;
-use crate::plugin::config;
+use crate::plugin::{config, world};
 use crate::search::contains;
 
 /// Has the framework partition a program in MLIR, for devices numbered from 0, with serialized
@@ -29,13 +29,14 @@ static CALLS: Mutex<Vec<(Vec<u8>, bool)>> = Mutex::new(Vec::new());
 /// What jaxlib partitions without a word to plugins (`xla/python/inspect_sharding.cc`).
 const OF_JAXLIB: &[u8] = b"InspectSharding";
 
-/// JAX's client has threads for each device.
+/// JAX's client has threads for each device: so many at most, and for all ranks of a node.
 const MOST: usize = 1024;
+const MOST_OF_NODE: usize = 16 << 10;
 
 /// Notes that the framework partitions custom calls of that name, as nobody else can if it `must`.
 pub fn register(name: &[u8], must: bool) {
     let mut calls = CALLS.lock();
-    if calls.iter().all(|(known, _)| known != name) {
+    if !name.is_empty() && calls.iter().all(|(known, _)| known != name) {
         calls.push((name.to_vec(), must));
     }
 }
@@ -52,11 +53,17 @@ pub fn partition(program: Program<'_>, options: &Options) -> Result<Option<Vec<u
     };
     match ask(program, options) {
         Ok(partitioned) => Ok(Some(partitioned)),
-        Err(words) if must => Err(Error::unimplemented(format!(
-            "{name} is partitioned by the XLA of the framework, which failed: {words}"
-        ))),
-        Err(words) => {
-            if config().log >= Log::Debug {
+        Err(Failure { words, known }) if must => {
+            let words =
+                format!("{name} is partitioned by the XLA of the framework, which failed: {words}");
+            Err(match known {
+                true => Error::unimplemented(words),
+                false => Error::internal(words),
+            })
+        }
+        Err(Failure { words, known }) => {
+            // Where the reason is this rank's own, others may have another program.
+            if !known || config().log >= Log::Debug {
                 log::line(&format!(
                     "every device computes the whole of {name}: {words}"
                 ));
@@ -77,22 +84,42 @@ fn call_in(program: &[u8]) -> Option<(String, bool)> {
     Some((String::from_utf8_lossy(name).into_owned(), must))
 }
 
-fn ask(program: Program<'_>, options: &Options) -> Result<Vec<u8>, String> {
-    let partition = (*PARTITION.lock()).ok_or(
-        "the framework has not told how to ask it (mpi_cuda_set_partitioner); JAX needs the \
-         Python package mpi_cuda for that",
-    )?;
+/// Why a program was not partitioned, and whether that is known before it is tried.
+struct Failure {
+    words: String,
+    known: bool,
+}
+
+fn ask(program: Program<'_>, options: &Options) -> Result<Vec<u8>, Failure> {
+    let known = |words: String| Failure { words, known: true };
+    let Some(partition) = *PARTITION.lock() else {
+        return Err(known(
+            "the framework has not told how to ask it (mpi_cuda_set_partitioner); JAX needs the \
+             Python package mpi_cuda for that"
+                .into(),
+        ));
+    };
+    if program.format != b"mlir" {
+        return Err(known("it takes programs in MLIR only".into()));
+    }
     let (replicas, partitions) = options.counts();
     let devices = replicas * partitions;
-    if devices > MOST {
-        return Err(format!(
-            "the program is for {devices} devices, and that XLA has threads for each: {MOST} at \
-             most"
-        ));
+    let ranks = world().map_or(1, |world| world.node_size.max(1) as usize);
+    let most = MOST.min(MOST_OF_NODE / ranks);
+    if devices > most {
+        return Err(known(format!(
+            "the program is for {devices} devices, and that XLA has threads for each: {most} at \
+             most, with {ranks} ranks on this node"
+        )));
     }
-    let words = |refused: hlo_rewrite::Refused| refused.to_string();
-    let numbered = options.numbered().map_err(words)?;
-    let numbered = numbered.without_code().map_err(words)?;
-    let module = partition(program.code, &numbered)?;
-    hlo_rewrite::program_of(&module, options).map_err(words)
+    let failed = |words: String| Failure {
+        words,
+        known: false,
+    };
+    let numbered = options
+        .numbered()
+        .and_then(|numbered| numbered.without_code());
+    let numbered = numbered.map_err(|refused| failed(refused.to_string()))?;
+    let module = partition(program.code, &numbered).map_err(failed)?;
+    hlo_rewrite::program_of(&module, options).map_err(|refused| failed(refused.to_string()))
 }

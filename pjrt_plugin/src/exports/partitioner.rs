@@ -61,7 +61,8 @@ pub unsafe extern "C" fn mpi_cuda_partitioned(
 /// Tells `visit` the name of each of our custom calls, and a handler that the XLA which partitions
 /// them can be given: it refuses to run.
 #[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_each_target(visit: extern "C" fn(*const c_char, *mut c_void)) {
+pub extern "C" fn mpi_cuda_each_target(visit: Option<extern "C" fn(*const c_char, *mut c_void)>) {
+    let Some(visit) = visit else { return };
     quiet((), || {
         for name in ffi::own_targets() {
             let name = CString::new(name).unwrap_or_default();

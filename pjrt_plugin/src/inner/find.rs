@@ -182,8 +182,8 @@ fn find_first(
     let missing: Vec<_> = wheels.iter().map(|wheel| wheel.package).collect();
     Err(Error::precondition(format!(
         "no inner XLA plugin found: install the Python wheel {}, or set MPI_CUDA_INNER_PLUGIN to \
-         the path of an XLA PJRT plugin (looked in and above {}, and in the site-packages of this \
-         process)",
+         the path of an XLA PJRT plugin (looked in and above {}, in the site-packages of this \
+         process and of $VIRTUAL_ENV)",
         missing.join(" or "),
         own.display()
     )))

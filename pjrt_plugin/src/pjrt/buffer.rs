@@ -8,10 +8,10 @@ use pjrt_sys::*;
 
 use crate::clients;
 use crate::error::Error;
-use crate::inner::api;
 use crate::inner::handles::{
     BufferHandle, EventHandle, FromRaw, Handle, HostArray, Owned, with_references,
 };
+use crate::inner::{api, on_gpu};
 use crate::launch::{completion, donation, executables, keep_alive};
 use crate::pjrt::entry::entry;
 
@@ -86,7 +86,9 @@ macro_rules! places {
         #[doc = concat!("`", stringify!($function), "`")]
         pub fn $name(args: $Args, buffer: BufferHandle) {
             donation::refuse_use(stringify!($function), buffer)?;
-            buffer.wait_ready()?;
+            if on_gpu() {
+                buffer.wait_ready()?;
+            }
             args.pass_on(api().$function)
         }
     )+}};

@@ -3,10 +3,12 @@
 use std::ffi::c_char;
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mpi_runtime::{World, log};
 use pjrt_sys::*;
 
+use crate::at_exit;
 use crate::clients;
 use crate::config::{Config, DeviceKind, Topology};
 use crate::error::Error;
@@ -74,6 +76,7 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<Owned<ClientHandle>, Err
     refuse_late_choice(&config)?;
     xla_flags::check(&inner().path)?;
     let world = start_world(&config)?;
+    at_exit::watch();
     // The world may have been started before there were create options.
     warn(world, &config);
     memory::start(&config, world)?;
@@ -94,6 +97,7 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<Owned<ClientHandle>, Err
     let (made, client) = clients::create_inner(rank, size, &passed_on)?;
     ffi::register_all()?;
     clients::add(client);
+    at_exit::watch();
     Ok(made)
 }
 
@@ -115,7 +119,8 @@ fn leave_out_those_of_gpus(given: &mut Vec<GivenOption<'_>>, world: &World) {
         .into_iter()
         .partition(|option| OF_GPUS.contains(&&option.name[..]));
     *given = others;
-    if world.rank == 0 && !of_gpus.is_empty() {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if world.rank == 0 && !of_gpus.is_empty() && !SAID.swap(true, Ordering::Relaxed) {
         let names: Vec<_> = of_gpus.iter().map(|option| &option.name[..]).collect();
         log::line(&format!(
             "the options {} are of GPUs, and have no effect here, where the devices are CPUs",

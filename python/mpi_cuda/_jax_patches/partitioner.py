@@ -11,6 +11,7 @@ stand in it, and the process ends when they are called; here that is refused.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 from typing import Any
@@ -40,8 +41,8 @@ PATCHES = (
     ),
 )
 
-#: A pass of jaxlib's XLA whose results an older plugin cannot compile.
-_OF_NEWER_PLUGINS = "dot-library-rewriter"
+#: An option of jaxlib's XLA: which products are left to a library that an older plugin lacks. None.
+_LIBRARY = ("xla_cpu_experimental_ynn_fusion_type", "")
 #: What the names of all targets for host callbacks contain.
 _CALLBACK = "_python_cpu_callback"
 
@@ -50,10 +51,21 @@ def _partition(program: bytes, options: bytes) -> bytes:
     """The serialized module that jaxlib's XLA makes of `program`, in MLIR."""
     _register_targets()
     wanted: Any = _jax.CompileOptions.ParseFromString(options)
-    wanted.executable_build_options.debug_options.xla_disable_hlo_passes = _OF_NEWER_PLUGINS
     devices = wanted.num_replicas * wanted.num_partitions
     client: Any = xla_client.make_cpu_client(num_devices=devices)
-    compiled = client.compile_and_load(program, _jax.DeviceList(tuple(client.devices())), wanted)
+
+    def compiled_with(*more: tuple[str, str]) -> Any:
+        own = _jax.CompileOptions.ParseFromString(options)
+        own.env_option_overrides = [*own.env_option_overrides, *more]
+        return client.compile_and_load(program, _jax.DeviceList(tuple(client.devices())), own)
+
+    try:
+        compiled = compiled_with(_LIBRARY)
+    except jax.errors.JaxRuntimeError as error:
+        # A jaxlib without that option has no such library.
+        if _LIBRARY[0] not in str(error):
+            raise
+        compiled = compiled_with()
     (module,) = compiled.hlo_modules()
     return module.as_serialized_hlo_module_proto()
 
@@ -62,12 +74,13 @@ def _partition(program: bytes, options: bytes) -> bytes:
 def _register_targets() -> None:
     """That XLA compiles no custom call whose target it does not know."""
 
-    def register(name: bytes, handler: int) -> None:
+    found: list[tuple[bytes, int]] = []
+    pair = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
+    visit = pair(lambda name, handler: found.append((name, handler)))
+    _library.load().mpi_cuda_each_target(ctypes.cast(visit, ctypes.c_void_p))
+    for name, handler in found:
         target = jax.ffi.pycapsule(ctypes.cast(handler, ctypes.c_void_p))
         xla_client.register_custom_call_target(name.decode(), target, "cpu", 1)
-
-    visit = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)(register)
-    _library.load().mpi_cuda_each_target(ctypes.cast(visit, ctypes.c_void_p))
 
 
 def _answer(program: int, length: int, options: int, options_length: int, result: int) -> None:
@@ -77,7 +90,9 @@ def _answer(program: int, length: int, options: int, options_length: int, result
         )
         failed = 0
     except BaseException as error:
-        # The plugin raises it again.
+        # The plugin raises it again, or does without; a signal is for the main thread.
+        if not isinstance(error, Exception):
+            _thread.interrupt_main()
         given = f"{type(error).__name__}: {error}".encode()
         failed = 1
     _library.load().mpi_cuda_partitioned(result, failed, given, len(given))

@@ -167,6 +167,27 @@ def test_a_batch_of_matrices_stays_where_it_is() -> None:
     np.testing.assert_allclose(local(compiled(spread(matrices, batch))), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("passes", ["", "cse,dot-library-rewriter"])
+def test_products_beside_it_are_those_of_any_plugin(passes: str) -> None:
+    """jaxlib's XLA must not leave them to a library that the inner plugin lacks."""
+    batch = VALUES[:, :, None] * VALUES[:, None, :] + 50 * np.eye(8, dtype=np.float32)
+    matrices = spread(batch, NamedSharding(MESH, P("x", None, None)))
+
+    def program(matrices: jax.Array, x: jax.Array) -> Any:
+        half = x.astype(jnp.bfloat16)
+        wide = jnp.matmul(half, jnp.ones((8, 128), jnp.bfloat16), preferred_element_type="float32")
+        return jnp.linalg.cholesky(matrices), wide, x @ jnp.ones((8, 64))
+
+    options = {"xla_disable_hlo_passes": passes} if passes else None
+    compiled = jax.jit(program).lower(matrices, spread(VALUES)).compile(options)
+    root, *products = compiled(matrices, spread(VALUES))
+    own = slice(4 * RANK, 4 * RANK + 4)
+    np.testing.assert_allclose(local(root), np.linalg.cholesky(batch)[own], rtol=1e-4, atol=1e-4)
+    for product in products:
+        want = np.repeat(VALUES[own].sum(1, keepdims=True), product.shape[1], axis=1)
+        np.testing.assert_allclose(local(product), want, rtol=1e-2)
+
+
 RULES: dict[str, tuple[Callable[..., Any], str]] = {
     "operation": (lambda x: nt.allreduce(x, op=m.SUM), "an operation of mpi_cuda stands in"),
     "callback": (lambda x: jax.debug.print("{}", x) or x, "a callback .*stands in the partition"),
