@@ -145,8 +145,8 @@ pub fn find(config: &Config, device: DeviceKind) -> Result<PathBuf, Error> {
 }
 
 /// Looks where Python finds its packages (`python/mpi_cuda/_library.py`), then beside our own file,
-/// then in the site-packages that we lie in; last where packages of this process come from, and in
-/// virtual environments.
+/// then in the site-packages that we lie in. If Python has not told, last where packages of this
+/// process come from, and in virtual environments.
 fn find_first(
     wheels: impl Iterator<Item = &'static Wheel>,
     device: DeviceKind,
@@ -155,7 +155,8 @@ fn find_first(
         DeviceKind::Cuda => "MPI_CUDA_PLUGIN_CUDA",
         _ => "MPI_CUDA_PLUGIN_CPU",
     };
-    let by_python = std::env::var_os(variable).unwrap_or_default();
+    let told_by_python = std::env::var_os(variable);
+    let by_python = told_by_python.clone().unwrap_or_default();
     let by_python: Vec<_> = std::env::split_paths(&by_python).collect();
     let own = own_folder();
     let wheels: Vec<_> = wheels.collect();
@@ -169,7 +170,11 @@ fn find_first(
     if let Some(path) = wheels.iter().find_map(told) {
         return Ok(path);
     }
-    let elsewhere = site_packages(&own);
+    // Python has looked in all of its own, if it has looked.
+    let elsewhere = match told_by_python {
+        None => site_packages(&own),
+        Some(_) => Vec::new(),
+    };
     let inside = |wheel: &&'static Wheel| {
         let mut files = elsewhere
             .iter()
