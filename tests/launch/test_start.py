@@ -329,6 +329,20 @@ def test_mpi4py_of_the_other_mpi_is_refused_after_the_start(mpi: str) -> None:
     assert result.returncode == 0 and twice("TrueTrue", result), result
 
 
+#: What a program that asks for any MPI gets on Debian.
+LIBMPI = Path("/usr/lib/x86_64-linux-gnu/libmpi.so")
+
+
+def test_mpi4py_that_took_the_other_mpi_before_us_is_refused() -> None:
+    """Without the start-up file it opens Debian's `libmpi.so`, which is Open MPI."""
+    if not LIBMPI.resolve().name.startswith("libmpi.so.40"):
+        pytest.skip(f"{LIBMPI} is not Open MPI")
+    code = "from mpi4py import MPI; import jax; jax.devices()"
+    result = job("mpich", code, MPI_CUDA_STARTUP="0")
+    assert result.returncode not in (0, -11, 139), result
+    assert "is one of 2 by its launcher (a PMI launcher" in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize("mpi", MPIS)
 def test_handles_of_another_mpi_are_refused(mpi: str) -> None:
     """Where the module was imported past the check, as without our start-up file."""

@@ -38,11 +38,14 @@ pub fn mpis(own: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = Vec::new();
     for path in loaded() {
         let path = Path::new(&path);
-        if Family::of_library(&path.to_string_lossy()).is_none() || path.starts_with(own) {
+        let is_mpi = |path: &Path| Family::of_library(&path.to_string_lossy()).is_some();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if !name.starts_with("libmpi") || path.starts_with(own) {
             continue;
         }
+        // The loader knows it by the name that it was opened by: `libmpi.so` is any family's.
         let file = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        if !files.contains(&file) {
+        if (is_mpi(path) || is_mpi(&file)) && !files.contains(&file) {
             files.push(file);
         }
     }
