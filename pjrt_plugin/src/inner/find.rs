@@ -155,8 +155,7 @@ fn find_first(
         DeviceKind::Cuda => "MPI_CUDA_PLUGIN_CUDA",
         _ => "MPI_CUDA_PLUGIN_CPU",
     };
-    let told_by_python = std::env::var_os(variable);
-    let by_python = told_by_python.clone().unwrap_or_default();
+    let by_python = std::env::var_os(variable).unwrap_or_default();
     let by_python: Vec<_> = std::env::split_paths(&by_python).collect();
     let own = own_folder();
     let wheels: Vec<_> = wheels.collect();
@@ -170,8 +169,8 @@ fn find_first(
     if let Some(path) = wheels.iter().find_map(told) {
         return Ok(path);
     }
-    // Python has looked in all of its own, if it has looked.
-    let elsewhere = match told_by_python {
+    // Our Python package has looked in all of Python's own, where it is loaded.
+    let elsewhere = match std::env::var_os("MPI_CUDA_PACKAGES") {
         None => site_packages(&own),
         Some(_) => Vec::new(),
     };
