@@ -67,7 +67,8 @@ def test_everything_is_of_the_environment(mpi: str) -> None:
     """
     result = ranks(code, MPI_CUDA_LOG="info")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["2.0", "2.0"], result.stdout
+    # Lines of two ranks may run into each other.
+    assert result.stdout.count("2.0") == 2, result.stdout
     assert "the launcher's" in result.stderr, result.stderr
 
 

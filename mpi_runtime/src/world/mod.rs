@@ -261,6 +261,14 @@ impl World {
     }
 }
 
+/// Ends this process while another thread of it joins the world. What is to be run at its end would
+/// run beside `MPI_Init`, which may then fail, and end the process with a status of its own.
+fn leave_while_joining(code: i32) -> ! {
+    file::abort(code);
+    output::wait_until_read();
+    process::leave_at_once(code)
+}
+
 /// See [`World::abort`].
 fn abort(shim: Option<Shim>, code: i32) -> ! {
     LEAVING.store(true, Ordering::SeqCst);

@@ -39,7 +39,7 @@ pub(super) fn watch(launched: Option<&Launched>, options: &WorldOptions) -> Opti
                 log::line(&waits(waited, ranks, launcher));
                 if abort_after.is_some_and(|last| waited >= last) {
                     log::line("MPI_CUDA_ABORT_AFTER has passed: this rank ends");
-                    super::abort(None, STATUS);
+                    super::leave_while_joining(STATUS);
                 }
                 next = waited * 2;
             }

@@ -72,8 +72,7 @@ def _partition(program: bytes, options: bytes) -> bytes:
 
 @functools.cache
 def _register_targets() -> None:
-    """That XLA compiles no custom call whose target it does not know."""
-
+    """Tells jaxlib's XLA our targets: it refuses a custom call whose target it does not know."""
     found: list[tuple[bytes, int]] = []
     pair = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
     visit = pair(lambda name, handler: found.append((name, handler)))
