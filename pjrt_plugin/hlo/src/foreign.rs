@@ -80,7 +80,8 @@ fn refuse_newer(instruction: &HloInstructionProto) -> Result<(), Refused> {
         Some((number, _)) => Err(Refused::instruction(
             instruction,
             format!(
-                "member {number}, which a newer XLA has written, may be unknown to the inner plugin"
+                "member {number}, which a newer XLA has written, may be unknown to the inner \
+                 plugin; take one of the age of jaxlib (MPI_CUDA_INNER_PLUGIN)"
             ),
         )),
         None => Ok(()),

@@ -109,7 +109,7 @@ fn ask(program: Program<'_>, options: &Options) -> Result<Vec<u8>, Failure> {
     if devices > most {
         return Err(known(format!(
             "the program is for {devices} devices, and that XLA has threads for each: {most} at \
-             most, with {ranks} ranks on this node"
+             most, with {ranks} ranks on this node; take a mesh of fewer"
         )));
     }
     let failed = |words: String| Failure {
