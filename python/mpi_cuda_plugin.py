@@ -8,8 +8,22 @@ def initialize() -> None:
     """Registers the plugin with JAX if `JAX_PLATFORMS` (or `jax_platforms`) names it."""
     import jax
 
-    if "mpi_cuda" not in (jax.config.jax_platforms or "").split(","):
+    platforms = (jax.config.jax_platforms or "").split(",")
+    if "mpi_cuda" not in platforms:
+        _look_for_a_misspelling(platforms)
         return
     from mpi_cuda import _jax_plugin
 
     _jax_plugin.initialize()
+
+
+def _look_for_a_misspelling(platforms: list[str]) -> None:
+    """JAX's own remedy for a name that nobody has is to let it choose, which makes copies."""
+    for name in platforms:
+        letters = "".join(filter(str.isalpha, name.lower()))
+        if letters in ("mpicuda", "cudampi", "mpi", "mpigpu", "mpicpu", "pjrtmpicuda"):
+            import warnings
+
+            warnings.warn(
+                f"mpi_cuda: JAX knows no platform {name}: set JAX_PLATFORMS=mpi_cuda", stacklevel=2
+            )

@@ -112,8 +112,9 @@ pub enum StartError {
     )]
     NoMpi { launched: String, tried: String },
     #[error(
-        "cannot load the MPI shim for {family}: {reason}; install mpi_cuda again, or set \
-         MPI_CUDA_SHIM_DIR to the folder of libmpi_cuda_shim_{family}.so"
+        "cannot load the MPI shim for {family}: {reason}; install mpi_cuda again, in a \
+         checkout run scripts/setup, or set MPI_CUDA_SHIM_DIR to the folder of \
+         libmpi_cuda_shim_{family}.so"
     )]
     Shim {
         family: &'static str,
@@ -160,6 +161,18 @@ pub enum StartError {
          do the work with ranks of the job"
     )]
     Child { pid: u32, parent: u32 },
+    #[error(
+        "process {pid} has joined the MPI job as this rank already, probably a program that this \
+         process has started: a rank is one process. Set JAX_PLATFORMS=cpu in that program (before \
+         it imports jax), or use JAX here first: then that program is refused"
+    )]
+    JoinedByOther { pid: u32 },
+    #[error(
+        "this process has the environment of a rank, and not the connection to the launcher \
+         (PMI_FD={fd} is no socket here): it is a child of a rank, and cannot join the MPI job. \
+         Set JAX_PLATFORMS=cpu in it (before it imports jax), or do the work with ranks of the job"
+    )]
+    NotConnected { fd: i32 },
     #[error("{call} failed at start: {error}")]
     Mpi { call: &'static str, error: MpiError },
 }

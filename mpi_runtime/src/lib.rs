@@ -7,6 +7,7 @@
 
 pub mod buffer;
 pub mod device;
+pub mod elf;
 pub mod engine;
 pub mod error;
 mod link;

@@ -12,7 +12,7 @@ use crate::plugin::{config, load, probe_results, world};
 
 /// All that is known so far. Loads the inner plugin, and joins nothing.
 pub fn lines() -> String {
-    let mut rows: Vec<(&str, String)> = Vec::new();
+    let mut rows = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
     if let Some(launched) = launcher::detect(|name| std::env::var(name).ok()) {
         rows.push(("launcher", launched.launcher.to_owned()));
         rows.push(("launched", launched.size.to_string()));

@@ -1,5 +1,6 @@
 //! The state of the process: the configuration, and the world.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -15,7 +16,7 @@ use mpi_runtime::world::library::LibraryOptions;
 use mpi_runtime::{World, WorldOptions};
 use parking_lot::Mutex;
 
-use crate::config::{Config, Log, Pretend, Topology, create_option};
+use crate::config::{self, Config, Log, Pretend, Topology, create_option};
 use crate::error::Error;
 use crate::fork;
 use crate::inner::find::own_folder;
@@ -41,7 +42,7 @@ pub fn load() -> Result<&'static Config, Error> {
     if let Some(config) = CONFIG.get() {
         return Ok(config);
     }
-    let config = Config::read(&[&|name| std::env::var(name).ok()])?;
+    let config = config_with(&[])?;
     library::load(&config)?;
     if config.keep_memory {
         keep_memory();
@@ -56,7 +57,13 @@ pub fn config_with(options: &[(String, String)]) -> Result<Config, Error> {
         let found = options.iter().find(|(key, _)| *key == option);
         found.map(|(_, value)| value.clone())
     };
-    Config::read(&[&given, &|name| std::env::var(name).ok()])
+    let mut config = Config::read(&[&given, &|name| std::env::var(name).ok()])?;
+    let variables = std::env::vars_os();
+    let variables = variables.map(|(name, value)| [name, value].map(OsString::into_string));
+    config.warnings.extend(config::doubtful(
+        variables.filter_map(|[name, value]| Some((name.ok()?, value.ok()?))),
+    ));
+    Ok(config)
 }
 
 /// The world, if it was started.
@@ -97,7 +104,6 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
 /// Where to look for an MPI and for the shims.
 pub fn library_options(config: &Config) -> LibraryOptions {
     let own = own_folder();
-    let shims = config.shim_dir.iter().cloned();
     // Packages put theirs into the folder that holds Python's, which holds ours.
     let above = own.ancestors().nth(4).map(|lib| lib.to_owned());
     let named = std::env::var_os("MPI_CUDA_PACKAGES").map(PathBuf::from);
@@ -105,7 +111,8 @@ pub fn library_options(config: &Config) -> LibraryOptions {
         family: config.mpi,
         library: config.libmpi.clone(),
         packages: named.into_iter().chain(above).collect(),
-        shim_folders: shims.chain([own]).collect(),
+        own_folder: own,
+        shim_folder: config.shim_dir.clone(),
     }
 }
 
@@ -121,7 +128,7 @@ pub fn start_for_tests() -> &'static World {
         World::start(&WorldOptions {
             library: LibraryOptions {
                 family,
-                shim_folders: shims.into_iter().collect(),
+                shim_folder: shims,
                 ..LibraryOptions::default()
             },
             singleton: true,

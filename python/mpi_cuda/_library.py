@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import struct
 import sys
 import warnings
 from pathlib import Path
@@ -83,19 +84,29 @@ def load() -> ctypes.CDLL:
     """Loads the library. Nothing is initialised by that.
 
     Raises:
-      RuntimeError: the library was not built, or is of another system.
+      RuntimeError: the library was not built, is not whole, or is of another system.
     """
-    if not LIBRARY.is_file():
+    if not os.path.isfile(LIBRARY):
         raise RuntimeError(
-            f"{LIBRARY} is missing: install the wheel of mpi_cuda again, or in a checkout run "
-            "scripts/setup, which builds it"
+            f"{LIBRARY} is missing, or its folder cannot be read: install the wheel of mpi_cuda "
+            "again, or in a checkout run scripts/setup, which builds it"
         )
     _find_inner_plugins()
     _find_packages()
+    if wrong := cut_off(LIBRARY):
+        raise RuntimeError(f"{LIBRARY} {wrong}: install the wheel of mpi_cuda again")
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise RuntimeError(_cannot_load(error)) from None
+    _declare(library)
+    global launches
+    launches = ctypes.c_uint64.from_address(library.mpi_cuda_launches_by_main())
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """The types of its functions (`mpi_cuda.h`)."""
     int_pointer = ctypes.POINTER(ctypes.c_int)
     signatures: dict[str, tuple[object, list[object]]] = {
         "mpi_cuda_last_error": (ctypes.c_char_p, []),
@@ -149,12 +160,39 @@ def load() -> ctypes.CDLL:
         "mpi_cuda_probe_report": (ctypes.c_int, [ctypes.c_char_p]),
     }
     for name, (result, arguments) in signatures.items():
+        if not hasattr(library, name):
+            raise RuntimeError(
+                f"{LIBRARY} has no function {name}: it is another version's than the Python part. "
+                "Install the wheel of mpi_cuda again, or in a checkout run scripts/setup"
+            )
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments
-    global launches
-    launches = ctypes.c_uint64.from_address(library.mpi_cuda_launches_by_main())
-    return library
+
+
+def cut_off(file: Path) -> str | None:
+    """Whether a shared library's file ends before the segments that its headers name (elf(5)),
+    which is a SIGBUS for who loads it. As `mpi_runtime/src/elf.rs`; its words are a predicate."""
+    try:
+        with file.open("rb") as library:
+            header, length = library.read(64), os.fstat(library.fileno()).st_size
+            if length == 0:
+                return "is empty"
+            if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+                return None
+            (start,) = struct.unpack_from("<Q", header, 32)
+            entry, count = struct.unpack_from("<HH", header, 54)
+            library.seek(start)
+            table = library.read(entry * count)
+    except OSError:
+        # The loader's own words are good.
+        return None
+    # Of each program header: its type, which is 1 where the segment is mapped, and where that lies.
+    rows = (struct.unpack_from("<I4xQ16xQ", table, at) for at in range(0, len(table) - 55, entry))
+    needed = max([start + entry * count, *(at + size for kind, at, size in rows if kind == 1)])
+    if needed <= length:
+        return None
+    return f"has {length} bytes of {needed} or more: it was cut off when it was copied"
 
 
 def _cannot_load(error: OSError) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import MPIS, job
+from jobs import MPIS, environment, job
 
 #: The doctor with arguments, by its module's name.
 DOCTOR = "import runpy, sys; sys.argv[0] = 'doctor'; runpy.run_module('mpi_cuda', {}, '__main__')"
@@ -95,6 +96,34 @@ def test_a_platform_misspelt_and_a_broken_library_path(tmp_path: Path) -> None:
     assert "LD_LIBRARY_PATH has /nowhere, which is no folder" in notes
 
 
+def test_another_platform_first_and_a_plugin_that_was_cut_off(tmp_path: Path) -> None:
+    code = "from mpi_cuda import _library; print(_library.load().mpi_cuda_about().decode())"
+    about = job(None, code).stdout
+    plugin = Path(dict(line.split("\t", 1) for line in about.splitlines() if line)["plugin"])
+    with plugin.open("rb") as whole:
+        (tmp_path / "plugin.so").write_bytes(whole.read(1 << 20))
+    broken = str(tmp_path / "plugin.so")
+    found = alone(JAX_PLATFORMS="cpu,mpi_cuda", MPI_CUDA_INNER_PLUGIN=broken)
+    said = problems(found)
+    assert "programs use cpu, the first" in said and "JAX_PLATFORMS=mpi_cuda,cpu" in said
+    assert f"{broken}: the file has 1048576 bytes" in said, said
+
+
+def test_a_picture_that_cannot_be_written_is_a_problem() -> None:
+    result = doctor("mpich", "--plot", "/nowhere/times.png")
+    assert result.returncode == 1 and "messages of 8 B" in result.stdout, result.stdout
+    assert "No such file or directory: '/nowhere/times.png'" in result.stderr, result.stderr
+
+
+def test_a_reader_that_has_read_enough() -> None:
+    command = f"{sys.executable} -m mpi_cuda doctor | head -1"
+    pipe = subprocess.PIPE
+    result = subprocess.run(
+        command, shell=True, env=environment(), stdout=pipe, stderr=pipe, text=True, timeout=60
+    )
+    assert result.stdout.startswith("mpi_cuda doctor: 1 rank") and result.stderr == "", result
+
+
 def test_a_missing_shim(tmp_path: Path) -> None:
     code = f"""if True:
         import shutil, mpi_cuda._library as library
@@ -104,7 +133,7 @@ def test_a_missing_shim(tmp_path: Path) -> None:
         {DOCTOR}
     """
     found = alone(code=code)
-    assert found["status"] == 1 and "libmpi_cuda_shim_openmpi.so, is in none of" in problems(found)
+    assert found["status"] == 1 and "libmpi_cuda_shim_openmpi.so, is not in" in problems(found)
 
 
 def test_jax_without_a_plugin_for_the_cpu() -> None:
@@ -114,6 +143,8 @@ def test_jax_without_a_plugin_for_the_cpu() -> None:
 
 
 def test_a_step_that_lasts_is_ended_in_words() -> None:
+    result = job(None, DOCTOR, "doctor", "--timeout", "-1")
+    assert result.returncode == 2 and "-1 is no time above 0 seconds" in result.stderr
     result = job(None, DOCTOR, "doctor", "--timeout", "0.001")
     assert result.returncode == 2, result.stdout
     assert "problem: this process was still joining the job after 0.001 s" in result.stdout

@@ -51,6 +51,15 @@ def test_a_library_by_name_that_is_not_there_is_refused(mpi: str) -> None:
     assert said in result.stderr and "No such file" in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_wish_for_another_mpi_than_the_launchers_is_told(mpi: str) -> None:
+    """Also where the library is asked again, as for mpi4py: what it has opened is no conflict."""
+    other = "mpich" if mpi == "openmpi" else "openmpi"
+    result = job(mpi, BOTH.replace("FIRST", "pass"), MPI_CUDA_MPI=other)
+    assert result.returncode == 0, result.stderr
+    assert f"MPI_CUDA_MPI={other} is not followed, since the launcher" in result.stderr
+
+
 def test_another_file_than_the_launchers_is_told(tmp_path: Path) -> None:
     other = tmp_path / NAMES["mpich"]
     shutil.copy(next(Path("/usr/lib").glob(f"*/{NAMES['mpich']}")), other)

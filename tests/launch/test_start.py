@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from jobs import MPIS, job, on_one, twice
 
+import mpi_cuda._library
+
 
 @pytest.mark.parametrize("mpi", MPIS)
 @pytest.mark.parametrize("first", ["from mpi4py import MPI", "pass"])
@@ -52,6 +54,22 @@ def test_two_mpis_in_one_process_are_refused_with_both_names() -> None:
     assert re.search(r"/libmpi\.so\.40\S* and /\S*/libmpich\.so\.12\S*: one", result.stderr)
 
 
+def test_a_shim_that_was_cut_off_is_refused(tmp_path) -> None:
+    """Loading it would be a SIGBUS."""
+    name = "libmpi_cuda_shim_mpich.so"
+    whole = mpi_cuda._library.FOLDER / name
+    (tmp_path / name).write_bytes(whole.read_bytes()[:8192])
+    # And what nothing reads is said.
+    named = {"MPI_CUDA_SHIM_DIR": str(tmp_path), "MPI_CUDA_SHIMDIR": "x", "MPI_CUDA_STARTUP": "no"}
+    result = job("mpich", "import jax; jax.devices()", **named)
+    assert result.returncode != 0
+    assert f"{tmp_path / name}: the file has 8192 bytes" in result.stderr, result.stderr
+    result = job(None, "import jax; jax.devices()", **named)
+    assert result.returncode == 0, result.stderr
+    assert "Do you mean MPI_CUDA_SHIM_DIR?" in result.stderr, result.stderr
+    assert "MPI_CUDA_STARTUP=no counts as 1" in result.stderr, result.stderr
+
+
 def test_a_missing_shim_is_refused_under_a_launcher(tmp_path) -> None:
     code = f"""if True:
         import shutil, mpi_cuda._library as library
@@ -86,6 +104,27 @@ CHILD = """if True:
 def test_a_child_process_is_refused_with_the_remedy(mpi: str) -> None:
     result = job(mpi, CHILD)
     assert twice("fine", result), result.stderr
+
+
+CHILD_FIRST = """if True:
+    import subprocess, sys
+    code = "import jax; print(len(jax.devices()))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    print(child.stderr, file=sys.stderr)
+    import jax.numpy as jnp, mpi_cuda as m
+    print(m.allreduce(jnp.float32(1), m.SUM)[0])
+"""
+
+
+def test_a_child_that_is_before_its_rank_is_told_or_refused() -> None:
+    """MPICH's children lack the connection to the launcher; Open MPI's join, and their rank is the
+    second then."""
+    result = job("mpich", CHILD_FIRST)
+    assert twice("2.0", result), result.stderr
+    assert "it is a child of a rank, and cannot join" in result.stderr, result.stderr
+    result = job("openmpi", CHILD_FIRST)
+    assert result.returncode != 0
+    assert "has joined the MPI job as this rank already" in result.stderr, result.stderr
 
 
 def test_a_thread_level_too_low_is_refused() -> None:

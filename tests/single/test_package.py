@@ -66,9 +66,24 @@ def test_a_library_that_cannot_be_loaded_is_told_with_the_systems_it_is_for(tmp_
     # Python on musl knows no version of glibc.
     result = python(code.replace("SYSTEM", "_library.platform.libc_ver = lambda: ('', '')"))
     assert "such as musl" in result.stderr, result.stderr
+    whole = (ROOT / "python/mpi_cuda/lib/libpjrt_mpi_cuda.so").read_bytes()
+    for length, said in ((4096, "has 4096 bytes of"), (100, "has 100 bytes of"), (0, "is empty")):
+        (tmp_path / "libpjrt_mpi_cuda.so").write_bytes(whole[:length])
+        result = python(code.replace("SYSTEM", "pass"))
+        assert said in result.stderr and "install the wheel" in result.stderr, result.stderr
+    # This one has no functions at all.
+    other = (ROOT / "python/mpi_cuda/lib/mpi4py/libmpi.so.12").read_bytes()
+    (tmp_path / "libpjrt_mpi_cuda.so").write_bytes(other)
+    result = python(code.replace("SYSTEM", "pass"))
+    assert "it is another version's than the Python part" in result.stderr, result.stderr
     (tmp_path / "libpjrt_mpi_cuda.so").unlink()
     result = python(code.replace("SYSTEM", "pass"))
-    assert "is missing: install the wheel of mpi_cuda again" in result.stderr, result.stderr
+    assert "is missing, or its folder cannot be read: install" in result.stderr, result.stderr
+
+
+def test_a_platform_that_is_almost_ours_is_told() -> None:
+    result = python("import jax; jax.devices()", JAX_PLATFORMS="mpicuda")
+    assert "JAX knows no platform mpicuda: set JAX_PLATFORMS=mpi_cuda" in result.stderr, result
 
 
 def test_the_package_has_the_licence() -> None:

@@ -77,8 +77,39 @@ impl Surroundings<'_> {
         Ok(installed.chain(by_name).collect())
     }
 
-    /// Why the library `path` may be another one than the launcher's, if so.
-    pub fn doubt(&self, path: &Path) -> Option<String> {
+    /// Why the library `path` of `family` may be another one than the user or the launcher wants,
+    /// if so.
+    pub fn doubt(&self, path: &Path, family: Family) -> Option<String> {
+        let all = [
+            self.not_followed(path, family),
+            self.not_the_launchers(path),
+        ];
+        let all: Vec<_> = all.into_iter().flatten().collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// `MPI_CUDA_MPI` comes last of all that names an MPI.
+    fn not_followed(&self, path: &Path, family: Family) -> Option<String> {
+        let wanted = self.family.filter(|&wanted| wanted != family)?;
+        let file = path.display();
+        Some(match self.launcher.filter(|one| !one.serves(wanted)) {
+            Some(launcher) => format!(
+                "MPI_CUDA_MPI={} is not followed, since the launcher of this job belongs to \
+                 {launcher}: the job uses {file}; unset MPI_CUDA_MPI, or start the job with the \
+                 launcher of the MPI that you want",
+                wanted.name(),
+                launcher = launcher.name(),
+            ),
+            None => format!(
+                "MPI_CUDA_MPI={} is not followed, since another variable or the process names \
+                 {file}, which is {}: unset one of them",
+                wanted.name(),
+                family.name(),
+            ),
+        })
+    }
+
+    fn not_the_launchers(&self, path: &Path) -> Option<String> {
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let beside: Vec<_> = self.launchers(&self.served()).collect();
         if beside.is_empty() || beside.iter().any(|own| real(own) == real(path)) {
@@ -144,9 +175,14 @@ impl Surroundings<'_> {
         }
     }
 
-    /// What an entry of a variable names: a file, or a folder that has one.
+    /// What an entry of a variable names: a file, or a folder that has one. A folder may have those
+    /// of several families; those that the launcher serves come first.
     fn in_entry(&self, entry: &Path, by: &'static str) -> Vec<Candidate> {
-        let names = Family::ALL.into_iter().flat_map(Family::libraries);
+        let wanted = self.wanted();
+        let others = Family::ALL.into_iter();
+        let others = others.filter(|family| !wanted.contains(family));
+        let families = wanted.iter().copied().chain(others);
+        let names = families.flat_map(Family::libraries);
         let inside: Vec<_> = names
             .map(|name| entry.join(name))
             .filter(|path| self.is_there(path))
@@ -282,12 +318,48 @@ mod tests {
             beside_launcher: paths(&["/v/libmpi.so.40", "/v/libmpi.so.12", "/v/libmpi_abi.so.1"]),
             ..Surroundings::default()
         };
-        assert_eq!(surroundings.doubt(Path::new("/v/libmpi_abi.so.1")), None);
-        let text = surroundings.doubt(Path::new("/w/libmpi.so.12")).unwrap();
+        let doubt = |path: &str| surroundings.doubt(Path::new(path), Family::Mpich);
+        assert_eq!(doubt("/v/libmpi_abi.so.1"), None);
+        let text = doubt("/w/libmpi.so.12").unwrap();
         assert!(text.contains("/v/libmpi.so.12") && text.contains("/w/libmpi.so.12"));
         // Debian has both in one folder.
-        assert!(surroundings.doubt(Path::new("/v/libmpi.so.40")).is_some());
+        assert!(doubt("/v/libmpi.so.40").is_some());
         let nothing = Surroundings::default();
-        assert_eq!(nothing.doubt(Path::new("/w/libmpi.so.12")), None);
+        let file = Path::new("/w/libmpi.so.12");
+        assert_eq!(nothing.doubt(file, Family::Mpich), None);
+    }
+
+    #[test]
+    fn a_wish_that_is_not_followed_is_said() {
+        let with = |launcher, family| Surroundings {
+            launcher,
+            family: Some(family),
+            beside_launcher: paths(&["/v/libmpi.so.12"]),
+            ..Surroundings::default()
+        };
+        let file = Path::new("/v/libmpi.so.12");
+        let surroundings = with(Some(Family::Mpich), Family::OpenMpi);
+        let text = surroundings.doubt(file, Family::Mpich).unwrap();
+        assert!(
+            text.contains("MPI_CUDA_MPI=openmpi") && text.contains("belongs to mpich"),
+            "{text}"
+        );
+        let text = with(None, Family::OpenMpi).doubt(file, Family::Mpich);
+        assert!(text.unwrap().contains("which is mpich: unset one"));
+        let same = with(Some(Family::Mpich), Family::Mpich);
+        assert_eq!(same.doubt(file, Family::Mpich), None);
+    }
+
+    #[test]
+    fn of_a_folder_the_launchers_family_comes_first() {
+        let with = |launcher| Surroundings {
+            launcher,
+            library: Some("/d".into()),
+            ..Surroundings::default()
+        };
+        let files = ["/d/libmpi.so.40", "/d/libmpi.so.12"];
+        assert_eq!(of(with(None), &files), files);
+        let mpich = of(with(Some(Family::Mpich)), &files);
+        assert_eq!(mpich, [files[1], files[0]]);
     }
 }

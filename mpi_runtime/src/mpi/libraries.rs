@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
 
+use crate::elf;
 use crate::error::Failure;
 use crate::mpi::family::Family;
 
@@ -72,6 +73,7 @@ fn file_of(address: *mut c_void) -> Option<PathBuf> {
 /// # Errors
 /// If it cannot be loaded, or is no MPI.
 pub fn open(library: &Path) -> Result<(PathBuf, Family), Failure> {
+    elf::check(library)?;
     // SAFETY: loading runs the initialisers of an MPI, as in any program that is linked to one.
     let opened = unsafe { Library::open(Some(library), RTLD_LAZY | RTLD_GLOBAL) };
     let opened = opened?;

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use libloading::Library;
 use mpi_shim_abi::{
@@ -10,6 +10,7 @@ use mpi_shim_abi::{
     ShimApi, ShimOp, ShimReceived, ShimStatus,
 };
 
+use crate::elf;
 pub use crate::error::MpiError;
 use crate::error::{Failure, StartError};
 use crate::mpi::family::Family;
@@ -87,33 +88,26 @@ fn in_call<T>(call: impl FnOnce() -> T) -> T {
 }
 
 impl Shim {
-    /// Loads the shim of `family` from the first of `folders` that has it. The MPI itself has been
-    /// opened before ([`libraries::open`](crate::mpi::libraries::open)): a shim is linked to none.
+    /// Loads the shim of `family` from `folder`. The MPI itself has been opened before
+    /// ([`libraries::open`](crate::mpi::libraries::open)): a shim is linked to none.
     ///
     /// # Errors
     /// If there is none, it is another version's, or the MPI lacks what it needs.
-    pub fn load(family: Family, folders: &[PathBuf]) -> Result<Shim, StartError> {
+    pub fn load(family: Family, folder: &Path) -> Result<Shim, StartError> {
         let error = |reason: Failure| StartError::Shim {
             family: family.name(),
             reason,
         };
-        let file = file_name(family);
-        let path = folders
-            .iter()
-            .map(|folder| folder.join(&file))
-            .find(|path| path.is_file());
-        let path = path.ok_or_else(|| {
-            let looked: Vec<_> = folders
-                .iter()
-                .map(|folder| folder.display().to_string())
-                .collect();
-            error(format!("{file} is in none of {}", looked.join(", ")).into())
-        })?;
+        let path = folder.join(file_name(family));
+        if !path.is_file() {
+            return Err(error(format!("there is no {}", path.display()).into()));
+        }
         Self::open(family, &path)
             .map_err(|reason| error(format!("{}: {reason}", path.display()).into()))
     }
 
     fn open(family: Family, path: &Path) -> Result<Shim, Failure> {
+        elf::check(path)?;
         // SAFETY: loading runs the initialisers of the shim, nothing else.
         let library = unsafe { Library::new(path) }.map_err(|error| {
             let reason = Failure::from(error);
@@ -133,8 +127,7 @@ impl Shim {
         let api: &'static ShimApi = unsafe { &*entry() };
         if api.abi_version != ABI_VERSION {
             return Err(format!(
-                "it has version {} of the contract, and {ABI_VERSION} is needed; install the wheel \
-                 again, or run scripts/setup in a checkout",
+                "it has version {} of the contract, and {ABI_VERSION} is needed",
                 api.abi_version
             )
             .into());

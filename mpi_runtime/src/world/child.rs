@@ -1,5 +1,7 @@
 //! Children of ranks, which must not join the job.
 
+use std::path::PathBuf;
+
 use crate::error::StartError;
 use crate::mpi::launcher::Launched;
 
@@ -10,20 +12,46 @@ const RANK_MARK: &str = "MPI_CUDA_RANK_PROCESS";
 /// A child of a rank inherits the launcher's variables; as a second copy of that rank it would
 /// hang or corrupt the job.
 pub(super) fn refuse(launched: Option<&Launched>) -> Result<(), StartError> {
-    let Ok(mark) = std::env::var(RANK_MARK) else {
+    if launched.is_none() {
         return Ok(());
-    };
-    let Some((pid, marked)) = mark.split_once(' ') else {
-        return Ok(());
-    };
-    let (pid, own) = (pid.parse().unwrap_or(0), std::process::id());
-    if launched.is_some() && marked == identity(launched) && pid != own {
-        return Err(StartError::Child {
-            pid: own,
-            parent: pid,
-        });
     }
-    Ok(())
+    let own = std::process::id();
+    let mark = std::env::var(RANK_MARK).unwrap_or_default();
+    if let Some((pid, marked)) = mark.split_once(' ') {
+        let parent = pid.parse().unwrap_or(0);
+        if marked == identity(launched) && parent != own {
+            return Err(StartError::Child { pid: own, parent });
+        }
+    }
+    let joined = joined_file().and_then(|file| std::fs::read_to_string(file).ok());
+    if let Some(pid) = joined.and_then(|pid| pid.parse().ok())
+        && pid != own
+    {
+        return Err(StartError::JoinedByOther { pid });
+    }
+    match std::env::var("PMI_FD").ok().and_then(|fd| fd.parse().ok()) {
+        Some(fd) if !is_socket(fd) => Err(StartError::NotConnected { fd }),
+        _ => Ok(()),
+    }
+}
+
+/// Where the process that has joined as this rank writes its id: a folder of the launcher's for
+/// this job alone, if it has one (PMIx). A child may use JAX before the rank itself does.
+fn joined_file() -> Option<PathBuf> {
+    let folder = PathBuf::from(std::env::var_os("PMIX_SERVER_TMPDIR")?);
+    let [namespace, rank] = ["PMIX_NAMESPACE", "PMIX_RANK"].map(std::env::var);
+    let name = format!("mpi_cuda.{}.{}", namespace.ok()?, rank.ok()?);
+    Some(folder.join(name.replace('/', "_")))
+}
+
+/// Whether a number is that of an open socket: the launcher's connection is closed in the children
+/// of a rank.
+fn is_socket(fd: i32) -> bool {
+    // SAFETY: zero is valid for this C struct.
+    let mut about: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: it takes any number, and fills `about` if it returns 0.
+    let is_open = unsafe { libc::fstat(fd, &mut about) } == 0;
+    is_open && about.st_mode & libc::S_IFMT == libc::S_IFSOCK
 }
 
 /// Marks this process as a rank.
@@ -32,6 +60,10 @@ pub(super) fn mark(launched: Option<&Launched>) {
     // SAFETY: Rust and Python read the environment under locks of their own; this runs while one
     // thread creates the backend, as `MPI_Init` itself (which also sets variables) does.
     unsafe { std::env::set_var(RANK_MARK, mark) };
+    if let Some(file) = joined_file() {
+        // Where the folder is not this user's, MPI alone says what a second process meets.
+        let _ = std::fs::write(file, std::process::id().to_string());
+    }
 }
 
 fn identity(launched: Option<&Launched>) -> &str {

@@ -22,8 +22,10 @@ pub struct LibraryOptions {
     pub library: Option<PathBuf>,
     /// Folders with libraries of packages.
     pub packages: Vec<PathBuf>,
-    /// Where the shims are; the last of them is this library's own.
-    pub shim_folders: Vec<PathBuf>,
+    /// The folder of this library's own file.
+    pub own_folder: PathBuf,
+    /// `MPI_CUDA_SHIM_DIR`: where the shims are, if not in `own_folder`.
+    pub shim_folder: Option<PathBuf>,
 }
 
 /// The MPI that was opened.
@@ -62,10 +64,15 @@ pub(super) fn open_for(
     launched: Option<&Launched>,
 ) -> Result<Option<MpiLibrary>, StartError> {
     let variable = |name: &str| std::env::var(name).ok();
-    let for_mpi4py = options.shim_folders.last().map(|own| own.join("mpi4py"));
-    let for_mpi4py = for_mpi4py.unwrap_or_default();
+    let for_mpi4py = options.own_folder.join("mpi4py");
+    let loaded = libraries::mpis(&for_mpi4py);
+    let mut opened = OPENED.lock();
+    // The choice has been made: what the process has now is what was opened then.
+    if let Some(known) = opened.as_ref().filter(|known| loaded == [&*known.file]) {
+        return Ok(Some(known.clone()));
+    }
     let surroundings = Surroundings {
-        loaded: libraries::mpis(&for_mpi4py),
+        loaded,
         of_mpi4py: variable("MPI4PY_LIBMPI"),
         abi_of_mpi4py: variable("MPI4PY_MPIABI"),
         library: options.library.clone(),
@@ -79,7 +86,6 @@ pub(super) fn open_for(
         exists: None,
     };
     let candidates = surroundings.candidates()?;
-    let mut opened = OPENED.lock();
     let mut tried = Vec::new();
     for candidate in &candidates {
         let (file, family) = match libraries::open(&candidate.library) {
@@ -91,7 +97,7 @@ pub(super) fn open_for(
             }
         };
         if opened.as_ref().is_none_or(|known| known.file != file) {
-            let doubt = surroundings.doubt(&file);
+            let doubt = surroundings.doubt(&file, family);
             *opened = Some(MpiLibrary {
                 file,
                 family,
@@ -132,7 +138,8 @@ pub(super) fn load_shim(
         Err(StartError::NoMpi { .. }) if singleton && options.library.is_none() => return Ok(None),
         Err(error) => return Err(error),
     };
-    match Shim::load(library.family, &options.shim_folders) {
+    let shims = options.shim_folder.as_ref().unwrap_or(&options.own_folder);
+    match Shim::load(library.family, shims) {
         Ok(shim) => Ok(Some((shim, library))),
         Err(error) if needed || options.family.is_some() || options.library.is_some() => Err(error),
         Err(_) => Ok(None),

@@ -66,6 +66,46 @@ fn wrong(variable: &Variable, name: &str, value: &str) -> Error {
     ))
 }
 
+/// Variables with our prefix that this library does not read itself: Python, the build or this
+/// process's own parts do.
+const READ_BY_OTHERS: [&str; 9] = [
+    "MPI_CUDA_STARTUP",
+    "MPI_CUDA_PACKAGES",
+    "MPI_CUDA_PLUGIN_CPU",
+    "MPI_CUDA_PLUGIN_CUDA",
+    "MPI_CUDA_RANK_PROCESS",
+    "MPI_CUDA_BUILD_LIBRARIES",
+    "MPI_CUDA_BUILD_GLIBC",
+    "MPI_CUDA_FFI_HEADER",
+    "MPI_CUDA_PJRT_HEADER",
+];
+
+/// What the user should hear of variables that nothing reads, or reads otherwise than it may seem.
+pub fn doubtful(variables: impl Iterator<Item = (String, String)>) -> Vec<String> {
+    let known = || {
+        let own = VARIABLES.iter();
+        let own = own.flat_map(|variable| std::iter::once(variable.name).chain(variable.old_name));
+        own.chain(READ_BY_OTHERS)
+    };
+    let mut warnings = Vec::new();
+    for (name, value) in variables.filter(|(name, _)| name.starts_with("MPI_CUDA_")) {
+        if name == "MPI_CUDA_STARTUP" && !["", "0", "1"].contains(&value.as_str()) {
+            warnings.push(format!("{name}={value} counts as 1: it takes 1 and 0"));
+        }
+        if known().any(|one| one == name) {
+            continue;
+        }
+        let closest = known()
+            .max_by(|one, other| strsim::jaro(one, &name).total_cmp(&strsim::jaro(other, &name)));
+        warnings.push(format!(
+            "{name} is in the environment, and there is no such variable: nothing reads it. Do you \
+             mean {}? docs/configuration.md has them all",
+            closest.unwrap_or_default()
+        ));
+    }
+    warnings
+}
+
 /// The name under which a create option sets `variable`.
 pub fn create_option(variable: &str) -> String {
     variable.trim_start_matches("MPI_CUDA_").to_lowercase()
@@ -158,6 +198,26 @@ mod tests {
             text.contains("MPI_CUDA_OUTBOX=x is not understood"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_variable_that_nothing_reads_is_said() {
+        let of = |name: &str, value: &str| {
+            let variable = (name.to_owned(), value.to_owned());
+            doubtful(std::iter::once(variable)).concat()
+        };
+        let text = of("MPI_CUDA_WARNAFTER", "5");
+        assert!(text.contains("mean MPI_CUDA_WARN_AFTER?"), "{text}");
+        for known in [
+            "MPI_CUDA_LOG",
+            "MPI_CUDA_OUTBOX",
+            "MPI_CUDA_RANK_PROCESS",
+            "PATH",
+        ] {
+            assert_eq!(of(known, "1"), "");
+        }
+        assert!(of("MPI_CUDA_STARTUP", "no").contains("no counts as 1"));
+        assert_eq!(of("MPI_CUDA_STARTUP", "0"), "");
     }
 
     #[test]

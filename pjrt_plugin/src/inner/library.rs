@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::Library;
+use mpi_runtime::elf;
+use mpi_runtime::error::Failure;
 use pjrt_sys::PJRT_Api;
 
 use super::call::Function;
@@ -85,10 +87,13 @@ pub fn load(config: &Config) -> Result<&'static Inner, Error> {
 fn table_of(path: &Path) -> Result<&'static PJRT_Api, Error> {
     type GetPjrtApi = unsafe extern "C" fn() -> *const PJRT_Api;
     let name = path.display();
+    let cannot = |reason: String| {
+        Error::precondition(format!("cannot load the inner XLA plugin {name}: {reason}"))
+    };
+    elf::check(path).map_err(|wrong| cannot(format!("{wrong}; install its package again")))?;
     // SAFETY: loading runs the initialisers of an XLA plugin, which ask nothing of the process.
-    let library = unsafe { Library::new(path) }.map_err(|error| {
-        Error::precondition(format!("cannot load the inner XLA plugin {name}: {error}"))
-    })?;
+    let library =
+        unsafe { Library::new(path) }.map_err(|error| cannot(Failure::from(error).to_string()))?;
     // SAFETY: the symbol has this type in every PJRT plugin (`pjrt_c_api.h`), and takes nothing. A
     // plugin's table is static, and its library stays loaded.
     let table = unsafe {

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times by rank")
     parser.add_argument(
-        "--timeout", type=float, default=60, metavar="SECONDS", help="for each step (60)"
+        "--timeout", type=_seconds, default=60, metavar="SECONDS", help="for each step (60)"
     )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is no time above 0 seconds")
+    return seconds
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,8 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
             failure = f"{launched.who()} failed while {limit.doing}: {error}"
             return cannot_run(found._replace(failure=failure), arguments)
     status = 1 if any(finding.is_problem for finding in found.findings()) else 0
-    if rank == 0:
-        show(found, arguments)
+    if rank == 0 and not show(found, arguments):
+        status = max(status, 1)
     # All has been told by now.
     remedy = "MPI_Finalize hangs, as it may in other jobs: try a newer MPI, or another UCX_TLS"
     with limit.on("leaving the job", remedy):
@@ -115,8 +124,17 @@ def cannot_run(own: Job, arguments: argparse.Namespace) -> int:
     return CANNOT_RUN
 
 
-def show(found: Job, arguments: argparse.Namespace) -> None:
-    """Prints the report, and draws it."""
+def show(found: Job, arguments: argparse.Namespace) -> bool:
+    """Prints the report, and draws it; whether it was drawn if it is to be."""
+    try:
+        return _show(found, arguments)
+    except BrokenPipeError:
+        # Whoever reads has read enough. What Python flushes at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+
+
+def _show(found: Job, arguments: argparse.Namespace) -> bool:
     findings = found.findings()
     if arguments.json:
         print(json.dumps(as_json(found, findings), indent=1), flush=True)
@@ -125,10 +143,12 @@ def show(found: Job, arguments: argparse.Namespace) -> None:
     if arguments.plot and found.exchange is not None:
         try:
             plot.write(found.exchange, arguments.plot)
-            wrote = f"wrote {arguments.plot}"
         except OSError as error:
-            wrote = f"mpi_cuda doctor: {error}"
-        print(f"\n{wrote}", file=sys.stderr if arguments.json else sys.stdout, flush=True)
+            print(f"mpi_cuda doctor: {error}", file=sys.stderr, flush=True)
+            return False
+        wrote = f"\nwrote {arguments.plot}"
+        print(wrote, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    return True
 
 
 def as_json(found: Job, findings: list[Finding]) -> dict[str, Any]:

@@ -16,6 +16,11 @@ def rank() -> int | None:
     return _first(RANK)
 
 
+def named() -> str | None:
+    """The variable that says the rank, as it stands in the environment."""
+    return next((f"{name}={os.environ[name]}" for name in RANK if name in os.environ), None)
+
+
 def is_first_here() -> bool:
     """Whether no other rank of this node is lower, as far as that is said."""
     return not (_first(LOCAL_RANK) or 0)

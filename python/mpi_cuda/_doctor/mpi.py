@@ -98,7 +98,11 @@ def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["launcher"]:
         yield "launcher", f"{facts['launcher']}, {facts['launched']} rank(s)"
     else:
-        yield "launcher", "none: this process was started by itself"
+        named = launched.named()
+        yield (
+            "launcher",
+            f"one, by {named}" if named else "none: this process was started by itself",
+        )
     if facts["thread_level"]:
         yield "thread level", facts["thread_level"]
     mpi4py = facts.get("mpi4py")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import mpi_cuda
 from mpi_cuda import _library
 from mpi_cuda._doctor.finding import Facts, Finding, note, of_error, problem
 from mpi_cuda._report.text import seconds, size
@@ -51,7 +52,7 @@ def _threads() -> Counter[str]:
 
 def collect(about: dict[str, str]) -> Facts:
     """Facts of this process."""
-    folders = [*filter(None, [os.environ.get("MPI_CUDA_SHIM_DIR")]), str(_library.FOLDER)]
+    folder = os.environ.get("MPI_CUDA_SHIM_DIR") or str(_library.FOLDER)
     inner = about.get("plugin")
     return {
         "library": str(_library.LIBRARY),
@@ -60,8 +61,9 @@ def collect(about: dict[str, str]) -> Facts:
         "inner_version": about.get("plugin_version"),
         "inner_package": _package_of(Path(inner)) if inner else None,
         "error": about.get("plugin_error"),
-        "shim_folders": folders,
-        "shims": {abi: _shim(abi, folders) for abi in ABIS},
+        "version": about.get("version"),
+        "shim_folder": folder,
+        "shims": {abi: _shim(abi, folder) for abi in ABIS},
         "abi": about.get("mpi_abi"),
     }
 
@@ -69,12 +71,12 @@ def collect(about: dict[str, str]) -> Facts:
 def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     """Lines of the report."""
     bytes_ = facts["library_bytes"]
-    yield "library", facts["library"] + (f", {size(bytes_)}" if bytes_ else ", missing")
+    yield "library", facts["library"] + (", missing" if bytes_ is None else f", {size(bytes_)}")
     if facts["inner"]:
         of = f"{facts['inner_package']}, " if facts["inner_package"] else ""
         yield "XLA plugin", f"{facts['inner']} ({of}PJRT {facts['inner_version']})"
     there = [abi for abi, file in facts["shims"].items() if file]
-    yield "shims", f"{', '.join(there) or 'none'} in {' and '.join(facts['shim_folders'])}"
+    yield "shims", f"{', '.join(there) or 'none'} in {facts['shim_folder']}"
     backend = facts.get("backend")
     if backend and "devices" in backend:
         yield "backend", f"{backend['devices']} device(s) of kind {backend['kind']}"
@@ -84,11 +86,19 @@ def check(facts: Facts) -> Iterator[Finding]:
     """Findings of one rank."""
     if facts["error"]:
         yield of_error(facts["error"])
+    if facts["version"] not in (None, own := mpi_cuda.__version__):
+        yield problem(
+            f"the library is of version {facts['version']}, and the Python part of {own}",
+            "install the wheel again, or in a checkout run scripts/setup",
+        )
+    for abi, file in facts["shims"].items():
+        if file and (wrong := _library.cut_off(Path(file))):
+            yield problem(f"the shim for {abi}, {file}, {wrong}", "install the wheel again")
     missing = [abi for abi, file in facts["shims"].items() if not file]
     if facts["abi"] in missing:
         yield problem(
-            f"the shim of this MPI, libmpi_cuda_shim_{facts['abi']}.so, is in none of "
-            f"{', '.join(facts['shim_folders'])}, so jobs of several ranks are refused",
+            f"the shim of this MPI, libmpi_cuda_shim_{facts['abi']}.so, is not in "
+            f"{facts['shim_folder']}, so jobs of several ranks are refused",
             "install the package anew, or set MPI_CUDA_SHIM_DIR to the folder that has it",
         )
     elif missing:
@@ -114,13 +124,13 @@ def check(facts: Facts) -> Iterator[Finding]:
 SLOW_START = 20.0
 
 
-def _shim(abi: str, folders: list[str]) -> str | None:
-    files = [Path(folder) / f"libmpi_cuda_shim_{abi}.so" for folder in folders]
-    return next((str(file) for file in files if file.is_file()), None)
+def _shim(abi: str, folder: str) -> str | None:
+    file = os.path.join(folder, f"libmpi_cuda_shim_{abi}.so")
+    return file if os.path.isfile(file) else None
 
 
 def _bytes(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
+    return os.path.getsize(file) if os.path.isfile(file) else None
 
 
 def _package_of(file: Path) -> str | None:

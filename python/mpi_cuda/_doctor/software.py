@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
+import mpi_cuda
 from mpi_cuda._doctor.finding import Facts, Finding, note, problem
 from mpi_cuda._jax_version import NEWEST, OLDEST, is_tested
 
@@ -21,7 +22,9 @@ def collect(about: dict[str, str]) -> Facts:
     return {
         "python": platform.python_version(),
         "executable": sys.executable,
-        "mpi_cuda": _version("mpi_cuda"),
+        # Of the module that runs: several may be installed.
+        "mpi_cuda": mpi_cuda.__version__,
+        "folder": os.path.dirname(mpi_cuda.__file__),
         "jax": _version("jax"),
         "jaxlib": _version("jaxlib"),
         "platforms": os.environ.get("JAX_PLATFORMS"),
@@ -32,7 +35,10 @@ def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     """Lines of the report."""
     yield "Python", f"{facts['python']} ({facts['executable']})"
     tested = "tested" if facts["jax"] and is_tested(facts["jax"]) else "not tested"
-    yield "JAX", f"{facts['jax']} with jaxlib {facts['jaxlib']} ({tested}), mpi_cuda {_of(facts)}"
+    yield (
+        "JAX",
+        f"{facts['jax']} with jaxlib {facts['jaxlib']} ({tested}), mpi_cuda {facts['mpi_cuda']}",
+    )
 
 
 def check(facts: Facts) -> Iterator[Finding]:
@@ -50,7 +56,14 @@ def check(facts: Facts) -> Iterator[Finding]:
         )
         return
     names = platforms.split(",")
+    if names[0] == "mpi_cuda":
+        return
     if "mpi_cuda" in names:
+        yield problem(
+            f"JAX_PLATFORMS={platforms}: programs use {names[0] or 'what JAX finds'}, the first, "
+            "so each rank runs alone, as a copy of the others",
+            "set JAX_PLATFORMS=mpi_cuda,cpu to have both",
+        )
         return
     if unknown := [name for name in names if name not in PLATFORMS]:
         meant = difflib.get_close_matches(unknown[0], ["mpi_cuda", *PLATFORMS], 1)
@@ -63,10 +76,6 @@ def check(facts: Facts) -> Iterator[Finding]:
             f"JAX_PLATFORMS={platforms}, so programs do not use mpi_cuda",
             "set JAX_PLATFORMS=mpi_cuda to have one world of all ranks",
         )
-
-
-def _of(facts: Facts) -> str:
-    return facts["mpi_cuda"] or "from a folder"
 
 
 def _version(name: str) -> str | None:
