@@ -19,6 +19,12 @@ except ModuleNotFoundError as missing:
         "CPU plugin, which CPU devices need: pip install jax xla-cpu-pjrt"
     ) from None
 
+if not hasattr(_jax, "__version__"):
+    raise ImportError(
+        f"`import jax` found {getattr(_jax, '__file__', None) or list(_jax.__path__)}, which is "
+        "not JAX and hides it: rename it, or take its folder out of PYTHONPATH"
+    )
+
 from mpi_cuda import _jax_version
 
 _jax_version.refuse_older(_jax.__version__)

@@ -52,6 +52,12 @@ def test_without_jax_the_remedy_is_said() -> None:
     assert "mpi_cuda needs JAX" in result.stderr and "pip install jax" in result.stderr, result
 
 
+def test_a_file_that_hides_jax_is_named(tmp_path) -> None:
+    (tmp_path / "jax.py").write_text("")
+    result = python("import mpi_cuda", PYTHONPATH=f"{tmp_path}:{ROOT / 'python'}")
+    assert f"{tmp_path}/jax.py, which is not JAX and hides it" in result.stderr, result
+
+
 def test_a_library_that_cannot_be_loaded_is_told_with_the_systems_it_is_for(tmp_path) -> None:
     code = f"""if True:
         from pathlib import Path
