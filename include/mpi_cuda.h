@@ -118,8 +118,9 @@ enum {
 
 /* ---------------------------------------------------------------------------------------------
  * Create options of PJRT_Client_Create. Each has the name of an environment variable in lower case
- * without MPI_CUDA_, and wins over it: topology, mpi, shim_dir, singleton, warn_after,
- * exit_timeout, log, part_bytes (docs/configuration.md). Values are strings, integers or booleans.
+ * without MPI_CUDA_, and wins over it: topology, thread_order, mpi, shim_dir, singleton,
+ * warn_after, exit_timeout, log, part_bytes (docs/configuration.md). Values are strings, integers
+ * or booleans.
  * Which inner plugin is wrapped is decided when the library is asked for its table, by the
  * environment; the options device and inner_plugin are refused if they disagree.
  */

@@ -188,3 +188,24 @@ def test_a_program_of_one_device_is_compiled_once_and_of_several_twice(tmp_path:
     # Both ranks dump into one folder, and a name has the module's number.
     counts = {f: len({n for n in names if f"jit_{f}." in n}) for f in ("alone", "together")}
     assert counts == {"alone": 1, "together": 2}, names
+
+
+def test_threads_that_share_one_order() -> None:
+    """A framework's own pool launches: what its programs are called may depend on the rank."""
+    code = """if True:
+        import threading, jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        rank, devices = jax.process_index(), jax.devices()
+        sharding = NamedSharding(jax.make_mesh((2,), ("x",)), P("x"))
+        x = jax.make_array_from_callback((4,), sharding, lambda index: np.arange(4.0)[index])
+        def total(x):
+            return x.sum()
+        total.__name__ = f"total_{rank}"
+        found = []
+        thread = threading.Thread(target=lambda: found.append(float(jax.jit(total)(x))))
+        thread.start()
+        thread.join()
+        print(*found)
+    """
+    result = job("mpich", code, MPI_CUDA_THREAD_ORDER="one")
+    assert twice("6.0", result), result.stderr

@@ -38,7 +38,8 @@ def without(path: Path) -> Iterator[None]:
 
 def test_what_is_installed_alone() -> None:
     names = {str(file) for file in files("mpi_cuda") or []}
-    assert {"mpi_cuda_plugin.py", "mpi_cuda_startup.py", "mpi_cuda_startup.pth"} <= names
+    modules = {"mpi_cuda_plugin.py", "mpi_cuda_startup.py", "mpi_cuda_torch.py"}
+    assert modules | {"mpi_cuda_startup.pth"} <= names
     libraries = {name for name in names if ".so" in name}
     shims = {f"mpi_cuda/lib/libmpi_cuda_shim_{abi}.so" for abi in ("openmpi", "mpich", "mpi_abi")}
     assert libraries == shims | {

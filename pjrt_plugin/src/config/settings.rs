@@ -27,6 +27,16 @@ pub enum Topology {
     Local,
 }
 
+/// What launches of several threads are ordered by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Orders {
+    /// Each thread has an order of its own.
+    Each,
+    /// All threads share one, in which their launches come.
+    One,
+}
+
 /// What to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[allow(missing_docs)]
@@ -53,6 +63,7 @@ pub struct Config {
     pub device: DeviceKind,
     pub inner_plugin: Option<PathBuf>,
     pub topology: Topology,
+    pub thread_order: Orders,
     pub mpi: Option<Family>,
     pub libmpi: Option<PathBuf>,
     pub shim_dir: Option<PathBuf>,
@@ -88,6 +99,7 @@ impl Default for Config {
             device: DeviceKind::Auto,
             inner_plugin: None,
             topology: Topology::Global,
+            thread_order: Orders::Each,
             mpi: None,
             libmpi: None,
             shim_dir: None,

@@ -9,7 +9,7 @@ use mpi_runtime::engine::recorder::file::Keep;
 use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::Asked;
 
-use super::settings::{Config, DeviceKind, LARGEST_PART, Log, Pretend, Topology};
+use super::settings::{Config, DeviceKind, LARGEST_PART, Log, Orders, Pretend, Topology};
 
 /// A variable of ours: its name, the values it takes, what it does, and how it is read.
 pub struct Variable {
@@ -65,6 +65,18 @@ pub const VARIABLES: &[Variable] = &[
                     &[("global", Topology::Global), ("local", Topology::Local)],
                     text,
                 ),
+            )
+        },
+    },
+    Variable {
+        name: "MPI_CUDA_THREAD_ORDER",
+        old_name: None,
+        values: "each, one",
+        meaning: "whether each thread's launches have an order of their own, or all share one",
+        read: |config, text| {
+            set(
+                &mut config.thread_order,
+                one_of(&[("each", Orders::Each), ("one", Orders::One)], text),
             )
         },
     },

@@ -2,7 +2,8 @@
 //! one that made the client: their launches share one order, which is XLA's queue. Other threads
 //! have orders of their own, each with a thread of ours that launches for them and may wait for
 //! peers (`deferred.rs`), on a client with a queue of its own (`spare_client.rs`). So no two of
-//! them wait for each other. On GPUs all threads share one order.
+//! them wait for each other. On GPUs all threads share one order, and where the user says so: a
+//! framework may launch from whichever thread of a pool is free.
 
 use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use mpi_runtime::World;
 use parking_lot::{ReentrantMutex, ReentrantMutexGuard};
 
+use crate::config::Orders;
 use crate::inner::{dispatch_thread, on_gpu};
 use crate::launch::inflight_limit::Limit;
 use crate::launch::task_queue::TaskQueue;
@@ -30,6 +32,8 @@ pub struct ThreadOrder {
 }
 
 static FIRST: LazyLock<Arc<ThreadOrder>> = LazyLock::new(|| Arc::new(ThreadOrder::new(0)));
+/// All threads share the first one's order.
+static ONE: AtomicBool = AtomicBool::new(false);
 /// Other threads have launched something.
 static OTHERS: AtomicBool = AtomicBool::new(false);
 
@@ -92,7 +96,7 @@ pub fn current() -> Arc<ThreadOrder> {
 
 fn make() -> Current {
     static LAST: AtomicU32 = AtomicU32::new(0);
-    if on_gpu() || dispatch_thread::is_main() {
+    if on_gpu() || ONE.load(Ordering::Acquire) || dispatch_thread::is_main() {
         return Current(FIRST.clone());
     }
     OTHERS.store(true, Ordering::Release);
@@ -115,8 +119,11 @@ pub fn adopt(order: Arc<ThreadOrder>) {
     ADOPTED.set(Some(order));
 }
 
-/// The calling thread makes the client.
-pub fn adopt_first() {
+/// The calling thread makes a client, whose user says which orders there are.
+pub fn adopt_first(orders: Orders) {
+    if orders == Orders::One {
+        ONE.store(true, Ordering::Release);
+    }
     static MADE: AtomicBool = AtomicBool::new(false);
     if !MADE.swap(true, Ordering::AcqRel) {
         adopt(first());

@@ -93,7 +93,7 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<Owned<ClientHandle>, Err
     if !on_gpu() {
         leave_out_those_of_gpus(&mut passed_on, world);
     }
-    launch::thread_order::adopt_first();
+    launch::thread_order::adopt_first(config.thread_order);
     let (made, client) = clients::create_inner(rank, size, &passed_on)?;
     ffi::register_all()?;
     clients::add(client);
