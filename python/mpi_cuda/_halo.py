@@ -247,6 +247,9 @@ def _fill_dimension(
         end = x.shape[axis] - high
         up.append(jax.lax.slice_in_dim(x, end - low, end, axis=axis))
         down.append(jax.lax.slice_in_dim(x, low, low + high, axis=axis))
+    # XLA sees by this that nothing but the writes below needs the arrays, once both are read. So it
+    # writes in place, without a copy of each array.
+    up, down = jax.lax.optimization_barrier((up, down))
     if dimension.size == 1:
         from_below, from_above = up, down
     elif dimension.size == 2:
