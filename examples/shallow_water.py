@@ -2,8 +2,8 @@
 
 Nonlinear shallow-water equations on a beta plane, periodic in x, with walls in y; an unstable jet
 as the initial state. The grid is an Arakawa C grid, decomposed in both dimensions; each rank
-exchanges halos with its neighbours by `mpi_cuda.sendrecv`, in token order, inside one jitted loop
-of many steps.
+exchanges halos with its neighbours by `mpi_cuda.halo_exchange`, in token order, inside one jitted
+loop of many steps.
 
     JAX_PLATFORMS=mpi_cuda mpirun -n 4 python examples/shallow_water.py --nx 256 --ny 128 --days 10
 
@@ -70,13 +70,6 @@ class Grid(NamedTuple):
     def own(self) -> tuple[slice, slice]:
         return self.part(self.column, self.row)
 
-    def neighbour(self, columns: int, rows: int):
-        """Rank in that direction: periodic in x, nobody beyond the walls."""
-        row = self.row + rows
-        if not 0 <= row < self.rows:
-            return m.PROC_NULL
-        return row * self.columns + (self.column + columns) % self.columns
-
 
 class Fields(NamedTuple):
     """Velocities and surface height with one halo cell on each side, or their time derivatives
@@ -107,43 +100,10 @@ def decompose(nx: int, ny: int, size: int, rank: int) -> Grid:
 
 def exchange(
     grid: Grid, fields: Sequence[jax.Array], token: jax.Array
-) -> tuple[list[jax.Array], jax.Array]:
-    """Fills the halos of all fields, each side in one message: first in x, then in y with the
-    corners. Beyond a wall a halo stays zero."""
-    fields = list(fields)
-    if grid.columns > 1:
-        east, west = grid.neighbour(1, 0), grid.neighbour(-1, 0)
-        left, token = sendrecv([f[:, -2] for f in fields], west, east, tag=0, token=token)
-        right, token = sendrecv([f[:, 1] for f in fields], east, west, tag=1, token=token)
-    else:
-        left, right = [f[:, -2] for f in fields], [f[:, 1] for f in fields]
-    fields = [
-        put(put(f, COLUMN, 0, a), COLUMN, -1, b)
-        for f, a, b in zip(fields, left, right, strict=True)
-    ]
-    if grid.rows > 1:
-        north, south = grid.neighbour(0, 1), grid.neighbour(0, -1)
-        below, token = sendrecv([f[-2, :] for f in fields], south, north, tag=2, token=token)
-        above, token = sendrecv([f[1, :] for f in fields], north, south, tag=3, token=token)
-        fields = [
-            put(put(f, ROW, 0, a), ROW, -1, b) for f, a, b in zip(fields, below, above, strict=True)
-        ]
-    return fields, token
-
-
-ROW, COLUMN = 0, 1
-
-
-def put(field: jax.Array, axis: int, index: int, edge: jax.Array) -> jax.Array:
-    """The field with another row or column; XLA does it in place, which `at[].set` makes harder."""
-    start = [0, 0]
-    start[axis] = index % field.shape[axis]
-    return jax.lax.dynamic_update_slice(field, jnp.expand_dims(edge, axis), start)
-
-
-def sendrecv(edges: list[jax.Array], source, dest, tag: int, token: jax.Array):
-    x = jnp.stack(edges)
-    return m.sendrecv(x, x, source, dest, sendtag=tag, recvtag=tag, token=token)
+) -> tuple[Sequence[jax.Array], jax.Array]:
+    """Fills the halos of all fields, each side in one message. Halos beyond a wall are kept."""
+    ranks = (grid.rows, grid.columns)
+    return m.halo_exchange(fields, ranks, periodic=(False, True), token=token)
 
 
 def walls(grid: Grid, u: jax.Array, v: jax.Array, h: jax.Array):

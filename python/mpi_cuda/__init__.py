@@ -36,6 +36,7 @@ from mpi_cuda import _library as _library
 from mpi_cuda import experimental, notoken
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
+from mpi_cuda._halo import halo_exchange
 from mpi_cuda._nonblocking import Request, irecv, isend, wait
 from mpi_cuda._operations import (
     allgather,
@@ -135,6 +136,7 @@ __all__ = [
     "experimental",
     "exscan",
     "gather",
+    "halo_exchange",
     "has_cuda_support",
     "has_sycl_support",
     "notoken",

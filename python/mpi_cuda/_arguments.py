@@ -103,7 +103,7 @@ class Status:
         return self._field(1, 3)
 
 
-def _mpi() -> Any:
+def mpi4py() -> Any:
     """mpi4py's MPI module if the user imported it, else None."""
     return sys.modules.get("mpi4py.MPI")
 
@@ -135,7 +135,7 @@ def resolve_comm(comm: Any) -> Comm:
         return world_comm(DEFAULT_NUMBER)
     if isinstance(comm, Comm):
         return comm
-    mpi = _mpi()
+    mpi = mpi4py()
     if mpi is not None and isinstance(comm, mpi.Comm) and comm == mpi.COMM_NULL:
         raise ValueError("comm is COMM_NULL: it was freed, or this rank is not in it")
     if mpi is None or not isinstance(comm, mpi.Intracomm):
@@ -169,7 +169,7 @@ def resolve_op(op: Any) -> Op:
     """
     if isinstance(op, Op):
         return op
-    mpi = _mpi()
+    mpi = mpi4py()
     if mpi is not None and isinstance(op, mpi.Op):
         for name, known in OPS.items():
             if op == getattr(mpi, name):
@@ -200,7 +200,7 @@ def _user_op(mpi: Any, op: Any) -> Op:
     return known
 
 
-def _integer(operation: str, what: str, value: Any) -> int:
+def integer(operation: str, what: str, value: Any) -> int:
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
             f"{operation}: {what} must be a Python integer, got a traced value: pass it through "
@@ -215,7 +215,7 @@ def _integer(operation: str, what: str, value: Any) -> int:
 def _is(value: Any, ours: Constant) -> bool:
     if value is ours:
         return True
-    mpi = _mpi()
+    mpi = mpi4py()
     return mpi is not None and isinstance(value, int) and value == getattr(mpi, ours.name)
 
 
@@ -233,7 +233,7 @@ def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
         return ATTRIBUTE_ANY
     if what != "root" and _is(value, PROC_NULL):
         return ATTRIBUTE_PROC_NULL
-    rank = _integer(operation, what, value)
+    rank = integer(operation, what, value)
     if not 0 <= rank < comm.size:
         if what != "root" and -(2**31) <= rank < 2**31 and not jax_core.is_outside_programs():
             return rank if rank >= 0 else rank - _NEGATIVE
@@ -256,7 +256,7 @@ def resolve_tag(operation: str, what: str, value: Any) -> int:
     """
     if what == "recvtag" and _is(value, ANY_TAG):
         return ATTRIBUTE_ANY
-    tag = _integer(operation, what, value)
+    tag = integer(operation, what, value)
     if tag < 0:
         raise ValueError(f"{operation}: {what} {tag} is negative")
     if tag > _LARGEST_TAG:
@@ -271,7 +271,7 @@ def resolve_status(status: Any) -> int:
     """The number of a status, 0 for none. The object is kept alive: programs refer to it."""
     if status is None:
         return 0
-    mpi = _mpi()
+    mpi = mpi4py()
     if isinstance(status, Status):
         address = ctypes.addressof(status._memory)
     elif mpi is not None and isinstance(status, mpi.Status):

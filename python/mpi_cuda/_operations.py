@@ -35,7 +35,7 @@ def create_token() -> Token:
     return jnp.zeros((), np.int32)
 
 
-def _as_token(token: Any) -> Any:
+def as_token(token: Any) -> Any:
     if token is None or jax_core.is_token(token):
         return np.zeros((), np.int32)
     aval = jax.typeof(token)
@@ -111,7 +111,7 @@ def bind(
         operands.append(template)
     with_token = token is not False
     if with_token:
-        operands.append(_as_token(token))
+        operands.append(as_token(token))
     outs = primitives[name].bind(
         *operands,
         result=None if result is None else Result(tuple(result[0]), np.dtype(narrow or result[1])),

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _library, _nonblocking, _operations
+from mpi_cuda import _halo, _library, _nonblocking, _operations
 
 __all__ = [
     "allgather",
@@ -21,6 +21,7 @@ __all__ = [
     "bcast",
     "exscan",
     "gather",
+    "halo_exchange",
     "irecv",
     "isend",
     "recv",
@@ -68,6 +69,7 @@ barrier = _without_token(_operations.barrier)
 bcast = _without_token(_operations.bcast)
 exscan = _without_token(_operations.exscan)
 gather = _without_token(_operations.gather)
+halo_exchange = _without_token(_halo.halo_exchange)
 irecv = _without_token(_nonblocking.irecv)
 isend = _without_token(_nonblocking.isend)
 recv = _without_token(_operations.recv)
