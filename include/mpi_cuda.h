@@ -260,6 +260,13 @@ void mpi_cuda_shutdown(void);
  * null makes calls of that target fail by name. */
 int mpi_cuda_register_ffi_target(const char *name, void *handler);
 
+/* Registers a function of the custom calls before XLA's FFI (API versions 1 to 3) under a target.
+ * A typed call of that target gets there if its attributes are these three alone:
+ * mpi_cuda.untyped_convention, the API version; mpi_cuda.untyped_is_tuple, 1 if its result is a
+ * tuple, so that the function gets a list of results; mpi_cuda.untyped_opaque, a string of any
+ * bytes. Returns the FFI handler that calls the function, null on error. */
+void *mpi_cuda_register_untyped_target(const char *name, void *function);
+
 /* An array given to a host callback. */
 typedef struct {
   int dtype; /* XLA_FFI_DataType */

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::ptr::NonNull;
 
 use mpi_runtime::engine::recorder::file;
 use mpi_runtime::log;
@@ -528,6 +529,37 @@ pub unsafe extern "C" fn mpi_cuda_register_ffi_target(
         // SAFETY: the caller's name is NUL-terminated.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         ffi::register_foreign(&name, handler).map_or_else(fail, |()| 0)
+    })
+}
+
+/// Registers a function of the custom calls before XLA's FFI under a target name, and has the FFI
+/// handler that calls it; null on error.
+///
+/// # Safety
+/// `name` must be NUL-terminated. `function` must stay, and take what its callers' API version of
+/// custom calls says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_register_untyped_target(
+    name: *const c_char,
+    function: *mut c_void,
+) -> *mut c_void {
+    quiet(std::ptr::null_mut(), || {
+        // SAFETY: the caller's name is NUL-terminated.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        let registered = match NonNull::new(function) {
+            // SAFETY: the caller's promise.
+            Some(function) => unsafe { ffi::register_untyped(&name, function) },
+            None => Err(Error::invalid(format!(
+                "the custom call {name} has no function"
+            ))),
+        };
+        registered.map_or_else(
+            |error| {
+                fail(error);
+                std::ptr::null_mut()
+            },
+            |handler| handler as *mut c_void,
+        )
     })
 }
 

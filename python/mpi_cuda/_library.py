@@ -146,6 +146,10 @@ def _declare(library: ctypes.CDLL) -> None:
         "mpi_cuda_ending": (None, []),
         "mpi_cuda_shutdown": (None, []),
         "mpi_cuda_register_ffi_target": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_void_p]),
+        "mpi_cuda_register_untyped_target": (
+            ctypes.c_void_p,
+            [ctypes.c_char_p, ctypes.c_void_p],
+        ),
         "mpi_cuda_set_trampoline": (None, [ctypes.c_void_p]),
         "mpi_cuda_set_partitioner": (None, [ctypes.c_void_p]),
         "mpi_cuda_each_target": (None, [ctypes.c_void_p]),

@@ -115,16 +115,16 @@ fn log_times(whole: Duration, first: Duration) {
     }
 }
 
-/// XLA's words for what its plugins cannot do, with what to do instead.
+/// XLA's words for a custom call of the interface before FFI that has stayed one, with what to do.
 fn with_remedy(error: Error) -> Error {
     let message = error.to_string();
     if !message.contains("untyped custom call") {
         return error;
     }
     Error::unimplemented(format!(
-        "{message}: a plugin runs typed targets only, which XLA asks for everywhere \
-         (https://docs.jax.dev/en/latest/ffi.html); register it with jax.ffi.register_ffi_target \
-         and api_version=1, or run without the extension that brings it"
+        "{message}: import what registers it before the program is compiled; \
+         jax.ffi.register_ffi_target registers it, with platform=\"cpu\" and api_version=0, or 1 \
+         for a typed target (https://docs.jax.dev/en/latest/ffi.html)"
     ))
 }
 

@@ -55,7 +55,16 @@ pub struct Value<'a> {
     lifetime: PhantomData<&'a ()>,
 }
 
-impl Value<'_> {
+impl<'a> Value<'a> {
+    /// The bytes of a string.
+    pub fn bytes(&self) -> Option<&'a [u8]> {
+        // SAFETY: XLA's value has the type that it says, and is as long as it says.
+        (self.of == XLA_FFI_AttrType_STRING).then(|| unsafe {
+            let span = &*self.raw.cast::<XLA_FFI_ByteSpan>();
+            slice(span.ptr.cast::<u8>(), span.len)
+        })
+    }
+
     fn scalar(&self) -> Option<&XLA_FFI_Scalar> {
         // SAFETY: XLA's value has the type that it says (XLA_FFI_AttrType).
         (self.of == XLA_FFI_AttrType_SCALAR).then(|| unsafe { &*self.raw.cast::<XLA_FFI_Scalar>() })
@@ -113,16 +122,11 @@ impl fmt::Display for Value<'_> {
                 }
             };
         }
+        if let Some(text) = self.bytes() {
+            let shown = &text[..text.len().min(80)];
+            return write!(f, "the string {:?}", String::from_utf8_lossy(shown));
+        }
         match self.of {
-            XLA_FFI_AttrType_STRING => {
-                // SAFETY: XLA's value has the type that it says, and is as long as it says.
-                let text = unsafe {
-                    let span = &*self.raw.cast::<XLA_FFI_ByteSpan>();
-                    slice(span.ptr.cast::<u8>(), span.len)
-                };
-                let shown = &text[..text.len().min(80)];
-                write!(f, "the string {:?}", String::from_utf8_lossy(shown))
-            }
             XLA_FFI_AttrType_ARRAY => {
                 // SAFETY: XLA's value has the type that it says.
                 let array = unsafe { &*self.raw.cast::<XLA_FFI_Array>() };

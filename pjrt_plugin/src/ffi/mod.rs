@@ -18,6 +18,7 @@ mod operations;
 pub mod replica_groups;
 pub mod status;
 pub mod targets;
+mod untyped;
 pub mod user_reductions;
 
 use std::ffi::c_void;
@@ -30,7 +31,7 @@ use crate::error::Error;
 use crate::inner::call::call;
 use crate::inner::{extensions, on_gpu};
 
-pub use forward::register_foreign;
+pub use forward::{register_foreign, register_untyped};
 pub use handler::Handler;
 
 /// Registers what the library itself brings, once.

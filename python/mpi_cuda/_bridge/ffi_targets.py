@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 from mpi_cuda import _library
-from mpi_cuda._jax_patches import custom_calls
+from mpi_cuda._jax_patches import custom_calls, untyped_calls
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
@@ -44,10 +44,11 @@ def _pointer(capsule: Any) -> int | None:
 def _register(name: str, target: Any, api_version: int) -> None:
     if name in OWN or name in MPI4JAX or name.startswith("mpi_cuda_"):
         return
+    if api_version == 0:
+        _register_untyped(name, target)
+        return
     handler: int | None
-    if api_version != 1:
-        handler = None
-    elif isinstance(target, dict):
+    if isinstance(target, dict):
         others = any(
             target.get(stage) is not None for stage in ("instantiate", "prepare", "initialize")
         )
@@ -56,6 +57,13 @@ def _register(name: str, target: Any, api_version: int) -> None:
         handler = _pointer(target)
     if _library.load().mpi_cuda_register_ffi_target(name.encode(), handler):
         raise RuntimeError(_library.last_error())
+
+
+def _register_untyped(name: str, target: Any) -> None:
+    handler = _library.load().mpi_cuda_register_untyped_target(name.encode(), _pointer(target))
+    if handler is None:
+        raise RuntimeError(_library.last_error())
+    untyped_calls.handlers[name] = handler
 
 
 def install() -> None:

@@ -22,6 +22,7 @@ from jax._src.lib import _jax, xla_client
 from jax.interpreters.mlir import ir
 
 from mpi_cuda import _library
+from mpi_cuda._jax_patches import custom_calls, untyped_calls
 from mpi_cuda._jax_patches.effect import CommunicationEffect
 from mpi_cuda._jax_patches.patch import Patch
 
@@ -43,6 +44,8 @@ PATCHES = (
 
 #: An option of jaxlib's XLA: which products are left to a library that an older plugin lacks. None.
 _LIBRARY = ("xla_cpu_experimental_ynn_fusion_type", "")
+#: A row for each of our programs that jaxlib's XLA is partitioning.
+_partitioning: list[None] = []
 #: What the names of all targets for host callbacks contain.
 _CALLBACK = "_python_cpu_callback"
 
@@ -59,20 +62,33 @@ def _partition(program: bytes, options: bytes) -> bytes:
         own.env_option_overrides = [*own.env_option_overrides, *more]
         return client.compile_and_load(program, _jax.DeviceList(tuple(client.devices())), own)
 
+    _partitioning.append(None)
     try:
-        compiled = compiled_with(_LIBRARY)
+        (module,) = _compiled(compiled_with).hlo_modules()
+    finally:
+        _partitioning.pop()
+    return module.as_serialized_hlo_module_proto()
+
+
+def _compiled(compiled_with: Any) -> Any:
+    try:
+        return compiled_with(_LIBRARY)
     except jax.errors.JaxRuntimeError as error:
         # A jaxlib without that option has no such library.
         if _LIBRARY[0] not in str(error):
             raise
-        compiled = compiled_with()
-    (module,) = compiled.hlo_modules()
-    return module.as_serialized_hlo_module_proto()
+        return compiled_with()
+
+
+def _register_targets() -> None:
+    """Tells jaxlib's XLA our targets: it refuses a custom call whose target it does not know."""
+    _register_own_targets()
+    if untyped_calls.handlers:
+        custom_calls.register_with_jaxlib(untyped_calls.handlers)
 
 
 @functools.cache
-def _register_targets() -> None:
-    """Tells jaxlib's XLA our targets: it refuses a custom call whose target it does not know."""
+def _register_own_targets() -> None:
     found: list[tuple[bytes, int]] = []
     pair = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
     visit = pair(lambda name, handler: found.append((name, handler)))
@@ -131,7 +147,7 @@ def _without_callbacks(original: Any) -> Any:
                 "rule of a custom_partitioning, where JAX does not keep it; put it outside of the "
                 "function that is partitioned"
             )
-        return module
+        return untyped_calls.typed(module) if _partitioning else module
 
     return build
 

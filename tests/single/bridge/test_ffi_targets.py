@@ -87,10 +87,3 @@ def test_targets_with_stages_are_refused_by_name(handlers: ctypes.CDLL) -> None:
     jax.ffi.register_ffi_target("test_stages", capsules, platform="cpu")
     with pytest.raises(Exception, match="stages"):
         call("test_stages")
-
-
-def test_untyped_targets_are_refused_with_the_remedy() -> None:
-    x = jnp.arange(3.0)
-    target = jax.ffi.ffi_call("test_untyped", shape_of(x), custom_call_api_version=2)
-    with pytest.raises(Exception, match=r"test_untyped.*register_ffi_target and api_version=1"):
-        jax.jit(target)(x)
