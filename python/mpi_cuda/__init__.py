@@ -49,6 +49,7 @@ from mpi_cuda._operations import (
     sendrecv,
 )
 from mpi_cuda._stop import request_stop, stop_on, stop_requested
+from mpi_cuda._vector import allgatherv, alltoallv, gatherv, scatterv
 
 __version__ = "0.1.0"
 
@@ -120,8 +121,10 @@ __all__ = [
     "Request",
     "Status",
     "allgather",
+    "allgatherv",
     "allreduce",
     "alltoall",
+    "alltoallv",
     "as_comm",
     "barrier",
     "bcast",
@@ -129,6 +132,7 @@ __all__ = [
     "experimental",
     "exscan",
     "gather",
+    "gatherv",
     "has_cuda_support",
     "has_sycl_support",
     "notoken",
@@ -140,6 +144,7 @@ __all__ = [
     "request_stop",
     "scan",
     "scatter",
+    "scatterv",
     "send",
     "sendrecv",
     "stop_on",

@@ -244,6 +244,44 @@ def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
     return rank
 
 
+def resolve_counts(operation: str, what: str, counts: Any, comm: Comm) -> tuple[int, ...]:
+    """The rows of each rank's block.
+
+    Raises:
+      TypeError: they are no static integers.
+      ValueError: they are not one for each rank of `comm`, or one is negative.
+    """
+    if isinstance(counts, jax.core.Tracer):
+        counts = (counts,)
+    try:
+        resolved = tuple(_integer(operation, f"each of {what}", count) for count in counts)
+    except TypeError as error:
+        if str(error).startswith(operation):
+            raise
+        raise TypeError(f"{operation}: {what} must be integers, got {counts!r}") from None
+    where = f"{operation} on rank {comm.rank}: {what} {shown_counts(resolved)}"
+    if len(resolved) != comm.size:
+        raise ValueError(
+            f"{where} has {len(resolved)} numbers, and the communicator {comm.size} ranks: pass "
+            "the rows of each rank's array"
+        )
+    for rank, count in enumerate(resolved):
+        if count < 0:
+            raise ValueError(f"{where} has a negative number for rank {rank}, {count}")
+    if sum(resolved) >= 2**63:
+        raise ValueError(f"{where} has more rows than memory can hold")
+    return resolved
+
+
+def shown_counts(counts: tuple[int, ...]) -> str:
+    """Counts in words; of many the first."""
+    most = 8
+    if len(counts) <= most:
+        return str(counts)
+    first = ", ".join(map(str, counts[:most]))
+    return f"({first}, and {len(counts) - most} more)"
+
+
 _LARGEST_TAG = 2**31 - 1
 
 

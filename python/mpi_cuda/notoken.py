@@ -11,16 +11,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _library, _nonblocking, _operations
+from mpi_cuda import _library, _nonblocking, _operations, _vector
 
 __all__ = [
     "allgather",
+    "allgatherv",
     "allreduce",
     "alltoall",
+    "alltoallv",
     "barrier",
     "bcast",
     "exscan",
     "gather",
+    "gatherv",
     "irecv",
     "isend",
     "recv",
@@ -28,6 +31,7 @@ __all__ = [
     "reduce_scatter",
     "scan",
     "scatter",
+    "scatterv",
     "send",
     "sendrecv",
     "wait",
@@ -62,12 +66,15 @@ def _without_token(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 allgather = _without_token(_operations.allgather)
+allgatherv = _without_token(_vector.allgatherv)
 allreduce = _without_token(_operations.allreduce)
 alltoall = _without_token(_operations.alltoall)
+alltoallv = _without_token(_vector.alltoallv)
 barrier = _without_token(_operations.barrier)
 bcast = _without_token(_operations.bcast)
 exscan = _without_token(_operations.exscan)
 gather = _without_token(_operations.gather)
+gatherv = _without_token(_vector.gatherv)
 irecv = _without_token(_nonblocking.irecv)
 isend = _without_token(_nonblocking.isend)
 recv = _without_token(_operations.recv)
@@ -75,6 +82,7 @@ reduce = _without_token(_operations.reduce)
 reduce_scatter = _without_token(_operations.reduce_scatter)
 scan = _without_token(_operations.scan)
 scatter = _without_token(_operations.scatter)
+scatterv = _without_token(_vector.scatterv)
 send = _without_token(_operations.send)
 sendrecv = _without_token(_operations.sendrecv)
 wait = _without_token(_nonblocking.wait)

@@ -78,7 +78,7 @@ impl Call {
 
 /// Where `count` elements are. Null for none: where they would be may be any address, and some are
 /// no memory to MPI (`MPI_IN_PLACE`, which is 1 in Open MPI, as is Rust's address of no bytes).
-fn place(start: *const c_void, count: i64) -> *const c_void {
+pub(crate) fn place(start: *const c_void, count: i64) -> *const c_void {
     match count {
         0 => std::ptr::null(),
         _ => start,

@@ -32,7 +32,7 @@ fn ranks_in_a_call(op: Checked<'_>) -> i64 {
     }
 }
 
-fn size(op: Checked<'_>) -> c_int {
+pub(crate) fn size(op: Checked<'_>) -> c_int {
     let mut size = 1;
     // SAFETY: the communicator of a checked operation is live.
     unsafe { ffi::MPI_Comm_size(comm_from_bits(op.comm), &mut size) };

@@ -23,6 +23,7 @@ mod messages;
 mod node;
 mod nonblocking;
 mod reduction;
+mod vector;
 mod waiting;
 
 use checked::Checked;

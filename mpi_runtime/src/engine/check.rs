@@ -11,6 +11,8 @@ use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Operation, reduction_name};
 
+mod counts;
+
 /// The operation as the shim executes it, or what is wrong with it.
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failure> {
     let mut shim = ShimOp::new(op.kind, comm.handle);
@@ -61,7 +63,11 @@ pub fn prepare_in(
         check_reduction(reduction, described)?;
         shim.reduction = reduction;
     }
-    (shim.count, shim.recv_count) = counts(op, comm)?;
+    if op.kind.has_counts() {
+        counts::check(shim, op, comm)?;
+    } else {
+        (shim.count, shim.recv_count) = counts(op, comm)?;
+    }
     let is_root = comm.rank == op.root;
     if op.kind.reads(is_root) && op.kind.writes(is_root) {
         check_apart(&op.send, &op.recv)?;
@@ -71,7 +77,7 @@ pub fn prepare_in(
     if !op.kind.writes(is_root) {
         shim.recv = std::ptr::null_mut();
     }
-    if op.kind == Kind::Scatter && !is_root {
+    if matches!(op.kind, Kind::Scatter | Kind::Scatterv) && !is_root {
         shim.send = std::ptr::null_mut();
     }
     Ok(())
@@ -216,6 +222,8 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         Kind::Irecv | Kind::Wait | Kind::WaitSend => (true, (0, 0)),
         Kind::Sendrecv => (true, (send, recv)),
         Kind::Barrier => (true, (0, 0)),
+        // `counts::check`.
+        Kind::Allgatherv | Kind::Gatherv | Kind::Scatterv | Kind::Alltoallv => (true, (0, 0)),
     };
     if fits {
         Ok(counts)

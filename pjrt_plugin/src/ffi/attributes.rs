@@ -55,7 +55,7 @@ pub struct Value<'a> {
     lifetime: PhantomData<&'a ()>,
 }
 
-impl Value<'_> {
+impl<'a> Value<'a> {
     fn scalar(&self) -> Option<&XLA_FFI_Scalar> {
         // SAFETY: XLA's value has the type that it says (XLA_FFI_AttrType).
         (self.of == XLA_FFI_AttrType_SCALAR).then(|| unsafe { &*self.raw.cast::<XLA_FFI_Scalar>() })
@@ -68,6 +68,22 @@ impl Value<'_> {
         // SAFETY: a scalar's value has the width of its type.
         (scalar.dtype == XLA_FFI_DataType_S64)
             .then(|| unsafe { scalar.value.cast::<i64>().read_unaligned() })
+    }
+
+    /// A list of signed integers of 64 bits.
+    pub fn list(&self) -> Option<&'a [i64]> {
+        if self.of != XLA_FFI_AttrType_ARRAY {
+            return None;
+        }
+        // SAFETY: XLA's value has the type that it says.
+        let array = unsafe { &*self.raw.cast::<XLA_FFI_Array>() };
+        let numbers = array.data.cast::<i64>();
+        if array.dtype != XLA_FFI_DataType_S64 || !numbers.is_aligned() {
+            return None;
+        }
+        // SAFETY: an array is as long as it says, of elements of its type, and lives as long as the
+        // call.
+        Some(unsafe { slice(numbers, array.size) })
     }
 
     /// An integer of 32 or 64 bits.
