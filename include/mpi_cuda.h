@@ -54,6 +54,9 @@ extern "C" {
  *                        elsewhere                  comm, counts, root
  *   mpi_cuda_irecv       x, empty, tells the dtype -> u32[]    comm, source, recvtag
  *   mpi_cuda_isend       x -> u32[]                 comm, dest, tag
+ *   mpi_cuda_neighbor_allgather  x -> y (sources, *x)    comm, sources, destinations
+ *   mpi_cuda_neighbor_alltoall   x (destinations, ...) -> y (sources, ...)
+ *                                                   comm, sources, destinations
  *   mpi_cuda_recv        none -> y                  comm, source, recvtag, status
  *   mpi_cuda_reduce      x -> y as x                comm, op, root
  *   mpi_cuda_reduce_scatter  x (size, *y) -> y      comm, op
@@ -65,6 +68,10 @@ extern "C" {
  *   mpi_cuda_sendrecv    x -> y                     comm, dest, tag, source, recvtag, status
  *   mpi_cuda_wait        u32[] of an irecv -> y     comm, status
  *   mpi_cuda_wait_send   u32[] of an isend -> none  comm
+ *
+ * sources and destinations are how many ranks this one receives from and sends to in the topology
+ * of the communicator, which is one of the user's (MPI 4.0, section 8.6). y is 0 where there is
+ * none.
  *
  * The u32[] of an irecv or isend names the message until it is waited for, once;
  * mpi_cuda_shutdown() completes what was sent.

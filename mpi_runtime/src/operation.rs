@@ -31,6 +31,10 @@ pub struct Operation<'a> {
     pub counts: &'a [i64],
     /// Of `Alltoallv`, else empty: the rows that this rank receives from each.
     pub recv_counts: &'a [i64],
+    /// Of the kinds of neighbourhoods: how many ranks this one receives from.
+    pub sources: i32,
+    /// The same of those that it sends to.
+    pub destinations: i32,
     /// Reduction, of the reducing kinds.
     pub reduction: Option<Reduction>,
     /// Handle of the user's own reduction, for [`Reduction::User`].
@@ -64,6 +68,8 @@ impl<'a> Operation<'a> {
             recv,
             counts: &[],
             recv_counts: &[],
+            sources: 0,
+            destinations: 0,
             reduction: None,
             user_reduction: 0,
             root: 0,
@@ -97,6 +103,8 @@ impl<'a> Operation<'a> {
             kind,
             of,
             comm,
+            sources,
+            destinations,
             reduction,
             user_reduction,
             root,
@@ -117,6 +125,8 @@ impl<'a> Operation<'a> {
             recv: none(&self.recv),
             counts: &[],
             recv_counts: &[],
+            sources,
+            destinations,
             reduction,
             user_reduction,
             root,
@@ -190,6 +200,10 @@ impl fmt::Display for Operation<'_> {
             write!(f, " with send_counts {sent} and recv_counts {received}")?;
         } else if !self.counts.is_empty() {
             write!(f, " with counts {}", CountWords(self.counts))?;
+        }
+        if self.kind.has_neighbors() {
+            let (from, to) = (self.sources, self.destinations);
+            write!(f, " from {from} neighbours and to {to}")?;
         }
         if self.kind.sends() {
             write!(

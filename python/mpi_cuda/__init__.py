@@ -30,6 +30,7 @@ from mpi_cuda import _library as _library
 from mpi_cuda import experimental, notoken
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
+from mpi_cuda._neighbors import neighbor_allgather, neighbor_alltoall
 from mpi_cuda._nonblocking import Request, irecv, isend, wait
 from mpi_cuda._operations import (
     allgather,
@@ -47,6 +48,7 @@ from mpi_cuda._operations import (
     scatter,
     send,
     sendrecv,
+    sendrecv_replace,
 )
 from mpi_cuda._stop import request_stop, stop_on, stop_requested
 from mpi_cuda._vector import allgatherv, alltoallv, gatherv, scatterv
@@ -138,6 +140,8 @@ __all__ = [
     "notoken",
     "irecv",
     "isend",
+    "neighbor_allgather",
+    "neighbor_alltoall",
     "recv",
     "reduce",
     "reduce_scatter",
@@ -147,6 +151,7 @@ __all__ = [
     "scatterv",
     "send",
     "sendrecv",
+    "sendrecv_replace",
     "stop_on",
     "stop_requested",
     "wait",

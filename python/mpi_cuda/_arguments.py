@@ -121,7 +121,32 @@ def world_comm(number: int) -> Comm:
     return Comm(number, 0, 1) if number == SELF_NUMBER else Comm(number, world.rank, world.size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The neighbours of this rank; None where a Cartesian topology has none."""
+
+    sources: tuple[int | None, ...]
+    destinations: tuple[int | None, ...]
+    is_cartesian: bool
+
+
 _registered: dict[int, Comm] = {}
+_topologies: dict[int, Topology] = {}
+
+
+def _note_topology(mpi: Any, comm: Any, number: int) -> None:
+    if number not in _topologies and isinstance(comm, mpi.Topocomm):
+        sources, destinations = (
+            tuple(None if rank == mpi.PROC_NULL else rank for rank in edges)
+            for edges in (comm.inedges, comm.outedges)
+        )
+        is_cartesian = isinstance(comm, mpi.Cartcomm)
+        _topologies[number] = Topology(sources, destinations, is_cartesian)
+
+
+def known_topology(number: int) -> Topology | None:
+    """That of a communicator by its number, if it has one."""
+    return _topologies.get(number)
 
 
 def resolve_comm(comm: Any) -> Comm:
@@ -152,6 +177,7 @@ def resolve_comm(comm: Any) -> Comm:
     )
     if number < 0:
         raise RuntimeError(_library.last_error())
+    _note_topology(mpi, comm, number)
     return _registered.setdefault(number, Comm(number, rank.value, size.value))
 
 

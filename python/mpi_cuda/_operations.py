@@ -495,12 +495,60 @@ def sendrecv(
     Returns:
       Array of the shape and dtype of `recvbuf`, and a token.
     """
-    x, template, where = jnp.asarray(sendbuf), template_of(recvbuf), _arguments.resolve_comm(comm)
+    x, tags = jnp.asarray(sendbuf), (sendtag, recvtag)
+    return _exchange("sendrecv", x, template_of(recvbuf), source, dest, tags, comm, status, token)
+
+
+def sendrecv_replace(
+    x: Any,
+    source: Any,
+    dest: int,
+    *,
+    sendtag: int = 0,
+    recvtag: Any = ANY_TAG,
+    comm: Any = None,
+    status: Any = None,
+    token: Any = None,
+) -> tuple[Array, Token]:
+    """Sends `x`, and receives a message like it in its place (MPI 4.0, section 3.11).
+
+    It is `sendrecv` of `x` into `x`: arrays of JAX are not written to, and what is received is a
+    new one. Can be differentiated: the transpose sends the other way.
+
+    Args:
+      x: array or scalar to send; what is received has its shape and dtype.
+      source: rank to receive from, or ANY_SOURCE. From PROC_NULL one receives zeros.
+      dest: rank to send to; to PROC_NULL nothing is sent.
+      sendtag: tag of the message sent.
+      recvtag: tag of the message received, or ANY_TAG.
+      comm: communicator; None is a private one of all ranks.
+      status: `MPI.Status` or `mpi_cuda.Status`, filled when the call returns.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `x`, and a token.
+    """
+    x, tags = jnp.asarray(x), (sendtag, recvtag)
+    return _exchange("sendrecv_replace", x, x, source, dest, tags, comm, status, token)
+
+
+def _exchange(
+    name: str,
+    x: Any,
+    template: Any,
+    source: Any,
+    dest: int,
+    tags: tuple[int, Any],
+    comm: Any,
+    status: Any,
+    token: Any,
+) -> tuple[Array, Token]:
+    where = _arguments.resolve_comm(comm)
     attributes: dict[str, Any] = {
-        "source": _arguments.resolve_rank("sendrecv", "source", source, where),
-        "dest": _arguments.resolve_rank("sendrecv", "dest", dest, where),
-        "tag": _arguments.resolve_tag("sendrecv", "tag", sendtag),
-        "recvtag": _arguments.resolve_tag("sendrecv", "recvtag", recvtag),
+        "source": _arguments.resolve_rank(name, "source", source, where),
+        "dest": _arguments.resolve_rank(name, "dest", dest, where),
+        "tag": _arguments.resolve_tag(name, "tag", tags[0]),
+        "recvtag": _arguments.resolve_tag(name, "recvtag", tags[1]),
         "status": _arguments.resolve_status(status),
     }
     result = (template.shape, template.dtype)

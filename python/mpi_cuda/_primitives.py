@@ -70,6 +70,8 @@ RULES = {
     "alltoallv": Rule(operand=1, result=1),
     "gatherv": Rule(operand=1, result=1),
     "scatterv": Rule(operand=1, result=1),
+    "neighbor_allgather": Rule(result=1),
+    "neighbor_alltoall": Rule(operand=1, result=1),
 }
 
 # They have derivatives (`_derivatives`).
@@ -78,6 +80,7 @@ LINEAR = frozenset(
         *("allgather", "allreduce", "alltoall", "bcast", "exscan", "gather", "reduce"),
         *("reduce_scatter", "scan", "scatter", "sendrecv"),
         *("allgatherv", "alltoallv", "gatherv", "scatterv"),
+        *("neighbor_allgather", "neighbor_alltoall"),
     )
 )
 SUM_NUMBER = OPS["SUM"].number

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _library, _nonblocking, _operations, _vector
+from mpi_cuda import _library, _neighbors, _nonblocking, _operations, _vector
 
 __all__ = [
     "allgather",
@@ -26,6 +26,8 @@ __all__ = [
     "gatherv",
     "irecv",
     "isend",
+    "neighbor_allgather",
+    "neighbor_alltoall",
     "recv",
     "reduce",
     "reduce_scatter",
@@ -34,6 +36,7 @@ __all__ = [
     "scatterv",
     "send",
     "sendrecv",
+    "sendrecv_replace",
     "wait",
 ]
 
@@ -77,6 +80,8 @@ gather = _without_token(_operations.gather)
 gatherv = _without_token(_vector.gatherv)
 irecv = _without_token(_nonblocking.irecv)
 isend = _without_token(_nonblocking.isend)
+neighbor_allgather = _without_token(_neighbors.neighbor_allgather)
+neighbor_alltoall = _without_token(_neighbors.neighbor_alltoall)
 recv = _without_token(_operations.recv)
 reduce = _without_token(_operations.reduce)
 reduce_scatter = _without_token(_operations.reduce_scatter)
@@ -85,4 +90,5 @@ scatter = _without_token(_operations.scatter)
 scatterv = _without_token(_vector.scatterv)
 send = _without_token(_operations.send)
 sendrecv = _without_token(_operations.sendrecv)
+sendrecv_replace = _without_token(_operations.sendrecv_replace)
 wait = _without_token(_nonblocking.wait)

@@ -48,6 +48,8 @@ enum Trait {
     Receives = 8,
     /// It has a block for each rank, of a length of its own.
     Counts = 16,
+    /// Each rank exchanges with its neighbours alone, in the topology of the communicator.
+    Neighbors = 32,
 }
 
 struct Row {
@@ -113,6 +115,9 @@ kinds! {
     Gatherv = "gatherv", Collective, All, Root, [Counts];
     Scatterv = "scatterv", Collective, Root, All, [Counts];
     Alltoallv = "alltoallv", Collective, All, All, [Counts];
+    // Those of neighbourhoods.
+    NeighborAllgather = "neighbor_allgather", Collective, All, All, [Blocks, Neighbors];
+    NeighborAlltoall = "neighbor_alltoall", Collective, All, All, [Blocks, Neighbors];
 }
 
 /// A set of kinds, a bit for each: asked on the path of every operation, where the table is not.
@@ -247,6 +252,13 @@ impl Kind {
         SET.has(self)
     }
 
+    /// It is between neighbours in the topology of the communicator (MPI 4.0, section 8.6).
+    #[inline]
+    pub const fn has_neighbors(self) -> bool {
+        const SET: Set = Set::with(Trait::Neighbors);
+        SET.has(self)
+    }
+
     /// One rank differs from the others.
     #[inline]
     pub const fn has_root(self) -> bool {
@@ -323,8 +335,10 @@ mod tests {
         assert_eq!(names(Kind::is_end), "wait wait_send");
         let reducing = "allreduce reduce scan exscan reduce_scatter";
         assert_eq!(names(Kind::reduces), reducing);
+        let neighbors = "neighbor_allgather neighbor_alltoall";
         let blocks = "allgather alltoall gather scatter reduce_scatter";
-        assert_eq!(names(Kind::has_blocks), blocks);
+        assert_eq!(names(Kind::has_neighbors), neighbors);
+        assert_eq!(names(Kind::has_blocks), format!("{blocks} {neighbors}"));
         let counts = "allgatherv gatherv scatterv alltoallv";
         assert_eq!(names(Kind::has_counts), counts);
         assert_eq!(names(|kind| !kind.has_operand()), "barrier recv");

@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 17;
+pub const ABI_VERSION: u32 = 18;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -142,6 +142,11 @@ pub struct ShimOp {
     pub row: i64,
     /// Of `Alltoallv`: 1 if it must go in parts, the same on all ranks.
     pub in_parts: c_int,
+    /// Of the kinds of neighbourhoods: how many ranks this one receives from, for which there is
+    /// room. The communicator's topology must have as many.
+    pub sources: c_int,
+    /// The same of those that it sends to.
+    pub destinations: c_int,
     /// Root, of the kinds that have one.
     pub root: i32,
     /// Destination of a message, or `PROC_NULL`.
@@ -183,6 +188,8 @@ impl ShimOp {
             recv_counts: std::ptr::null(),
             row: 0,
             in_parts: 0,
+            sources: 0,
+            destinations: 0,
             root: 0,
             dest: PROC_NULL,
             source: PROC_NULL,

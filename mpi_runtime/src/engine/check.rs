@@ -35,6 +35,8 @@ pub fn prepare_in(
         root: op.root,
         dest: op.dest,
         source: op.source,
+        sources: op.sources,
+        destinations: op.destinations,
         send_tag: op.send_tag,
         recv_tag: op.recv_tag,
         send: op.send.data(),
@@ -222,6 +224,7 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         Kind::Irecv | Kind::Wait | Kind::WaitSend => (true, (0, 0)),
         Kind::Sendrecv => (true, (send, recv)),
         Kind::Barrier => (true, (0, 0)),
+        Kind::NeighborAllgather | Kind::NeighborAlltoall => return of_neighbors(op),
         // `counts::check`.
         Kind::Allgatherv | Kind::Gatherv | Kind::Scatterv | Kind::Alltoallv => (true, (0, 0)),
     };
@@ -234,6 +237,38 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         )
         .into())
     }
+}
+
+/// Elements for each neighbour.
+fn of_neighbors(op: &Operation<'_>) -> Result<(i64, i64), Failure> {
+    let (sent, received) = (op.send.shape(), op.recv.shape());
+    let (sources, destinations) = (i64::from(op.sources), i64::from(op.destinations));
+    let block = match op.kind {
+        Kind::NeighborAllgather => sent,
+        _ => sent.get(1..).unwrap_or_default(),
+    };
+    let has =
+        |shape: &[i64], blocks: i64| shape.split_first() == Some((&blocks, block)) && blocks >= 0;
+    let fits = op.kind == Kind::NeighborAllgather || has(sent, destinations);
+    if !fits || !has(received, sources) {
+        return Err(format!(
+            "the operand is {} and the result {}, which does not fit {sources} neighbours to \
+             receive from and {destinations} to send to",
+            op.send, op.recv
+        )
+        .into());
+    }
+    let product = block
+        .iter()
+        .try_fold(1i64, |all, &one| all.checked_mul(one));
+    let elements = match block.contains(&0) {
+        true => Some(0),
+        false => product,
+    };
+    let elements = elements.filter(|elements| elements.checked_mul(16).is_some());
+    elements
+        .map(|elements| (elements, elements))
+        .ok_or_else(|| format!("no memory can hold a block of {}", op.send).into())
 }
 
 #[cfg(test)]

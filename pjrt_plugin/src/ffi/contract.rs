@@ -82,7 +82,19 @@ macro_rules! fields {
     };
 }
 fields!(
-    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program, Place, Type
+    Comm,
+    Op,
+    Peer,
+    Source,
+    SendTag,
+    RecvTag,
+    Status,
+    Table,
+    Program,
+    Place,
+    Type,
+    Sources,
+    Destinations
 );
 
 /// Attributes that are lists of numbers.

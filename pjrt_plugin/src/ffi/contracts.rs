@@ -16,7 +16,7 @@ pub const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 /// Ours, in the order of the kinds of operations.
 #[rustfmt::skip]
-pub static OURS: [Contract; 22] = public([
+pub static OURS: [Contract; 24] = public([
     //    target                     operand  result   attributes
     exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE, TYPE]),
     exact("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
@@ -42,6 +42,8 @@ pub static OURS: [Contract; 22] = public([
     exact("mpi_cuda_scatterv",       Array,   Like,    &[COMM, COUNTS, PLACE, ROOT, TYPE]),
     exact("mpi_cuda_alltoallv",      Array,   Like,    &[COMM, PLACE, RECV_COUNTS, SEND_COUNTS,
                                                          TYPE]),
+    exact("mpi_cuda_neighbor_allgather", Array, Like,  &[COMM, DESTINATIONS, PLACE, SOURCES, TYPE]),
+    exact("mpi_cuda_neighbor_alltoall", Array, Like,   &[COMM, DESTINATIONS, PLACE, SOURCES, TYPE]),
 ]);
 
 /// mpi4jax's, in the order of the kinds of operations. It passes each of its attributes, of which
@@ -119,6 +121,8 @@ const TAG: Attribute = value("tag", Field::SendTag, 0);
 const RECVTAG: Attribute = value("recvtag", Field::RecvTag, ATTRIBUTE_ANY);
 const TYPE: Attribute = value("type", Field::Type, 0);
 const STATUS: Attribute = value("status", Field::Status, 0);
+const SOURCES: Attribute = value("sources", Field::Sources, 0);
+const DESTINATIONS: Attribute = value("destinations", Field::Destinations, 0);
 const COUNTS: Attribute = list("counts", List::Counts);
 const SEND_COUNTS: Attribute = list("send_counts", List::Counts);
 const RECV_COUNTS: Attribute = list("recv_counts", List::RecvCounts);

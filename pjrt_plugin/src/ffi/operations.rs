@@ -36,7 +36,7 @@ macro_rules! handlers {
 pub const HANDLERS: &[(Kind, Handler)] = handlers!(
     Ours: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
     Sendrecv, Exscan, ReduceScatter, Isend, Irecv, Wait, WaitSend, Allgatherv, Gatherv, Scatterv,
-    Alltoallv
+    Alltoallv, NeighborAllgather, NeighborAlltoall
 );
 
 /// The handlers of mpi4jax's targets.
@@ -154,6 +154,8 @@ fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), E
         of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
         counts: values.list(List::Counts),
         recv_counts: values.list(List::RecvCounts),
+        sources: small(values.get(Field::Sources), "sources")?,
+        destinations: small(values.get(Field::Destinations), "destinations")?,
         reduction: reduction.map(|(reduction, _)| reduction),
         user_reduction: reduction.map_or(0, |(_, handle)| handle),
         root: if kind.has_root() { peer } else { 0 },

@@ -111,6 +111,10 @@ def same_everywhere(name: str, eqn: Any) -> tuple[str, int] | None:
     if counts is not None:
         row = eqn.invars[0].aval
         return (str(row.dtype), sum(counts) * math.prod(row.shape[1:]))
+    if name == "neighbor_alltoall":
+        # A rank may have more neighbours than another.
+        block = eqn.invars[0].aval
+        return (str(block.dtype), math.prod(block.shape[1:]))
     # The root of a scatter passes more, and that of a gather gets more.
     arrays = eqn.outvars if name == "scatter" else eqn.invars
     return (str(arrays[0].aval.dtype), arrays[0].aval.size)

@@ -64,6 +64,7 @@ OPERATIONS: dict[str, tuple[Callable, tuple[int, ...]]] = {
         (sum(COUNTS) if RANK == 0 else COUNTS[RANK], 2),
     ),
     "send, recv": (send_and_receive, (2, 2)),
+    "sendrecv_replace": (lambda x: nt.sendrecv_replace(x, PREVIOUS, NEXT), (3, 2)),
     "sendrecv": (lambda x: nt.sendrecv(x, x, PREVIOUS, NEXT), (3, 2)),
 }
 

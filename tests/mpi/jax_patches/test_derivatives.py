@@ -52,6 +52,7 @@ LINEAR = {
     ),
     "send and recv": (around, (3,)),
     "sendrecv": (lambda x: nt.sendrecv(x, x, PREVIOUS, NEXT, sendtag=1, recvtag=1), (3,)),
+    "sendrecv_replace": (lambda x: nt.sendrecv_replace(x, PREVIOUS, NEXT), (3,)),
     "sendrecv at ends": (
         lambda x: nt.sendrecv(
             x,

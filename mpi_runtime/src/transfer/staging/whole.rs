@@ -1,6 +1,6 @@
 //! Operations that go through the host as a whole: messages whose start and end are separate
 //! operations, since the engine keeps their data in memory of the host; and collectives whose
-//! blocks differ in length.
+//! blocks differ in length or number.
 
 #![forbid(unsafe_code)]
 
