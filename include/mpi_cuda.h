@@ -27,10 +27,12 @@ extern "C" {
  * Targets that begin with mpi_cuda_collective_ are the library's own: they stand in programs for
  * several devices.
  *
- * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits. What does not fit is
- * refused by name when the call is executed: an attribute that the target does not have or that is
- * no such integer, an operand or result more or less, and a result y of another type than x except
- * for mpi_cuda_recv, mpi_cuda_sendrecv and mpi_cuda_wait.
+ * Arrays are dense and row-major. Attributes are integers of 32 or 64 bits; counts, send_counts and
+ * recv_counts are arrays of int64 with a number for each rank: the rows of its block along the
+ * leading dimension. counts is the same on all ranks. What does not fit is refused by name when the
+ * call is executed: an attribute that the target does not have or that is none such, an operand or
+ * result more or less, and a result y of another type than x except for mpi_cuda_recv,
+ * mpi_cuda_sendrecv and mpi_cuda_wait.
  *
  * mpi4jax's targets (0.9: mpi_allreduce_ffi and so on) are served too, with mpi4jax's attributes,
  * which are integers of 64 bits: those that say what an array has (nitems, dtype and the like) may
@@ -39,23 +41,37 @@ extern "C" {
  *
  *   target               data operand -> result     attributes
  *   mpi_cuda_allgather   x -> y (size, *x)          comm
+ *   mpi_cuda_allgatherv  x (counts[rank], ...) -> y (sum of counts, ...)  comm, counts
  *   mpi_cuda_allreduce   x -> y as x                comm, op
  *   mpi_cuda_alltoall    x (size, ...) -> y as x    comm
+ *   mpi_cuda_alltoallv   x (sum of send_counts, ...) -> y (sum of recv_counts, ...)
+ *                                                   comm, send_counts, recv_counts
  *   mpi_cuda_barrier     none                       comm
  *   mpi_cuda_bcast       x -> y as x                comm, root
  *   mpi_cuda_exscan      x -> y as x                comm, op
  *   mpi_cuda_gather      x -> y (size, *x) on the root, as x elsewhere    comm, root
+ *   mpi_cuda_gatherv     x (counts[rank], ...) -> y (sum of counts, ...) on the root, as x
+ *                        elsewhere                  comm, counts, root
  *   mpi_cuda_irecv       x, empty, tells the dtype -> u32[]    comm, source, recvtag
  *   mpi_cuda_isend       x -> u32[]                 comm, dest, tag
+ *   mpi_cuda_neighbor_allgather  x -> y (sources, *x)    comm, sources, destinations
+ *   mpi_cuda_neighbor_alltoall   x (destinations, ...) -> y (sources, ...)
+ *                                                   comm, sources, destinations
  *   mpi_cuda_recv        none -> y                  comm, source, recvtag, status
  *   mpi_cuda_reduce      x -> y as x                comm, op, root
  *   mpi_cuda_reduce_scatter  x (size, *y) -> y      comm, op
  *   mpi_cuda_scan        x -> y as x                comm, op
  *   mpi_cuda_scatter     x (size, *y) on the root, as y elsewhere -> y    comm, root
+ *   mpi_cuda_scatterv    x (sum of counts, ...) on the root, as y elsewhere
+ *                        -> y (counts[rank], ...)   comm, counts, root
  *   mpi_cuda_send        x -> none                  comm, dest, tag
  *   mpi_cuda_sendrecv    x -> y                     comm, dest, tag, source, recvtag, status
  *   mpi_cuda_wait        u32[] of an irecv -> y     comm, status
  *   mpi_cuda_wait_send   u32[] of an isend -> none  comm
+ *
+ * sources and destinations are how many ranks this one receives from and sends to in the topology
+ * of the communicator, which is one of the user's (MPI 4.0, section 8.6). y is 0 where there is
+ * none.
  *
  * The u32[] of an irecv or isend names the message until it is waited for, once;
  * mpi_cuda_shutdown() completes what was sent.

@@ -26,6 +26,15 @@ pub struct Operation<'a> {
     pub send: Buffer<'a>,
     /// Where this rank's result goes.
     pub recv: Buffer<'a>,
+    /// Of the kinds with counts, else empty: along the leading dimension, the rows of each rank's
+    /// block; of `Alltoallv` those that this rank sends to each.
+    pub counts: &'a [i64],
+    /// Of `Alltoallv`, else empty: the rows that this rank receives from each.
+    pub recv_counts: &'a [i64],
+    /// Of the kinds of neighbourhoods: how many ranks this one receives from.
+    pub sources: i32,
+    /// The same of those that it sends to.
+    pub destinations: i32,
     /// Reduction, of the reducing kinds.
     pub reduction: Option<Reduction>,
     /// Handle of the user's own reduction, for [`Reduction::User`].
@@ -57,6 +66,10 @@ impl<'a> Operation<'a> {
             comm,
             send,
             recv,
+            counts: &[],
+            recv_counts: &[],
+            sources: 0,
+            destinations: 0,
             reduction: None,
             user_reduction: 0,
             root: 0,
@@ -90,6 +103,8 @@ impl<'a> Operation<'a> {
             kind,
             of,
             comm,
+            sources,
+            destinations,
             reduction,
             user_reduction,
             root,
@@ -108,6 +123,10 @@ impl<'a> Operation<'a> {
             comm,
             send: none(&self.send),
             recv: none(&self.recv),
+            counts: &[],
+            recv_counts: &[],
+            sources,
+            destinations,
             reduction,
             user_reduction,
             root,
@@ -176,6 +195,16 @@ impl fmt::Display for Operation<'_> {
         if let Some(reduction) = self.reduction {
             write!(f, " with {}", reduction_name(reduction))?;
         }
+        if !self.recv_counts.is_empty() {
+            let (sent, received) = (CountWords(self.counts), CountWords(self.recv_counts));
+            write!(f, " with send_counts {sent} and recv_counts {received}")?;
+        } else if !self.counts.is_empty() {
+            write!(f, " with counts {}", CountWords(self.counts))?;
+        }
+        if self.kind.has_neighbors() {
+            let (from, to) = (self.sources, self.destinations);
+            write!(f, " from {from} neighbours and to {to}")?;
+        }
         if self.kind.sends() {
             write!(
                 f,
@@ -195,6 +224,24 @@ impl fmt::Display for Operation<'_> {
             write!(f, " with root {}", self.root)?;
         }
         Ok(())
+    }
+}
+
+/// How many counts are shown.
+const SHOWN: usize = 8;
+
+/// Counts in words: `(3, 0, 5)`, and of many the first.
+pub(crate) struct CountWords<'a>(pub(crate) &'a [i64]);
+
+impl fmt::Display for CountWords<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: Vec<String> = self.0.iter().take(SHOWN).map(i64::to_string).collect();
+        write!(f, "({}", shown.join(", "))?;
+        match self.0.len() {
+            length if length > SHOWN => write!(f, ", and {} more)", length - SHOWN),
+            1 => f.write_str(",)"),
+            _ => f.write_str(")"),
+        }
     }
 }
 
@@ -247,6 +294,16 @@ mod tests {
         assert_eq!(
             recv.to_string(),
             "recv into float32[3,4] from rank ANY_SOURCE with tag ANY_TAG"
+        );
+        let counts = [1, 2, 0, 3, 4, 5, 6, 7, 8];
+        let gatherv = Operation {
+            kind: Kind::Gatherv,
+            counts: &counts,
+            ..send
+        };
+        assert_eq!(
+            gatherv.to_string(),
+            "gatherv of float32[3,4] with counts (1, 2, 0, 3, 4, 5, 6, 7, and 1 more) with root 0"
         );
         let foreign = Operation {
             of: Some("mpi4jax's"),

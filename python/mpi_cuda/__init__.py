@@ -37,6 +37,7 @@ from mpi_cuda import experimental, notoken
 from mpi_cuda._arguments import ANY_SOURCE, ANY_TAG, OPS, PROC_NULL, Comm, Op, Status
 from mpi_cuda._arguments import resolve_comm as as_comm
 from mpi_cuda._halo import halo_exchange
+from mpi_cuda._neighbors import neighbor_allgather, neighbor_alltoall
 from mpi_cuda._nonblocking import Request, irecv, isend, wait
 from mpi_cuda._operations import (
     allgather,
@@ -54,8 +55,10 @@ from mpi_cuda._operations import (
     scatter,
     send,
     sendrecv,
+    sendrecv_replace,
 )
 from mpi_cuda._stop import request_stop, stop_on, stop_requested
+from mpi_cuda._vector import allgatherv, alltoallv, gatherv, scatterv
 
 __version__ = "0.1.0"
 
@@ -127,8 +130,10 @@ __all__ = [
     "Request",
     "Status",
     "allgather",
+    "allgatherv",
     "allreduce",
     "alltoall",
+    "alltoallv",
     "as_comm",
     "barrier",
     "bcast",
@@ -136,20 +141,25 @@ __all__ = [
     "experimental",
     "exscan",
     "gather",
+    "gatherv",
     "halo_exchange",
     "has_cuda_support",
     "has_sycl_support",
     "notoken",
     "irecv",
     "isend",
+    "neighbor_allgather",
+    "neighbor_alltoall",
     "recv",
     "reduce",
     "reduce_scatter",
     "request_stop",
     "scan",
     "scatter",
+    "scatterv",
     "send",
     "sendrecv",
+    "sendrecv_replace",
     "stop_on",
     "stop_requested",
     "wait",

@@ -121,7 +121,32 @@ def world_comm(number: int) -> Comm:
     return Comm(number, 0, 1) if number == SELF_NUMBER else Comm(number, world.rank, world.size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The neighbours of this rank; None where a Cartesian topology has none."""
+
+    sources: tuple[int | None, ...]
+    destinations: tuple[int | None, ...]
+    is_cartesian: bool
+
+
 _registered: dict[int, Comm] = {}
+_topologies: dict[int, Topology] = {}
+
+
+def _note_topology(mpi: Any, comm: Any, number: int) -> None:
+    if number not in _topologies and isinstance(comm, mpi.Topocomm):
+        sources, destinations = (
+            tuple(None if rank == mpi.PROC_NULL else rank for rank in edges)
+            for edges in (comm.inedges, comm.outedges)
+        )
+        is_cartesian = isinstance(comm, mpi.Cartcomm)
+        _topologies[number] = Topology(sources, destinations, is_cartesian)
+
+
+def known_topology(number: int) -> Topology | None:
+    """That of a communicator by its number, if it has one."""
+    return _topologies.get(number)
 
 
 def resolve_comm(comm: Any) -> Comm:
@@ -152,6 +177,7 @@ def resolve_comm(comm: Any) -> Comm:
     )
     if number < 0:
         raise RuntimeError(_library.last_error())
+    _note_topology(mpi, comm, number)
     return _registered.setdefault(number, Comm(number, rank.value, size.value))
 
 
@@ -242,6 +268,44 @@ def resolve_rank(operation: str, what: str, value: Any, comm: Comm) -> int:
             f"which has 0 to {comm.size - 1}"
         )
     return rank
+
+
+def resolve_counts(operation: str, what: str, counts: Any, comm: Comm) -> tuple[int, ...]:
+    """The rows of each rank's block.
+
+    Raises:
+      TypeError: they are no static integers.
+      ValueError: they are not one for each rank of `comm`, or one is negative.
+    """
+    if isinstance(counts, jax.core.Tracer):
+        counts = (counts,)
+    try:
+        resolved = tuple(integer(operation, f"each of {what}", count) for count in counts)
+    except TypeError as error:
+        if str(error).startswith(operation):
+            raise
+        raise TypeError(f"{operation}: {what} must be integers, got {counts!r}") from None
+    where = f"{operation} on rank {comm.rank}: {what} {shown_counts(resolved)}"
+    if len(resolved) != comm.size:
+        raise ValueError(
+            f"{where} has {len(resolved)} numbers, and the communicator {comm.size} ranks: pass "
+            "the rows of each rank's array"
+        )
+    for rank, count in enumerate(resolved):
+        if count < 0:
+            raise ValueError(f"{where} has a negative number for rank {rank}, {count}")
+    if sum(resolved) >= 2**63:
+        raise ValueError(f"{where} has more rows than memory can hold")
+    return resolved
+
+
+def shown_counts(counts: tuple[int, ...]) -> str:
+    """Counts in words; of many the first."""
+    most = 8
+    if len(counts) <= most:
+        return str(counts)
+    first = ", ".join(map(str, counts[:most]))
+    return f"({first}, and {len(counts) - most} more)"
 
 
 _LARGEST_TAG = 2**31 - 1

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import ad, batching, mlir
 
-from mpi_cuda import _operations
-from mpi_cuda._arguments import OPS, Comm, known_comm
+from mpi_cuda import _neighbors, _operations, _vector
+from mpi_cuda._arguments import OPS, Comm, known_comm, known_topology
 from mpi_cuda._jax_patches import linear
 from mpi_cuda._jax_patches.effect import effect
 from mpi_cuda._library import ATTRIBUTE_ANY
@@ -101,6 +102,48 @@ def _scatter(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
     return back if comm.rank == root else linear.nothing(back, x.shape, x.dtype)
 
 
+def _allgatherv(ct: Any, x: Any, comm: Comm, attributes: dict[str, Any]) -> Any:
+    counts, size = attributes["counts"], comm.size
+    own = (counts[comm.rank],) * size
+    parts = _vector.alltoallv(ct, counts, own, comm=comm, token=False)[0]
+    return parts.reshape((size, own[0], *ct.shape[1:])).sum(axis=0, dtype=x.dtype)
+
+
+def _alltoallv(ct: Any, x: Any, comm: Comm, attributes: dict[str, Any]) -> Any:
+    back = attributes["recv_counts"], attributes["send_counts"]
+    return _vector.alltoallv(ct, *back, comm=comm, token=False)[0]
+
+
+def _gatherv(ct: Any, x: Any, comm: Comm, attributes: dict[str, Any]) -> Any:
+    counts, root = attributes["counts"], attributes["root"]
+    back = _vector.scatterv(ct, counts, root, comm=comm, token=False)[0]
+    return back if comm.rank == root else back + ct
+
+
+def _neighbor_alltoall(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
+    topology = known_topology(comm.number)
+    assert topology is not None
+    if topology.is_cartesian:
+        # What came from the rank before goes back to it.
+        return _neighbors.neighbor_alltoall(ct, comm=comm, token=False)[0]
+    # Along the edges of a graph the other way.
+    sent, received = np.array(topology.sources, int), np.array(topology.destinations, int)
+    counts = [np.bincount(ranks, minlength=comm.size).tolist() for ranks in (sent, received)]
+    by_rank = ct[np.argsort(sent, kind="stable")]
+    back = _vector.alltoallv(by_rank, *counts, comm=comm, token=False)[0]
+    return back[np.argsort(np.argsort(received, kind="stable"))]
+
+
+def _neighbor_allgather(ct: Any, x: Any, comm: Comm, attributes: dict[str, Any]) -> Any:
+    return _neighbor_alltoall(ct, x, comm, attributes).sum(axis=0, dtype=x.dtype)
+
+
+def _scatterv(ct: Any, x: Any, comm: Comm, attributes: dict[str, Any]) -> Any:
+    counts, root = attributes["counts"], attributes["root"]
+    back = _vector.gatherv(ct, counts, root, comm=comm, token=False)[0]
+    return back if comm.rank == root else linear.nothing(back, x.shape, x.dtype)
+
+
 def _scan(ct: Any, x: Any, comm: Comm, _: Any) -> Any:
     everything = _operations.allgather(ct, comm=comm, token=False)[0]
     return everything[comm.rank :].sum(axis=0, dtype=x.dtype)
@@ -129,14 +172,20 @@ def _sendrecv(ct: Any, x: Any, comm: Comm, attributes: dict[str, int]) -> Any:
 
 ADJOINTS: dict[str, Adjoint] = {
     "allgather": _allgather,
+    "allgatherv": _allgatherv,
     "alltoall": _alltoall,
+    "alltoallv": _alltoallv,
     "bcast": _bcast,
     "exscan": _exscan,
     "gather": _gather,
+    "gatherv": _gatherv,
+    "neighbor_allgather": _neighbor_allgather,
+    "neighbor_alltoall": _neighbor_alltoall,
     "reduce": _reduce,
     "reduce_scatter": _reduce_scatter,
     "scan": _scan,
     "scatter": _scatter,
+    "scatterv": _scatterv,
     "sendrecv": _sendrecv,
 }
 

@@ -75,7 +75,7 @@ def bind(
     template: Any = None,
     batch_as: str | None = None,
     paired: bool = False,
-    **attributes: int,
+    **attributes: int | tuple[int, ...],
 ) -> tuple[Any, Any]:
     """Calls primitive `name`; returns what it receives and its token, None where there is none.
 
@@ -155,7 +155,7 @@ def tell_refused(operation: str, comm: Any, error: BaseException, launches: int)
     _library.load().mpi_cuda_refuse(number, operation.encode(), words.encode())
 
 
-def _collective(operation: Callable[..., Any]) -> Callable[..., Any]:
+def collective(operation: Callable[..., Any]) -> Callable[..., Any]:
     """The other ranks hear of it if this one fails before it launches anything."""
 
     @functools.wraps(operation)
@@ -170,7 +170,7 @@ def _collective(operation: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@_collective
+@collective
 def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Gathers `x` of every rank on every rank (MPI 4.0, section 6.7).
 
@@ -186,7 +186,7 @@ def allgather(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, To
     return bind("allgather", where, x, ((where.size, *x.shape), x.dtype), token)
 
 
-@_collective
+@collective
 def allreduce(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over all ranks, with the result on every rank (MPI 4.0, section 6.9.6).
 
@@ -206,7 +206,7 @@ def allreduce(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[
     return bind("allreduce", where, x, (x.shape, x.dtype), token, op=number)
 
 
-@_collective
+@collective
 def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x[i]` to rank i and receives from it (MPI 4.0, section 6.8).
 
@@ -226,7 +226,7 @@ def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Tok
     return bind("alltoall", where, x, (x.shape, x.dtype), token)
 
 
-@_collective
+@collective
 def barrier(*, comm: Any = None, token: Any = None) -> Token:
     """Waits until every rank has come here (MPI 4.0, section 6.3).
 
@@ -240,7 +240,7 @@ def barrier(*, comm: Any = None, token: Any = None) -> Token:
     return bind("barrier", _arguments.resolve_comm(comm), None, None, token)[1]
 
 
-@_collective
+@collective
 def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x` of the root to every rank (MPI 4.0, section 6.4).
 
@@ -258,7 +258,7 @@ def bcast(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Ar
     return bind("bcast", where, x, (x.shape, x.dtype), token, root=root)
 
 
-@_collective
+@collective
 def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks before this one (MPI 4.0, section 6.11.2).
 
@@ -280,7 +280,7 @@ def exscan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Arr
     return bind("exscan", where, x, (x.shape, x.dtype), token, op=number)
 
 
-@_collective
+@collective
 def gather(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Gathers `x` of every rank on the root (MPI 4.0, section 6.5).
 
@@ -346,7 +346,7 @@ def recv(
     return bind("recv", where, None, result, token, template=template, paired=paired, **attributes)
 
 
-@_collective
+@collective
 def reduce(
     x: Any, op: Any, root: int, *, comm: Any = None, token: Any = None
 ) -> tuple[Array, Token]:
@@ -368,7 +368,7 @@ def reduce(
     return bind("reduce", where, x, (x.shape, x.dtype), token, op=number, root=root)
 
 
-@_collective
+@collective
 def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over all ranks, of which rank i gets `x[i]` (MPI 4.0, section 6.10.1).
 
@@ -390,7 +390,7 @@ def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> t
     return bind("reduce_scatter", where, x, (x.shape[1:], x.dtype), token, op=number)
 
 
-@_collective
+@collective
 def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Reduces `x` over the ranks up to and including this one (MPI 4.0, section 6.11.1).
 
@@ -408,7 +408,7 @@ def scan(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> tuple[Array
     return bind("scan", where, x, (x.shape, x.dtype), token, op=number)
 
 
-@_collective
+@collective
 def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[Array, Token]:
     """Sends `x[i]` of the root to rank i (MPI 4.0, section 6.6).
 
@@ -495,12 +495,60 @@ def sendrecv(
     Returns:
       Array of the shape and dtype of `recvbuf`, and a token.
     """
-    x, template, where = jnp.asarray(sendbuf), template_of(recvbuf), _arguments.resolve_comm(comm)
+    x, tags = jnp.asarray(sendbuf), (sendtag, recvtag)
+    return _exchange("sendrecv", x, template_of(recvbuf), source, dest, tags, comm, status, token)
+
+
+def sendrecv_replace(
+    x: Any,
+    source: Any,
+    dest: int,
+    *,
+    sendtag: int = 0,
+    recvtag: Any = ANY_TAG,
+    comm: Any = None,
+    status: Any = None,
+    token: Any = None,
+) -> tuple[Array, Token]:
+    """Sends `x`, and receives a message like it in its place (MPI 4.0, section 3.11).
+
+    It is `sendrecv` of `x` into `x`: arrays of JAX are not written to, and what is received is a
+    new one. Can be differentiated: the transpose sends the other way.
+
+    Args:
+      x: array or scalar to send; what is received has its shape and dtype.
+      source: rank to receive from, or ANY_SOURCE. From PROC_NULL one receives zeros.
+      dest: rank to send to; to PROC_NULL nothing is sent.
+      sendtag: tag of the message sent.
+      recvtag: tag of the message received, or ANY_TAG.
+      comm: communicator; None is a private one of all ranks.
+      status: `MPI.Status` or `mpi_cuda.Status`, filled when the call returns.
+      token: None, or the token of the operation to come after.
+
+    Returns:
+      Array of the shape and dtype of `x`, and a token.
+    """
+    x, tags = jnp.asarray(x), (sendtag, recvtag)
+    return _exchange("sendrecv_replace", x, x, source, dest, tags, comm, status, token)
+
+
+def _exchange(
+    name: str,
+    x: Any,
+    template: Any,
+    source: Any,
+    dest: int,
+    tags: tuple[int, Any],
+    comm: Any,
+    status: Any,
+    token: Any,
+) -> tuple[Array, Token]:
+    where = _arguments.resolve_comm(comm)
     attributes: dict[str, Any] = {
-        "source": _arguments.resolve_rank("sendrecv", "source", source, where),
-        "dest": _arguments.resolve_rank("sendrecv", "dest", dest, where),
-        "tag": _arguments.resolve_tag("sendrecv", "tag", sendtag),
-        "recvtag": _arguments.resolve_tag("sendrecv", "recvtag", recvtag),
+        "source": _arguments.resolve_rank(name, "source", source, where),
+        "dest": _arguments.resolve_rank(name, "dest", dest, where),
+        "tag": _arguments.resolve_tag(name, "tag", tags[0]),
+        "recvtag": _arguments.resolve_tag(name, "recvtag", tags[1]),
         "status": _arguments.resolve_status(status),
     }
     result = (template.shape, template.dtype)

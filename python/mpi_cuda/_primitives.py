@@ -65,6 +65,13 @@ RULES = {
     "sendrecv": Rule(),
     "wait": Rule(operand=None),
     "wait_send": Rule(operand=None),
+    # Behind the rows, whose counts stay as they are.
+    "allgatherv": Rule(operand=1, result=1),
+    "alltoallv": Rule(operand=1, result=1),
+    "gatherv": Rule(operand=1, result=1),
+    "scatterv": Rule(operand=1, result=1),
+    "neighbor_allgather": Rule(result=1),
+    "neighbor_alltoall": Rule(operand=1, result=1),
 }
 
 # They have derivatives (`_derivatives`).
@@ -72,6 +79,8 @@ LINEAR = frozenset(
     (
         *("allgather", "allreduce", "alltoall", "bcast", "exscan", "gather", "reduce"),
         *("reduce_scatter", "scan", "scatter", "sendrecv"),
+        *("allgatherv", "alltoallv", "gatherv", "scatterv"),
+        *("neighbor_allgather", "neighbor_alltoall"),
     )
 )
 SUM_NUMBER = OPS["SUM"].number
@@ -121,7 +130,7 @@ def _lowering(
     result: Result | None,
     token: bool,
     template: bool,
-    attributes: tuple[tuple[str, int], ...],
+    attributes: tuple[tuple[str, int | tuple[int, ...]], ...],
     **_: Any,
 ) -> Sequence[Any]:
     backend: Any = ctx.module_context.get_backend()
@@ -141,7 +150,9 @@ def _lowering(
         avals_in=[*avals, jax_core.abstract_token],
         avals_out=[*ctx.avals_out, jax_core.abstract_token],
     )
-    numbers = {key: np.int64(value) for key, value in attributes} | uniform.take_pending()
+    # One number, or an array of them.
+    numbers: dict[str, Any] = {key: np.asarray(value, np.int64)[()] for key, value in attributes}
+    numbers |= uniform.take_pending()
     if numbers.get("status"):
         # The name alone says that the launch is waited for, since its caller reads the status then.
         numbers["mpi_cuda_reads_status"] = np.int64(1)

@@ -11,26 +11,33 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _halo, _library, _nonblocking, _operations
+from mpi_cuda import _halo, _library, _neighbors, _nonblocking, _operations, _vector
 
 __all__ = [
     "allgather",
+    "allgatherv",
     "allreduce",
     "alltoall",
+    "alltoallv",
     "barrier",
     "bcast",
     "exscan",
     "gather",
+    "gatherv",
     "halo_exchange",
     "irecv",
     "isend",
+    "neighbor_allgather",
+    "neighbor_alltoall",
     "recv",
     "reduce",
     "reduce_scatter",
     "scan",
     "scatter",
+    "scatterv",
     "send",
     "sendrecv",
+    "sendrecv_replace",
     "wait",
 ]
 
@@ -63,20 +70,27 @@ def _without_token(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 allgather = _without_token(_operations.allgather)
+allgatherv = _without_token(_vector.allgatherv)
 allreduce = _without_token(_operations.allreduce)
 alltoall = _without_token(_operations.alltoall)
+alltoallv = _without_token(_vector.alltoallv)
 barrier = _without_token(_operations.barrier)
 bcast = _without_token(_operations.bcast)
 exscan = _without_token(_operations.exscan)
 gather = _without_token(_operations.gather)
+gatherv = _without_token(_vector.gatherv)
 halo_exchange = _without_token(_halo.halo_exchange)
 irecv = _without_token(_nonblocking.irecv)
 isend = _without_token(_nonblocking.isend)
+neighbor_allgather = _without_token(_neighbors.neighbor_allgather)
+neighbor_alltoall = _without_token(_neighbors.neighbor_alltoall)
 recv = _without_token(_operations.recv)
 reduce = _without_token(_operations.reduce)
 reduce_scatter = _without_token(_operations.reduce_scatter)
 scan = _without_token(_operations.scan)
 scatter = _without_token(_operations.scatter)
+scatterv = _without_token(_vector.scatterv)
 send = _without_token(_operations.send)
 sendrecv = _without_token(_operations.sendrecv)
+sendrecv_replace = _without_token(_operations.sendrecv_replace)
 wait = _without_token(_nonblocking.wait)

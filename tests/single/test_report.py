@@ -138,6 +138,18 @@ def test_groups_side_by_side_are_two_communicators() -> None:
     assert sorted(len(one.by_rank) for one in found.collectives) == [1, 2]
 
 
+def test_blocks_of_different_lengths_are_no_divergence() -> None:
+    def gathers(rank: int, **changes: Any) -> list[Operation]:
+        of = {"kind": "allgatherv", "traits": REDUCING | {"uneven"}, "reduction": ""} | changes
+        return [collective(rank, 1, 1, 2, sent=rank, received=3, **of)]
+
+    rows = [gathers(rank) for rank in range(3)]
+    assert findings.divergences(job(*(record(n, row) for n, row in enumerate(rows)))) == []
+    rows[1] = gathers(1, dtype="int32")
+    (divergence,) = findings.divergences(job(*(record(n, row) for n, row in enumerate(rows))))
+    assert divergence.odd == {1}
+
+
 def test_what_a_rank_does_alone_is_not_compared() -> None:
     own = Comm(2, "COMM_SELF", 0, 1)
     rows = [[collective(rank, 1, 1, 2, comm=own, sent=rank)] for rank in range(3)]

@@ -4,8 +4,9 @@ use std::ops::Deref;
 
 use mpi_shim_abi::ShimOp;
 
-/// An operation whose communicator is live, whose buffers are valid for its counts and types, and
-/// whose status is null or an `MPI_Status`; all of that until the operation has been executed.
+/// An operation whose communicator is live, whose buffers are valid for its counts and types, whose
+/// lists of counts have a number for each rank, none negative and with a sum that fits, and whose
+/// status is null or an `MPI_Status`; all of that until the operation has been executed.
 #[derive(Clone, Copy)]
 pub(crate) struct Checked<'a>(&'a ShimOp);
 

@@ -11,6 +11,7 @@ use crate::code::attempt;
 use crate::datatype::datatype;
 use crate::handle::{comm_from_bits, op_from_bits};
 use crate::reduction::reduction;
+use crate::topology::closes_at_once;
 use crate::waiting::{wait, yielding};
 
 /// Elements as MPI counts them.
@@ -29,6 +30,8 @@ pub(crate) struct Call {
     reduce: ffi::MPI_Op,
     root: c_int,
     comm: ffi::MPI_Comm,
+    /// Only MPI's blocking call executes it right.
+    only_blocking: bool,
 }
 
 impl Call {
@@ -49,6 +52,7 @@ impl Call {
             },
             root: op.root,
             comm: comm_from_bits(op.comm),
+            only_blocking: op.kind == Kind::NeighborAlltoall && closes_at_once(op),
         }
     }
 
@@ -78,7 +82,7 @@ impl Call {
 
 /// Where `count` elements are. Null for none: where they would be may be any address, and some are
 /// no memory to MPI (`MPI_IN_PLACE`, which is 1 in Open MPI, as is Rust's address of no bytes).
-fn place(start: *const c_void, count: i64) -> *const c_void {
+pub(crate) fn place(start: *const c_void, count: i64) -> *const c_void {
     match count {
         0 => std::ptr::null(),
         _ => start,
@@ -96,7 +100,7 @@ pub(crate) fn after(start: *const c_void, bytes: i64) -> *const c_void {
 
 /// Executes a collective.
 pub(crate) fn run(kind: Kind, call: &Call) -> c_int {
-    if yielding() {
+    if yielding() && !call.only_blocking {
         nonblocking(kind, call)
     } else {
         blocking(kind, call)
@@ -105,7 +109,7 @@ pub(crate) fn run(kind: Kind, call: &Call) -> c_int {
 
 #[rustfmt::skip]
 fn blocking(kind: Kind, call: &Call) -> c_int {
-    let &Call { send, recv, sent, received, reduce, root, comm } = call;
+    let &Call { send, recv, sent, received, reduce, root, comm, .. } = call;
     let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
     // SAFETY: a `Call`'s buffers are valid for its counts and its handles are live; MPI keeps
     // nothing after these return.
@@ -118,6 +122,12 @@ fn blocking(kind: Kind, call: &Call) -> c_int {
             Kind::Bcast => ffi::MPI_Bcast(call.bcast_buffer(), n, of, root, comm),
             Kind::Exscan => ffi::MPI_Exscan(send, recv, n, of, reduce, comm),
             Kind::Gather => ffi::MPI_Gather(send, n, of, recv, m, into, root, comm),
+            Kind::NeighborAllgather => {
+                ffi::MPI_Neighbor_allgather(send, n, of, recv, m, into, comm)
+            }
+            Kind::NeighborAlltoall => {
+                ffi::MPI_Neighbor_alltoall(send, n, of, recv, m, into, comm)
+            }
             Kind::Reduce => ffi::MPI_Reduce(send, recv, n, of, reduce, root, comm),
             Kind::ReduceScatter => ffi::MPI_Reduce_scatter_block(send, recv, m, into, reduce, comm),
             Kind::Scan => ffi::MPI_Scan(send, recv, n, of, reduce, comm),
@@ -130,7 +140,7 @@ fn blocking(kind: Kind, call: &Call) -> c_int {
 
 #[rustfmt::skip]
 fn nonblocking(kind: Kind, call: &Call) -> c_int {
-    let &Call { send, recv, sent, received, reduce, root, comm } = call;
+    let &Call { send, recv, sent, received, reduce, root, comm, .. } = call;
     let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
     // SAFETY: as in `blocking`; the buffers outlive the request, which is waited for.
     unsafe {
@@ -145,6 +155,12 @@ fn nonblocking(kind: Kind, call: &Call) -> c_int {
                 Kind::Bcast => ffi::MPI_Ibcast(call.bcast_buffer(), n, of, root, comm, request),
                 Kind::Exscan => ffi::MPI_Iexscan(send, recv, n, of, reduce, comm, request),
                 Kind::Gather => ffi::MPI_Igather(send, n, of, recv, m, into, root, comm, request),
+                Kind::NeighborAllgather => {
+                    ffi::MPI_Ineighbor_allgather(send, n, of, recv, m, into, comm, request)
+                }
+                Kind::NeighborAlltoall => {
+                    ffi::MPI_Ineighbor_alltoall(send, n, of, recv, m, into, comm, request)
+                }
                 Kind::Reduce => ffi::MPI_Ireduce(send, recv, n, of, reduce, root, comm, request),
                 Kind::ReduceScatter => {
                     ffi::MPI_Ireduce_scatter_block(send, recv, m, into, reduce, comm, request)

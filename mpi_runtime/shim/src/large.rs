@@ -32,7 +32,7 @@ fn ranks_in_a_call(op: Checked<'_>) -> i64 {
     }
 }
 
-fn size(op: Checked<'_>) -> c_int {
+pub(crate) fn size(op: Checked<'_>) -> c_int {
     let mut size = 1;
     // SAFETY: the communicator of a checked operation is live.
     unsafe { ffi::MPI_Comm_size(comm_from_bits(op.comm), &mut size) };
@@ -66,9 +66,9 @@ pub(crate) fn in_parts(op: Checked<'_>) -> c_int {
             datatype: spaced.handle(),
         };
         let (sent, received) = match op.kind {
-            Kind::Allgather | Kind::Gather => (plain, apart),
+            Kind::Allgather | Kind::Gather | Kind::NeighborAllgather => (plain, apart),
             Kind::Scatter => (apart, plain),
-            Kind::Alltoall => (apart, apart),
+            Kind::Alltoall | Kind::NeighborAlltoall => (apart, apart),
             _ => (plain, plain),
         };
         // SAFETY: `count` elements from `start` on, of every rank's block, lie in the buffers.

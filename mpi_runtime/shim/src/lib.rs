@@ -20,9 +20,12 @@ mod handle;
 mod large;
 mod matching;
 mod messages;
+mod neighbors;
 mod node;
 mod nonblocking;
 mod reduction;
+mod topology;
+mod vector;
 mod waiting;
 
 use checked::Checked;

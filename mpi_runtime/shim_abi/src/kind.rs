@@ -46,6 +46,10 @@ enum Trait {
     Sends = 4,
     /// It receives a message from `source`.
     Receives = 8,
+    /// It has a block for each rank, of a length of its own.
+    Counts = 16,
+    /// Each rank exchanges with its neighbours alone, in the topology of the communicator.
+    Neighbors = 32,
 }
 
 struct Row {
@@ -106,6 +110,14 @@ kinds! {
     Irecv = "irecv", Start, All, All, [Receives];
     Wait = "wait", End, All, All, [];
     WaitSend = "wait_send", End, All, No, [];
+    // The vector variants.
+    Allgatherv = "allgatherv", Collective, All, All, [Counts];
+    Gatherv = "gatherv", Collective, All, Root, [Counts];
+    Scatterv = "scatterv", Collective, Root, All, [Counts];
+    Alltoallv = "alltoallv", Collective, All, All, [Counts];
+    // Those of neighbourhoods.
+    NeighborAllgather = "neighbor_allgather", Collective, All, All, [Blocks, Neighbors];
+    NeighborAlltoall = "neighbor_alltoall", Collective, All, All, [Blocks, Neighbors];
 }
 
 /// A set of kinds, a bit for each: asked on the path of every operation, where the table is not.
@@ -233,6 +245,20 @@ impl Kind {
         SET.has(self)
     }
 
+    /// Its operand or its result has a block for each rank, and each block a length of its own.
+    #[inline]
+    pub const fn has_counts(self) -> bool {
+        const SET: Set = Set::with(Trait::Counts);
+        SET.has(self)
+    }
+
+    /// It is between neighbours in the topology of the communicator (MPI 4.0, section 8.6).
+    #[inline]
+    pub const fn has_neighbors(self) -> bool {
+        const SET: Set = Set::with(Trait::Neighbors);
+        SET.has(self)
+    }
+
     /// One rank differs from the others.
     #[inline]
     pub const fn has_root(self) -> bool {
@@ -300,7 +326,8 @@ mod tests {
                 .enumerate()
                 .all(|(n, kind)| *kind as usize == n)
         );
-        assert_eq!(names(Kind::has_root), "bcast gather reduce scatter");
+        let rooted = "bcast gather reduce scatter gatherv scatterv";
+        assert_eq!(names(Kind::has_root), rooted);
         assert_eq!(names(Kind::sends), "send sendrecv isend");
         assert_eq!(names(Kind::receives), "recv sendrecv irecv");
         assert_eq!(names(Kind::is_message), "recv send sendrecv");
@@ -308,8 +335,12 @@ mod tests {
         assert_eq!(names(Kind::is_end), "wait wait_send");
         let reducing = "allreduce reduce scan exscan reduce_scatter";
         assert_eq!(names(Kind::reduces), reducing);
+        let neighbors = "neighbor_allgather neighbor_alltoall";
         let blocks = "allgather alltoall gather scatter reduce_scatter";
-        assert_eq!(names(Kind::has_blocks), blocks);
+        assert_eq!(names(Kind::has_neighbors), neighbors);
+        assert_eq!(names(Kind::has_blocks), format!("{blocks} {neighbors}"));
+        let counts = "allgatherv gatherv scatterv alltoallv";
+        assert_eq!(names(Kind::has_counts), counts);
         assert_eq!(names(|kind| !kind.has_operand()), "barrier recv");
         assert_eq!(names(|kind| !kind.has_result()), "barrier send wait_send");
     }
@@ -317,8 +348,11 @@ mod tests {
     #[test]
     fn the_root_and_the_others_use_other_arrays() {
         assert_eq!(names(|kind| kind.returns_operand(true)), "bcast");
-        assert_eq!(names(|kind| kind.returns_operand(false)), "gather reduce");
-        assert!(Kind::Scatter.reads(true) && !Kind::Scatter.reads(false));
-        assert!(Kind::Scatter.writes(true) && Kind::Scatter.writes(false));
+        let others = names(|kind| kind.returns_operand(false));
+        assert_eq!(others, "gather reduce gatherv");
+        for scatter in [Kind::Scatter, Kind::Scatterv] {
+            assert!(scatter.reads(true) && !scatter.reads(false));
+            assert!(scatter.writes(true) && scatter.writes(false));
+        }
     }
 }

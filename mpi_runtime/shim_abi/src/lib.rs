@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 16;
+pub const ABI_VERSION: u32 = 18;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -131,6 +131,22 @@ pub struct ShimOp {
     pub count: i64,
     /// Elements received; for gathering and scattering kinds, per rank.
     pub recv_count: i64,
+    /// Of the kinds with counts, else null: the rows of each rank's block, as many numbers as the
+    /// communicator has ranks. Blocks follow each other. Of `Alltoallv` those that this rank sends,
+    /// of the others those of all ranks. `count` and `recv_count` are of all that this rank sends
+    /// and receives.
+    pub counts: *const i64,
+    /// Of `Alltoallv`, else null: the rows that this rank receives from each.
+    pub recv_counts: *const i64,
+    /// Elements of a row.
+    pub row: i64,
+    /// Of `Alltoallv`: 1 if it must go in parts, the same on all ranks.
+    pub in_parts: c_int,
+    /// Of the kinds of neighbourhoods: how many ranks this one receives from, for which there is
+    /// room. The communicator's topology must have as many.
+    pub sources: c_int,
+    /// The same of those that it sends to.
+    pub destinations: c_int,
     /// Root, of the kinds that have one.
     pub root: i32,
     /// Destination of a message, or `PROC_NULL`.
@@ -168,6 +184,12 @@ impl ShimOp {
             comm,
             count: 0,
             recv_count: 0,
+            counts: std::ptr::null(),
+            recv_counts: std::ptr::null(),
+            row: 0,
+            in_parts: 0,
+            sources: 0,
+            destinations: 0,
             root: 0,
             dest: PROC_NULL,
             source: PROC_NULL,

@@ -11,6 +11,8 @@ use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::operation::{Operation, reduction_name};
 
+mod counts;
+
 /// The operation as the shim executes it, or what is wrong with it.
 pub fn prepare(op: &Operation<'_>, comm: &Communicator) -> Result<ShimOp, Failure> {
     let mut shim = ShimOp::new(op.kind, comm.handle);
@@ -33,6 +35,8 @@ pub fn prepare_in(
         root: op.root,
         dest: op.dest,
         source: op.source,
+        sources: op.sources,
+        destinations: op.destinations,
         send_tag: op.send_tag,
         recv_tag: op.recv_tag,
         send: op.send.data(),
@@ -61,7 +65,11 @@ pub fn prepare_in(
         check_reduction(reduction, described)?;
         shim.reduction = reduction;
     }
-    (shim.count, shim.recv_count) = counts(op, comm)?;
+    if op.kind.has_counts() {
+        counts::check(shim, op, comm)?;
+    } else {
+        (shim.count, shim.recv_count) = counts(op, comm)?;
+    }
     let is_root = comm.rank == op.root;
     if op.kind.reads(is_root) && op.kind.writes(is_root) {
         check_apart(&op.send, &op.recv)?;
@@ -71,7 +79,7 @@ pub fn prepare_in(
     if !op.kind.writes(is_root) {
         shim.recv = std::ptr::null_mut();
     }
-    if op.kind == Kind::Scatter && !is_root {
+    if matches!(op.kind, Kind::Scatter | Kind::Scatterv) && !is_root {
         shim.send = std::ptr::null_mut();
     }
     Ok(())
@@ -216,6 +224,9 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         Kind::Irecv | Kind::Wait | Kind::WaitSend => (true, (0, 0)),
         Kind::Sendrecv => (true, (send, recv)),
         Kind::Barrier => (true, (0, 0)),
+        Kind::NeighborAllgather | Kind::NeighborAlltoall => return of_neighbors(op),
+        // `counts::check`.
+        Kind::Allgatherv | Kind::Gatherv | Kind::Scatterv | Kind::Alltoallv => (true, (0, 0)),
     };
     if fits {
         Ok(counts)
@@ -226,6 +237,38 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         )
         .into())
     }
+}
+
+/// Elements for each neighbour.
+fn of_neighbors(op: &Operation<'_>) -> Result<(i64, i64), Failure> {
+    let (sent, received) = (op.send.shape(), op.recv.shape());
+    let (sources, destinations) = (i64::from(op.sources), i64::from(op.destinations));
+    let block = match op.kind {
+        Kind::NeighborAllgather => sent,
+        _ => sent.get(1..).unwrap_or_default(),
+    };
+    let has =
+        |shape: &[i64], blocks: i64| shape.split_first() == Some((&blocks, block)) && blocks >= 0;
+    let fits = op.kind == Kind::NeighborAllgather || has(sent, destinations);
+    if !fits || !has(received, sources) {
+        return Err(format!(
+            "the operand is {} and the result {}, which does not fit {sources} neighbours to \
+             receive from and {destinations} to send to",
+            op.send, op.recv
+        )
+        .into());
+    }
+    let product = block
+        .iter()
+        .try_fold(1i64, |all, &one| all.checked_mul(one));
+    let elements = match block.contains(&0) {
+        true => Some(0),
+        false => product,
+    };
+    let elements = elements.filter(|elements| elements.checked_mul(16).is_some());
+    elements
+        .map(|elements| (elements, elements))
+        .ok_or_else(|| format!("no memory can hold a block of {}", op.send).into())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod check;
 pub mod collective_sequence;
 pub mod collectives;
 mod compare;
+mod exchange_counts;
 mod freed_comms;
 mod identity;
 pub(crate) mod idle;
@@ -95,6 +96,8 @@ pub enum Place<'a> {
 pub struct EngineOptions {
     /// Say for each operation what served it.
     pub verbose: bool,
+    /// Collectives of more bytes go in parts.
+    pub part_bytes: i64,
 }
 
 impl Engine {
@@ -102,7 +105,7 @@ impl Engine {
     pub fn new(shim: Option<Shim>, rank: i32, options: EngineOptions) -> Engine {
         let pending = Arc::new(PendingTable::default());
         Engine {
-            calls: MpiCalls::new(shim, pending.clone()),
+            calls: MpiCalls::new(shim, pending.clone(), options.part_bytes),
             communicators: Communicators::default(),
             freed_comms: FreedComms::default(),
             order: Order::default(),

@@ -12,7 +12,7 @@ use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 use crate::engine::uniform::Histories;
-use crate::engine::{check, idle, result_canary, single_rank};
+use crate::engine::{check, exchange_counts, idle, result_canary, single_rank};
 use crate::error::Failure;
 use crate::mpi::communicators::{Communicator, Communicators};
 use crate::mpi::shim::Shim;
@@ -28,17 +28,20 @@ pub(super) struct MpiCalls {
     pub(super) histories: Histories,
     pub(super) comparison: Comparison,
     pending: Arc<PendingTable>,
+    /// Collectives of more bytes go in parts.
+    part_bytes: i64,
 }
 
 impl MpiCalls {
     /// Through `shim`, if there is one.
-    pub(super) fn new(shim: Option<Shim>, pending: Arc<PendingTable>) -> MpiCalls {
+    pub(super) fn new(shim: Option<Shim>, pending: Arc<PendingTable>, part_bytes: i64) -> MpiCalls {
         MpiCalls {
             shim,
             nonblocking: shim.map(NonblockingMessages::new),
             histories: Histories::default(),
             comparison: Comparison::default(),
             pending,
+            part_bytes,
         }
     }
 
@@ -136,6 +139,10 @@ impl MpiCalls {
         if self.shim.is_none() {
             return single_rank::execute(op).map(|()| ShimReceived::default());
         }
+        if op.kind.has_neighbors() {
+            // MPI writes nothing where there is no neighbour, at the edge of a grid.
+            op.recv.clear_from(0);
+        }
         let canary = result_canary::place(op, comm);
         // SAFETY: as this function demands.
         let received = unsafe { self.call(op, comm, shim_op) }?;
@@ -178,6 +185,18 @@ impl MpiCalls {
         if op.kind.sends() {
             self.wake(op, comm);
         }
+        let agreed;
+        let shim_op = match op.kind {
+            Kind::Alltoallv => {
+                agreed = ShimOp {
+                    in_parts: exchange_counts::agree(shim, op, comm, shim_op, self.part_bytes)?
+                        .into(),
+                    ..*shim_op
+                };
+                &agreed
+            }
+            _ => shim_op,
+        };
         let received = match &self.nonblocking {
             // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
             // call.

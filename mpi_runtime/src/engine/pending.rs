@@ -47,6 +47,8 @@ struct PendingRow {
     operation: Operation<'static>,
     send_shape: Vec<i64>,
     recv_shape: Vec<i64>,
+    counts: Vec<i64>,
+    recv_counts: Vec<i64>,
     comm: &'static str,
     members: &'static [i32],
     /// What is said of it instead of its operation.
@@ -111,6 +113,8 @@ impl PendingTable {
                     operation: bare,
                     send_shape: Vec::new(),
                     recv_shape: Vec::new(),
+                    counts: Vec::new(),
+                    recv_counts: Vec::new(),
                     comm: comm.name,
                     members: comm.members,
                     named: String::new(),
@@ -126,6 +130,12 @@ impl PendingTable {
         entry.send_shape.extend_from_slice(operation.send.shape());
         entry.recv_shape.clear();
         entry.recv_shape.extend_from_slice(operation.recv.shape());
+        entry.counts.clear();
+        entry.recv_counts.clear();
+        if operation.kind.has_counts() {
+            entry.counts.extend_from_slice(operation.counts);
+            entry.recv_counts.extend_from_slice(operation.recv_counts);
+        }
         entry.named.clear();
         entry.named.push_str(name);
         Pending { table: self, row }
@@ -177,6 +187,7 @@ impl PendingRow {
         let mut operation: Operation<'_> = self.operation;
         operation.send = Buffer::described(operation.send.dtype(), &self.send_shape);
         operation.recv = Buffer::described(operation.recv.dtype(), &self.recv_shape);
+        (operation.counts, operation.recv_counts) = (&self.counts, &self.recv_counts);
         format!("{operation} on {}", self.comm)
     }
 }

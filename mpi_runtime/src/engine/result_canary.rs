@@ -26,49 +26,89 @@ const CANARY_BYTES: usize = size_of::<u128>();
 /// The canaries at the ends of what each rank sends to this one.
 pub struct ResultCanary<'a> {
     result: Buffer<'a>,
-    blocks: usize,
-    block: usize,
+    blocks: Blocks<'a>,
+}
+
+/// The blocks of a result.
+#[derive(Clone, Copy)]
+enum Blocks<'a> {
+    /// So many, of so many bytes each.
+    Equal(usize, usize),
+    /// Of so many rows each, with so many bytes.
+    Rows(&'a [i64], usize),
+}
+
+impl Blocks<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Blocks::Equal(blocks, _) => *blocks,
+            Blocks::Rows(rows, _) => rows.len(),
+        }
+    }
+
+    /// Bytes of a block.
+    fn bytes(&self, block: usize) -> usize {
+        match self {
+            Blocks::Equal(_, bytes) => *bytes,
+            Blocks::Rows(rows, bytes) => rows[block] as usize * bytes,
+        }
+    }
+
+    /// Where each block ends that has room for a canary, with its number.
+    fn ends(&self) -> impl Iterator<Item = (usize, usize)> {
+        let mut end = 0;
+        (0..self.len()).filter_map(move |block| {
+            let bytes = self.bytes(block);
+            end += bytes;
+            (bytes >= CANARY_BYTES).then_some((block, end))
+        })
+    }
 }
 
 /// Places a canary in the result of `op`, if it is one that may stay unwritten. Results too short
 /// for that are filled with zeros.
 pub fn place<'a>(op: &Operation<'a>, comm: &Communicator) -> Option<ResultCanary<'a>> {
     let is_root = comm.rank == op.root;
+    let bytes = op.recv.bytes();
+    let equal = |blocks: i32| Blocks::Equal(blocks as usize, bytes / blocks as usize);
+    let of_rows = |rows: &'a [i64]| {
+        let all = rows.iter().sum::<i64>().max(1) as usize;
+        Blocks::Rows(rows, bytes / all)
+    };
     let blocks = match op.kind {
-        Kind::Allgather | Kind::Alltoall => comm.size as usize,
-        Kind::Gather if is_root => comm.size as usize,
-        Kind::Scatter => 1,
-        Kind::Bcast if !is_root => 1,
+        Kind::Allgather | Kind::Alltoall => equal(comm.size),
+        Kind::Gather if is_root => equal(comm.size),
+        Kind::Scatter | Kind::Scatterv => equal(1),
+        Kind::Bcast if !is_root => equal(1),
+        Kind::Allgatherv => of_rows(op.counts),
+        Kind::Gatherv if is_root => of_rows(op.counts),
+        Kind::Alltoallv => of_rows(op.recv_counts),
         _ => return None,
     };
-    let bytes = op.recv.bytes();
     if bytes == 0 || op.recv.data().is_null() || std::ptr::eq(op.recv.data(), op.send.data()) {
         return None;
     }
-    let canary = ResultCanary {
-        result: op.recv,
-        blocks,
-        block: bytes / blocks,
-    };
-    if canary.block < CANARY_BYTES {
+    let is_short = |block| (1..CANARY_BYTES).contains(&blocks.bytes(block));
+    if (0..blocks.len()).any(is_short) {
         op.recv.clear_from(0);
-        return None;
     }
-    for block in 0..blocks {
-        op.recv.write(canary.place_of(block), &*CANARY);
+    let mut any = false;
+    for (_, end) in blocks.ends() {
+        op.recv.write(end - CANARY_BYTES, &*CANARY);
+        any = true;
     }
-    Some(canary)
+    let result = op.recv;
+    any.then_some(ResultCanary { result, blocks })
 }
 
 impl ResultCanary<'_> {
-    /// Where the canary of a block is: its last bytes.
-    fn place_of(&self, block: usize) -> usize {
-        (block + 1) * self.block - CANARY_BYTES
-    }
-
     /// The first block that nobody wrote to its end, if there is one.
     pub fn unwritten(&self) -> Option<usize> {
-        (0..self.blocks).find(|&block| self.result.read(self.place_of(block)) == *CANARY)
+        let is_there = |&(_, end): &(usize, usize)| {
+            // The canary is a block's last bytes.
+            self.result.read(end - CANARY_BYTES) == *CANARY
+        };
+        self.blocks.ends().find(is_there).map(|(block, _)| block)
     }
 
     /// What is wrong, if something is.
@@ -77,13 +117,13 @@ impl ResultCanary<'_> {
             return Ok(());
         };
         let sender = match op.kind {
-            Kind::Bcast | Kind::Scatter => op.root as usize,
+            Kind::Bcast | Kind::Scatter | Kind::Scatterv => op.root as usize,
             _ => block,
         };
         Err(format!(
             "rank {sender} sent less than the {} bytes that this rank has room for; all ranks must \
              pass the same shape and dtype",
-            self.block
+            self.blocks.bytes(block)
         )
         .into())
     }
@@ -104,6 +144,28 @@ mod tests {
         largest_tag: 0,
         freed: false,
     };
+
+    #[test]
+    fn blocks_of_different_lengths_have_canaries_of_their_own() {
+        let mut memory = [7; 70];
+        let rows = [20, 10, 40];
+        let op = Operation {
+            counts: &rows,
+            ..operation(Kind::Allgatherv, &mut memory, &[70])
+        };
+        let canary = place(&op, &COMM).unwrap();
+        op.recv.write(0, &[1; 20]);
+        assert_eq!(canary.unwritten(), Some(2));
+        let text = canary.check(&op).unwrap_err().to_string();
+        assert!(
+            text.contains("rank 2 sent less than the 40 bytes"),
+            "{text}"
+        );
+        op.recv.write(30, &[1; 40]);
+        assert!(canary.unwritten().is_none());
+        // The one that is too short for a canary is zeros.
+        assert_eq!(op.recv.read::<10>(20), [0; 10]);
+    }
 
     fn operation<'a>(kind: Kind, result: &'a mut [u8], shape: &'a [i64]) -> Operation<'a> {
         let result = Buffer::over(result, ElementType::U8, shape);

@@ -21,6 +21,9 @@ pub fn execute(op: &Operation<'_>) -> Result<(), Failure> {
              the message in a world of size 1"
                 .into(),
         ),
+        kind if kind.has_neighbors() => {
+            Err("neighbours are those of a communicator with a topology, which needs an MPI".into())
+        }
         Kind::Exscan => {
             nothing_before(op);
             Ok(())

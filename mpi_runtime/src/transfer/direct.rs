@@ -89,6 +89,8 @@ impl Direct {
         match op.kind {
             kind if kind.is_message() => true,
             Kind::Exscan => false,
+            // Zeros are put where there is no neighbour, in memory of the host.
+            kind if kind.has_neighbors() => false,
             kind if kind.is_collective() && !oversubscribed => op.reduction.is_none_or(reduces),
             _ => false,
         }

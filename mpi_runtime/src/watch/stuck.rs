@@ -129,7 +129,10 @@ fn waits_in_vain(ranks: &[Known], stuck: &[bool], rank: i32, wait: &Wait) -> Opt
 /// part.
 fn ends_early(kind: Kind) -> bool {
     use Kind::{Bcast, Exscan, Gather, Reduce, Scan, Scatter};
-    matches!(kind, Bcast | Exscan | Gather | Reduce | Scan | Scatter)
+    // In these a rank may have nobody to wait for.
+    kind.has_counts()
+        || kind.has_neighbors()
+        || matches!(kind, Bcast | Exscan | Gather | Reduce | Scan | Scatter)
 }
 
 fn of(ranks: &[Known], rank: i32) -> &Known {

@@ -43,6 +43,7 @@ impl WorldOptions {
     pub(super) fn engine(&self) -> EngineOptions {
         EngineOptions {
             verbose: self.verbose,
+            part_bytes: self.part_bytes,
         }
     }
 }

@@ -79,6 +79,22 @@ impl<'a> Value<'a> {
             .then(|| unsafe { scalar.value.cast::<i64>().read_unaligned() })
     }
 
+    /// A list of signed integers of 64 bits.
+    pub fn list(&self) -> Option<&'a [i64]> {
+        if self.of != XLA_FFI_AttrType_ARRAY {
+            return None;
+        }
+        // SAFETY: XLA's value has the type that it says.
+        let array = unsafe { &*self.raw.cast::<XLA_FFI_Array>() };
+        let numbers = array.data.cast::<i64>();
+        if array.dtype != XLA_FFI_DataType_S64 || !numbers.is_aligned() {
+            return None;
+        }
+        // SAFETY: an array is as long as it says, of elements of its type, and lives as long as the
+        // call.
+        Some(unsafe { slice(numbers, array.size) })
+    }
+
     /// An integer of 32 or 64 bits.
     #[inline]
     pub fn integer(&self) -> Option<i64> {

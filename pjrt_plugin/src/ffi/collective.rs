@@ -30,7 +30,7 @@ pub struct Collective<'a> {
     pub results: usize,
     pub part: Part,
     pub memory: Memory<'a>,
-    values: Values,
+    values: Values<'a>,
     outer: Outer,
 }
 

@@ -37,7 +37,7 @@ pub type Outer = Vec<usize>;
 
 impl CollectiveContract {
     /// Checks the attributes.
-    pub fn attributes(&self, frame: &Frame<'_>) -> Result<(Values, Outer), Error> {
+    pub fn attributes<'a>(&self, frame: &Frame<'a>) -> Result<(Values<'a>, Outer), Error> {
         let mut outer = Outer::new();
         let mut values = Values::default();
         let arrays = frame.args.len().saturating_sub(1);

@@ -60,6 +60,8 @@ pub enum Meaning {
     Count(Of),
     /// The arrays themselves say it.
     Unused,
+    /// It is a list of integers of 64 bits.
+    List(List),
 }
 
 /// Of what an attribute is the number of elements.
@@ -80,17 +82,42 @@ macro_rules! fields {
     };
 }
 fields!(
-    Comm, Op, Peer, Source, SendTag, RecvTag, Status, Table, Program, Place, Type
+    Comm,
+    Op,
+    Peer,
+    Source,
+    SendTag,
+    RecvTag,
+    Status,
+    Table,
+    Program,
+    Place,
+    Type,
+    Sources,
+    Destinations
 );
 
-/// The values of the attributes, by field.
-#[derive(Default)]
-pub struct Values([i64; FIELDS]);
+/// Attributes that are lists of numbers.
+#[derive(Clone, Copy)]
+pub enum List {
+    Counts,
+    RecvCounts,
+}
 
-impl Values {
+/// The values of the attributes, by field, and of lists.
+#[derive(Default)]
+pub struct Values<'a>([i64; FIELDS], [&'a [i64]; 2]);
+
+impl<'a> Values<'a> {
     #[inline]
     pub fn get(&self, field: Field) -> i64 {
         self.0[field as usize]
+    }
+
+    /// Empty if it is not there.
+    #[inline]
+    pub fn list(&self, list: List) -> &'a [i64] {
+        self.1[list as usize]
     }
 }
 
@@ -99,7 +126,7 @@ impl Contract {
     /// and fills in the values of its attributes. Nothing is moved: this is on the path of every
     /// operation.
     #[inline]
-    pub fn check(&self, frame: &Frame<'_>, values: &mut Values) -> Result<(), Error> {
+    pub fn check<'a>(&self, frame: &Frame<'a>, values: &mut Values<'a>) -> Result<(), Error> {
         self.data(self.operand, frame.args, "operand")?;
         self.data(self.result, frame.rets, "result")?;
         if self.result == Data::Like && frame.args[0].dtype != frame.rets[0].dtype {
@@ -111,10 +138,10 @@ impl Contract {
     /// Checks the attributes; `other` gets those that the table does not have, and says whether it
     /// takes one.
     #[inline]
-    pub fn values(
+    pub fn values<'a>(
         &self,
-        frame: &Frame<'_>,
-        values: &mut Values,
+        frame: &Frame<'a>,
+        values: &mut Values<'a>,
         mut other: impl FnMut(&[u8], Value<'_>) -> Result<bool, Error>,
     ) -> Result<(), Error> {
         let rows = self.attributes;
@@ -132,6 +159,10 @@ impl Contract {
                 return Err(self.bad(format!("attribute {} is there twice", row.name)));
             }
             (seen, next) = (seen | 1 << index, index + 1);
+            if let Meaning::List(list) = row.meaning {
+                values.1[list as usize] = self.list(row.name, &value)?;
+                continue;
+            }
             let number = match value.int64() {
                 Some(number) => number,
                 None => self.other_width(row.name, &value)?,
@@ -139,7 +170,7 @@ impl Contract {
             match row.meaning {
                 Meaning::Value(field) => values.0[field as usize] = number,
                 Meaning::Count(of) => self.count(row.name, number, of, frame)?,
-                Meaning::Unused => {}
+                Meaning::Unused | Meaning::List(_) => {}
             }
         }
         if seen | self.zeros != (1 << rows.len()) - 1 {
@@ -149,7 +180,7 @@ impl Contract {
     }
 
     /// Puts in the defaults of attributes that are not there.
-    fn complete(&self, seen: u32, values: &mut Values) -> Result<(), Error> {
+    fn complete(&self, seen: u32, values: &mut Values<'_>) -> Result<(), Error> {
         for (index, row) in self.attributes.iter().enumerate() {
             let Meaning::Value(field) = row.meaning else {
                 continue;
@@ -163,6 +194,14 @@ impl Contract {
             }
         }
         Ok(())
+    }
+
+    fn list<'a>(&self, name: &str, value: &Value<'a>) -> Result<&'a [i64], Error> {
+        value.list().ok_or_else(|| {
+            self.bad(format!(
+                "attribute {name} is {value}, and must be an array of int64"
+            ))
+        })
     }
 
     #[cold]

@@ -7,7 +7,7 @@ use mpi_runtime::mpi::communicators::DEFAULT;
 
 use super::collective_contract::{CollectiveContract, Rule};
 use super::contract::Data::{Array, Empty, Like, Nothing, Number};
-use super::contract::{Attribute, Contract, Data, Field, Meaning, Of};
+use super::contract::{Attribute, Contract, Data, Field, List, Meaning, Of};
 
 /// `ANY_SOURCE` and `ANY_TAG` as attributes.
 pub const ATTRIBUTE_ANY: i64 = -1;
@@ -16,7 +16,7 @@ pub const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 /// Ours, in the order of the kinds of operations.
 #[rustfmt::skip]
-pub static OURS: [Contract; 18] = public([
+pub static OURS: [Contract; 24] = public([
     //    target                     operand  result   attributes
     exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE, TYPE]),
     exact("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
@@ -37,6 +37,13 @@ pub static OURS: [Contract; 18] = public([
     exact("mpi_cuda_irecv",          Empty,   Number,  &[COMM, RECVTAG, SOURCE, TYPE]),
     exact("mpi_cuda_wait",           Number,  Array,   &[COMM, STATUS, TYPE]),
     exact("mpi_cuda_wait_send",      Number,  Nothing, &[COMM]),
+    exact("mpi_cuda_allgatherv",     Array,   Like,    &[COMM, COUNTS, PLACE, TYPE]),
+    exact("mpi_cuda_gatherv",        Array,   Like,    &[COMM, COUNTS, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_scatterv",       Array,   Like,    &[COMM, COUNTS, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_alltoallv",      Array,   Like,    &[COMM, PLACE, RECV_COUNTS, SEND_COUNTS,
+                                                         TYPE]),
+    exact("mpi_cuda_neighbor_allgather", Array, Like,  &[COMM, DESTINATIONS, PLACE, SOURCES, TYPE]),
+    exact("mpi_cuda_neighbor_alltoall", Array, Like,   &[COMM, DESTINATIONS, PLACE, SOURCES, TYPE]),
 ]);
 
 /// mpi4jax's, in the order of the kinds of operations. It passes each of its attributes, of which
@@ -114,6 +121,11 @@ const TAG: Attribute = value("tag", Field::SendTag, 0);
 const RECVTAG: Attribute = value("recvtag", Field::RecvTag, ATTRIBUTE_ANY);
 const TYPE: Attribute = value("type", Field::Type, 0);
 const STATUS: Attribute = value("status", Field::Status, 0);
+const SOURCES: Attribute = value("sources", Field::Sources, 0);
+const DESTINATIONS: Attribute = value("destinations", Field::Destinations, 0);
+const COUNTS: Attribute = list("counts", List::Counts);
+const SEND_COUNTS: Attribute = list("send_counts", List::Counts);
+const RECV_COUNTS: Attribute = list("recv_counts", List::RecvCounts);
 
 const TAG_RECEIVED: Attribute = value("tag", Field::RecvTag, ATTRIBUTE_ANY);
 const SENDTAG: Attribute = value("sendtag", Field::SendTag, 0);
@@ -139,6 +151,10 @@ const fn value(name: &'static str, field: Field, default: i64) -> Attribute {
 
 const fn count(name: &'static str, of: Of) -> Attribute {
     attribute(name, Meaning::Count(of), 0)
+}
+
+const fn list(name: &'static str, list: List) -> Attribute {
+    attribute(name, Meaning::List(list), 0)
 }
 
 const fn unused(name: &'static str) -> Attribute {

@@ -197,7 +197,7 @@ struct Attributes {
     names: Vec<Box<XLA_FFI_ByteSpan>>,
     name_list: Vec<*mut XLA_FFI_ByteSpan>,
     values: Vec<Box<[u64; 3]>>,
-    numbers: Vec<Box<u64>>,
+    numbers: Vec<Box<[u64; 3]>>,
     value_list: Vec<*mut c_void>,
     types: Vec<XLA_FFI_AttrType>,
 }
@@ -210,8 +210,10 @@ impl Attributes {
         });
         self.name_list.push(&mut *span);
         self.names.push(span);
-        let mut number = Box::new(*random.of(&NUMBERS) as u64);
-        let data: *mut u64 = &mut *number;
+        let is_list = name.ends_with("counts") && random.percent(90);
+        let mut number = Box::new([(); 3].map(|()| *random.of(&NUMBERS) as u64));
+        let data: *mut u64 = number.as_mut_ptr();
+        let length = *random.of(&[1, 1, 1, 0, 2, 3]);
         let dtype = if random.percent(93) {
             XLA_FFI_DataType_S64
         } else {
@@ -220,6 +222,7 @@ impl Attributes {
         };
         // The layouts of XLA_FFI_Scalar, XLA_FFI_ByteSpan and XLA_FFI_Array.
         let (kind, value) = match random.below(100) {
+            _ if is_list => (XLA_FFI_AttrType_ARRAY, [dtype as u64, length, data as u64]),
             0..95 => (XLA_FFI_AttrType_SCALAR, [dtype as u64, data as u64, 0]),
             95 | 96 => (XLA_FFI_AttrType_STRING, [data as u64, 8, 0]),
             97 => (XLA_FFI_AttrType_ARRAY, [dtype as u64, 1, data as u64]),

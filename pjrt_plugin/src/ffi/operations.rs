@@ -11,7 +11,7 @@ use mpi_runtime::{
 };
 use pjrt_sys::*;
 
-use super::contract::{Contract, Field, Values};
+use super::contract::{Contract, Field, List, Values};
 use super::contracts::{self, ATTRIBUTE_ANY, ATTRIBUTE_PROC_NULL};
 use super::frame::{Frame, array};
 use super::handler::{Handler, handler};
@@ -35,7 +35,8 @@ macro_rules! handlers {
 /// The handlers of our targets: one for each operation.
 pub const HANDLERS: &[(Kind, Handler)] = handlers!(
     Ours: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
-    Sendrecv, Exscan, ReduceScatter, Isend, Irecv, Wait, WaitSend
+    Sendrecv, Exscan, ReduceScatter, Isend, Irecv, Wait, WaitSend, Allgatherv, Gatherv, Scatterv,
+    Alltoallv, NeighborAllgather, NeighborAlltoall
 );
 
 /// The handlers of mpi4jax's targets.
@@ -151,6 +152,10 @@ fn execute<'a>(kind: Kind, dialect: &Dialect, frame: &Frame<'a>) -> Result<(), E
     let receives = kind.receives();
     let op = Operation {
         of: matches!(dialect, Dialect::Mpi4jax).then_some("mpi4jax's"),
+        counts: values.list(List::Counts),
+        recv_counts: values.list(List::RecvCounts),
+        sources: small(values.get(Field::Sources), "sources")?,
+        destinations: small(values.get(Field::Destinations), "destinations")?,
         reduction: reduction.map(|(reduction, _)| reduction),
         user_reduction: reduction.map_or(0, |(_, handle)| handle),
         root: if kind.has_root() { peer } else { 0 },

@@ -13,7 +13,7 @@ import hashlib
 from typing import Any
 
 from mpi_cuda import _library, _where
-from mpi_cuda._jax_patches import jaxprs
+from mpi_cuda._jax_patches import jaxprs, uniform
 from mpi_cuda._jax_patches.patch import Patch
 from mpi_cuda._library import REDUCTIONS
 
@@ -47,11 +47,7 @@ def _collective(eqn: Any) -> list[Any] | None:
     op = attributes.get("op", 0)
     # The user's reductions have other numbers on other ranks, and so have communicators.
     known = [name, op if op in range(len(REDUCTIONS)) else None, attributes.get("root")]
-    # The root of a scatter passes more, and that of a gather gets more.
-    arrays = eqn.outvars if name == "scatter" else eqn.invars
-    if arrays and name != "barrier":
-        known += [str(arrays[0].aval.dtype), arrays[0].aval.size]
-    return known
+    return known + list(uniform.same_everywhere(name, eqn) or ())
 
 
 def _structure(jaxpr: Any, effect: Any) -> list[Any]:

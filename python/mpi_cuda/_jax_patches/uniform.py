@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import threading
 from typing import Any
 
@@ -96,13 +97,24 @@ class _Found:
                     self.balance += sign * _hash((self.exchanges, source, dest))
             self.exchanges += 1
             attributes = {"tag": tag, "recvtag": recvtag}
-        return name, sorted(attributes.items()), _same_everywhere(name, eqn)
+        # They differ by rank.
+        attributes.pop("send_counts", None)
+        attributes.pop("recv_counts", None)
+        return name, sorted(attributes.items()), same_everywhere(name, eqn)
 
 
-def _same_everywhere(name: str, eqn: Any) -> tuple[str, int] | None:
+def same_everywhere(name: str, eqn: Any) -> tuple[str, int] | None:
     """dtype and number of elements that an operation has on every rank."""
-    if name in ("barrier", "sendrecv"):
+    if name in ("barrier", "sendrecv", "alltoallv"):
         return None
+    counts = dict(eqn.params["attributes"]).get("counts")
+    if counts is not None:
+        row = eqn.invars[0].aval
+        return (str(row.dtype), sum(counts) * math.prod(row.shape[1:]))
+    if name == "neighbor_alltoall":
+        # A rank may have more neighbours than another.
+        block = eqn.invars[0].aval
+        return (str(block.dtype), math.prod(block.shape[1:]))
     # The root of a scatter passes more, and that of a gather gets more.
     arrays = eqn.outvars if name == "scatter" else eqn.invars
     return (str(arrays[0].aval.dtype), arrays[0].aval.size)

@@ -131,7 +131,9 @@ class Operation:
         if self.kind == "barrier":
             return (self.kind,)
         root = self.peer if "root" in self.traits else None
-        return self.kind, self.reduction, self.dtype, self.count, root
+        # Each rank may have as many elements as it likes.
+        count = None if "uneven" in self.traits else self.count
+        return self.kind, self.reduction, self.dtype, count, root
 
     def __str__(self) -> str:
         if self.kind == "begin":

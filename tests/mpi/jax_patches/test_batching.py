@@ -16,6 +16,9 @@ RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 LAST = SIZE - 1
 ROWS = (SIZE, 2)
+COUNTS = tuple((3 * rank + 1) % 4 for rank in range(SIZE))
+SENT = [(2 * RANK + 3 * other) % 4 for other in range(SIZE)]
+RECEIVED = [(2 * other + 3 * RANK) % 4 for other in range(SIZE)]
 
 
 def send_and_receive(x):
@@ -42,18 +45,26 @@ def synchronized(x):
 # Every operation, with the shape of its operand.
 OPERATIONS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "allgather": (nt.allgather, (3, 2)),
+    "allgatherv": (lambda x: nt.allgatherv(x, COUNTS), (COUNTS[RANK], 2)),
     "allreduce": (lambda x: nt.allreduce(x, m.SUM), (3, 2)),
     "alltoall": (nt.alltoall, ROWS),
+    "alltoallv": (lambda x: nt.alltoallv(x, SENT, RECEIVED), (sum(SENT), 2)),
     "barrier": (synchronized, (3,)),
     "bcast": (lambda x: nt.bcast(x, LAST), (4,)),
     "exscan": (lambda x: nt.exscan(x, m.SUM), (3,)),
     "gather": (lambda x: nt.gather(x, LAST), (2, 3)),
+    "gatherv": (lambda x: nt.gatherv(x, COUNTS, LAST), (COUNTS[RANK], 2)),
     "isend, irecv, wait": (in_halves, (2, 3)),
     "reduce": (lambda x: nt.reduce(x, m.MAX, LAST), (5,)),
     "reduce_scatter": (lambda x: nt.reduce_scatter(x, m.SUM), ROWS),
     "scan": (lambda x: nt.scan(x, m.SUM), (3,)),
     "scatter": (lambda x: nt.scatter(x, 0), ROWS if RANK == 0 else (2,)),
+    "scatterv": (
+        lambda x: nt.scatterv(x, COUNTS, 0),
+        (sum(COUNTS) if RANK == 0 else COUNTS[RANK], 2),
+    ),
     "send, recv": (send_and_receive, (2, 2)),
+    "sendrecv_replace": (lambda x: nt.sendrecv_replace(x, PREVIOUS, NEXT), (3, 2)),
     "sendrecv": (lambda x: nt.sendrecv(x, x, PREVIOUS, NEXT), (3, 2)),
 }
 

@@ -19,6 +19,11 @@ NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 LAST = SIZE - 1
 
 ROWS = (SIZE, 2)
+COUNTS = tuple((3 * rank + 1) % 4 for rank in range(SIZE))
+SENT = [(2 * RANK + 3 * other) % 4 for other in range(SIZE)]
+RECEIVED = [(2 * other + 3 * RANK) % 4 for other in range(SIZE)]
+# Whose operands have another size on each rank.
+UNEVEN = ("allgatherv", "alltoallv", "gatherv", "scatter", "scatterv")
 LIKE = jax.ShapeDtypeStruct((3,), np.float32)
 
 
@@ -30,16 +35,24 @@ def around(x: jax.Array) -> jax.Array:
 # Every linear operation, with the shape of its operand.
 LINEAR = {
     "allgather": (nt.allgather, (3, 2)),
+    "allgatherv": (lambda x: nt.allgatherv(x, COUNTS), (COUNTS[RANK], 2)),
     "alltoall": (nt.alltoall, ROWS),
+    "alltoallv": (lambda x: nt.alltoallv(x, SENT, RECEIVED), (sum(SENT), 2)),
     "bcast": (lambda x: nt.bcast(x, LAST), (4,)),
     "exscan": (lambda x: nt.exscan(x, m.SUM), (3,)),
     "gather": (lambda x: nt.gather(x, LAST), (2, 3)),
+    "gatherv": (lambda x: nt.gatherv(x, COUNTS, LAST), (COUNTS[RANK], 2)),
     "reduce": (lambda x: nt.reduce(x, m.SUM, LAST), (5,)),
     "reduce_scatter": (lambda x: nt.reduce_scatter(x, m.SUM), ROWS),
     "scan": (lambda x: nt.scan(x, m.SUM), (3,)),
     "scatter": (lambda x: nt.scatter(x, 0), ROWS if RANK == 0 else (2,)),
+    "scatterv": (
+        lambda x: nt.scatterv(x, COUNTS, 0),
+        (sum(COUNTS) if RANK == 0 else COUNTS[RANK], 2),
+    ),
     "send and recv": (around, (3,)),
     "sendrecv": (lambda x: nt.sendrecv(x, x, PREVIOUS, NEXT, sendtag=1, recvtag=1), (3,)),
+    "sendrecv_replace": (lambda x: nt.sendrecv_replace(x, PREVIOUS, NEXT), (3,)),
     "sendrecv at ends": (
         lambda x: nt.sendrecv(
             x,
@@ -109,9 +122,9 @@ def test_transposes_of_batches_mixed_modes_and_remat(name: str) -> None:
     np.testing.assert_allclose(inner(u, product(v)), inner(v, product(u)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["allreduce", *(name for name in LINEAR if name != "scatter")])
+@pytest.mark.parametrize("name", ["allreduce", *(name for name in LINEAR if name not in UNEVEN)])
 def test_hessians(name: str) -> None:
-    # Not scatter: its operand, and so the batch that jacfwd makes, has another size on each rank.
+    # Not where the operand, and so the batch that jacfwd makes, has another size on each rank.
     function, shape = LINEAR.get(name, (lambda x: nt.allreduce(x, m.SUM), (3,)))
 
     def loss(x: jax.Array) -> jax.Array:

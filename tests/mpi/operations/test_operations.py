@@ -287,6 +287,22 @@ def test_sendrecv_of_different_shapes_and_dtypes() -> None:
     np.testing.assert_array_equal(result, shapes[left])
 
 
+def test_sendrecv_replace() -> None:
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    status, x = m.Status(), jnp.arange(5) + 10 * RANK
+    result = nt.sendrecv_replace(x, left, right, sendtag=RANK, recvtag=left, status=status)
+    np.testing.assert_array_equal(result, np.arange(5) + 10 * left)
+    assert (status.Get_source(), status.Get_tag()) == (left, left)
+    np.testing.assert_array_equal(x, np.arange(5) + 10 * RANK)
+    to = RANK + 1 if RANK + 1 < SIZE else m.PROC_NULL
+    shifted, _ = jax.jit(lambda x: m.sendrecv_replace(x, RANK - 1 if RANK else m.PROC_NULL, to))(x)
+    np.testing.assert_array_equal(shifted, np.arange(5) + 10 * left if RANK else np.zeros(5))
+    with pytest.raises(ValueError, match=f"sendrecv_replace on rank {RANK}: dest {SIZE} is not"):
+        nt.sendrecv_replace(x, left, SIZE)
+    with pytest.raises(ValueError, match="sendrecv_replace: tag -1 is negative"):
+        nt.sendrecv_replace(x, left, right, sendtag=-1)
+
+
 def test_any_source_any_tag_and_status() -> None:
     if RANK == 0:
         seen = set()

@@ -107,6 +107,46 @@ fn reductions_follow_the_standard() {
 }
 
 #[test]
+fn blocks_of_neighbours_must_fit() {
+    let of = |kind, sent: &[i64], received: &[i64]| {
+        let op = Operation {
+            sources: 2,
+            destinations: 3,
+            ..operation(
+                kind,
+                buffer(ElementType::F32, sent),
+                buffer(ElementType::F32, received),
+            )
+        };
+        match prepare(&op, &COMM) {
+            Ok(shim) => format!("{} of {}", shim.count, shim.sources),
+            Err(reason) => reason.to_string(),
+        }
+    };
+    assert_eq!(of(Kind::NeighborAllgather, &[], &[2]), "1 of 2");
+    assert_eq!(of(Kind::NeighborAllgather, &[4, 5], &[2, 4, 5]), "20 of 2");
+    assert_eq!(of(Kind::NeighborAlltoall, &[3, 4], &[2, 4]), "4 of 2");
+    for (kind, sent, received) in [
+        (Kind::NeighborAllgather, &[4][..], &[3, 4][..]),
+        (Kind::NeighborAlltoall, &[2, 4], &[2, 4]),
+        (Kind::NeighborAlltoall, &[3, 4], &[2, 5]),
+        (Kind::NeighborAlltoall, &[], &[]),
+    ] {
+        let text = of(kind, sent, received);
+        assert!(
+            text.contains("does not fit 2 neighbours to receive from and 3"),
+            "{text}"
+        );
+    }
+    let text = of(
+        Kind::NeighborAlltoall,
+        &[3, 1 << 40, 1 << 40],
+        &[2, 1 << 40, 1 << 40],
+    );
+    assert!(text.contains("no memory can hold"), "{text}");
+}
+
+#[test]
 fn results_must_fit() {
     let (one, four) = (
         buffer(ElementType::F32, &[3]),

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use mpi_shim_abi::{Kind, Reduction, ShimOp};
 
@@ -42,8 +43,11 @@ pub(super) struct Compared {
     dtype: ElementType,
     reduction: Option<Reduction>,
     root: i32,
-    /// Elements, of one rank where each has a block.
+    /// Elements, of one rank where each has a block. Where blocks differ in length, of all; of
+    /// `Alltoallv`, where each rank knows its own alone, of a row.
     count: i64,
+    /// The counts, hashed, where all ranks have the same; else 0.
+    counts: u32,
     /// [`Operation::place`].
     place: u64,
 }
@@ -59,6 +63,13 @@ pub(super) fn program(place: u64) -> u64 {
     place >> SITE_BITS
 }
 
+/// The same in every process; never 0.
+fn hash(counts: &[i64]) -> u32 {
+    let mut hasher = DefaultHasher::new();
+    counts.hash(&mut hasher);
+    (hasher.finish() as u32).max(1)
+}
+
 impl Compared {
     #[inline]
     pub(super) fn new(op: &Operation<'_>, shim_op: &ShimOp) -> Compared {
@@ -72,7 +83,15 @@ impl Compared {
             dtype: described.dtype(),
             reduction: op.reduction,
             root: if op.kind.has_root() { op.root } else { 0 },
-            count: shim_op.count.max(shim_op.recv_count),
+            count: match op.kind {
+                Kind::Alltoallv => shim_op.row,
+                kind if kind.has_counts() => shim_op.row * op.counts.iter().sum::<i64>(),
+                _ => shim_op.count.max(shim_op.recv_count),
+            },
+            counts: match op.kind {
+                kind if kind.has_counts() && kind != Kind::Alltoallv => hash(op.counts),
+                _ => 0,
+            },
             place: op.place,
         }
     }
@@ -87,7 +106,8 @@ const NO_KIND: u64 = 0xff;
 
 impl Record {
     /// As it stands in shared memory: what it is and the numbers of kind, dtype and reduction (0
-    /// for none) in the bytes of the first, then root, count or hash, and place.
+    /// for none) in the bytes of the first, then root and hash of the counts, count or hash, and
+    /// place.
     #[inline]
     pub(super) fn words(self) -> [u64; RECORD] {
         match self {
@@ -95,7 +115,8 @@ impl Record {
                 let reduction = own.reduction.map_or(0, |reduction| reduction as u64 + 1);
                 let first =
                     OPERATION | (own.kind as u64) << 8 | (own.dtype as u64) << 16 | reduction << 24;
-                [first, own.root as u64, own.count as u64, own.place]
+                let second = u64::from(own.root as u32) | u64::from(own.counts) << 32;
+                [first, second, own.count as u64, own.place]
             }
             Record::Launch(own) => {
                 let first = own.first.map_or(NO_KIND, |kind| kind as u64);
@@ -170,6 +191,7 @@ impl Record {
                 },
                 root: words[1] as i32,
                 count: words[2] as i64,
+                counts: (words[1] >> 32) as u32,
                 place: words[3],
             }),
             LAUNCH => Record::Launch(Sequence {
@@ -204,6 +226,9 @@ impl fmt::Display for Record {
                 if let Some(reduction) = own.reduction {
                     write!(f, " with {}", reduction_name(reduction))?;
                 }
+                if own.counts != 0 {
+                    write!(f, " with counts of hash {:08x}", own.counts)?;
+                }
                 if own.kind.has_root() {
                     write!(f, " with root {}", own.root)?;
                 }
@@ -228,6 +253,7 @@ mod tests {
             reduction,
             root: 3,
             count: 1 << 40,
+            counts: if kind.has_counts() { u32::MAX } else { 0 },
             place: 5 << SITE_BITS | 1,
         })
     }

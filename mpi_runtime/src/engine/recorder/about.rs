@@ -95,6 +95,10 @@ fn kind(kind: &Kind) -> String {
         ("receives", kind.receives()),
         ("operand", kind.has_operand()),
         ("result", kind.has_result()),
+        (
+            "uneven",
+            kind.has_counts() || *kind == Kind::NeighborAlltoall,
+        ),
     ];
     traits.extend(has.iter().filter(|row| row.1).map(|row| row.0));
     list(traits.into_iter().map(quoted))

@@ -6,8 +6,9 @@
 //! agree on.
 //!
 //! Collectives are cut between the elements of a block (`plan`), messages by their bytes
-//! (`message/`). The launching thread waits for MPI and for the copies down, never for the last
-//! copies up: the stream of the program does.
+//! (`message/`). Those whose blocks differ in length or number are not cut (`whole`). The launching
+//! thread waits for MPI and for the copies down, never for the last copies up: the stream of the
+//! program does.
 
 mod collective;
 mod message;
@@ -83,10 +84,10 @@ impl Staging {
                 mpi.perform(op)
             }
             kind if kind.is_message() => message::execute(&run, op, mpi),
-            kind if kind.is_collective() => {
+            kind if kind.is_collective() && !kind.has_counts() && !kind.has_neighbors() => {
                 collective::execute(&run, op, comm, mpi).map(|()| Done::default())
             }
-            _ => whole::execute(&run, op, mpi),
+            _ => whole::execute(&run, op, comm, mpi),
         };
         // Also after a failure: memory that copies use must not be given to others before.
         let ended = run.end();

@@ -1,25 +1,29 @@
-//! Messages whose start and end are separate operations. The engine keeps their data in memory of
-//! the host, so they go there as a whole.
+//! Operations that go through the host as a whole: messages whose start and end are separate
+//! operations, since the engine keeps their data in memory of the host; and collectives whose
+//! blocks differ in length or number.
 
 #![forbid(unsafe_code)]
 
 use mpi_shim_abi::Kind;
 
 use crate::error::Failure;
+use crate::mpi::communicators::Communicator;
 use crate::operation::Operation;
 use crate::transfer::staging::message::{HEADER_BYTES, RendezvousHeader};
 use crate::transfer::staging::run::{Run, at};
 use crate::transfer::transport::{Done, Transport};
 
-/// A message in two halves, which copies once anyway: the engine's memory is the host's.
+/// Copies what is sent down, and up what is received.
 pub(super) fn execute(
     run: &Run<'_>,
     op: &Operation<'_>,
+    comm: &Communicator,
     mpi: &mut dyn Transport,
 ) -> Result<Done, Failure> {
     // An `irecv` has its operand for the shape only.
     let sent = [(op.send.data() as usize, op.send.bytes())];
-    let reads = op.kind != Kind::Irecv && sent[0].1 > 0;
+    let uses = op.kind.reads(comm.rank == op.root) || op.kind.returns_operand(comm.rank == op.root);
+    let reads = uses && op.kind != Kind::Irecv && sent[0].1 > 0;
     let coming = run.come(if reads { &sent } else { &[] })?;
     let send = run.arrive(coming)?;
     let received = [(op.recv.data() as usize, op.recv.bytes())];

@@ -1,0 +1,60 @@
+//! What MPI says of the topology of a communicator (MPI 4.0, chapter 8).
+
+use std::ffi::c_int;
+
+use mpi::ffi;
+
+use crate::checked::Checked;
+use crate::code::{SUCCESS, attempt};
+use crate::handle::comm_from_bits;
+
+/// From how many neighbours a rank receives, and to how many it sends. `MPI_PROC_NULL` counts.
+pub(crate) fn degrees(comm: ffi::MPI_Comm, sources: &mut c_int, destinations: &mut c_int) -> c_int {
+    let (mut kind, mut count, mut rank, mut weighted) = (0, 0, 0, 0);
+    // SAFETY: the communicator of a checked operation is live, and each question is one that its
+    // topology has; constants of the linked MPI.
+    unsafe {
+        attempt! { ffi::MPI_Topo_test(comm, &mut kind); };
+        if kind == ffi::RSMPI_DIST_GRAPH {
+            return ffi::MPI_Dist_graph_neighbors_count(comm, sources, destinations, &mut weighted);
+        }
+        if kind == ffi::RSMPI_CART {
+            attempt! { ffi::MPI_Cartdim_get(comm, &mut count); };
+            count *= 2;
+        } else if kind == ffi::RSMPI_GRAPH {
+            attempt! {
+                ffi::MPI_Comm_rank(comm, &mut rank);
+                ffi::MPI_Graph_neighbors_count(comm, rank, &mut count);
+            };
+        } else {
+            return ffi::MPI_ERR_TOPOLOGY as c_int;
+        }
+    }
+    (*sources, *destinations) = (count, count);
+    SUCCESS
+}
+
+/// Whether a dimension of a Cartesian topology closes after one or two ranks, so that both
+/// neighbours are one rank. What was sent to the one before must come from the one behind there
+/// (MPI 4.0, section 8.6). Open MPI 4.1 does so in `MPI_Neighbor_alltoall`, and not in
+/// `MPI_Ineighbor_alltoall`.
+pub(crate) fn closes_at_once(op: Checked<'_>) -> bool {
+    let comm = comm_from_bits(op.comm);
+    let (mut kind, mut count) = (0, 0);
+    // SAFETY: the communicator of a checked operation is live; lists as long as it has dimensions.
+    unsafe {
+        if ffi::MPI_Topo_test(comm, &mut kind) != SUCCESS || kind != ffi::RSMPI_CART {
+            return false;
+        }
+        if ffi::MPI_Cartdim_get(comm, &mut count) != SUCCESS {
+            return false;
+        }
+        let [mut sizes, mut closed, mut own] = [(); 3].map(|()| vec![0; count as usize]);
+        let (to, and, too) = (sizes.as_mut_ptr(), closed.as_mut_ptr(), own.as_mut_ptr());
+        ffi::MPI_Cart_get(comm, count, to, and, too) == SUCCESS
+            && sizes
+                .iter()
+                .zip(closed)
+                .any(|(&size, closed)| closed != 0 && size <= 2)
+    }
+}

@@ -1,0 +1,182 @@
+//! Whether what ranks send in an `alltoallv` is what the others expect. Each rank knows its own
+//! counts alone, and MPI leaves it undefined what becomes of others (MPI 4.0, section 6.8). A sum
+//! over the ranks tells them all, before anything is sent.
+
+use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
+
+use crate::error::{Failure, MpiError};
+use crate::mpi::communicators::Communicator;
+use crate::mpi::shim::Shim;
+use crate::operation::Operation;
+
+/// Blocks that an error names.
+const MOST: usize = 4;
+
+/// Rank, the rank that it receives from, the rows that it gets and those that it expects.
+type Wrong = [i64; 4];
+
+/// Whether the operation is larger than MPI takes on some rank. Collective.
+///
+/// # Errors
+/// The same on all ranks: if one sends other rows than another expects.
+pub(super) fn agree(
+    shim: &Shim,
+    op: &Operation<'_>,
+    comm: &Communicator,
+    shim_op: &ShimOp,
+    part_bytes: i64,
+) -> Result<bool, Failure> {
+    let elements = shim_op.count.max(shim_op.recv_count);
+    let bytes = elements.saturating_mul(shim_op.datatype.size() as i64);
+    let own = [balance(op, comm.rank), u64::from(bytes > part_bytes)];
+    let mut all = [0; 2];
+    add_up(shim, comm, &own, &mut all)?;
+    match all[0] {
+        0 => Ok(all[1] > 0),
+        _ => Err(explain(shim, op, comm)?),
+    }
+}
+
+/// What this rank sends, less what it expects, each block hashed: over all ranks nothing is left if
+/// they agree.
+fn balance(op: &Operation<'_>, rank: i32) -> u64 {
+    let blocks = |counts: &[i64], hash: fn(u64, u64, u64) -> u64| {
+        let nonzero = (0u64..).zip(counts).filter(|(_, count)| **count > 0);
+        nonzero.fold(0u64, |sum, (other, &count)| {
+            sum.wrapping_add(hash(rank as u64, other, count as u64))
+        })
+    };
+    let sent = blocks(op.counts, block);
+    sent.wrapping_sub(blocks(op.recv_counts, |to, from, rows| {
+        block(from, to, rows)
+    }))
+}
+
+/// A block, hashed: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014), twice.
+fn block(from: u64, to: u64, rows: u64) -> u64 {
+    let mix = |bits: u64| {
+        let bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^ (bits >> 31)
+    };
+    mix(mix((from << 32 | to).wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ rows)
+}
+
+fn add_up(
+    shim: &Shim,
+    comm: &Communicator,
+    own: &[u64; 2],
+    all: &mut [u64; 2],
+) -> Result<(), MpiError> {
+    let op = ShimOp {
+        datatype: Datatype::U64,
+        recv_datatype: Datatype::U64,
+        reduction: Reduction::Sum,
+        count: own.len() as i64,
+        recv_count: own.len() as i64,
+        send: own.as_ptr().cast(),
+        recv: all.as_mut_ptr().cast(),
+        ..ShimOp::new(Kind::Allreduce, comm.handle)
+    };
+    // SAFETY: a communicator that is live, since `op` is checked, and lists as long as is said.
+    unsafe { shim.execute(&op) }.map(drop)
+}
+
+/// The error of ranks that do not agree. Collective.
+fn explain(shim: &Shim, op: &Operation<'_>, comm: &Communicator) -> Result<Failure, MpiError> {
+    let mut coming = vec![0i64; op.counts.len()];
+    let counts = ShimOp {
+        datatype: Datatype::I64,
+        recv_datatype: Datatype::I64,
+        count: 1,
+        recv_count: 1,
+        send: op.counts.as_ptr().cast(),
+        recv: coming.as_mut_ptr().cast(),
+        ..ShimOp::new(Kind::Alltoall, comm.handle)
+    };
+    // SAFETY: as in `add_up`; both lists have a number for each rank (`check/counts.rs`).
+    unsafe { shim.execute(&counts) }?;
+    let pairs = coming.iter().zip(op.recv_counts);
+    let wrong = pairs
+        .clone()
+        .position(|(comes, expected)| comes != expected);
+    let own: Wrong = match wrong {
+        Some(from) => [
+            i64::from(comm.rank),
+            from as i64,
+            coming[from],
+            op.recv_counts[from],
+        ],
+        None => [-1; 4],
+    };
+    let own = own.map(i64::to_le_bytes);
+    let mut all = vec![0; size_of::<Wrong>() * op.counts.len()];
+    shim.gather(comm.handle, own.as_flattened(), &mut all)?;
+    let all = all.as_chunks().0.iter().copied().map(i64::from_le_bytes);
+    let all: Vec<i64> = all.collect();
+    Ok(words(all.as_chunks().0).into())
+}
+
+fn words(all: &[Wrong]) -> String {
+    let wrong = all.iter().filter(|one| one[0] >= 0);
+    let mut said: Vec<String> = wrong
+        .map(|[to, from, comes, expected]| {
+            format!("rank {from} sends {comes} rows to rank {to}, which expects {expected}")
+        })
+        .collect();
+    let more = said.len().saturating_sub(MOST);
+    said.truncate(MOST);
+    if more > 0 {
+        said.push(format!("and {more} more ranks do not get what they expect"));
+    }
+    format!(
+        "the ranks do not agree: {}; send_counts of a rank must have at each place what \
+         recv_counts of that rank has for it",
+        said.join("; ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::Buffer;
+
+    fn total(ranks: [[[i64; 3]; 2]; 3]) -> u64 {
+        (0..).zip(&ranks).fold(0, |sum, (rank, [sent, received])| {
+            let op = Operation {
+                counts: sent,
+                recv_counts: received,
+                ..Operation::new(Kind::Alltoallv, 0, Buffer::NONE, Buffer::NONE)
+            };
+            balance(&op, rank).wrapping_add(sum)
+        })
+    }
+
+    #[test]
+    fn nothing_is_left_where_ranks_agree() {
+        let sent = [[1, 2, 0], [5, 0, 7], [2, 2, 2]];
+        let received = |to: usize| [sent[0][to], sent[1][to], sent[2][to]];
+        let agreeing = [0, 1, 2].map(|rank| [sent[rank], received(rank)]);
+        assert_eq!(total(agreeing), 0);
+        for place in 0..9 {
+            let mut other = agreeing;
+            other[place / 3][1][place % 3] += 1;
+            assert_ne!(total(other), 0);
+        }
+        // Rows that go elsewhere are no others.
+        let mut swapped = agreeing;
+        swapped[0][0].swap(0, 1);
+        assert_ne!(total(swapped), 0);
+    }
+
+    #[test]
+    fn the_words_name_both_ranks() {
+        let text = words(&[[-1; 4], [1, 2, 3, 4]]);
+        assert!(
+            text.contains("rank 2 sends 3 rows to rank 1, which expects 4;"),
+            "{text}"
+        );
+        let many: Vec<Wrong> = (0..9).map(|rank| [rank, 0, 1, 2]).collect();
+        assert!(words(&many).contains("and 5 more ranks"));
+    }
+}
