@@ -106,6 +106,7 @@ def load() -> ctypes.CDLL:
             ctypes.c_int,
             [int_pointer, int_pointer, ctypes.POINTER(ctypes.c_char_p)],
         ),
+        "mpi_cuda_job": (ctypes.c_uint64, []),
         "mpi_cuda_comm": (
             ctypes.c_int64,
             [ctypes.c_uint64, ctypes.c_char_p, int_pointer, int_pointer],

@@ -29,6 +29,7 @@ INSTALLED: dict[Moment, tuple[str, ...]] = {
         "dlpack",
         "older_plugin",
         "partitioner",
+        "profiler",
     ),
 }
 #: The others, whose functions are called.

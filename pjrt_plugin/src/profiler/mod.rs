@@ -1,0 +1,251 @@
+//! What `jax.profiler` asks of a plugin: events of ours for each operation and collective, and
+//! behind them what the inner plugin has seen.
+//!
+//! The functions are those of `xla/backends/profiler/plugin/profiler_c_api.h`, which frameworks
+//! find by the profiler extension ([`table`]).
+
+mod inner;
+mod timeline;
+
+use std::sync::OnceLock;
+
+use mpi_runtime::engine::recorder::profiled::{self, Profiled};
+use mpi_runtime::log;
+use pjrt_sys::*;
+
+use crate::boundary::{guarded, quiet};
+use crate::error::Error;
+use crate::inner::call::bytes;
+use crate::plugin::world;
+use inner::InnerProfiler;
+
+/// A profile that somebody takes.
+struct Profiler {
+    inner: Option<InnerProfiler>,
+    /// The options ask for events of the host, which ours are.
+    wanted: bool,
+    /// Ours are kept.
+    running: bool,
+    /// What was seen, serialized.
+    space: Vec<u8>,
+    collected: bool,
+}
+
+/// The functions that frameworks call. It is never freed, as the extension that names it.
+pub fn table() -> *mut PLUGIN_Profiler_Api {
+    static TABLE: OnceLock<usize> = OnceLock::new();
+    let table = || {
+        let table = PLUGIN_Profiler_Api {
+            struct_size: size_of::<PLUGIN_Profiler_Api>(),
+            private: std::ptr::null_mut(),
+            error_destroy: Some(error_destroy),
+            error_message: Some(error_message),
+            error_get_code: Some(error_get_code),
+            create: Some(create),
+            destroy: Some(destroy),
+            start: Some(start),
+            stop: Some(stop),
+            collect_data: Some(collect_data),
+        };
+        std::ptr::from_mut(Box::leak(Box::new(table))) as usize
+    };
+    *TABLE.get_or_init(table) as *mut PLUGIN_Profiler_Api
+}
+
+impl Profiler {
+    fn new(options: &[u8]) -> Result<Profiler, Error> {
+        Ok(Profiler {
+            inner: InnerProfiler::new(options)?,
+            wanted: xspace::wants_host_events(options),
+            running: false,
+            space: Vec::new(),
+            collected: false,
+        })
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        (self.space, self.collected) = (Vec::new(), false);
+        if self.wanted && !self.running {
+            if !profiled::start() {
+                return Err(Error::precondition(
+                    "another profile of this process is being taken; stop that one first",
+                ));
+            }
+            self.running = true;
+        }
+        self.inner.as_mut().map_or(Ok(()), InnerProfiler::start)
+    }
+
+    fn stop(&mut self) -> Result<(), Error> {
+        self.stop_ours()?;
+        self.inner.as_mut().map_or(Ok(()), InnerProfiler::stop)
+    }
+
+    fn stop_ours(&mut self) -> Result<(), Error> {
+        if !std::mem::take(&mut self.running) {
+            return Ok(());
+        }
+        let seen = profiled::stop().unwrap_or_default();
+        if let Some(said) = profiled::said_of_lost(seen.lost) {
+            log::line(&said);
+        }
+        self.space = match world() {
+            Some(world) => timeline::serialize(&seen, world.rank, |number| {
+                world.engine.communicators.get(number)
+            })?,
+            None => Vec::new(),
+        };
+        Ok(())
+    }
+
+    /// The serialized space, ours and the inner plugin's one after the other, which is both
+    /// together. The inner plugin may end its own with a byte that ends the whole.
+    fn collect(&mut self) -> Result<&mut Vec<u8>, Error> {
+        if self.running {
+            return Err(Error::precondition(
+                "the profile must be stopped before it is read",
+            ));
+        }
+        if !std::mem::replace(&mut self.collected, true)
+            && let Some(inner) = &mut self.inner
+        {
+            self.space.extend(inner.collect()?);
+        }
+        Ok(&mut self.space)
+    }
+}
+
+impl Drop for Profiler {
+    fn drop(&mut self) {
+        if self.running {
+            let _: Option<Profiled> = profiled::stop();
+        }
+    }
+}
+
+/// Runs a body; its error is the framework's.
+fn returned(body: impl FnOnce() -> Result<(), Error>) -> *mut PLUGIN_Profiler_Error {
+    match guarded(body) {
+        Ok(()) => std::ptr::null_mut(),
+        Err(error) => Box::into_raw(Box::new(error)).cast(),
+    }
+}
+
+/// The profiler of a call.
+///
+/// # Safety
+/// `raw` must be null, or what [`create`] gave and [`destroy`] has not had, and nobody else may use
+/// it meanwhile.
+unsafe fn profiler<'a>(raw: *mut PLUGIN_Profiler) -> Result<&'a mut Profiler, Error> {
+    // SAFETY: as this function demands.
+    unsafe { raw.cast::<Profiler>().as_mut() }
+        .ok_or_else(|| Error::invalid("a null pointer in place of a profiler"))
+}
+
+/// `PLUGIN_Profiler_Create`
+unsafe extern "C" fn create(args: *mut PLUGIN_Profiler_Create_Args) -> *mut PLUGIN_Profiler_Error {
+    returned(|| {
+        // SAFETY: the framework passes valid arguments, with options as long as it says.
+        let (args, options) = unsafe {
+            let args = &mut *args;
+            let options = bytes(args.options, args.options_size);
+            (args, options)
+        };
+        args.profiler = std::ptr::null_mut();
+        args.profiler = Box::into_raw(Box::new(Profiler::new(options)?)).cast();
+        Ok(())
+    })
+}
+
+/// `PLUGIN_Profiler_Destroy`
+unsafe extern "C" fn destroy(args: *mut PLUGIN_Profiler_Args) -> *mut PLUGIN_Profiler_Error {
+    returned(|| {
+        // SAFETY: the framework passes valid arguments, and has null or a box of `create`, which it
+        // does not use any more.
+        unsafe {
+            let raw = (*args).profiler.cast::<Profiler>();
+            if !raw.is_null() {
+                drop(Box::from_raw(raw));
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `PLUGIN_Profiler_Start`
+unsafe extern "C" fn start(args: *mut PLUGIN_Profiler_Args) -> *mut PLUGIN_Profiler_Error {
+    // SAFETY: the framework passes valid arguments, and one call at a time for a profiler.
+    returned(|| unsafe { profiler((*args).profiler) }?.start())
+}
+
+/// `PLUGIN_Profiler_Stop`
+unsafe extern "C" fn stop(args: *mut PLUGIN_Profiler_Args) -> *mut PLUGIN_Profiler_Error {
+    // SAFETY: as above.
+    returned(|| unsafe { profiler((*args).profiler) }?.stop())
+}
+
+/// `PLUGIN_Profiler_CollectData`. The header wants two calls, of which the second has a buffer of
+/// the framework's. XLA's own framework makes one, and reads the buffer that it is given.
+unsafe extern "C" fn collect_data(
+    args: *mut PLUGIN_Profiler_CollectData_Args,
+) -> *mut PLUGIN_Profiler_Error {
+    returned(|| {
+        // SAFETY: as above. A buffer of the framework's has the size that the first call gave. The
+        // profiler has its own until it is destroyed.
+        unsafe {
+            let args = &mut *args;
+            let space = profiler(args.profiler)?.collect()?;
+            args.buffer_size_in_bytes = space.len();
+            if args.buffer.is_null() {
+                args.buffer = space.as_mut_ptr();
+            } else if args.buffer != space.as_mut_ptr() {
+                std::ptr::copy_nonoverlapping(space.as_ptr(), args.buffer, space.len());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `PLUGIN_Profiler_Error_Destroy`
+unsafe extern "C" fn error_destroy(args: *mut PLUGIN_Profiler_Error_Destroy_Args) {
+    quiet((), || {
+        // SAFETY: the framework passes null or an error that it has got from here, once.
+        unsafe {
+            let raw = (*args).error.cast::<Error>();
+            if !raw.is_null() {
+                drop(Box::from_raw(raw));
+            }
+        }
+    });
+}
+
+/// `PLUGIN_Profiler_Error_Message`
+unsafe extern "C" fn error_message(args: *mut PLUGIN_Profiler_Error_Message_Args) {
+    quiet((), || {
+        // SAFETY: the framework passes valid arguments with a live error of ours; all of them are
+        // made here, so they have their text themselves.
+        unsafe {
+            let args = &mut *args;
+            if let Error::Own(own) = &*args.error.cast::<Error>() {
+                args.message = own.message.as_ptr().cast();
+                args.message_size = own.message.len();
+            }
+        }
+    });
+}
+
+/// `PLUGIN_Profiler_Error_GetCode`
+unsafe extern "C" fn error_get_code(
+    args: *mut PLUGIN_Profiler_Error_GetCode_Args,
+) -> *mut PLUGIN_Profiler_Error {
+    quiet(std::ptr::null_mut(), || {
+        // SAFETY: as above.
+        unsafe {
+            let args = &mut *args;
+            if let Error::Own(own) = &*args.error.cast::<Error>() {
+                args.code = own.code as i32;
+            }
+        }
+        std::ptr::null_mut()
+    })
+}
