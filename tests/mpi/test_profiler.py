@@ -145,6 +145,43 @@ def test_waiting_is_apart_from_moving(tmp_path: Path) -> None:
     assert moves[0].length < 100e6
 
 
+@needs_two
+def test_a_message_that_comes_late_is_waited_for(tmp_path: Path) -> None:
+    """Rank 0 sends late by 0.2 s: what the receiver, and who exchanges with it, waits is no part of
+    what moves the data."""
+    x = jnp.ones(50_000)
+    receive = jax.jit(lambda x: nt.recv(x, 0, tag=3))
+    later = jax.jit(lambda x: nt.wait(nt.irecv(x, 0, tag=4)))
+    exchange = jax.jit(lambda x, peer: nt.sendrecv(x, x, peer, peer), static_argnums=1)
+    if RANK < 2:
+        exchange(x, 1 - RANK).block_until_ready()
+    MPI.COMM_WORLD.Barrier()
+    with jax.profiler.trace(tmp_path, profiler_options=quiet()):
+        if RANK == 0:
+            time.sleep(0.2)
+            nt.send(x, 1, tag=3)
+            jax.effects_barrier()
+            time.sleep(0.2)
+            nt.send(x, 1, tag=4)
+            jax.effects_barrier()
+            time.sleep(0.2)
+            exchange(x, 1).block_until_ready()
+        elif RANK == 1:
+            np.testing.assert_array_equal(receive(x), x)
+            np.testing.assert_array_equal(later(x), x)
+            np.testing.assert_array_equal(exchange(x, 0), x)
+    if RANK != 1:
+        return
+    found = ours(taken(tmp_path))
+    for name in ("mpi_cuda.recv", "mpi_cuda.wait", "mpi_cuda.sendrecv"):
+        (whole,) = named(found, name)
+        within = [one for one in found if one is not whole and whole.has(one)]
+        assert [one.name for one in within] == ["waiting", "moving"]
+        assert 120e6 < within[0].length == whole.stats["waiting_ns"]
+        assert within[1].length < 100e6
+        assert whole.stats["source"] == "0"
+
+
 def test_nothing_is_lost(tmp_path: Path) -> None:
     """More operations than the flight recorder keeps."""
 

@@ -36,7 +36,9 @@ def test_an_operation_of_one_rank_is_on_the_timeline(tmp_path: Path) -> None:
 
 def test_clocks_agree_with_jaxs(tmp_path: Path) -> None:
     """An operation lies within what JAX itself has measured around it, which takes little more."""
-    with jax.profiler.trace(tmp_path):
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(tmp_path, profiler_options=options):
         for _ in range(100):
             with jax.profiler.TraceAnnotation("around"):
                 total(jnp.ones(6)).block_until_ready()
@@ -45,8 +47,8 @@ def test_clocks_agree_with_jaxs(tmp_path: Path) -> None:
     before = sorted(one.start - around.start for around, one in pairs)
     after = sorted(around.end - one.end for around, one in pairs)
     assert before[0] > -20e3 and after[0] > -20e3
-    # So the clocks are apart by no more than the shortest of what is around.
-    assert min(around.length - one.length for around, one in pairs) < 150e3
+    # Clocks that were apart would add that to one of the two. JAX's dispatch is in both.
+    assert before[0] < 150e3 and after[0] < 150e3
 
 
 def test_a_profile_without_operations_has_jaxs_events_alone(tmp_path: Path) -> None:

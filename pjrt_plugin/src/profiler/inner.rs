@@ -18,9 +18,17 @@ pub struct InnerProfiler {
 impl InnerProfiler {
     /// With serialized options; none if the inner plugin has no profiler.
     pub fn new(options: &[u8]) -> Result<Option<InnerProfiler>, Error> {
-        let Some(table) = extensions::profiler() else {
-            return Ok(None);
-        };
+        match extensions::profiler() {
+            Some(table) => InnerProfiler::of(table, options),
+            None => Ok(None),
+        }
+    }
+
+    /// One that these functions make.
+    fn of(
+        table: &'static PLUGIN_Profiler_Api,
+        options: &[u8],
+    ) -> Result<Option<InnerProfiler>, Error> {
         let mut args = PLUGIN_Profiler_Create_Args {
             struct_size: size_of::<PLUGIN_Profiler_Create_Args>(),
             options: options.as_ptr().cast::<c_char>(),
@@ -121,5 +129,109 @@ fn taken(table: &PLUGIN_Profiler_Api, error: *mut PLUGIN_Profiler_Error) -> Erro
             destroy(&mut destroyed);
         }
         Error::internal(format!("the inner XLA plugin's profiler: {text}"))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::ffi::c_void;
+    use std::sync::atomic::{AtomicI32, Ordering};
+
+    use super::*;
+
+    /// Profilers of the tests that are there.
+    static MADE: AtomicI32 = AtomicI32::new(0);
+    static TEXT: &[u8] = b"no";
+
+    /// What XLA's own plugins give: bytes of theirs, of which the last ends a message.
+    static SPACE: [u8; 4] = [0x22, 0x01, b'h', 0];
+
+    unsafe extern "C" fn create(
+        args: *mut PLUGIN_Profiler_Create_Args,
+    ) -> *mut PLUGIN_Profiler_Error {
+        // SAFETY: the tests pass valid arguments.
+        unsafe { (*args).profiler = std::ptr::from_ref(&MADE).cast_mut().cast() };
+        MADE.fetch_add(1, Ordering::Relaxed);
+        std::ptr::null_mut()
+    }
+
+    unsafe extern "C" fn destroy(_: *mut PLUGIN_Profiler_Args) -> *mut PLUGIN_Profiler_Error {
+        MADE.fetch_sub(1, Ordering::Relaxed);
+        std::ptr::null_mut()
+    }
+
+    unsafe extern "C" fn start(_: *mut PLUGIN_Profiler_Args) -> *mut PLUGIN_Profiler_Error {
+        std::ptr::null_mut()
+    }
+
+    unsafe extern "C" fn stop(_: *mut PLUGIN_Profiler_Args) -> *mut PLUGIN_Profiler_Error {
+        std::ptr::from_ref(&MADE).cast_mut().cast()
+    }
+
+    unsafe extern "C" fn message(args: *mut PLUGIN_Profiler_Error_Message_Args) {
+        // SAFETY: as above.
+        unsafe {
+            (*args).message = TEXT.as_ptr().cast();
+            (*args).message_size = TEXT.len();
+        }
+    }
+
+    unsafe extern "C" fn at_once(
+        args: *mut PLUGIN_Profiler_CollectData_Args,
+    ) -> *mut PLUGIN_Profiler_Error {
+        // SAFETY: as above.
+        unsafe {
+            (*args).buffer = SPACE.as_ptr().cast_mut();
+            (*args).buffer_size_in_bytes = SPACE.len();
+        }
+        std::ptr::null_mut()
+    }
+
+    unsafe extern "C" fn in_two_calls(
+        args: *mut PLUGIN_Profiler_CollectData_Args,
+    ) -> *mut PLUGIN_Profiler_Error {
+        // SAFETY: as above; a buffer has the size that the first call says.
+        unsafe {
+            if !(*args).buffer.is_null() {
+                std::ptr::copy_nonoverlapping(SPACE.as_ptr(), (*args).buffer, SPACE.len());
+            }
+            (*args).buffer_size_in_bytes = SPACE.len();
+        }
+        std::ptr::null_mut()
+    }
+
+    type Collect = unsafe extern "C" fn(
+        args: *mut PLUGIN_Profiler_CollectData_Args,
+    ) -> *mut PLUGIN_Profiler_Error;
+
+    /// A profiler of a plugin that has one.
+    pub fn another(collect_data: Option<Collect>) -> InnerProfiler {
+        let table = PLUGIN_Profiler_Api {
+            struct_size: size_of::<PLUGIN_Profiler_Api>(),
+            private: std::ptr::null_mut::<c_void>(),
+            error_destroy: None,
+            error_message: Some(message),
+            error_get_code: None,
+            create: Some(create),
+            destroy: Some(destroy),
+            start: Some(start),
+            stop: Some(stop),
+            collect_data: Some(collect_data.unwrap_or(at_once)),
+        };
+        let made = InnerProfiler::of(Box::leak(Box::new(table)), b"options");
+        made.unwrap().expect("a profiler")
+    }
+
+    #[test]
+    fn the_inner_profiler_is_asked_and_destroyed() {
+        let before = MADE.load(Ordering::Relaxed);
+        for collect in [at_once as Collect, in_two_calls] {
+            let mut inner = another(Some(collect));
+            inner.start().unwrap();
+            assert_eq!(inner.collect().unwrap(), SPACE);
+            let error = inner.stop().unwrap_err().to_string();
+            assert_eq!(error, "mpi_cuda: the inner XLA plugin's profiler: no");
+        }
+        assert_eq!(MADE.load(Ordering::Relaxed), before);
     }
 }

@@ -249,3 +249,110 @@ unsafe extern "C" fn error_get_code(
         std::ptr::null_mut()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Calls a function of the table with a profiler; the error's text, if it fails.
+    fn call(
+        function: PLUGIN_Profiler_Function<PLUGIN_Profiler_Args>,
+        raw: usize,
+    ) -> Option<String> {
+        let mut args = PLUGIN_Profiler_Args {
+            struct_size: 0,
+            profiler: raw as *mut PLUGIN_Profiler,
+        };
+        // SAFETY: valid arguments, and a profiler that is destroyed last.
+        let error = unsafe { function.unwrap()(&mut args) };
+        (!error.is_null()).then(|| said(error))
+    }
+
+    fn said(error: *mut PLUGIN_Profiler_Error) -> String {
+        // SAFETY: zero bytes are valid for these arguments; the error is live until it is destroyed
+        // here.
+        unsafe {
+            let mut message: PLUGIN_Profiler_Error_Message_Args = std::mem::zeroed();
+            message.error = error;
+            error_message(&mut message);
+            let text = bytes(message.message, message.message_size);
+            let text = String::from_utf8_lossy(text).into_owned();
+            let mut destroyed: PLUGIN_Profiler_Error_Destroy_Args = std::mem::zeroed();
+            destroyed.error = error;
+            error_destroy(&mut destroyed);
+            text
+        }
+    }
+
+    fn collected(raw: usize, buffer: &mut [u8]) -> (Vec<u8>, usize) {
+        let mut args = PLUGIN_Profiler_CollectData_Args {
+            struct_size: 0,
+            profiler: raw as *mut PLUGIN_Profiler,
+            buffer: match buffer {
+                [] => std::ptr::null_mut(),
+                _ => buffer.as_mut_ptr(),
+            },
+            buffer_size_in_bytes: 0,
+        };
+        // SAFETY: as above; the buffer has the size that the first call gave.
+        unsafe {
+            assert!(collect_data(&mut args).is_null());
+            let size = args.buffer_size_in_bytes;
+            (bytes(args.buffer.cast(), size).to_vec(), size)
+        }
+    }
+
+    /// What is the inner plugin's comes last, since a byte at its end may end the whole.
+    #[test]
+    fn both_profiles_are_one() {
+        crate::plugin::start_for_tests();
+        let functions = table();
+        // SAFETY: the table is never freed.
+        let functions = unsafe { &*functions };
+        assert_eq!(functions.struct_size, 80);
+        let profiler = Profiler {
+            inner: Some(inner::tests::another(None)),
+            wanted: true,
+            running: false,
+            space: Vec::new(),
+            collected: false,
+        };
+        let other = Profiler {
+            inner: None,
+            wanted: true,
+            running: false,
+            space: Vec::new(),
+            collected: false,
+        };
+        let raw = Box::into_raw(Box::new(profiler)) as usize;
+        let second = Box::into_raw(Box::new(other)) as usize;
+        assert_eq!(call(functions.start, raw), None);
+        let refused = call(functions.start, second).unwrap();
+        assert!(
+            refused.contains("another profile of this process"),
+            "{refused}"
+        );
+        let mut early = PLUGIN_Profiler_CollectData_Args {
+            struct_size: 0,
+            profiler: raw as *mut PLUGIN_Profiler,
+            buffer: std::ptr::null_mut(),
+            buffer_size_in_bytes: 0,
+        };
+        // SAFETY: as above.
+        let early = said(unsafe { collect_data(&mut early) });
+        assert!(early.contains("must be stopped"), "{early}");
+        assert!(call(functions.stop, raw).unwrap().ends_with("profiler: no"));
+        let (whole, size) = collected(raw, &mut []);
+        assert!(whole.ends_with(b"\x22\x01h\0") && whole.len() == size);
+        let mut own = vec![0; size];
+        collected(raw, &mut own);
+        assert_eq!(own, whole);
+        assert_eq!(call(functions.start, second), None);
+        // A profiler that is destroyed takes no profile any more.
+        for one in [raw, second] {
+            assert_eq!(call(functions.destroy, one), None);
+        }
+        assert!(profiled::start() && profiled::stop().is_some());
+        assert!(call(functions.start, 0).unwrap().contains("null pointer"));
+    }
+}

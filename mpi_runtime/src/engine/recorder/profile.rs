@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::mem::take;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,8 +23,8 @@ pub(super) static PROFILE: Profile = Profile::new(MOST);
 thread_local! {
     /// What the operation that this thread executes has waited, from when to when.
     static WAITS: RefCell<Vec<[Ticks; 2]>> = const { RefCell::new(Vec::new()) };
-    /// When all ranks had come to the operation that this thread executes.
-    static MET: RefCell<Option<Ticks>> = const { RefCell::new(None) };
+    /// Since when the operation of that number, which this thread executes, waits for nobody.
+    static MET: Cell<Option<(u64, Ticks)>> = const { Cell::new(None) };
 }
 
 /// Keeps operations while it is taken.
@@ -125,11 +125,11 @@ impl Profile {
 
     /// Keeps an operation that has ended.
     #[cold]
-    pub(super) fn keep(&self, mut event: Event) {
+    pub(super) fn keep(&self, number: u64, mut event: Event) {
         let since = event.start;
         event.waits = WAITS.take();
         event.waits.retain(|wait| wait[0] >= since);
-        event.met = MET.take().filter(|met| *met >= since);
+        event.met = MET.take().filter(|met| met.0 == number).map(|met| met.1);
         let mut kept = self.kept.lock();
         if kept.start.is_none() {
             return;
@@ -153,11 +153,13 @@ impl Profile {
         WAITS.with_borrow_mut(|waits| waits.push([start, end]));
     }
 
-    /// All ranks have now come to the operation that this thread executes: nothing is waited for
-    /// any more.
+    /// The operation of that number, which this thread executes, waits for nobody any more. Only
+    /// the first time counts: of a message in several pieces, that of the first.
     #[cold]
-    pub(super) fn met(&self, when: Ticks) {
-        MET.set(Some(when));
+    pub(super) fn met(&self, number: u64) {
+        if MET.get().is_none_or(|met| met.0 != number) {
+            MET.set(Some((number, Ticks::now())));
+        }
     }
 }
 

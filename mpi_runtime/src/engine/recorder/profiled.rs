@@ -178,6 +178,12 @@ impl Clock {
         let row = recorder.called(event.comm);
         let (upper, lower) = halves(event.ranks);
         let tags = halves(event.tags);
+        let source = receives.then(|| (rank_in_words(lower), tag_in_words(tags.1)));
+        let mut waits: Vec<Span> = event.waits.iter().map(|wait| self.span(*wait)).collect();
+        let met = event.met.map(|met| self.at(met));
+        if let (Some(_), Some(met)) = (&source, event.met) {
+            waits = vec![self.span([event.start, met])];
+        }
         ProfiledOperation {
             kind,
             owner: match event.what {
@@ -187,8 +193,8 @@ impl Clock {
             },
             time: self.span([event.start, event.end.unwrap_or(self.to.ticks)]),
             ended: event.end.is_some(),
-            waits: event.waits.iter().map(|wait| self.span(*wait)).collect(),
-            met: event.met.map(|met| self.at(met)),
+            waits,
+            met,
             operand: elements(operand, event.sent).filter(|_| has(Kind::has_operand)),
             result: elements(result, event.received).filter(|_| has(Kind::has_result)),
             reduction: (u64::from(reduction) != NO_REDUCTION).then(|| {
@@ -205,7 +211,7 @@ impl Clock {
             position: event.position,
             root: has(Kind::has_root).then_some(upper),
             dest: sends.then(|| (rank_in_words(upper), tags.0)),
-            source: receives.then(|| (rank_in_words(lower), tag_in_words(tags.1))),
+            source,
             launch: (event.launch_thread >> 32) as u32,
             thread: event.launch_thread as u32,
             program: text(u64::from(event.program)),

@@ -211,13 +211,20 @@ impl Recorder {
         }
     }
 
-    /// All ranks have come to the operation that this thread executes: what it still takes is no
-    /// waiting for them.
+    /// All ranks have come to the operation that this thread executes, or its message has: what it
+    /// still takes is no waiting for them.
     #[inline]
     pub fn met(&self) {
-        if PROFILE.is_taken() && CURRENT.get() != 0 {
-            PROFILE.met(Ticks::now());
+        let number = CURRENT.get();
+        if PROFILE.is_taken() && number != 0 {
+            PROFILE.met(number);
         }
+    }
+
+    /// Whether a profile is taken, which wants to know when messages come.
+    #[inline]
+    pub fn is_profiled(&self) -> bool {
+        PROFILE.is_taken()
     }
 
     /// From now on every operation is kept for a profile; false if one is taken already.
@@ -413,7 +420,7 @@ impl Recording<'_> {
     #[cold]
     fn keep(&self, entry: &Entry, end: Ticks) {
         let launch = self.recorder.launch_of(entry);
-        PROFILE.keep(Event::of(entry, Some(end), launch));
+        PROFILE.keep(self.number, Event::of(entry, Some(end), launch));
     }
 
     #[cold]

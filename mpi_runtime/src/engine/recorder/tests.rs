@@ -292,7 +292,7 @@ fn a_profile_counts_what_it_has_no_room_for() {
     assert!(profile.start());
     for _ in 0..5 {
         allreduce(&recorder, 1).end(&Ok(()));
-        profile.keep(Event::of(recorder.entry(1), Some(Ticks::now()), (0, 0)));
+        profile.keep(1, Event::of(recorder.entry(1), Some(Ticks::now()), (0, 0)));
     }
     let taken = profile.stop(Vec::new).unwrap();
     assert_eq!((taken.events.len(), taken.lost), (3, 2));
