@@ -171,6 +171,10 @@ const char *mpi_cuda_about(void);
  * and size in it and the MPI's ABI: "openmpi", "mpich", "mpi_abi" or "none". */
 int mpi_cuda_start(int *rank, int *size, const char **family);
 
+/* What names the job, the same on all its ranks and in no other: when it started, in nanoseconds
+ * since 1970. 0 before mpi_cuda_start. */
+uint64_t mpi_cuda_job(void);
+
 /* The number of a communicator for the attribute comm, and rank and size in it; -1 on error.
  * handle: the MPI_Comm's bits, zero-extended. name: for messages. Nothing collective happens. */
 int64_t mpi_cuda_comm(uint64_t handle, const char *name, int *rank, int *size);

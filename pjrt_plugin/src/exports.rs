@@ -135,6 +135,13 @@ pub unsafe extern "C" fn mpi_cuda_start(
     })
 }
 
+/// What names the job, the same on all its ranks: when it started, in nanoseconds since 1970; 0
+/// before that.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_job() -> u64 {
+    quiet(0, || world().map_or(0, |world| world.job))
+}
+
 /// The world, unless this process was forked from a rank: it has the rank's memory, and must not
 /// touch the rank's MPI.
 fn world_of_this_process() -> Option<&'static mpi_runtime::World> {

@@ -24,6 +24,7 @@ mod launch;
 mod pjrt;
 mod plugin;
 mod probe;
+mod profiler;
 #[cfg(test)]
 mod random;
 mod search;

@@ -1,7 +1,9 @@
 //! Extension structs of `xla/pjrt/c/pjrt_c_api_ffi_extension.h`,
 //! `xla/pjrt/c/pjrt_c_api_layouts_extension.h`,
-//! `xla/pjrt/c/pjrt_c_api_memory_descriptions_extension.h` and
-//! `xla/pjrt/c/pjrt_c_api_custom_partitioner_extension.h`, which no wheel ships.
+//! `xla/pjrt/c/pjrt_c_api_memory_descriptions_extension.h`,
+//! `xla/pjrt/c/pjrt_c_api_custom_partitioner_extension.h`,
+//! `xla/pjrt/c/pjrt_c_api_profiler_extension.h` and
+//! `xla/backends/profiler/plugin/profiler_c_api.h`, which no wheel ships.
 
 use crate::bindings::*;
 
@@ -145,4 +147,109 @@ pub struct PJRT_Custom_Partitioner_Extension {
     pub register_custom_partitioner: PJRT_Extension_Function<PJRT_Register_Custom_Partitioner_Args>,
     pub register_batch_partitionable:
         PJRT_Extension_Function<PJRT_Register_Batch_Partitionable_Args>,
+}
+
+/// The extension with which a plugin adds to profiles (`PJRT_Extension_Type_Profiler`).
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct PJRT_Profiler_Extension {
+    pub base: PJRT_Extension_Base,
+    pub profiler_api: *mut PLUGIN_Profiler_Api,
+    /// Not of the extension of a plugin.
+    pub traceme_context_id: i64,
+}
+
+/// What takes a profile; opaque, and each plugin's own.
+#[repr(C)]
+pub struct PLUGIN_Profiler {
+    _opaque: [u8; 0],
+}
+
+/// An error of a profiler; opaque, and each plugin's own.
+#[repr(C)]
+pub struct PLUGIN_Profiler_Error {
+    _opaque: [u8; 0],
+}
+
+/// Arguments of `PLUGIN_Profiler_Error_Destroy`.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PLUGIN_Profiler_Error_Destroy_Args {
+    pub struct_size: usize,
+    pub private: *mut core::ffi::c_void,
+    pub error: *mut PLUGIN_Profiler_Error,
+}
+
+/// Arguments of `PLUGIN_Profiler_Error_Message`; the message lives as long as the error.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PLUGIN_Profiler_Error_Message_Args {
+    pub struct_size: usize,
+    pub private: *mut core::ffi::c_void,
+    pub error: *const PLUGIN_Profiler_Error,
+    pub message: *const core::ffi::c_char,
+    pub message_size: usize,
+}
+
+/// Arguments of `PLUGIN_Profiler_Error_GetCode`; the codes are those of `absl::StatusCode`.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PLUGIN_Profiler_Error_GetCode_Args {
+    pub struct_size: usize,
+    pub private: *mut core::ffi::c_void,
+    pub error: *const PLUGIN_Profiler_Error,
+    pub code: core::ffi::c_int,
+}
+
+/// Arguments of `PLUGIN_Profiler_Create`; the options are serialized `tensorflow.ProfileOptions`.
+/// Frameworks leave the `struct_size` of this and the following as it comes.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PLUGIN_Profiler_Create_Args {
+    pub struct_size: usize,
+    pub options: *const core::ffi::c_char,
+    pub options_size: usize,
+    pub profiler: *mut PLUGIN_Profiler,
+}
+
+/// Arguments of `PLUGIN_Profiler_Start`, `PLUGIN_Profiler_Stop` and `PLUGIN_Profiler_Destroy`.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PLUGIN_Profiler_Args {
+    pub struct_size: usize,
+    pub profiler: *mut PLUGIN_Profiler,
+}
+
+/// Arguments of `PLUGIN_Profiler_CollectData`: a serialized `tensorflow.profiler.XSpace`.
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct PLUGIN_Profiler_CollectData_Args {
+    pub struct_size: usize,
+    pub profiler: *mut PLUGIN_Profiler,
+    pub buffer: *mut u8,
+    pub buffer_size_in_bytes: usize,
+}
+
+/// A function of a profiler.
+#[allow(non_camel_case_types)]
+pub type PLUGIN_Profiler_Function<Args> =
+    Option<unsafe extern "C" fn(args: *mut Args) -> *mut PLUGIN_Profiler_Error>;
+
+/// The functions of a profiler, up to those that all versions have. jaxlib takes a table of this
+/// size: 0.9 and 0.10 no other one, and newer ones none that is smaller (`plugin_tracer.cc`).
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct PLUGIN_Profiler_Api {
+    pub struct_size: usize,
+    pub private: *mut core::ffi::c_void,
+    pub error_destroy: Option<unsafe extern "C" fn(args: *mut PLUGIN_Profiler_Error_Destroy_Args)>,
+    pub error_message: Option<unsafe extern "C" fn(args: *mut PLUGIN_Profiler_Error_Message_Args)>,
+    pub error_get_code: PLUGIN_Profiler_Function<PLUGIN_Profiler_Error_GetCode_Args>,
+    pub create: PLUGIN_Profiler_Function<PLUGIN_Profiler_Create_Args>,
+    pub destroy: PLUGIN_Profiler_Function<PLUGIN_Profiler_Args>,
+    pub start: PLUGIN_Profiler_Function<PLUGIN_Profiler_Args>,
+    pub stop: PLUGIN_Profiler_Function<PLUGIN_Profiler_Args>,
+    pub collect_data: PLUGIN_Profiler_Function<PLUGIN_Profiler_CollectData_Args>,
 }

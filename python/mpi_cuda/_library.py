@@ -117,6 +117,7 @@ def _declare(library: ctypes.CDLL) -> None:
             ctypes.c_int,
             [int_pointer, int_pointer, ctypes.POINTER(ctypes.c_char_p)],
         ),
+        "mpi_cuda_job": (ctypes.c_uint64, []),
         "mpi_cuda_comm": (
             ctypes.c_int64,
             [ctypes.c_uint64, ctypes.c_char_p, int_pointer, int_pointer],

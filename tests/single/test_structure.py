@@ -17,6 +17,7 @@ CRATES = [
     "mpi_runtime/shim/src",
     "pjrt_plugin/src",
     "pjrt_plugin/hlo/src",
+    "pjrt_plugin/xspace/src",
 ]
 LONGEST_FUNCTION = 80
 LONGEST_LINE = 100

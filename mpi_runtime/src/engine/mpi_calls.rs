@@ -200,7 +200,7 @@ impl MpiCalls {
         let received = match &self.nonblocking {
             // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
             // call.
-            Some(nonblocking) if receives(op) && nonblocking.are_first() => unsafe {
+            Some(nonblocking) if receives(op) && by_hand(nonblocking) => unsafe {
                 nonblocking.receive_after(shim_op)
             },
             // SAFETY: the same.
@@ -350,6 +350,13 @@ const UNKNOWN: Communicator = Communicator {
 const TO_NOBODY: u32 = 0;
 /// Why there are no messages in a world without MPI.
 pub(super) const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
+
+/// Whether the engine itself looks for the message of a receive: for those that were started
+/// before, and for a profile, which has when it came.
+#[inline]
+fn by_hand(nonblocking: &NonblockingMessages) -> bool {
+    nonblocking.are_first() || RECORDER.is_profiled()
+}
 
 fn receives(op: &Operation<'_>) -> bool {
     op.kind.is_receive() && op.source != PROC_NULL

@@ -57,6 +57,8 @@ pub struct World {
     pub node_rank: i32,
     /// Number of ranks on this node.
     pub node_size: i32,
+    /// Names the job: its start on the rank that came last, in nanoseconds since 1970.
+    pub job: u64,
     /// MPI library and version, or "no MPI".
     pub library: String,
     /// MPI's thread level.
@@ -147,6 +149,7 @@ impl World {
             size: joined.size,
             node_rank: agreed.node_rank,
             node_size: agreed.node_size,
+            job: agreed.job,
             library: joined.library,
             thread_level: joined.thread_level,
             transfer: agreed.transfer,
@@ -176,10 +179,11 @@ impl World {
     fn single_rank(options: &WorldOptions) -> World {
         log::joined_as(0);
         let engine = Engine::new(None, 0, options.engine());
+        let job = clock::first().wall;
         let about = About {
             rank: 0,
             size: 1,
-            job: clock::first().wall,
+            job,
             library: "no MPI".into(),
         };
         file::start(&about, options.record.as_ref());
@@ -203,6 +207,7 @@ impl World {
             size: 1,
             node_rank: 0,
             node_size: 1,
+            job,
             library: "no MPI".into(),
             thread_level: "none",
             oversubscribed: false,

@@ -28,6 +28,22 @@ pub fn layouts() -> Option<&'static PJRT_Layouts_Extension> {
     unsafe { ((*found).struct_size >= size_of::<PJRT_Layouts_Extension>()).then(|| &*found.cast()) }
 }
 
+/// The functions of the inner plugin's profiler, if it has all that we use of them.
+pub fn profiler() -> Option<&'static PLUGIN_Profiler_Api> {
+    let found = find(PJRT_Extension_Type_Profiler)?;
+    // SAFETY: as in `layouts`; the table that the extension names is static too.
+    unsafe {
+        let size = std::mem::offset_of!(PJRT_Profiler_Extension, traceme_context_id);
+        if (*found).struct_size < size {
+            return None;
+        }
+        let table = (*found.cast::<PJRT_Profiler_Extension>())
+            .profiler_api
+            .as_ref()?;
+        (table.struct_size >= size_of::<PLUGIN_Profiler_Api>()).then_some(table)
+    }
+}
+
 /// The extensions, one after the other, with their types.
 pub fn all() -> impl Iterator<Item = (PJRT_Extension_Type, *const PJRT_Extension_Base)> {
     let mut next = api().extension_start.cast_const();

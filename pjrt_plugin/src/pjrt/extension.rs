@@ -9,14 +9,18 @@ use crate::inner::handles::DescriptionHandle;
 use crate::inner::{extensions, on_gpu};
 use crate::pjrt::device;
 use crate::pjrt::entry::entry;
+use crate::profiler;
 
-/// Extensions we hide: transfers between processes that know nothing of MPI's topology.
-const HIDDEN: &[PJRT_Extension_Type] = &[PJRT_Extension_Type_CrossHostTransfers];
+/// Extensions we hide: transfers between processes that know nothing of MPI's topology, and the
+/// profiler, which ours asks.
+const HIDDEN: &[PJRT_Extension_Type] = &[
+    PJRT_Extension_Type_CrossHostTransfers,
+    PJRT_Extension_Type_Profiler,
+];
 
 /// Extensions whose functions take no device. On CPUs, where a device may be ours alone, no others
 /// are shown but those with changes of ours.
 const WITHOUT_DEVICES: &[PJRT_Extension_Type] = &[
-    PJRT_Extension_Type_Profiler,
     PJRT_Extension_Type_Custom_Partitioner,
     PJRT_Extension_Type_Layouts,
     PJRT_Extension_Type_RawBuffer,
@@ -55,11 +59,13 @@ pub fn chain() -> *mut PJRT_Extension_Base {
     let shown: Vec<_> = extensions::all()
         .filter(|(kind, _)| is_shown(*kind))
         .collect();
-    let mut next = std::ptr::null_mut();
+    let mut next = std::ptr::from_mut(Box::leak(Box::new(profiler()))).cast();
     if !on_gpu()
         && extensions::all().all(|(kind, _)| kind != PJRT_Extension_Type_Custom_Partitioner)
     {
-        next = std::ptr::from_mut(Box::leak(Box::new(custom_partitioner()))).cast();
+        let partitioner = Box::leak(Box::new(custom_partitioner()));
+        partitioner.base.next = next;
+        next = std::ptr::from_mut(partitioner).cast();
     }
     for (kind, link) in shown.into_iter().rev() {
         // SAFETY: each link is as long as it says, and the type says which struct it is.
@@ -89,6 +95,19 @@ fn custom_partitioner() -> PJRT_Custom_Partitioner_Extension {
         },
         register_custom_partitioner: Some(register_custom_partitioner),
         register_batch_partitionable: Some(register_batch_partitionable),
+    }
+}
+
+/// Ours, with the inner plugin's behind it.
+fn profiler() -> PJRT_Profiler_Extension {
+    PJRT_Profiler_Extension {
+        base: PJRT_Extension_Base {
+            struct_size: size_of::<PJRT_Profiler_Extension>(),
+            type_: PJRT_Extension_Type_Profiler,
+            next: std::ptr::null_mut(),
+        },
+        profiler_api: profiler::table(),
+        traceme_context_id: 0,
     }
 }
 

@@ -29,6 +29,7 @@ INSTALLED: dict[Moment, tuple[str, ...]] = {
         "dlpack",
         "older_plugin",
         "partitioner",
+        "profiler",
         "untyped_calls",
     ),
 }

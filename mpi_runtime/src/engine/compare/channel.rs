@@ -52,6 +52,8 @@ pub(super) struct Channel {
     shared: bool,
     /// Some of its ranks are on other nodes, and do not hear of what differs here.
     partial: bool,
+    /// All of its ranks are on this node.
+    whole: bool,
     /// A rank has waited in vain, so that none of them compares any more.
     stopped: bool,
     /// It is not used any more, for this reason.
@@ -137,6 +139,7 @@ impl Channel {
             owed: VecDeque::new(),
             shared,
             partial,
+            whole: !partial,
             stopped: false,
             closed: None,
         }
@@ -161,7 +164,12 @@ impl Channel {
         }
         self.write(board, record);
         match self.rounds(board, record)? {
-            Outcome::Same => Ok(true),
+            Outcome::Same => {
+                if self.whole {
+                    RECORDER.met();
+                }
+                Ok(true)
+            }
             Outcome::LaunchesAreOver | Outcome::UnlaunchedAreOver => Ok(false),
             Outcome::Differ => {
                 self.close_if_partial();

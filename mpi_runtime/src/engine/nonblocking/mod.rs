@@ -19,6 +19,7 @@ use mpi_shim_abi::{Datatype, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 use crate::buffer::Buffer;
 use crate::engine::idle::MessageWait;
 use crate::engine::pending::Waiting;
+use crate::engine::recorder::RECORDER;
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
@@ -151,6 +152,9 @@ impl NonblockingMessages {
             let Some(index) = index else {
                 return Err("another thread has waited for this request".into());
             };
+            if table.rows[index].has_come() {
+                RECORDER.met();
+            }
             if table.rows[index].has_ended() {
                 let row = table.rows.remove(index);
                 return match row.state {
@@ -261,6 +265,7 @@ impl NonblockingMessages {
                     spill = MessageMemory::allocate(envelope.bytes as usize)?;
                     buffer = spill.start();
                 }
+                RECORDER.met();
                 // SAFETY: the buffer holds the message, and outlives the request, which is waited
                 // for.
                 let request = unsafe { shared.shim.start_receive(message, element, buffer) }?;

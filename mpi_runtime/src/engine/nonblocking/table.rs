@@ -99,6 +99,15 @@ impl MessageRow {
     pub(super) fn has_ended(&self) -> bool {
         matches!(self.state, MessageState::Done(..) | MessageState::Failed(_))
     }
+
+    /// Whether it is a receive whose message is there.
+    pub(super) fn has_come(&self) -> bool {
+        let came = matches!(
+            self.state,
+            MessageState::Running(..) | MessageState::Done(..)
+        );
+        came && !self.operation.kind.sends()
+    }
 }
 
 /// What MPI_Finalize must stop.

@@ -59,6 +59,31 @@ impl Moment {
             monotonic: system(libc::CLOCK_MONOTONIC),
         }
     }
+
+    /// Now, with ticks and the time of day as close together as a few attempts find them.
+    pub fn exact() -> Moment {
+        let mut best: Option<(u64, Moment)> = None;
+        for _ in 0..8 {
+            let before = Ticks::now();
+            let mut moment = Moment::now();
+            let gap = Ticks::now().0.saturating_sub(before.0);
+            moment.ticks = Ticks(before.0 + gap / 2);
+            if best.is_none_or(|(smallest, _)| gap < smallest) {
+                best = Some((gap, moment));
+            }
+        }
+        best.map_or_else(Moment::now, |(_, moment)| moment)
+    }
+}
+
+/// Nanoseconds since 1970 at `ticks`, as the time of day went from the moment `from` to `to`.
+pub fn wall_at(ticks: Ticks, from: &Moment, to: &Moment) -> u64 {
+    // The differences are small numbers, and may be negative.
+    let between = |from: u64, to: u64| to.wrapping_sub(from) as i64 as f64;
+    let ticked = between(from.ticks.0, to.ticks.0).max(1.0);
+    let since = between(from.ticks.0, ticks.0);
+    let passed = since * (between(from.wall, to.wall) / ticked);
+    from.wall.saturating_add_signed(passed as i64)
 }
 
 /// The first moment that was asked for.
@@ -114,5 +139,16 @@ mod tests {
         let difference = own.as_secs_f64() - systems.as_secs_f64();
         assert!(difference.abs() < 0.005, "{own:?} {systems:?}");
         assert!(Ticks::now() > ticks);
+    }
+
+    #[test]
+    fn ticks_become_the_time_of_day() {
+        let (from, middle) = (Moment::exact(), Ticks::now());
+        let wall = system(libc::CLOCK_REALTIME);
+        std::thread::sleep(Duration::from_millis(20));
+        let to = Moment::exact();
+        let difference = wall_at(middle, &from, &to).abs_diff(wall);
+        assert!(difference < 1_000_000, "{difference} ns");
+        assert!(wall_at(to.ticks, &from, &to).abs_diff(to.wall) < 1000);
     }
 }

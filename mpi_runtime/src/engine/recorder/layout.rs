@@ -133,6 +133,8 @@ pub struct Entry {
 pub const FOREIGN: u64 = 1 << 32;
 /// Flag: a wait, whose ranks and tags are those of the message that it waits for.
 pub const STARTED: u64 = 1 << 33;
+/// Flag: of a program for several devices.
+pub const OF_XLA: u64 = 1 << 34;
 
 macro_rules! words {
     ($($kind:ident { $($field:ident: $of:expr),+ $(,)? })+) => {

@@ -11,6 +11,8 @@ pub mod clock;
 mod entry;
 pub mod file;
 mod layout;
+mod profile;
+pub mod profiled;
 mod ring;
 mod signals;
 mod system;

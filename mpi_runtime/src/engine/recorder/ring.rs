@@ -4,19 +4,20 @@
 
 use std::cell::Cell;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use mpi_shim_abi::Kind;
 use parking_lot::Mutex;
 
 use super::clock::{Moment, Ticks};
 use super::entry::{Fields, pair};
-use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, Record, STARTED};
+use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, OF_XLA, Record, STARTED};
+use super::profile::{Event, PROFILE, Taken};
 use super::texts::Texts;
 use crate::engine::order::Ticket;
 use crate::error::OperationError;
 use crate::mpi::communicators::{COLLECTIVES, Communicator};
-use crate::operation::Operation;
+use crate::operation::{self, Operation};
 
 /// That of this process.
 pub static RECORDER: Recorder = Recorder::new();
@@ -24,7 +25,7 @@ pub static RECORDER: Recorder = Recorder::new();
 /// The kind of the entry of a program of several devices that begins.
 const BEGIN: u64 = Kind::ALL.len() as u64;
 /// No reduction.
-const NO_REDUCTION: u64 = 255;
+pub(super) const NO_REDUCTION: u64 = 255;
 
 /// Why a record was written.
 #[repr(u32)]
@@ -107,7 +108,11 @@ impl Recorder {
         let position = self.position(op.comm, collective, comm);
         let reduction = op.reduction.map_or(NO_REDUCTION, |one| one as u64);
         let dtypes = (op.send.dtype() as u64) << 16 | (op.recv.dtype() as u64) << 24;
-        let foreign = if op.of.is_some() { FOREIGN } else { 0 };
+        let foreign = match op.of {
+            None => 0,
+            Some(operation::OF_XLA) => FOREIGN | OF_XLA,
+            Some(_) => FOREIGN,
+        };
         let peer = if op.kind.has_root() { op.root } else { op.dest };
         self.enter(&Fields {
             ticket,
@@ -150,7 +155,7 @@ impl Recorder {
             received: 0,
             ranks: 0,
             tags: 0,
-            what: BEGIN | NO_REDUCTION << 8,
+            what: BEGIN | NO_REDUCTION << 8 | OF_XLA,
             text: self.texts.of(&self.record, sequence, summary),
         })
     }
@@ -197,19 +202,75 @@ impl Recorder {
         let number = CURRENT.get();
         let entry = self.entry(number);
         if number != 0 && entry.number.load(Ordering::Relaxed) == number {
-            let ticks = Ticks::now().0.saturating_sub(start.0);
+            let now = Ticks::now();
+            let ticks = now.0.saturating_sub(start.0);
             entry.waited.fetch_add(ticks, Ordering::Relaxed);
+            if PROFILE.is_taken() {
+                PROFILE.waited(start, now);
+            }
         }
+    }
+
+    /// All ranks have come to the operation that this thread executes, or its message has: what it
+    /// still takes is no waiting for them.
+    #[inline]
+    pub fn met(&self) {
+        let number = CURRENT.get();
+        if PROFILE.is_taken() && number != 0 {
+            PROFILE.met(number);
+        }
+    }
+
+    /// Whether a profile is taken, which wants to know when messages come.
+    #[inline]
+    pub fn is_profiled(&self) -> bool {
+        PROFILE.is_taken()
+    }
+
+    /// From now on every operation is kept for a profile; false if one is taken already.
+    pub(super) fn start_profile(&self) -> bool {
+        PROFILE.start()
+    }
+
+    /// The operations since the start of the profile, with those that have not ended.
+    pub(super) fn stop_profile(&self) -> Option<Taken> {
+        PROFILE.stop(|| {
+            let event = |entry: &Entry| Event::of(entry, None, self.launch_of(entry));
+            self.unended().map(event).collect()
+        })
     }
 
     /// Operations that have begun and not ended.
     pub(super) fn running(&self) -> usize {
+        self.unended().count()
+    }
+
+    fn unended(&self) -> impl Iterator<Item = &Entry> {
         let record = &self.record;
         let all = record.entries.iter().chain(&record.unfinished);
-        let runs = |entry: &&Entry| {
+        all.filter(|entry| {
             entry.number.load(Ordering::Relaxed) != 0 && entry.end.load(Ordering::Acquire) == 0
+        })
+    }
+
+    /// Numbers of texts: the program's name, and the line that launched it; 0 if its launch is
+    /// forgotten.
+    fn launch_of(&self, entry: &Entry) -> (u32, u32) {
+        let ticket = (entry.launch_thread.load(Ordering::Relaxed) >> 32) as u32;
+        let row = &self.record.launches[ticket as usize % LAUNCHES];
+        let load = |word: &AtomicU32| word.load(Ordering::Relaxed);
+        match load(&row.ticket) == ticket && ticket != 0 {
+            true => (load(&row.program), load(&row.location)),
+            false => (0, 0),
+        }
+    }
+
+    /// The row of a communicator that has called something.
+    pub(super) fn called(&self, number: u64) -> Option<&CommRow> {
+        let is_row = |row: &&CommRow| {
+            row.used.load(Ordering::Acquire) == 1 && row.number.load(Ordering::Relaxed) == number
         };
-        all.filter(runs).count()
+        self.record.comms.iter().find(is_row)
     }
 
     fn entry(&self, number: u64) -> &Entry {
@@ -344,11 +405,22 @@ impl Recording<'_> {
         if let Err(error) = result {
             self.fail(entry, error);
         }
+        let end = Ticks::now();
         if entry.number.load(Ordering::Relaxed) == self.number {
-            entry.end.store(Ticks::now().0, Ordering::Release);
+            if PROFILE.is_taken() {
+                self.keep(entry, end);
+            }
+            entry.end.store(end.0, Ordering::Release);
         } else {
-            self.forget();
+            self.forget(end);
         }
+    }
+
+    /// Keeps it for the profile that is taken.
+    #[cold]
+    fn keep(&self, entry: &Entry, end: Ticks) {
+        let launch = self.recorder.launch_of(entry);
+        PROFILE.keep(self.number, Event::of(entry, Some(end), launch));
     }
 
     #[cold]
@@ -360,10 +432,13 @@ impl Recording<'_> {
 
     /// It took so long that its entry is another's.
     #[cold]
-    fn forget(&self) {
+    fn forget(&self, end: Ticks) {
         let _adding = self.recorder.adding.lock();
         for row in &self.recorder.record.unfinished {
             if row.number.load(Ordering::Relaxed) == self.number {
+                if PROFILE.is_taken() {
+                    self.keep(row, end);
+                }
                 row.number.store(0, Ordering::Relaxed);
             }
         }

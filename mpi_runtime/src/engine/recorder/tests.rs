@@ -4,7 +4,8 @@ use std::sync::atomic::AtomicU64;
 use mpi_shim_abi::Reduction;
 
 use super::super::about::About;
-use super::super::layout;
+use super::super::profile::Profile;
+use super::super::{layout, profiled, texts};
 use super::*;
 use crate::buffer::{Buffer, ElementType};
 
@@ -83,10 +84,7 @@ fn a_failed_operation_says_why() {
 }
 
 fn text_of(recorder: &Recorder, number: u64) -> String {
-    let bytes = recorder.record.texts[number as usize..].iter();
-    let bytes = bytes.map(|byte| byte.load(Ordering::Relaxed));
-    let bytes: Vec<u8> = bytes.take_while(|byte| *byte != 0).collect();
-    String::from_utf8(bytes).unwrap()
+    texts::get(&recorder.record, number)
 }
 
 #[test]
@@ -245,6 +243,68 @@ fn a_wait_says_what_it_waits_for() {
     assert_eq!(load(&entry.what) & STARTED, STARTED);
 }
 
+/// The profile of this process, which other tests add to.
+#[test]
+fn a_profile_has_what_ran_while_it_was_taken() {
+    const COMM: i64 = 777;
+    allreduce(&RECORDER, COMM).end(&Ok(()));
+    assert!(RECORDER.start_profile() && !RECORDER.start_profile());
+    RECORDER.launch(Ticket(7), RECORDER.text(b"jit_step"), b"step.py:12");
+    let running = allreduce(&RECORDER, COMM);
+    let start = Ticks::now();
+    std::thread::sleep(std::time::Duration::from_millis(2));
+    RECORDER.waited(start);
+    RECORDER.met();
+    running.end(&Ok(()));
+    let waits = allreduce(&RECORDER, COMM);
+    let mut seen = profiled::stop().unwrap();
+    assert!(profiled::stop().is_none());
+    waits.end(&Ok(()));
+    seen.operations.retain(|one| one.comm == COMM);
+    let [ended, not_ended] = &seen.operations[..] else {
+        panic!("{seen:?}")
+    };
+    assert!(ended.ended && !not_ended.ended && not_ended.time.end == seen.end);
+    assert_eq!(ended.kind, Some(Kind::Allreduce));
+    assert_eq!(
+        (ended.reduction, ended.comm_name.as_str()),
+        (Some("MAX"), "mine")
+    );
+    assert_eq!(
+        ended.operand.map(|of| (of.count, of.bytes())),
+        Some((12, 48))
+    );
+    assert_eq!(
+        (ended.program.as_str(), ended.location.as_str()),
+        ("jit_step", "step.py:12")
+    );
+    let [wait] = &ended.waits[..] else {
+        panic!("{ended:?}")
+    };
+    assert!(wait.end - wait.start > 1_500_000);
+    assert!(ended.time.start <= wait.start && Some(wait.end) <= ended.met);
+    assert!(ended.met <= Some(ended.time.end) && ended.time.end <= seen.end);
+}
+
+#[test]
+fn a_profile_counts_what_it_has_no_room_for() {
+    let (recorder, profile) = (recorder(), Profile::new(3));
+    assert!(profile.start());
+    for _ in 0..5 {
+        allreduce(&recorder, 1).end(&Ok(()));
+        profile.keep(1, Event::of(recorder.entry(1), Some(Ticks::now()), (0, 0)));
+    }
+    let taken = profile.stop(Vec::new).unwrap();
+    assert_eq!((taken.events.len(), taken.lost), (3, 2));
+    assert!(
+        profiled::said_of_lost(2)
+            .unwrap()
+            .contains("not the 2 after them")
+    );
+    assert!(profile.start());
+    assert_eq!(profile.stop(Vec::new).unwrap().events.len(), 0);
+}
+
 #[test]
 #[ignore = "a measurement, for a release build alone on a core"]
 fn what_an_entry_costs() {
@@ -258,4 +318,15 @@ fn what_an_entry_costs() {
         best = best.min(start.elapsed().as_secs_f64() / 1e5);
     }
     println!("an entry costs {:.1} ns", best * 1e9);
+    let mut best = f64::INFINITY;
+    for _ in 0..10 {
+        assert!(recorder.start_profile());
+        let start = std::time::Instant::now();
+        for _ in 0..100_000 {
+            allreduce(&recorder, 1).end(&Ok(()));
+        }
+        best = best.min(start.elapsed().as_secs_f64() / 1e5);
+        assert_eq!(recorder.stop_profile().unwrap().lost, 0);
+    }
+    println!("and {:.1} ns while a profile is taken", best * 1e9);
 }

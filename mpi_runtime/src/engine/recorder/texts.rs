@@ -81,6 +81,14 @@ impl Known {
     }
 }
 
+/// The text of that number; empty if there is none.
+pub fn get(record: &Record, number: u64) -> String {
+    let bytes = record.texts.get(number as usize..).unwrap_or_default();
+    let bytes = bytes.iter().map(|byte| byte.load(Ordering::Relaxed));
+    let bytes: Vec<u8> = bytes.take_while(|byte| *byte != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// Writes bytes to a place as long as they.
 pub fn put(place: &[AtomicU8], bytes: &[u8]) {
     for (to, &byte) in place.iter().zip(bytes) {
