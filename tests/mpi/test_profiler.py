@@ -121,14 +121,15 @@ def test_a_collective_of_a_sharded_program_says_what_it_is(tmp_path: Path) -> No
 @needs_two
 @needs_one_node
 def test_waiting_is_apart_from_moving(tmp_path: Path) -> None:
-    """Rank 1 comes late by 0.2 s; what the others wait is no part of what moves their data."""
+    """Rank 1 comes late by 0.5 s; what the others wait is no part of what moves their data."""
     x = jnp.ones(5000)
     mean = jax.jit(lambda x: nt.allreduce(x, m.SUM) / SIZE)
     mean(x).block_until_ready()
-    MPI.COMM_WORLD.Barrier()
     with jax.profiler.trace(tmp_path, profiler_options=quiet()):
+        # Once the profile of every rank has begun, which takes its time.
+        MPI.COMM_WORLD.Barrier()
         if RANK == 1:
-            time.sleep(0.2)
+            time.sleep(0.5)
         mean(x).block_until_ready()
     found = ours(taken(tmp_path))
     (reduced,) = named(found, "mpi_cuda.allreduce")
@@ -139,15 +140,15 @@ def test_waiting_is_apart_from_moving(tmp_path: Path) -> None:
     waited = sum(wait.length for wait in waits)
     assert abs(waited - reduced.stats["waiting_ns"]) < 1000
     if RANK == 1:
-        assert waited < 100e6
+        assert waited < 250e6
     else:
-        assert 150e6 < waited < reduced.length
-    assert moves[0].length < 100e6
+        assert 250e6 < waited < reduced.length
+    assert moves[0].length < 250e6
 
 
 @needs_two
 def test_a_message_that_comes_late_is_waited_for(tmp_path: Path) -> None:
-    """Rank 0 sends late by 0.2 s: what the receiver, and who exchanges with it, waits is no part of
+    """Rank 0 sends late by 0.5 s: what the receiver, and who exchanges with it, waits is no part of
     what moves the data."""
     x = jnp.ones(50_000)
     receive = jax.jit(lambda x: nt.recv(x, 0, tag=3))
@@ -155,16 +156,16 @@ def test_a_message_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     exchange = jax.jit(lambda x, peer: nt.sendrecv(x, x, peer, peer), static_argnums=1)
     if RANK < 2:
         exchange(x, 1 - RANK).block_until_ready()
-    MPI.COMM_WORLD.Barrier()
     with jax.profiler.trace(tmp_path, profiler_options=quiet()):
+        MPI.COMM_WORLD.Barrier()
         if RANK == 0:
-            time.sleep(0.2)
+            time.sleep(0.5)
             nt.send(x, 1, tag=3)
             jax.effects_barrier()
-            time.sleep(0.2)
+            time.sleep(0.5)
             nt.send(x, 1, tag=4)
             jax.effects_barrier()
-            time.sleep(0.2)
+            time.sleep(0.5)
             exchange(x, 1).block_until_ready()
         elif RANK == 1:
             np.testing.assert_array_equal(receive(x), x)
@@ -177,8 +178,8 @@ def test_a_message_that_comes_late_is_waited_for(tmp_path: Path) -> None:
         (whole,) = named(found, name)
         within = [one for one in found if one is not whole and whole.has(one)]
         assert [one.name for one in within] == ["waiting", "moving"]
-        assert 120e6 < within[0].length == whole.stats["waiting_ns"]
-        assert within[1].length < 100e6
+        assert 250e6 < within[0].length == whole.stats["waiting_ns"]
+        assert within[1].length < 250e6
         assert whole.stats["source"] == "0"
 
 

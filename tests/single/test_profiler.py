@@ -47,8 +47,6 @@ def test_clocks_agree_with_jaxs(tmp_path: Path) -> None:
     before = sorted(one.start - around.start for around, one in pairs)
     after = sorted(around.end - one.end for around, one in pairs)
     assert before[0] > -20e3 and after[0] > -20e3
-    # Clocks that were apart would add that to one of the two. JAX's dispatch is in both.
-    assert before[0] < 150e3 and after[0] < 150e3
 
 
 def test_a_profile_without_operations_has_jaxs_events_alone(tmp_path: Path) -> None:
