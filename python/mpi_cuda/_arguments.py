@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 
 from mpi_cuda import _library
 from mpi_cuda._jax_patches import jax_core
@@ -279,6 +280,9 @@ def resolve_counts(operation: str, what: str, counts: Any, comm: Comm) -> tuple[
     """
     if isinstance(counts, jax.core.Tracer):
         counts = (counts,)
+    elif isinstance(counts, jax.Array):
+        # Within a program its elements would be traced.
+        counts = np.asarray(counts)
     try:
         resolved = tuple(integer(operation, f"each of {what}", count) for count in counts)
     except TypeError as error:

@@ -55,7 +55,9 @@ def halo_exchange(
     The ranks form a Cartesian grid in row-major order, as those of MPI_Cart_create (MPI 4.0,
     section 8.2). An array has this rank's part in its interior, and ghost cells around it. All
     arrays of a dtype go in one message for each direction. Ghost cells beyond the end of a
-    dimension that is not periodic keep their values. Can be differentiated and batched.
+    dimension that is not periodic keep their values; those of them that are also ghost cells
+    towards a neighbour in another dimension get what that neighbour has there. Can be
+    differentiated and batched.
 
     Args:
       arrays: an array, or a tree of arrays, whose shapes and dtypes may differ.
@@ -290,9 +292,9 @@ def _sendrecv(
         expected = jax.ShapeDtypeStruct((int(ends[-1]),), dtype)
         if not message.size and not expected.size:
             continue
-        # Nothing comes or goes where there is no neighbour, or a side has no cells.
-        giver: Any = PROC_NULL if source is None or not expected.size else source
-        taker: Any = PROC_NULL if dest is None or not message.size else dest
+        # An empty message goes too, where the other direction has cells: its length is compared.
+        giver: Any = PROC_NULL if source is None else source
+        taker: Any = PROC_NULL if dest is None else dest
         tags: dict[str, Any] = {"sendtag": tag, "recvtag": tag}
         got, token = sendrecv(message, expected, giver, taker, **tags, comm=comm, token=token)
         for place, part in zip(places, jnp.split(got, ends[:-1]), strict=True):

@@ -3,14 +3,14 @@
 use std::ffi::{c_int, c_void};
 
 use mpi::ffi;
-use mpi_shim_abi::ShimOp;
+use mpi_shim_abi::{Kind, ShimOp};
 
 use crate::checked::Checked;
-use crate::code::attempt;
+use crate::code::{SUCCESS, attempt};
 use crate::collective::{self, Call};
 use crate::handle::comm_from_bits;
 use crate::large;
-use crate::topology::degrees;
+use crate::topology::{degrees, own_neighbors};
 
 /// Executes one of them, if the topology has as many neighbours as there is room for; else
 /// `MPI_ERR_TOPOLOGY`.
@@ -30,9 +30,34 @@ pub(crate) fn run(op: Checked<'_>) -> c_int {
     };
     // SAFETY: an array is only null if it has no elements: blocks of none, or no blocks.
     let op = unsafe { Checked::new(&placed) };
-    if large::is_large(op) {
-        large::in_parts(op)
-    } else {
-        collective::run(op.kind, &Call::of(op))
+    attempt! {
+        if large::is_large(op) {
+            large::in_parts(op)
+        } else {
+            collective::run(op.kind, &Call::of(op))
+        };
+    };
+    if op.kind == Kind::NeighborAlltoall && op.count > 0 {
+        swap_own(op);
+    }
+    SUCCESS
+}
+
+/// What a rank sends to itself in a dimension that closes after one rank: the block for the one
+/// before comes from the one behind. MPICH up to 5.0 matches the messages of several such
+/// dimensions in another order.
+fn swap_own(op: Checked<'_>) {
+    let bytes = op.count as usize * op.datatype.size();
+    for dimension in own_neighbors(op) {
+        for (from, to) in [
+            (2 * dimension, 2 * dimension + 1),
+            (2 * dimension + 1, 2 * dimension),
+        ] {
+            let from = collective::after(op.send, (from * bytes) as i64);
+            let to = collective::after(op.recv, (to * bytes) as i64).cast_mut();
+            // SAFETY: both buffers have a block for each of the neighbours, two in a dimension, and
+            // do not overlap; they are memory of the host's (`transfer/direct.rs`).
+            unsafe { to.cast::<u8>().copy_from_nonoverlapping(from.cast(), bytes) };
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What MPI says of the topology of a communicator (MPI 4.0, chapter 8).
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_char, c_int};
+use std::sync::LazyLock;
 
 use mpi::ffi;
 
@@ -35,26 +36,54 @@ pub(crate) fn degrees(comm: ffi::MPI_Comm, sources: &mut c_int, destinations: &m
 }
 
 /// Whether a dimension of a Cartesian topology closes after one or two ranks, so that both
-/// neighbours are one rank. What was sent to the one before must come from the one behind there
-/// (MPI 4.0, section 8.6). Open MPI 4.1 does so in `MPI_Neighbor_alltoall`, and not in
-/// `MPI_Ineighbor_alltoall`.
+/// neighbours are one rank, and this is an MPI whose nonblocking call confuses them: what was sent
+/// to the one before must come from the one behind there (MPI 4.0, section 8.6). Open MPI 4.1 does
+/// so in `MPI_Neighbor_alltoall`, and not in `MPI_Ineighbor_alltoall`.
 pub(crate) fn closes_at_once(op: Checked<'_>) -> bool {
+    let closes = |&(size, periodic): &(c_int, bool)| periodic && size <= 2;
+    is_open_mpi() && cartesian(op).iter().any(closes)
+}
+
+/// The dimensions of a Cartesian topology in which a rank is both of its own neighbours.
+pub(crate) fn own_neighbors(op: Checked<'_>) -> impl Iterator<Item = usize> {
+    let all = cartesian(op).into_iter().enumerate();
+    all.filter(|&(_, (size, periodic))| periodic && size == 1)
+        .map(|(dimension, _)| dimension)
+}
+
+/// Ranks in each dimension of a Cartesian topology, and whether it is periodic; nothing of others.
+fn cartesian(op: Checked<'_>) -> Vec<(c_int, bool)> {
     let comm = comm_from_bits(op.comm);
     let (mut kind, mut count) = (0, 0);
     // SAFETY: the communicator of a checked operation is live; lists as long as it has dimensions.
     unsafe {
         if ffi::MPI_Topo_test(comm, &mut kind) != SUCCESS || kind != ffi::RSMPI_CART {
-            return false;
+            return Vec::new();
         }
         if ffi::MPI_Cartdim_get(comm, &mut count) != SUCCESS {
-            return false;
+            return Vec::new();
         }
-        let [mut sizes, mut closed, mut own] = [(); 3].map(|()| vec![0; count as usize]);
-        let (to, and, too) = (sizes.as_mut_ptr(), closed.as_mut_ptr(), own.as_mut_ptr());
-        ffi::MPI_Cart_get(comm, count, to, and, too) == SUCCESS
-            && sizes
-                .iter()
-                .zip(closed)
-                .any(|(&size, closed)| closed != 0 && size <= 2)
+        let [mut sizes, mut periods, mut own] = [(); 3].map(|()| vec![0; count as usize]);
+        let (to, and, too) = (sizes.as_mut_ptr(), periods.as_mut_ptr(), own.as_mut_ptr());
+        if ffi::MPI_Cart_get(comm, count, to, and, too) != SUCCESS {
+            return Vec::new();
+        }
+        let periods = periods.into_iter().map(|period| period != 0);
+        sizes.into_iter().zip(periods).collect()
     }
+}
+
+fn is_open_mpi() -> bool {
+    static IS: LazyLock<bool> = LazyLock::new(|| {
+        let mut text = [0 as c_char; ffi::MPI_MAX_LIBRARY_VERSION_STRING as usize + 1];
+        let mut length = 0;
+        // SAFETY: the buffer is as long as MPI asks for, and MPI ends the text with a NUL.
+        unsafe {
+            ffi::MPI_Get_library_version(text.as_mut_ptr(), &mut length);
+            CStr::from_ptr(text.as_ptr())
+                .to_bytes()
+                .starts_with(b"Open MPI")
+        }
+    });
+    *IS
 }

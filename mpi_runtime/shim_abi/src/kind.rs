@@ -40,7 +40,7 @@ impl Ranks {
 enum Trait {
     /// It combines the ranks' operands.
     Reduces = 1,
-    /// It has a block for each rank, in its operand or its result.
+    /// It has a block for each rank, or for each neighbour, in its operand or its result.
     Blocks = 2,
     /// It sends a message to `dest`.
     Sends = 4,

@@ -15,10 +15,14 @@ const MOST: usize = 4;
 /// Rank, the rank that it receives from, the rows that it gets and those that it expects.
 type Wrong = [i64; 4];
 
+/// Bytes of what a rank says of its operand.
+const WORDS: usize = 96;
+
 /// Whether the operation is larger than MPI takes on some rank. Collective.
 ///
 /// # Errors
-/// The same on all ranks: if one sends other rows than another expects.
+/// The same on all ranks: if one sends other rows than another expects, or rows of another shape or
+/// dtype.
 pub(super) fn agree(
     shim: &Shim,
     op: &Operation<'_>,
@@ -28,13 +32,37 @@ pub(super) fn agree(
 ) -> Result<bool, Failure> {
     let elements = shim_op.count.max(shim_op.recv_count);
     let bytes = elements.saturating_mul(shim_op.datatype.size() as i64);
-    let own = [balance(op, comm.rank), u64::from(bytes > part_bytes)];
-    let mut all = [0; 2];
+    let row = block(shim_op.datatype as u64, 0, shim_op.row as u64);
+    let own = [balance(op, comm.rank), u64::from(bytes > part_bytes), row];
+    let mut all = [0; 3];
     add_up(shim, comm, &own, &mut all)?;
+    // All ranks have the same sum, and those of the rank that differs are other ones than this.
+    if all[2] != row.wrapping_mul(comm.size as u64) {
+        return Err(explain_rows(shim, op, comm)?);
+    }
     match all[0] {
         0 => Ok(all[1] > 0),
         _ => Err(explain(shim, op, comm)?),
     }
+}
+
+/// The error of ranks whose rows differ. Collective.
+fn explain_rows(shim: &Shim, op: &Operation<'_>, comm: &Communicator) -> Result<Failure, MpiError> {
+    let mut own = op.send.to_string().into_bytes();
+    own.resize(WORDS, 0);
+    let mut all = vec![0; WORDS * comm.size as usize];
+    shim.gather(comm.handle, &own, &mut all)?;
+    let all = all.chunks_exact(WORDS);
+    let said = (0..).zip(all).map(|(rank, words)| {
+        let words = String::from_utf8_lossy(words);
+        format!("rank {rank} passes {}", words.trim_end_matches('\0'))
+    });
+    let said: Vec<String> = said.take(MOST).collect();
+    Ok(format!(
+        "the rows of all ranks must have the same shape and dtype, also where there are none: {}",
+        said.join(", ")
+    )
+    .into())
 }
 
 /// What this rank sends, less what it expects, each block hashed: over all ranks nothing is left if
@@ -65,8 +93,8 @@ fn block(from: u64, to: u64, rows: u64) -> u64 {
 fn add_up(
     shim: &Shim,
     comm: &Communicator,
-    own: &[u64; 2],
-    all: &mut [u64; 2],
+    own: &[u64; 3],
+    all: &mut [u64; 3],
 ) -> Result<(), MpiError> {
     let op = ShimOp {
         datatype: Datatype::U64,

@@ -105,14 +105,14 @@ class _Found:
 
 def same_everywhere(name: str, eqn: Any) -> tuple[str, int] | None:
     """dtype and number of elements that an operation has on every rank."""
-    if name in ("barrier", "sendrecv", "alltoallv"):
+    if name in ("barrier", "sendrecv"):
         return None
     counts = dict(eqn.params["attributes"]).get("counts")
     if counts is not None:
         row = eqn.invars[0].aval
         return (str(row.dtype), sum(counts) * math.prod(row.shape[1:]))
-    if name == "neighbor_alltoall":
-        # A rank may have more neighbours than another.
+    if name in ("alltoallv", "neighbor_alltoall"):
+        # A rank may have more rows, or more neighbours, than another.
         block = eqn.invars[0].aval
         return (str(block.dtype), math.prod(block.shape[1:]))
     # The root of a scatter passes more, and that of a gather gets more.

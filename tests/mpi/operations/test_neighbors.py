@@ -28,6 +28,11 @@ def grid() -> Any:
     return WORLD.Create_cart(dims, [False, True])
 
 
+def thin() -> Any:
+    """Closed in three dimensions, in two of which each rank is its own neighbour."""
+    return WORLD.Create_cart([1, SIZE, 1], [True] * 3)
+
+
 def ring() -> Any:
     return WORLD.Create_dist_graph_adjacent([PREVIOUS], [NEXT])
 
@@ -49,6 +54,7 @@ TOPOLOGIES = {
     "open line": lambda: line(False),
     "closed line": lambda: line(True),
     "grid": grid,
+    "thin": thin,
     "ring": ring,
     "star": star,
     "graph": graph,

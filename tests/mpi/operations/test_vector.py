@@ -248,6 +248,26 @@ def test_rows_that_nobody_expects_are_an_error_of_all(other: int, jitted: bool) 
     np.testing.assert_array_equal(nt.alltoallv(sent, SEND_COUNTS, RECV_COUNTS), expected)
 
 
+@pytest.mark.skipif(SIZE == 1, reason="one rank agrees with itself")
+@pytest.mark.parametrize("on", ["default", "the user's"])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_rows_of_another_kind_are_an_error_of_all(on: str, jitted: bool) -> None:
+    """Rank 0 sends nobody a row, and its rows would be others than those of the others."""
+    comm = None if on == "default" else pytest.importorskip("mpi4py.MPI").COMM_WORLD.Dup()
+    counts = [0] + [1] * (SIZE - 1)
+    send_counts = [0] * SIZE if RANK == 0 else [1] * SIZE
+    for other in (jnp.zeros((0, 3), jnp.int32), jnp.zeros((0, 2), jnp.float32)):
+        x = other if RANK == 0 else jnp.ones((SIZE, 3), jnp.float32)
+
+        def program(x: jax.Array) -> jax.Array:
+            return nt.alltoallv(x, send_counts, counts, comm=comm)
+
+        program = jax.jit(program) if jitted else program
+        with pytest.raises(Exception, match=r"alltoallv of .*(different operations|same shape)"):
+            program(x).block_until_ready()
+        np.testing.assert_array_equal(nt.allreduce(jnp.int32(1), m.SUM), SIZE)
+
+
 def test_what_a_rank_sends_itself_is_what_it_expects() -> None:
     send_counts, recv_counts = [1] * SIZE, [1] * SIZE
     recv_counts[RANK] = 2
