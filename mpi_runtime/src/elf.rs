@@ -21,7 +21,8 @@ const PT_LOAD: u64 = 1;
 /// # Errors
 /// If it is empty or shorter, with the bytes that it has and needs.
 pub fn check(path: &Path) -> Result<(), String> {
-    let Ok(mut file) = File::open(path) else {
+    let has_folder = path.components().nth(1).is_some();
+    let Some(mut file) = File::open(path).ok().filter(|_| has_folder) else {
         return Ok(());
     };
     let length = file.metadata().map_or(0, |about| about.len());
@@ -59,9 +60,10 @@ fn needed(header: &[u8; HEADER], read: impl Fn(&mut [u8], u64) -> Option<()>) ->
         let mut entry = [0; PROGRAM_HEADER];
         let at = start.checked_add(index * PROGRAM_HEADER as u64)?;
         read(&mut entry, at)?;
-        if number(&entry[..4]) == PT_LOAD {
-            let end = number(&entry[8..16]).saturating_add(number(&entry[32..40]));
-            longest = longest.max(end);
+        let bytes = number(&entry[32..40]);
+        // A segment without contents may begin anywhere.
+        if number(&entry[..4]) == PT_LOAD && bytes > 0 {
+            longest = longest.max(number(&entry[8..16]).saturating_add(bytes));
         }
     }
     Some(longest)

@@ -162,9 +162,9 @@ pub enum StartError {
     )]
     Child { pid: u32, parent: u32 },
     #[error(
-        "process {pid} has joined the MPI job as this rank already, probably a program that this \
-         process has started: a rank is one process. Set JAX_PLATFORMS=cpu in that program (before \
-         it imports jax), or use JAX here first: then that program is refused"
+        "process {pid} has joined the MPI job as this rank already, a program that this process \
+         has started, or one that ran before it: a rank is one process. Set JAX_PLATFORMS=cpu in \
+         that program (before it imports jax), or use JAX here first: then that program is refused"
     )]
     JoinedByOther { pid: u32 },
     #[error(

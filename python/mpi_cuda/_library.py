@@ -193,8 +193,10 @@ def cut_off(file: Path) -> str | None:
         # The loader's own words are good.
         return None
     # Of each program header: its type, which is 1 where the segment is mapped, and where that lies.
-    rows = (struct.unpack_from("<I4xQ16xQ", table, at) for at in range(0, len(table) - 55, entry))
-    needed = max([start + entry * count, *(at + size for kind, at, size in rows if kind == 1)])
+    starts = range(0, len(table) - 55, entry) if entry else ()
+    rows = [struct.unpack_from("<I4xQ16xQ", table, at) for at in starts]
+    loaded = [at + size for kind, at, size in rows if kind == 1 and size]
+    needed = max([start + entry * count, *loaded])
     if needed <= length:
         return None
     return f"has {length} bytes of {needed} or more: it was cut off when it was copied"

@@ -17,6 +17,9 @@ pub struct Launched {
     pub without_pmi: bool,
     /// Names this very rank of this very job; a child process has its parent's.
     pub identity: String,
+    /// The number of the open connection to the launcher, if the MPI will use one. A shell that
+    /// Slurm has started may have that of its own job for another launcher's ranks.
+    pub pmi_fd: Option<i32>,
 }
 
 /// Slurm numbers the steps that are no `srun` from here up (`slurm/slurm.h`: batch script,
@@ -41,6 +44,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
             family: Some(Family::OpenMpi),
             without_pmi: false,
             identity: identity(&["PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK"]),
+            pmi_fd: None,
         });
     }
     if let Some(size) = number("PMI_SIZE") {
@@ -57,6 +61,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
                 "PMI_FD",
                 "PMI_RANK",
             ]),
+            pmi_fd: get("PMI_FD").and_then(|text| text.parse().ok()),
         });
     }
     if let (Some(size), Some(step)) = (number("SLURM_STEP_NUM_TASKS"), slurm_step)
@@ -70,6 +75,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
             family: pmix.then_some(Family::OpenMpi),
             without_pmi: !pmix && get("PMI_RANK").or_else(|| get("PMI_FD")).is_none(),
             identity: identity(&["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID"]),
+            pmi_fd: None,
         });
     }
     if get("PMIX_RANK").is_some() {
@@ -79,6 +85,7 @@ pub fn detect(get: impl Fn(&str) -> Option<String>) -> Option<Launched> {
             family: Some(Family::OpenMpi),
             without_pmi: false,
             identity: identity(&["PMIX_NAMESPACE", "PMIX_RANK"]),
+            pmi_fd: None,
         });
     }
     None
@@ -102,7 +109,8 @@ mod tests {
         let open = detect_in(&[("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "2")]);
         let open = open.unwrap();
         assert_eq!((open.size, open.family), (4, Some(Family::OpenMpi)));
-        let hydra = detect_in(&[("PMI_SIZE", "3"), ("PMI_RANK", "0")]).unwrap();
+        let hydra = detect_in(&[("PMI_SIZE", "3"), ("PMI_RANK", "0"), ("PMI_FD", "7")]).unwrap();
+        assert_eq!((open.pmi_fd, hydra.pmi_fd), (None, Some(7)));
         assert_eq!((hydra.size, hydra.family), (3, Some(Family::Mpich)));
         let srun = [
             ("SLURM_STEP_NUM_TASKS", "8"),

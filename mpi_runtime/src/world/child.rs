@@ -11,10 +11,10 @@ const RANK_MARK: &str = "MPI_CUDA_RANK_PROCESS";
 
 /// A child of a rank inherits the launcher's variables; as a second copy of that rank it would
 /// hang or corrupt the job.
-pub(super) fn refuse(launched: Option<&Launched>) -> Result<(), StartError> {
-    if launched.is_none() {
+pub(super) fn refuse(launched: Option<&Launched>, singleton: bool) -> Result<(), StartError> {
+    let Some(rank) = launched else {
         return Ok(());
-    }
+    };
     let own = std::process::id();
     let mark = std::env::var(RANK_MARK).unwrap_or_default();
     if let Some((pid, marked)) = mark.split_once(' ') {
@@ -29,15 +29,20 @@ pub(super) fn refuse(launched: Option<&Launched>) -> Result<(), StartError> {
     {
         return Err(StartError::JoinedByOther { pid });
     }
-    match std::env::var("PMI_FD").ok().and_then(|fd| fd.parse().ok()) {
-        Some(fd) if !is_socket(fd) => Err(StartError::NotConnected { fd }),
+    match rank.pmi_fd {
+        Some(fd) if rank.size > 1 && !singleton && !is_socket(fd) => {
+            Err(StartError::NotConnected { fd })
+        }
         _ => Ok(()),
     }
 }
 
 /// Where the process that has joined as this rank writes its id: a folder of the launcher's for
-/// this job alone, if it has one (PMIx). A child may use JAX before the rank itself does.
+/// this job alone. A child may use JAX before the rank itself does. That is for the launcher of
+/// Open MPI 4, which takes no second process of a rank, also if the first one has ended; others
+/// may.
 fn joined_file() -> Option<PathBuf> {
+    std::env::var_os("OMPI_MCA_orte_hnp_uri")?;
     let folder = PathBuf::from(std::env::var_os("PMIX_SERVER_TMPDIR")?);
     let [namespace, rank] = ["PMIX_NAMESPACE", "PMIX_RANK"].map(std::env::var);
     let name = format!("mpi_cuda.{}.{}", namespace.ok()?, rank.ok()?);

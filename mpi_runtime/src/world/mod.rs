@@ -87,7 +87,7 @@ impl World {
     pub fn start(options: &WorldOptions) -> Result<World, StartError> {
         let launched = launcher::detect(|name| std::env::var(name).ok());
         let launched = launched.as_ref();
-        child::refuse(launched)?;
+        child::refuse(launched, options.singleton)?;
         let loaded = library::load_shim(&options.library, launched, options.singleton)?;
         let Some((shim, mpi)) = loaded else {
             return Ok(Self::single_rank(options));

@@ -80,6 +80,10 @@ const READ_BY_OTHERS: [&str; 9] = [
     "MPI_CUDA_PJRT_HEADER",
 ];
 
+/// The similarity (Jaro's) of a name and what it is misspelt from. All names begin alike: those of
+/// two variables have up to 0.9.
+const ALIKE: f64 = 0.93;
+
 /// What the user should hear of variables that nothing reads, or reads otherwise than it may seem.
 pub fn doubtful(variables: impl Iterator<Item = (String, String)>) -> Vec<String> {
     let known = || {
@@ -95,12 +99,14 @@ pub fn doubtful(variables: impl Iterator<Item = (String, String)>) -> Vec<String
         if known().any(|one| one == name) {
             continue;
         }
-        let closest = known()
+        let alike = VARIABLES.iter().map(|variable| variable.name);
+        let alike = alike.filter(|one| strsim::jaro(one, &name) > ALIKE);
+        let alike = alike
             .max_by(|one, other| strsim::jaro(one, &name).total_cmp(&strsim::jaro(other, &name)));
+        let meant = alike.map_or_else(String::new, |one| format!("Do you mean {one}? "));
         warnings.push(format!(
-            "{name} is in the environment, and there is no such variable: nothing reads it. Do you \
-             mean {}? docs/configuration.md has them all",
-            closest.unwrap_or_default()
+            "{name} is in the environment, and mpi_cuda has no such variable. {meant}\
+             docs/configuration.md has them all"
         ));
     }
     warnings
@@ -208,6 +214,7 @@ mod tests {
         };
         let text = of("MPI_CUDA_WARNAFTER", "5");
         assert!(text.contains("mean MPI_CUDA_WARN_AFTER?"), "{text}");
+        assert!(!of("MPI_CUDA_HOME", "/x").contains("mean"));
         for known in [
             "MPI_CUDA_LOG",
             "MPI_CUDA_OUTBOX",

@@ -186,7 +186,7 @@ pub fn launches_by_main() -> &'static AtomicU64 {
 #[cold]
 fn tell_refused(program: &ProgramInfo, error: &Error) {
     if let (Some(world), Some(collectives)) = (world(), &program.collectives)
-        && is_main_thread()
+        && (is_main_thread() || thread_order::is_one())
         && ticket::callback_of().is_none()
         && !ticket::is_inside_launch()
         && !crate::fork::is_child()

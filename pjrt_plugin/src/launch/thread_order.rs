@@ -96,7 +96,7 @@ pub fn current() -> Arc<ThreadOrder> {
 
 fn make() -> Current {
     static LAST: AtomicU32 = AtomicU32::new(0);
-    if on_gpu() || ONE.load(Ordering::Acquire) || dispatch_thread::is_main() {
+    if on_gpu() || is_one() || dispatch_thread::is_main() {
         return Current(FIRST.clone());
     }
     OTHERS.store(true, Ordering::Release);
@@ -107,6 +107,12 @@ fn make() -> Current {
 /// The first thread's order.
 pub fn first() -> Arc<ThreadOrder> {
     FIRST.clone()
+}
+
+/// Whether all threads share the first one's order because the user says so: then launches of any
+/// of them stand for the main thread's.
+pub fn is_one() -> bool {
+    ONE.load(Ordering::Acquire)
 }
 
 /// Whether there are other threads than the first that launch.

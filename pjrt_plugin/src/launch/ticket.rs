@@ -6,7 +6,7 @@ use std::cell::Cell;
 use mpi_runtime::Ticket;
 use mpi_runtime::node::process::is_main_thread;
 
-use crate::launch::thread_order::ThreadOrder;
+use crate::launch::thread_order::{self, ThreadOrder};
 use crate::plugin::world;
 
 /// What a launch says to its operations and host callbacks, as its run id.
@@ -34,7 +34,7 @@ impl RunId {
         let by_this_thread = || {
             RunId::By(Dispatcher {
                 order: order.number,
-                is_main: is_main_thread(),
+                is_main: is_main_thread() || thread_order::is_one(),
             })
         };
         CALLBACK_OF.get().unwrap_or_else(by_this_thread)

@@ -85,7 +85,11 @@ def _perfetto(original: Callable[..., Any]) -> Callable[..., Any]:
         with tempfile.TemporaryDirectory(dir=trace.parent, prefix=".perfetto-") as own:
             alone = Path(own) / _PROFILES / "run"
             alone.mkdir(parents=True)
-            os.link(trace, alone / trace.name)
+            try:
+                os.link(trace, alone / trace.name)
+            except OSError:
+                # Some file systems have no links.
+                shutil.copyfile(trace, alone / trace.name)
             made = Path(original(own))
             kept = trace.with_name(f"{trace.name.removesuffix('.trace.json.gz')}.{made.name}")
             return made.replace(kept)
@@ -102,7 +106,8 @@ def _own_folder(folder: str, session: str) -> Iterator[str]:
     if world is None or world.size == 1 or "://" in str(folder):
         yield folder
         return
-    number = _written[folder] = _written.get(folder, 0) + 1
+    place = os.path.realpath(folder)
+    number = _written[place] = _written.get(place, 0) + 1
     Path(folder).mkdir(parents=True, exist_ok=True)
     own = tempfile.mkdtemp(dir=folder, prefix=f".rank-{world.rank}-")
     try:

@@ -13,7 +13,7 @@ use super::clock::{Moment, Ticks};
 use super::layout::Entry;
 
 /// The most operations that a profile has. They are the first; how many were not kept is counted.
-pub const MOST: usize = 1 << 20;
+pub const MOST: usize = 1 << 18;
 /// Operations that are kept in one piece of memory, so that none waits until all have moved.
 const PIECE: usize = 4096;
 
