@@ -24,7 +24,8 @@ GRIDS = [
     grid
     for count in (1, 2, 3)
     for grid in itertools.product(range(1, SIZE + 1), repeat=count)
-    if math.prod(grid) == SIZE
+    # Compiling takes all the time: of those with three dimensions not the ones that are lines.
+    if math.prod(grid) == SIZE and (count < 3 or SIZE < 4 or max(grid) < SIZE)
 ]
 # For each dimension of the largest grid; a smaller one takes the first ones.
 WIDTHS = [(1, 1, 1), (2, 1, 3), ((1, 2), (0, 1), (2, 0)), ((3, 0), (1, 1), (0, 0))]
