@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 from mpi_cuda import _jax_version
-from mpi_cuda._doctor import cores, exchange, gpus, job, memory, mpi, network, software, text
+from mpi_cuda._doctor import (
+    cores,
+    exchange,
+    gpus,
+    job,
+    launched,
+    memory,
+    mpi,
+    network,
+    plugin,
+    software,
+    text,
+)
 from mpi_cuda._doctor.exchange import Exchange
 from mpi_cuda._doctor.job import Job
 
@@ -144,3 +156,20 @@ def test_what_ranks_say_alike_is_told_once() -> None:
     report = text.report(found, found.findings())
     assert report.count("/o/libmpi.so.40") == 1
     assert "ranks 0-1: " in report and "rank 2: 1 of" in report and "(99)" in report
+
+
+def test_a_library_of_another_version_is_told() -> None:
+    folder = str(ROOT / "python/mpi_cuda/lib")
+    shims = dict.fromkeys(plugin.ABIS)
+    facts = {"error": None, "version": "0.0.9", "shims": shims, "shim_folder": folder, "abi": None}
+    first, *_ = plugin.check(facts)
+    assert first.is_problem and "0.0.9, and the Python part of " in first.text and first.remedy
+    assert not any(one.is_problem for one in plugin.check({**facts, "version": None}))
+
+
+def test_a_launcher_is_told_where_the_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in launched.RANK:
+        monkeypatch.delenv(name, raising=False)
+    assert dict(mpi.describe(mpi.collect({})))["launcher"].startswith("none: ")
+    monkeypatch.setenv("PMI_RANK", "3")
+    assert dict(mpi.describe(mpi.collect({})))["launcher"] == "one, by PMI_RANK=3"
