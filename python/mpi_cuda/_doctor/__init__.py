@@ -8,6 +8,7 @@ measures messages between them; `text` and `plot` show it. `limit` ends what han
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -36,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"{text} is no time above 0 seconds")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < threading.TIMEOUT_MAX:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text} is no time above 0 seconds")
 
 
 def run(arguments: argparse.Namespace) -> int:
