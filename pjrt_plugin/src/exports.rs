@@ -1,17 +1,19 @@
 //! The exported functions beside `GetPjrtApi`; documented in `include/mpi_cuda.h`.
 
+mod answer;
+mod coordinator;
+mod measure;
 mod partitioner;
+mod targets;
 
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::ptr::NonNull;
 
 use mpi_runtime::engine::recorder::file;
 use mpi_runtime::log;
 use mpi_runtime::node::process::is_main_thread;
-use mpi_runtime::watch::coordinator::{BringUp, Coordinator};
 use mpi_runtime::watch::place;
 use mpi_runtime::world::library;
 use mpi_runtime::{Family, Kind};
@@ -19,35 +21,18 @@ use mpi_runtime::{Family, Kind};
 use parking_lot::Mutex;
 use pjrt_sys::PJRT_Api;
 
+use self::answer::{fail, world_of_this_process};
 use crate::at_exit;
 use crate::boundary::quiet;
 use crate::error::Error;
-use crate::ffi::callbacks::{self, Trampoline};
-use crate::ffi::{self, Handler};
 use crate::inner::on_gpu;
 use crate::launch::{self, ticket};
 use crate::plugin::{self, config, load, start_world, world};
-
-thread_local! {
-    static LAST_ERROR: RefCell<CString> = RefCell::default();
-}
-
-fn fail(text: impl ToString) -> c_int {
-    let text = CString::new(text.to_string().replace('\0', " ")).unwrap_or_default();
-    LAST_ERROR.set(text);
-    -1
-}
 
 /// The PJRT entry point (`pjrt_c_api.h`).
 #[unsafe(no_mangle)]
 pub extern "C" fn GetPjrtApi() -> *const PJRT_Api {
     quiet(std::ptr::null(), crate::api::table)
-}
-
-/// Text of the last error of this thread; valid until its next call.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_last_error() -> *const c_char {
-    LAST_ERROR.with_borrow(|text| text.as_ptr())
 }
 
 /// What stands before a line of our log: time, host, rank and the library's name. Valid until this
@@ -140,12 +125,6 @@ pub unsafe extern "C" fn mpi_cuda_start(
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_job() -> u64 {
     quiet(0, || world().map_or(0, |world| world.job))
-}
-
-/// The world, unless this process was forked from a rank: it has the rank's memory, and must not
-/// touch the rank's MPI.
-fn world_of_this_process() -> Option<&'static mpi_runtime::World> {
-    world().filter(|_| !crate::fork::is_child())
 }
 
 extern "C" fn on_comm_deleted(number: i64) -> c_int {
@@ -323,89 +302,6 @@ fn where_in_python() -> Option<place::Threads> {
     Some(place::Threads { words, others })
 }
 
-/// This rank wants JAX's coordinator: 1 if the address to connect to was written to `address`, 0 if
-/// it is not known yet, and −1 if it will hardly ever be.
-///
-/// # Safety
-/// `address` must have room for `capacity` bytes.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mpi_cuda_coordinator(address: *mut c_char, capacity: usize) -> c_int {
-    quiet(-1, || {
-        let Some(coordinator) = coordinator() else {
-            return fail(Error::precondition("call mpi_cuda_start first"));
-        };
-        match coordinator.want() {
-            Ok(Some(place)) => {
-                let text = CString::new(place.to_string()).unwrap_or_default();
-                let text = text.as_bytes_with_nul();
-                if text.len() > capacity {
-                    return fail(Error::invalid("there is no room for the address"));
-                }
-                // SAFETY: the caller promises that room.
-                unsafe { address.copy_from_nonoverlapping(text.as_ptr().cast(), text.len()) };
-                1
-            }
-            Ok(None) => 0,
-            Err(why) => fail(Error::precondition(why)),
-        }
-    })
-}
-
-/// Whether JAX's coordinator is for ranks of other nodes too.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_several_nodes() -> c_int {
-    quiet(0, || {
-        coordinator().map_or(0, |coordinator| {
-            c_int::from(coordinator.is_for_several_nodes())
-        })
-    })
-}
-
-/// Whether that rank of the world has died, or cannot be reached.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_has_died(rank: c_int) -> c_int {
-    quiet(0, || {
-        coordinator().map_or(0, |coordinator| {
-            c_int::from(coordinator.has_died(rank as usize))
-        })
-    })
-}
-
-/// Rank 0 has started JAX's coordinator on that port.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_tell_coordinator(port: u16) {
-    quiet((), || {
-        if let Some(coordinator) = coordinator() {
-            coordinator.tell(port);
-        }
-    });
-}
-
-/// Installs the function that brings up this rank's part of JAX's coordination, which may wait for
-/// other ranks; it is called at most once, when another rank wants it. Null removes it.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_set_bring_up(function: Option<extern "C" fn()>) {
-    quiet((), || {
-        *BRING_UP.lock() = function;
-        if let Some(coordinator) = coordinator() {
-            coordinator.set_bring_up(function.map(|_| bring_up as BringUp));
-        }
-    });
-}
-
-static BRING_UP: Mutex<Option<extern "C" fn()>> = Mutex::new(None);
-
-fn bring_up() {
-    let function = *BRING_UP.lock();
-    if let Some(function) = function {
-        function();
-    }
-}
-
-fn coordinator() -> Option<&'static Coordinator> {
-    world_of_this_process()?.coordinator.as_deref()
-}
-
 /// Waits until everything dispatched so far has ended; −1 if an operation failed unnoticed.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_wait() -> c_int {
@@ -523,129 +419,8 @@ pub extern "C" fn mpi_cuda_shutdown() {
     });
 }
 
-/// Forwards an FFI target of another package; a null handler is refused when it is called.
-///
-/// # Safety
-/// `name` must be NUL-terminated, `handler` an XLA FFI handler or null.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mpi_cuda_register_ffi_target(
-    name: *const c_char,
-    handler: Option<Handler>,
-) -> c_int {
-    quiet(-1, || {
-        // SAFETY: the caller's name is NUL-terminated.
-        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
-        ffi::register_foreign(&name, handler).map_or_else(fail, |()| 0)
-    })
-}
-
-/// Registers a function of the custom calls before XLA's FFI under a target name, and has the FFI
-/// handler that calls it; null on error.
-///
-/// # Safety
-/// `name` must be NUL-terminated. `function` must stay, and take what its callers' API version of
-/// custom calls says.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mpi_cuda_register_untyped_target(
-    name: *const c_char,
-    function: *mut c_void,
-) -> *mut c_void {
-    quiet(std::ptr::null_mut(), || {
-        // SAFETY: the caller's name is NUL-terminated.
-        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
-        let registered = match NonNull::new(function) {
-            // SAFETY: the caller's promise.
-            Some(function) => unsafe { ffi::register_untyped(&name, function) },
-            None => Err(Error::invalid(format!(
-                "the custom call {name} has no function"
-            ))),
-        };
-        registered.map_or_else(
-            |error| {
-                fail(error);
-                std::ptr::null_mut()
-            },
-            |handler| handler as *mut c_void,
-        )
-    })
-}
-
-/// Installs the function that calls Python callbacks; null removes it.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_set_trampoline(trampoline: Option<Trampoline>) {
-    quiet((), || callbacks::set_trampoline(trampoline));
-}
-
 /// Whether the inner plugin's devices are GPUs; 0 if it cannot be loaded.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_on_gpu() -> c_int {
     quiet(0, || load().map_or(0, |_| c_int::from(on_gpu())))
-}
-
-/// Writes the bytes of all ranks to `all`, one after the other, of which each passes as many;
-/// collective. -1 on error.
-///
-/// # Safety
-/// `own` must hold `bytes` bytes, and `all` have room for so many of each rank.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mpi_cuda_gather(own: *const u8, bytes: usize, all: *mut u8) -> c_int {
-    quiet(-1, || {
-        let Some(world) = world_of_this_process() else {
-            return fail(Error::precondition("call mpi_cuda_start first"));
-        };
-        // SAFETY: the caller's bytes, which nobody changes meanwhile.
-        let own = unsafe { std::slice::from_raw_parts(own, bytes) };
-        match world.gather(own) {
-            Ok(gathered) => {
-                // SAFETY: the caller has room for those of all ranks.
-                unsafe { all.copy_from_nonoverlapping(gathered.as_ptr(), gathered.len()) };
-                0
-            }
-            Err(error) => fail(error),
-        }
-    })
-}
-
-/// The seconds that a message of so many bytes takes to `peer`, which calls this too: the mean of
-/// `rounds` there and back, halved. -1 on error.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_ping(peer: c_int, bytes: usize, rounds: c_int) -> f64 {
-    quiet(-1.0, || {
-        let Some(world) = world_of_this_process() else {
-            return fail(Error::precondition("call mpi_cuda_start first")).into();
-        };
-        let rounds = u32::try_from(rounds).unwrap_or(0);
-        match world.ping(peer, bytes, rounds) {
-            Ok(time) => time.as_secs_f64(),
-            Err(error) => fail(error).into(),
-        }
-    })
-}
-
-/// Turns the probe of direct transfer to the next way: 0 arrays, 1 copies of them, 2 nothing is
-/// left; -1 on error.
-#[unsafe(no_mangle)]
-pub extern "C" fn mpi_cuda_probe_next() -> c_int {
-    quiet(-1, || match crate::probe::next() {
-        Ok(place) => c_int::try_from(place).unwrap_or(c_int::MAX),
-        Err(error) => fail(error),
-    })
-}
-
-/// What came of it on this rank: null if the data were right. 1 if it works on all ranks, 0 if not;
-/// -1 on error.
-///
-/// # Safety
-/// `failure` must be null or a C string.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mpi_cuda_probe_report(failure: *const c_char) -> c_int {
-    quiet(-1, || {
-        // SAFETY: the caller's text is NUL-terminated, if there is one.
-        let text = (!failure.is_null()).then(|| unsafe { CStr::from_ptr(failure) });
-        let text = text.map(|text| text.to_string_lossy());
-        match crate::probe::report(text.as_deref()) {
-            Ok(works) => c_int::from(works),
-            Err(error) => fail(error),
-        }
-    })
 }
