@@ -141,6 +141,47 @@ def test_a_program_of_another_run_finds_its_communicator_or_none(mpi: str, tmp_p
     assert twice("True", run("none"))
 
 
+CACHED = """if True:
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    from jax.experimental import io_callback
+    from mpi4py import MPI
+    comm, seen = MPI.COMM_WORLD, []
+
+    @jax.jit
+    def noted(x):
+        # What the callback computes runs beside the program that is waiting for it.
+        io_callback(lambda x: seen.append(float((x[0] * 3 + 1) ** 2)), None, x, ordered=True)
+        return x + 1
+
+    if comm.rank == 0:
+        y = noted(m.notoken.recv(jax.ShapeDtypeStruct((3,), jnp.float32), 1))
+        comm.send("dispatched", 1)
+        print(float(y.sum()))
+    else:
+        comm.recv()
+        m.notoken.send(jnp.ones(3), 0)
+    jax.effects_barrier()
+    assert comm.rank or seen == [16], seen
+"""
+
+
+@on_one("mpich")
+def test_callbacks_of_deferred_programs_use_those_of_the_compilation_cache(
+    mpi: str, tmp_path: Path
+) -> None:
+    """XLA:CPU cannot copy a program that was loaded, which is what the second run has."""
+    for _ in range(2):
+        result = job(
+            mpi,
+            CACHED,
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        )
+        assert result.returncode == 0 and result.stdout == "6.0\n", result.stderr
+        assert list(tmp_path.glob("jit_dynamic_slice*")), "nothing was cached"
+
+
 SWAPPED = """if True:
     import time, jax, jax.numpy as jnp, numpy as np
     from functools import partial

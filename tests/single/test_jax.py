@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "mpi_cuda"
@@ -23,6 +24,8 @@ def test_a_world_of_one() -> None:
     version = jax.devices()[0].client.platform_version
     # With "cuda" in it, JAX would take the backend for a GPU's.
     assert "MPI ranks" in version and "cuda" not in version.lower()
+    # What JAX's compilation cache knows the build of the inner plugin by.
+    assert re.search(r"\(PJRT \d+\.\d+, [1-9]\d+ bytes\)", version), version
 
 
 def test_transformations() -> None:
@@ -123,6 +126,13 @@ def test_serialized_executables() -> None:
     payload = serialize_executable.serialize(compiled)
     loaded = serialize_executable.deserialize_and_load(*payload)
     np.testing.assert_array_equal(loaded(X), X * 2)
+    # XLA:CPU leaves the machine code out of what it serializes of a program that was loaded.
+    client = jax.devices()[0].client
+    again = client.deserialize_executable(
+        loaded.runtime_executable().serialize(), jax.devices(), None
+    )
+    (result,) = again.execute_sharded([jnp.asarray(X)]).disassemble_into_single_device_arrays()
+    np.testing.assert_array_equal(result[0], X * 2)
 
 
 def test_analyses() -> None:

@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::inner::handles::{
     ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned, Program, TopologyHandle,
 };
-use crate::inner::{on_gpu, side_table};
+use crate::inner::{on_gpu, serialized, side_table};
 use crate::launch::async_barrier;
 use crate::launch::executables::ProgramComms;
 use crate::launch::executables::{self, ProgramInfo};
@@ -151,7 +151,12 @@ pub fn load(
         contents.merge(rewritten);
         return note(loaded, contents);
     }
-    let loaded = match options {
+    let mut used = Vec::new();
+    let inner = |options: &[u8]| {
+        used = options.to_vec();
+        inner(options)
+    };
+    let mut loaded = match options {
         [] => inner(options).inspect(|loaded| {
             spmd::note_given(loaded.get().address(), options, options);
         })?,
@@ -159,9 +164,11 @@ pub fn load(
     };
     if !options.is_empty() && matches!(spmd::place(client, options), RunsOn::Elsewhere(_)) {
         spmd::note_elsewhere(loaded.get());
-        return Ok(loaded);
+    } else {
+        loaded = note(loaded, contents)?;
     }
-    note(loaded, contents)
+    serialized::keep(loaded.get(), serialized, &used);
+    Ok(loaded)
 }
 
 /// Loads a program that was compiled without a client: `inner` has the inner plugin load it with

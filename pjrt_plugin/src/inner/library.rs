@@ -113,4 +113,12 @@ impl Inner {
         let version = &self.api.pjrt_api_version;
         (version.major_version, version.minor_version)
     }
+
+    /// What tells it from another build: XLA's plugins for the CPU all say that they are "cpu". It
+    /// is the same on all nodes.
+    pub fn build(&self) -> String {
+        let (major, minor) = self.version();
+        let size = self.path.metadata().map_or(0, |about| about.len());
+        format!("PJRT {major}.{minor}, {size} bytes")
+    }
 }

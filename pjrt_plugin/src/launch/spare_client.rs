@@ -16,6 +16,7 @@ use crate::inner::execute_args::{ExecuteArgs, OwnLaunch};
 use crate::inner::handles::{
     BufferHandle, ClientHandle, ExternalReference, Handle, HostArray, LoadedHandle, Owned,
 };
+use crate::inner::serialized;
 use crate::inner::side_table::SideTable;
 
 /// Spare clients; each has threads of its own. Beyond this a program is refused.
@@ -134,7 +135,7 @@ impl Spare {
             if let Some((_, copy)) = copies.iter().find(|(number, _)| *number == self.number) {
                 return Ok(copy.get());
             }
-            let copy = executable.get().copy_to(self.client.handle)?;
+            let copy = serialized::copy(original, self.client.handle)?;
             let handle = copy.get();
             copies.push((self.number, copy));
             Ok::<_, Error>(handle)

@@ -48,7 +48,8 @@ entry! {
         Ok(())
     }
 
-    /// `PJRT_Client_PlatformVersion`: the inner one, and who we are.
+    /// `PJRT_Client_PlatformVersion`: the inner one, and who we are. JAX's compilation cache gives
+    /// a program to those alone who say the same here.
     pub fn platform_version(args: PJRT_Client_PlatformVersion_Args) {
         static TEXT: OnceLock<String> = OnceLock::new();
         args.pass_on(api().PJRT_Client_PlatformVersion)?;
@@ -57,9 +58,10 @@ entry! {
             let inner = unsafe { bytes(args.platform_version, args.platform_version_size) };
             // Without our name: JAX takes a version with "cuda" in it for a GPU's.
             format!(
-                "MPI ranks {} over {}",
+                "MPI ranks {} over {} ({})",
                 env!("CARGO_PKG_VERSION"),
-                String::from_utf8_lossy(inner)
+                String::from_utf8_lossy(inner),
+                crate::inner::inner().build()
             )
         });
         // SAFETY: the text lives as long as the process.

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::inner::api;
 use crate::inner::call::bytes;
 use crate::inner::handles::{ClientHandle, ExecutableHandle, FromRaw, Handle, Program};
-use crate::inner::side_table;
+use crate::inner::{serialized, side_table};
 use crate::pjrt::entry::{Passed, entry, make_with_options};
 
 /// Format of what `PJRT_Executable_OptimizedProgram` gives.
@@ -107,12 +107,16 @@ entry! {
         Ok(())
     }
 
-    /// `PJRT_Executable_Serialize`: a program for several devices as any rank can load it.
+    /// `PJRT_Executable_Serialize`: a program for several devices as any rank can load it, and one
+    /// that was loaded as it was.
     pub fn serialize(args: PJRT_Executable_Serialize_Args, executable: ExecutableHandle) {
-        let Some(spmd) = spmd::find(executable.address()) else {
-            return args.pass_on(api().PJRT_Executable_Serialize);
+        let address = executable.address();
+        let serialized = match (spmd::find(address), serialized::find(address)) {
+            (Some(spmd), _) => spmd.serialize()?,
+            (None, Some(origin)) => origin.bytes.to_vec(),
+            (None, None) => return args.pass_on(api().PJRT_Executable_Serialize),
         };
-        let serialized = Box::new(spmd.serialize()?);
+        let serialized = Box::new(serialized);
         // SAFETY: the bytes live until the framework calls the deleter with the box.
         let args = unsafe { args.members() };
         args.serialized_bytes = serialized.as_ptr().cast();

@@ -9,7 +9,7 @@ use crate::inner::api;
 use crate::inner::execute_args::ExecuteArgs;
 use crate::inner::execute_options::ExecuteOptions;
 use crate::inner::handles::{DeviceHandle, FromRaw, Handle, LoadedHandle, Owned};
-use crate::inner::side_table;
+use crate::inner::{serialized, side_table};
 use crate::launch::{self, keep_alive};
 use crate::pjrt::device;
 use crate::pjrt::entry::entry;
@@ -62,7 +62,9 @@ entry! {
         args: PJRT_LoadedExecutable_GetExecutable_Args, loaded_executable: LoadedHandle
     ) {
         args.pass_on(api().PJRT_LoadedExecutable_GetExecutable)?;
-        spmd::share(loaded_executable.address(), args.executable as usize);
+        let (loaded, executable) = (loaded_executable.address(), args.executable as usize);
+        spmd::share(loaded, executable);
+        serialized::share(loaded, executable);
         Ok(())
     }
 

@@ -111,6 +111,24 @@ impl ClientHandle {
         unsafe { Owned::new(args.executable) }
     }
 
+    /// Loads a serialized program, with the serialized options given or, if they are empty, those
+    /// that it was compiled with.
+    pub fn load(self, serialized: &[u8], options: &[u8]) -> Result<Owned<LoadedHandle>, Error> {
+        let given = match options {
+            [] => std::ptr::null(),
+            options => options.as_ptr(),
+        };
+        let args = ask!(PJRT_Executable_DeserializeAndLoad {
+            client: self.raw(),
+            serialized_executable: serialized.as_ptr().cast(),
+            serialized_executable_size: serialized.len(),
+            overridden_serialized_compile_options: given.cast(),
+            overridden_serialized_compile_options_size: options.len(),
+        })?;
+        // SAFETY: the executable is the caller's.
+        unsafe { Owned::new(args.loaded_executable) }
+    }
+
     /// Copies an array to a device.
     pub fn copy_from_host(
         self,

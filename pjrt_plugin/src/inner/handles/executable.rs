@@ -2,7 +2,7 @@
 
 use pjrt_sys::*;
 
-use super::handle::{ClientHandle, DeviceHandle, ExecutableHandle, FromRaw, LoadedHandle, Owned};
+use super::handle::{DeviceHandle, ExecutableHandle, FromRaw, LoadedHandle, Owned};
 use crate::error::Error;
 use crate::inner::call::{bytes, new_args, slice};
 use crate::inner::layouts;
@@ -117,23 +117,22 @@ impl ExecutableHandle {
         Ok(code)
     }
 
-    /// A copy, loaded on another client.
-    pub fn copy_to(self, client: ClientHandle) -> Result<Owned<LoadedHandle>, Error> {
+    /// What it is serialized to.
+    pub fn serialize(self) -> Result<Vec<u8>, Error> {
         let serialized = ask!(PJRT_Executable_Serialize {
             executable: self.raw()
         })?;
-        let loaded = ask!(PJRT_Executable_DeserializeAndLoad {
-            client: client.raw(),
-            serialized_executable: serialized.serialized_bytes,
-            serialized_executable_size: serialized.serialized_bytes_size,
-        });
-        // SAFETY: the bytes live until the deleter is called, which is once. The copy is the
-        // caller's.
+        // SAFETY: the bytes live until the deleter is called, which is once.
         unsafe {
+            let copy = bytes(
+                serialized.serialized_bytes,
+                serialized.serialized_bytes_size,
+            );
+            let copy = copy.to_vec();
             if let Some(delete) = serialized.serialized_executable_deleter {
                 delete(serialized.serialized_executable);
             }
-            Owned::new(loaded?.loaded_executable)
+            Ok(copy)
         }
     }
 
