@@ -17,6 +17,9 @@ RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "not_on_gpu(reason): of what is different on GPUs")
+    config.addinivalue_line(
+        "markers", "rule: of a rule of JAX's, for derivatives or batches, whatever the MPI"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -211,6 +211,7 @@ def test_other_axes_of_the_arrays() -> None:
     assert nt.halo_exchange(empty, axes=[1], periodic=True).shape == (0, 3)
 
 
+@pytest.mark.rule
 def test_batches_are_one_message() -> None:
     reference, how = cases(GRID, 2)[1]
     every = [everyone(reference, seed) for seed in range(6)]
@@ -233,6 +234,7 @@ def test_batches_are_one_message() -> None:
     np.testing.assert_array_equal(back, np.stack([reference.transposed(one) for one in cts]))
 
 
+@pytest.mark.rule
 @pytest.mark.parametrize("periodic", [False, True])
 def test_tangents_and_second_derivatives(periodic: bool) -> None:
     reference = Reference((SIZE,), (1,), (periodic,))

@@ -12,6 +12,7 @@ import pytest
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
+pytestmark = pytest.mark.rule
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 LAST = SIZE - 1

@@ -14,6 +14,7 @@ import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
 COMM = MPI.COMM_WORLD
+pytestmark = pytest.mark.rule
 RANK, SIZE = COMM.rank, COMM.size
 NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 LAST = SIZE - 1

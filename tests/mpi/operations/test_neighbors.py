@@ -107,6 +107,7 @@ def test_every_topology(name: str) -> None:
     comm.Free()
 
 
+@pytest.mark.rule
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_the_transpose_is_the_adjoint(name: str) -> None:
     """The scalar products over all ranks agree, and a second derivative is symmetric."""

@@ -127,6 +127,7 @@ def test_requests_go_where_arrays_can() -> None:
         np.testing.assert_array_equal(second, X - sign * PREVIOUS)
 
 
+@pytest.mark.rule
 def test_batches_are_one_message() -> None:
     def exchange(x, y):
         coming = nt.irecv(y, PREVIOUS)

@@ -409,6 +409,7 @@ def test_operands_keep_their_values() -> None:
     "[madvise]" not in HUGE_PAGES.read_text() if HUGE_PAGES.exists() else True,
     reason="Linux has huge pages always or never here",
 )
+@pytest.mark.skipif("MPI_CUDA_PART_BYTES" in os.environ, reason="it would be 300,000 parts")
 @pytest.mark.not_on_gpu("it is about memory of the host")
 def test_messages_lie_in_huge_pages() -> None:
     """Asked for; whether there are free ones is for Linux to say."""
@@ -431,6 +432,7 @@ def test_messages_lie_in_huge_pages() -> None:
     assert asked_for(x) and asked_for(y)
 
 
+@pytest.mark.rule
 def test_gradient_of_allreduce() -> None:
     x = jnp.arange(3.0) + RANK
 
@@ -446,6 +448,7 @@ def test_gradient_of_allreduce() -> None:
     np.testing.assert_allclose(twice(x)[0], nt.allreduce(x, m.SUM))
 
 
+@pytest.mark.rule
 def test_second_derivatives_under_vmap() -> None:
     def inner(x):
         return (nt.allreduce(x, m.SUM) ** 2).sum()
@@ -458,6 +461,7 @@ def test_second_derivatives_under_vmap() -> None:
     np.testing.assert_allclose(jax.grad(outer)(batch), np.full((2, 3), 2.0 * SIZE))
 
 
+@pytest.mark.rule
 def test_gradient_of_sendrecv_sends_the_other_way() -> None:
     right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 
@@ -476,6 +480,7 @@ def test_other_reductions_refuse_differentiation_by_name() -> None:
         jax.grad(lambda x: nt.allreduce(x, m.MAX))(1.0)
 
 
+@pytest.mark.rule
 @pytest.mark.parametrize("axis", [0, 1])
 def test_vmap(axis: int) -> None:
     batch = np.stack([data(RANK) + i for i in range(4)], axis)

@@ -77,6 +77,7 @@ def test_different_operations_in_both_branches() -> None:
     np.testing.assert_allclose(run(False, X), X * 10)
 
 
+@pytest.mark.rule
 def test_through_grad_and_remat() -> None:
     def loss(x):
         token = m.create_token()
@@ -89,6 +90,7 @@ def test_through_grad_and_remat() -> None:
     np.testing.assert_allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(X), expected)
 
 
+@pytest.mark.rule
 def test_through_vmap() -> None:
     def one(x):
         x, token = step(x, m.create_token())
@@ -98,6 +100,7 @@ def test_through_vmap() -> None:
     np.testing.assert_allclose(x, np.stack([X, X * 2]) + 2)
 
 
+@pytest.mark.rule
 def test_grad_of_scan() -> None:
     def loss(x):
         def body(carry, _):

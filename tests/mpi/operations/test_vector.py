@@ -173,6 +173,7 @@ def derivatives_of(function: Any, x: jax.Array) -> None:
     np.testing.assert_allclose(forward, reverse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.rule
 def test_derivatives_against_finite_differences() -> None:
     counts = COUNTS["some"]
     with jax.enable_x64(True):
