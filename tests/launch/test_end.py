@@ -255,6 +255,30 @@ def test_a_rank_at_its_end_does_not_wait_for_ever(mpi: str) -> None:
     assert "in send of float32[1048576] to rank 1 with tag 5" in result.stderr, result.stderr
 
 
+NOT_RECEIVED_EITHER = """if True:
+    import sys, time, jax, jax.numpy as jnp, mpi_cuda as m
+    if m.COMM_WORLD.rank == 0:
+        send = jax.jit(lambda x: [m.isend(x, 1, tag=tag)[0].number for tag in range(12)])
+        jax.block_until_ready(send(jnp.ones(1 << 20)))
+        print(time.time(), flush=True)
+    else:
+        time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(("mpi", "device"), in_turn("", "1"))
+def test_messages_that_nobody_receives_have_one_limit(mpi: str, device: str) -> None:
+    """Not one after the other: that would be 12 s."""
+    variables = {"MPI_CUDA_PRETEND_DEVICE": device} if device else {}
+    result = job(mpi, NOT_RECEIVED_EITHER, MPI_CUDA_EXIT_TIMEOUT="1", **variables)
+    took = time.time() - float(result.stdout)
+    assert result.returncode == 1 and 1 <= took < 5, (took, result)
+    assert "rank 0 has come to its end and has waited longer than 1 s" in result.stderr
+    for tag in range(8):
+        assert f"isend of float32[1048576] to rank 1 with tag {tag} on" in result.stderr
+    assert "; and in 4 more: the job ends" in result.stderr, result.stderr
+
+
 @on_one("openmpi")
 def test_a_rank_with_nothing_left_to_do_waits_for_the_others(mpi: str) -> None:
     code = """if True:

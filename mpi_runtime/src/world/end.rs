@@ -14,6 +14,8 @@ use crate::world::World;
 
 /// How often it is looked what still waits.
 const LOOK: Duration = Duration::from_millis(200);
+/// How many operations are named.
+const NAMED: usize = 8;
 /// How long other ranks may wait for a rank whose main thread has failed.
 const NEEDED: Duration = Duration::from_secs(5);
 
@@ -79,11 +81,36 @@ impl World {
                      (0: for ever)",
                     self.rank,
                     limit.as_secs_f64(),
-                    waiting.join("; and in "),
+                    words(&waiting),
                 ));
                 RECORDER.why(b"MPI_CUDA_EXIT_TIMEOUT has passed");
                 self.abort(1);
             }
         }
+    }
+}
+
+/// What waits, of which there may be hundreds.
+fn words(waiting: &[String]) -> String {
+    let named = waiting.len().min(NAMED);
+    let mut words = waiting[..named].join("; and in ");
+    if named < waiting.len() {
+        words += &format!("; and in {} more", waiting.len() - named);
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_words_name_a_few_operations_and_count_the_others() {
+        let waiting = |count: usize| -> Vec<String> {
+            (0..count).map(|number| format!("send {number}")).collect()
+        };
+        assert_eq!(words(&waiting(2)), "send 0; and in send 1");
+        assert!(words(&waiting(8)).ends_with("; and in send 7"));
+        assert!(words(&waiting(10)).ends_with("; and in send 7; and in 2 more"));
     }
 }
