@@ -7,7 +7,7 @@ use std::fmt;
 
 use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, ElementType};
 use crate::error::Failure;
 
 /// Whose collectives of programs for several devices are.
@@ -150,6 +150,23 @@ pub(crate) fn wrong_length(source: i32, tag: i32, bytes: usize, expected: usize)
     format!(
         "the message from rank {source} with tag {tag} has {bytes} bytes, and the result \
          {expected}; both sides must have the same shape and dtype{remedy}"
+    )
+    .into()
+}
+
+/// What is wrong with a message of `bytes` of another dtype than the result's, which is `wanted`.
+pub(crate) fn wrong_dtype(
+    source: i32,
+    tag: i32,
+    bytes: usize,
+    sent: Option<ElementType>,
+    wanted: ElementType,
+) -> Failure {
+    format!(
+        "the message from rank {source} with tag {tag} has {bytes} bytes of {}, and the result is \
+         {}; both sides must have the same shape and dtype",
+        sent.map_or("an unknown type", ElementType::name),
+        wanted.name()
     )
     .into()
 }

@@ -80,7 +80,7 @@ fn receive(op: Checked<'_>, received: &mut ShimReceived) -> c_int {
             Err(code) => return code,
         };
         *received = envelope(&op, &status, length);
-        if length > capacity || received.code != 0 && received.code != op.recv_code {
+        if length > capacity || !op.accepts_code(received.code) {
             // In the largest elements, so that their number fits for whatever was sent.
             let elements = (length as usize).div_ceil(Datatype::C128.size());
             let mut spill = Vec::<[u64; 2]>::new();

@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 18;
+pub const ABI_VERSION: u32 = 19;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -31,6 +31,9 @@ pub const PROC_NULL: i32 = i32::MIN + 1;
 
 /// Bits of a tag that carry the code of a message's element type, where it has one.
 pub const CODE_BITS: u32 = 5;
+/// [`ShimOp::recv_code`] of a receive that takes a message of any element type, and says which; no
+/// code of any type.
+pub const ANY_CODE: i32 = (1 << CODE_BITS) - 1;
 /// What [`ShimApi::execute`] returns if [`Idle`] has given up; no code of any MPI's.
 pub const GIVEN_UP: c_int = c_int::MIN;
 
@@ -202,6 +205,12 @@ impl ShimOp {
             recv: std::ptr::null_mut(),
             status: std::ptr::null_mut(),
         }
+    }
+
+    /// Whether a message with that code may be received; 0 is none.
+    #[inline]
+    pub const fn accepts_code(&self, code: i32) -> bool {
+        code == 0 || self.recv_code == ANY_CODE || code == self.recv_code
     }
 }
 

@@ -4,7 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use mpi_shim_abi::{ANY, Datatype, Kind, PROC_NULL, Reduction, ShimOp};
+use mpi_shim_abi::{ANY, ANY_CODE, Datatype, Kind, PROC_NULL, Reduction, ShimOp};
 
 use crate::buffer::{Buffer, Class, ElementType};
 use crate::error::Failure;
@@ -106,7 +106,25 @@ fn check_apart(operand: &Buffer<'_>, result: &Buffer<'_>) -> Result<(), Failure>
 
 /// The code of an element type in a tag; never 0.
 pub fn code(dtype: ElementType) -> i32 {
+    const { assert!((ElementType::ALL.len() as i32) < ANY_CODE) };
     dtype as i32 + 1
+}
+
+/// The element type with that code.
+pub fn dtype_of(code: i32) -> Option<ElementType> {
+    let number = usize::try_from(code.checked_sub(1)?).ok()?;
+    ElementType::ALL.get(number).copied()
+}
+
+/// A part of a message of `sent`, in whatever elements: its tag says the dtype of the whole. What
+/// is received is of any dtype, which whoever puts the parts together compares.
+pub fn code_part(shim: &mut ShimOp, sent: ElementType) {
+    if shim.send_code != 0 {
+        shim.send_code = code(sent);
+    }
+    if shim.recv_code != 0 {
+        shim.recv_code = ANY_CODE;
+    }
 }
 
 /// The element types that a message carries in its tag, and who it is from.

@@ -6,9 +6,8 @@ use std::ffi::c_int;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::{ShimOp, ShimReceived};
+use mpi_shim_abi::ShimOp;
 
-use crate::buffer::ElementType;
 use crate::link::Link;
 use crate::link::gone::Gone;
 use crate::mpi::backoff;
@@ -169,19 +168,4 @@ fn sender_gone(op: &ShimOp, since: &mut Option<Instant>) -> Option<String> {
         "rank {source} of the world, which this waits for, {gone}; look for an error of that rank, \
          or for a message that it does not send"
     ))
-}
-
-/// What is wrong with a message of another element type than the result's.
-pub(crate) fn other_type(received: &ShimReceived, wanted: ElementType) -> String {
-    let sent = usize::try_from(received.code - 1).ok();
-    let sent = sent.and_then(|number| ElementType::ALL.get(number));
-    format!(
-        "the message from rank {} with tag {} has {} bytes of {}, and the result is {}; both sides \
-         must have the same shape and dtype",
-        received.source,
-        received.tag,
-        received.bytes,
-        sent.map_or("an unknown type", |dtype| dtype.name()),
-        wanted.name()
-    )
 }

@@ -37,7 +37,7 @@ use crate::engine::compare::Comparison;
 pub(crate) use crate::engine::compare::{ByMpi, Progress, Series};
 pub use crate::engine::compare::{KnownCollectives, Launch};
 use crate::engine::freed_comms::FreedComms;
-use crate::engine::mpi_calls::MpiCalls;
+use crate::engine::mpi_calls::{MpiCalls, check_dtype};
 use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::on_communicator::{OnCommunicator, done};
 use crate::engine::order::{Order, Ticket};
@@ -293,7 +293,11 @@ impl Engine {
                 let mut perform = |op: &Operation<'_>| {
                     let shim_op = check::prepare(op, comm)?;
                     // SAFETY: prepared above.
-                    unsafe { calls.call(op, comm, &shim_op) }.map(done)
+                    let received = unsafe { calls.call(op, comm, &shim_op) }?;
+                    if op.kind.is_receive() {
+                        check_dtype(op, &received)?;
+                    }
+                    Ok(done(received))
                 };
                 direct.execute(op, comm, main, &mut perform).map(drop)
             }
@@ -304,7 +308,7 @@ impl Engine {
                     // As a whole, so that nothing begins that cannot end.
                     self.prepare_whole(ticket, op, comm, pending)?;
                 }
-                let mut on_communicator = OnCommunicator::new(calls, op.comm, comm);
+                let mut on_communicator = OnCommunicator::new(calls, op, comm);
                 let done = staging.execute(op, comm, main, &mut on_communicator)?;
                 calls.say_received(op, done)
             }

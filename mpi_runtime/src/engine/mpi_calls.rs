@@ -12,11 +12,11 @@ use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
 use crate::engine::uniform::Histories;
-use crate::engine::{check, exchange_counts, idle, result_canary, single_rank};
+use crate::engine::{check, exchange_counts, result_canary, single_rank};
 use crate::error::Failure;
 use crate::mpi::communicators::{Communicator, Communicators};
 use crate::mpi::shim::Shim;
-use crate::operation::{OF_XLA, Operation};
+use crate::operation::{OF_XLA, Operation, wrong_dtype};
 use crate::transfer::transport::Done;
 
 /// Calls MPI, and keeps what was called.
@@ -109,20 +109,11 @@ impl MpiCalls {
         comm: &Communicator,
     ) -> Result<(), Failure> {
         let _pending = self.pending.enter_since(start, op, comm, "");
-        let received = self.perform(op, comm)?;
-        check_received(op, &received)
-    }
-
-    /// Executes what is a whole to MPI.
-    pub(super) fn perform(
-        &self,
-        op: &Operation<'_>,
-        comm: &Communicator,
-    ) -> Result<ShimReceived, Failure> {
         let mut shim_op = ShimOp::new(op.kind, comm.handle);
         check::prepare_in(&mut shim_op, op, comm)?;
         // SAFETY: prepared above.
-        unsafe { self.perform_prepared(op, comm, &shim_op) }
+        let received = unsafe { self.perform_prepared(op, comm, &shim_op) }?;
+        check_received(op, &received)
     }
 
     /// Executes what is a whole to MPI, and puts right what MPI leaves open.
@@ -130,7 +121,7 @@ impl MpiCalls {
     /// # Safety
     /// As for [`MpiCalls::call`].
     #[inline]
-    unsafe fn perform_prepared(
+    pub(super) unsafe fn perform_prepared(
         &self,
         op: &Operation<'_>,
         comm: &Communicator,
@@ -173,7 +164,7 @@ impl MpiCalls {
     /// Calls MPI. Nothing here touches the arrays.
     ///
     /// # Safety
-    /// `shim_op` must be what [`check::prepare`] makes of `op` on `comm`.
+    /// `shim_op` must be what [`check::prepare`] makes of `op` on `comm`, but for its codes.
     #[inline]
     pub(super) unsafe fn call(
         &self,
@@ -362,15 +353,28 @@ fn receives(op: &Operation<'_>) -> bool {
     op.kind.is_receive() && op.source != PROC_NULL
 }
 
+/// A message of another dtype than the result's was not written to it.
+#[inline]
+pub(super) fn check_dtype(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Failure> {
+    if received.code == 0 || received.code == check::code(op.recv.dtype()) {
+        return Ok(());
+    }
+    Err(wrong_dtype(
+        received.source,
+        received.tag,
+        usize::try_from(received.bytes).unwrap_or(0),
+        check::dtype_of(received.code),
+        op.recv.dtype(),
+    ))
+}
+
 /// A message longer than the result was not written to it, and a shorter one would leave part of it
 /// unwritten.
 fn check_received(op: &Operation<'_>, received: &ShimReceived) -> Result<(), Failure> {
     if !op.kind.is_receive() {
         return Ok(());
     }
-    if received.code != 0 && received.code != check::code(op.recv.dtype()) {
-        return Err(idle::other_type(received, op.recv.dtype()).into());
-    }
+    check_dtype(op, received)?;
     let arrived = usize::try_from(received.bytes).unwrap_or(0);
     let missing = op.missing(received.source, received.tag, arrived)?;
     op.recv.clear_from(op.recv.bytes() - missing);

@@ -1,7 +1,8 @@
-//! The engine's way to MPI on one communicator, for staging.
+//! The engine's way to MPI on one communicator, for the parts that staging makes of an operation.
 
-use mpi_shim_abi::ShimReceived;
+use mpi_shim_abi::{ShimOp, ShimReceived};
 
+use crate::buffer::ElementType;
 use crate::engine::check;
 use crate::engine::mpi_calls::{MpiCalls, NO_MESSAGES};
 use crate::error::Failure;
@@ -10,22 +11,32 @@ use crate::mpi::shim::Request;
 use crate::operation::Operation;
 use crate::transfer::transport::{Done, Transport};
 
-/// Calls MPI on one communicator.
+/// Calls MPI on one communicator, for one operation.
 pub(super) struct OnCommunicator<'a> {
     calls: &'a MpiCalls,
     /// Of the communicator.
     number: i64,
     comm: &'a Communicator,
+    /// What the operation sends.
+    sent: ElementType,
 }
 
 impl<'a> OnCommunicator<'a> {
-    /// On the communicator of that number.
-    pub(super) fn new(calls: &'a MpiCalls, number: i64, comm: &'a Communicator) -> Self {
+    /// For `op`, which is on that communicator.
+    pub(super) fn new(calls: &'a MpiCalls, op: &Operation<'_>, comm: &'a Communicator) -> Self {
         OnCommunicator {
             calls,
-            number,
+            number: op.comm,
             comm,
+            sent: op.send.dtype(),
         }
+    }
+
+    /// A part of the operation, as the shim executes it.
+    fn prepare(&self, op: &Operation<'_>) -> Result<ShimOp, Failure> {
+        let mut shim_op = check::prepare(op, self.comm)?;
+        check::code_part(&mut shim_op, self.sent);
+        Ok(shim_op)
     }
 }
 
@@ -35,7 +46,11 @@ impl Transport for OnCommunicator<'_> {
         match op.kind {
             kind if kind.is_end() => self.wait(op, &mut []),
             kind if kind.is_start() => calls.start_message(op, comm).map(|()| Done::default()),
-            _ => calls.perform(op, comm).map(done),
+            _ => {
+                let shim_op = self.prepare(op)?;
+                // SAFETY: prepared above.
+                unsafe { calls.perform_prepared(op, comm, &shim_op) }.map(done)
+            }
         }
     }
 
@@ -45,7 +60,7 @@ impl Transport for OnCommunicator<'_> {
     }
 
     fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
-        let shim_op = check::prepare(op, self.comm)?;
+        let shim_op = self.prepare(op)?;
         let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
         self.calls.wake(op, self.comm);
         // SAFETY: staging keeps what is sent in its pool until `is_sent` says that it is.
@@ -63,7 +78,7 @@ impl Transport for OnCommunicator<'_> {
     }
 
     fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, Failure> {
-        let shim_op = check::prepare(op, self.comm)?;
+        let shim_op = self.prepare(op)?;
         let nonblocking = self.calls.nonblocking.as_ref().ok_or(NO_MESSAGES)?;
         // SAFETY: prepared above; the array outlives this call.
         let received = unsafe { nonblocking.try_receive(&shim_op, shim_op.datatype) };
@@ -94,5 +109,6 @@ pub(super) fn done(received: ShimReceived) -> Done {
         source: received.source,
         tag: received.tag,
         bytes: usize::try_from(received.bytes).unwrap_or(0),
+        dtype: check::dtype_of(received.code),
     }
 }

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use crate::buffer::ElementType;
 use crate::error::Failure;
 use crate::mpi::shim::Request;
 use crate::operation::Operation;
@@ -37,6 +38,9 @@ pub(crate) struct Done {
     pub(crate) tag: i32,
     /// Its bytes.
     pub(crate) bytes: usize,
+    /// What it was sent as, if it says so: the dtype of the whole message, of which this may be a
+    /// part, or the header.
+    pub(crate) dtype: Option<ElementType>,
 }
 
 /// Executes one operation, as MPI does.

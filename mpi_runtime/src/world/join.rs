@@ -90,7 +90,6 @@ fn init(
 /// Makes the communicators that always exist, as private duplicates; that of all ranks. Collective.
 pub(super) fn duplicate(
     shim: &Shim,
-    options: &WorldOptions,
     joined: &Joined,
     communicators: &Communicators,
 ) -> Result<Communicator, StartError> {
@@ -109,8 +108,6 @@ pub(super) fn duplicate(
             members: &[],
             largest_tag: match number {
                 COLLECTIVES => 0,
-                // Staging sends bytes, whatever they are.
-                _ if options.device.is_some() => 0,
                 // A communicator of our own: nobody else sees its tags.
                 _ => shim.largest_tag() >> CODE_BITS,
             },

@@ -98,7 +98,7 @@ impl World {
         let mut engine = Engine::new(Some(shim), joined.rank, options.engine());
         let ranks = AllRanks {
             shim: &shim,
-            comm: join::duplicate(&shim, options, &joined, &engine.communicators)?,
+            comm: join::duplicate(&shim, &joined, &engine.communicators)?,
         };
         let agreed = agree::agree(&ranks, options, &joined)?;
         shim.configure(agreed.oversubscribed, options.part_bytes, idle::idle);

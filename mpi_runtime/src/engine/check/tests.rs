@@ -147,6 +147,37 @@ fn blocks_of_neighbours_must_fit() {
 }
 
 #[test]
+fn a_part_of_a_message_says_the_type_of_the_whole() {
+    for &dtype in ElementType::ALL {
+        assert_eq!(dtype_of(code(dtype)), Some(dtype));
+    }
+    assert_eq!(
+        (dtype_of(0), dtype_of(ANY_CODE), dtype_of(i32::MIN)),
+        (None, None, None)
+    );
+    let bytes = buffer(ElementType::U8, &[25]);
+    let own = Communicator {
+        largest_tag: 100,
+        ..COMM
+    };
+    for kind in [Kind::Send, Kind::Recv, Kind::Sendrecv] {
+        let mut part = prepare(&operation(kind, bytes, bytes), &own).unwrap();
+        code_part(&mut part, ElementType::F64);
+        assert_eq!(part.send_code, code(ElementType::F64));
+        assert!(part.accepts_code(code(ElementType::I4)));
+        // On communicators of the user's there are none.
+        let mut part = prepare(&operation(kind, bytes, bytes), &COMM).unwrap();
+        code_part(&mut part, ElementType::F64);
+        assert_eq!((part.send_code, part.recv_code), (0, 0));
+    }
+    let whole = prepare(&operation(Kind::Recv, bytes, bytes), &own).unwrap();
+    let accepted: Vec<i32> = (0..ANY_CODE)
+        .filter(|&code| whole.accepts_code(code))
+        .collect();
+    assert_eq!(accepted, [0, code(ElementType::U8)]);
+}
+
+#[test]
 fn results_must_fit() {
     let (one, four) = (
         buffer(ElementType::F32, &[3]),

@@ -259,8 +259,7 @@ impl NonblockingMessages {
                     continue;
                 }
                 let mut buffer = op.recv;
-                let other_type = envelope.code != 0 && envelope.code != op.recv_code;
-                if envelope.bytes > capacity || other_type {
+                if envelope.bytes > capacity || !op.accepts_code(envelope.code) {
                     // It is taken out of the way.
                     spill = MessageMemory::allocate(envelope.bytes as usize)?;
                     buffer = spill.start();

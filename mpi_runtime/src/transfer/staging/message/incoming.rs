@@ -10,7 +10,7 @@ use crate::buffer::{Buffer, ElementType};
 use crate::device::{Copy, DeviceError, Event, Fill};
 use crate::error::Failure;
 use crate::node::shm_ring::ShmRing;
-use crate::operation::{Operation, wrong_length};
+use crate::operation::{Operation, wrong_dtype, wrong_length};
 use crate::transfer::staging::run::{Run, StagingResources};
 use crate::transfer::transport::{Done, Transport};
 
@@ -251,6 +251,10 @@ impl<'r, 's> Incoming<'r, 's> {
     }
 
     fn fits(&self, length: usize, done: Done) -> Result<(), Failure> {
+        if done.dtype.is_some_and(|sent| sent != self.dtype) {
+            let (source, tag) = (done.source, done.tag);
+            return Err(wrong_dtype(source, tag, length, done.dtype, self.dtype));
+        }
         if length == self.room || length < self.room && self.may_be_shorter {
             return Ok(());
         }
@@ -279,6 +283,7 @@ impl<'r, 's> Incoming<'r, 's> {
             source: self.source,
             tag: self.tag,
             bytes: self.arrived,
+            dtype: None,
         };
         if self.source == PROC_NULL {
             done.tag = mpi_shim_abi::ANY;

@@ -285,6 +285,7 @@ impl Rank {
             source,
             tag: 5,
             bytes: message.len(),
+            dtype: None,
         })
     }
 
