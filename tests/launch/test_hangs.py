@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+import textwrap
 import time
 
 import pytest
-from jobs import MPIS, in_turn, job, on_one
+from jobs import MPIS, in_turn, job, on_one, twice
 
 STUCK = 35
 
@@ -418,3 +419,38 @@ def test_a_rank_that_waits_to_join_says_so(mpi: str) -> None:
     waits = [line for line in said if "this rank has waited for 1 s to join the 2 ranks" in line]
     assert len(waits) == 1 and "imports mpi4py" in waits[0], result.stderr
     assert "MPI_CUDA_ABORT_AFTER has passed" in result.stderr
+
+
+SLOW_REDUCTION = """
+from mpi4py import MPI
+def add(a, b, _):
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        time.sleep(0.05)
+    np.frombuffer(b, np.float32)[:] += np.frombuffer(a, np.float32)
+import numpy as np
+total = nt.reduce(X, MPI.Op.Create(add, commute=True), 0)
+if sys.argv[1] == "message":
+    total = nt.send(total, 1) if R == 0 else nt.recv(X, 0)
+print("done" if R == 0 or total.sum() in (3, 6) else total)
+"""
+
+
+@pytest.mark.parametrize(("mpi", "then"), in_turn("message", "end"))
+def test_a_rank_that_computes_a_reduction_of_the_users_is_not_stuck(mpi: str, then: str) -> None:
+    """The other one has done its part, and waits for the result, or has ended."""
+    code = "".join(f"    {line}\n" for line in SLOW_REDUCTION.strip().splitlines())
+    result = job(mpi, BEGIN + code, then)
+    assert result.returncode == 0 and twice("done", result), result
+
+
+@on_one("mpich")
+def test_a_rank_that_waits_in_a_reduction_of_the_users_is_stuck(mpi: str) -> None:
+    code = """
+    from mpi4py import MPI
+    add = MPI.Op.Create(lambda a, b, _: None, commute=True)
+    (nt.allreduce(X, add) if R == 0 else nt.recv(X, 0)).block_until_ready()
+    """
+    result = run(mpi, textwrap.dedent(code))
+    assert result.returncode == STUCK, result
+    assert "deadlock: 0 waits for 1 waits for 0" in result.stderr, result.stderr

@@ -27,7 +27,7 @@ mod user_comms;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mpi_shim_abi::ShimOp;
+use mpi_shim_abi::{Reduction, ShimOp};
 use parking_lot::Mutex;
 
 use crate::device::Stream;
@@ -307,6 +307,9 @@ impl Engine {
                 if let Some(pending) = &pending {
                     // As a whole, so that nothing begins that cannot end.
                     self.prepare_whole(ticket, op, comm, pending)?;
+                    if op.reduction == Some(Reduction::User) {
+                        pending.calls_user();
+                    }
                 }
                 let mut on_communicator = OnCommunicator::new(calls, op, comm);
                 let done = staging.execute(op, comm, main, &mut on_communicator)?;

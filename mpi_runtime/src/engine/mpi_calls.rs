@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mpi_shim_abi::{ANY, Kind, PROC_NULL, ShimOp, ShimReceived};
+use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction, ShimOp, ShimReceived};
 
 use crate::buffer::{Buffer, ElementType};
 use crate::engine::compare::{Comparison, refused};
@@ -61,6 +61,9 @@ impl MpiCalls {
                 let pending = self.pending.enter_since(start, op, comm, "");
                 let mut shim_op = ShimOp::new(op.kind, comm.handle);
                 self.prepare_collective(&mut shim_op, ticket, op, comm, &pending)?;
+                if op.reduction == Some(Reduction::User) {
+                    pending.calls_user();
+                }
                 // SAFETY: prepared above.
                 unsafe { self.perform_prepared(op, comm, &shim_op) }.map(drop)
             }

@@ -39,6 +39,8 @@ pub struct Waiting {
     pub words: String,
     /// How long it has waited.
     pub time: Duration,
+    /// See [`Pending::calls_user`].
+    pub calls_user: bool,
 }
 
 struct PendingRow {
@@ -53,6 +55,7 @@ struct PendingRow {
     members: &'static [i32],
     /// What is said of it instead of its operation.
     named: String,
+    calls_user: bool,
 }
 
 /// Takes its row out of the table when dropped.
@@ -118,6 +121,7 @@ impl PendingTable {
                     comm: comm.name,
                     members: comm.members,
                     named: String::new(),
+                    calls_user: false,
                 });
                 all.len() - 1
             });
@@ -136,6 +140,7 @@ impl PendingTable {
             entry.counts.extend_from_slice(operation.counts);
             entry.recv_counts.extend_from_slice(operation.recv_counts);
         }
+        entry.calls_user = false;
         entry.named.clear();
         entry.named.push_str(name);
         Pending { table: self, row }
@@ -151,6 +156,7 @@ impl PendingTable {
                 members: row.members,
                 words: row.words(),
                 time: row.since?.elapsed(),
+                calls_user: row.calls_user,
             })
         });
         (waiting.collect(), rows.done)
@@ -173,6 +179,12 @@ impl PendingTable {
 }
 
 impl Pending<'_> {
+    /// From now on it is in MPI, which calls a function of the user's for it: for as long as that
+    /// takes, this rank waits for nobody, whatever the others have done.
+    pub fn calls_user(&self) {
+        self.table.rows.lock().all[self.row].calls_user = true;
+    }
+
     /// Says something else of it from now on.
     pub fn rename(&self, name: String) {
         self.table.rows.lock().all[self.row].named = name;
@@ -240,10 +252,16 @@ mod tests {
         );
         named.rename("a launch, which it refused".into());
         assert_eq!(table.waiting().0[1].words, "a launch, which it refused");
+        named.calls_user();
+        let calls = |table: &PendingTable| table.waiting().0.last().map(|row| row.calls_user);
+        assert_eq!(calls(&table), Some(true));
         assert!(table.longest().is_some());
+        drop(named);
+        let named = table.enter_named(&operation, &WORLD, "another in its row");
+        assert_eq!(calls(&table), Some(false));
         drop(named);
         drop(pending);
         assert!(table.longest().is_none());
-        assert_eq!(table.waiting().1, 2);
+        assert_eq!(table.waiting().1, 3);
     }
 }

@@ -105,6 +105,7 @@ mod tests {
             send_tag: 0,
             recv_tag: 0,
             milliseconds: 5400,
+            calls_user: false,
             words: format!("recv from rank {source}"),
         };
         Known::Told(State {

@@ -58,6 +58,8 @@ pub(super) struct Wait {
     pub(super) send_tag: i32,
     pub(super) recv_tag: i32,
     pub(super) milliseconds: u64,
+    /// A function of the user's may be running for it, so it may end by itself.
+    pub(super) calls_user: bool,
     /// It, in words.
     pub(super) words: String,
 }
@@ -82,6 +84,7 @@ impl Wait {
             send_tag: op.send_tag,
             recv_tag: op.recv_tag,
             milliseconds: waiting.time.as_millis() as u64,
+            calls_user: waiting.calls_user,
             words: waiting.words,
         }
     }
@@ -136,6 +139,7 @@ impl State {
                 wait.send_tag.into(),
                 wait.recv_tag.into(),
                 wait.milliseconds as i64,
+                wait.calls_user.into(),
             ];
             text.push(ROW);
             for number in numbers {
@@ -189,7 +193,17 @@ fn wait(row: &str) -> Option<Wait> {
         .iter()
         .map(|number| number.parse().ok())
         .collect::<Option<_>>()?;
-    let [kind, comm, source, dest, send_tag, recv_tag, milliseconds] = numbers[..] else {
+    let [
+        kind,
+        comm,
+        source,
+        dest,
+        send_tag,
+        recv_tag,
+        milliseconds,
+        calls_user,
+    ] = numbers[..]
+    else {
         return None;
     };
     let members = members.split(',').filter(|member| !member.is_empty());
@@ -204,6 +218,7 @@ fn wait(row: &str) -> Option<Wait> {
         send_tag: send_tag.try_into().ok()?,
         recv_tag: recv_tag.try_into().ok()?,
         milliseconds: milliseconds.try_into().ok()?,
+        calls_user: calls_user != 0,
         words: (*words).to_owned(),
     })
 }
@@ -223,11 +238,13 @@ mod tests {
             send_tag: 7,
             recv_tag: ANY,
             milliseconds: 12345,
+            calls_user: false,
             words: "sendrecv of float32[3]".into(),
         };
         let barrier = Wait {
             kind: Kind::Barrier,
             members: Vec::new(),
+            calls_user: true,
             ..wait.clone()
         };
         let state = State {

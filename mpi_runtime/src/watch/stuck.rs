@@ -99,6 +99,10 @@ fn in_vain(ranks: &[Known], stuck: &[bool], rank: usize) -> Option<i32> {
 
 /// The same for one operation of `rank`.
 fn waits_in_vain(ranks: &[Known], stuck: &[bool], rank: i32, wait: &Wait) -> Option<i32> {
+    if wait.calls_user {
+        // The others may have done their part, and gone on.
+        return None;
+    }
     let all = 0..ranks.len() as i32;
     let mut others = all.filter(|&other| other != rank && wait.has(other));
     if wait.kind.is_collective() {

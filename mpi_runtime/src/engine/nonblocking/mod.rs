@@ -317,6 +317,7 @@ impl NonblockingMessages {
             members: row.members,
             words: String::new(),
             time: Duration::ZERO,
+            calls_user: false,
         })
         .collect()
     }

@@ -12,6 +12,7 @@ fn wait(kind: Kind, source: i32, dest: i32) -> Wait {
         send_tag: 0,
         recv_tag: 0,
         milliseconds: 5000,
+        calls_user: false,
         words: String::new(),
     }
 }
@@ -143,6 +144,22 @@ fn who_may_have_done_its_part_is_not_missed() {
     let bcast = || collective(Kind::Bcast);
     assert_eq!(of(&[ended(), bcast(), bcast()]), [1, 2]);
     assert_eq!(of(&[recv(1), bcast(), bcast()]), [0, 1, 2]);
+}
+
+#[test]
+fn who_computes_a_reduction_of_the_users_is_not_stuck() {
+    for kind in [Kind::Reduce, Kind::Allreduce, Kind::Scan] {
+        let waits = collective(kind);
+        assert_eq!(of(&[waits.clone(), recv(0)]), [0, 1]);
+        let mut computes = wait(kind, PROC_NULL, PROC_NULL);
+        computes.calls_user = true;
+        let computes = told(vec![computes]);
+        assert!(of(&[computes.clone(), recv(0)]).is_empty());
+        let ranks = [computes.clone(), ended()];
+        assert_eq!((of(&ranks), bereft(&ranks)), (vec![], None));
+        // Others of the same collective may wait in MPI for that rank.
+        assert!(of(&[computes, waits]).is_empty());
+    }
 }
 
 #[test]
