@@ -15,7 +15,7 @@ use crate::engine::collective_sequence::CollectiveSequence;
 use crate::engine::compare::Comparison;
 use crate::engine::order::Ticket;
 use crate::engine::pending::{Pending, PendingTable};
-use crate::engine::post::{Post, tags_of};
+use crate::engine::post::{Post, Tags};
 use crate::error::{Failure, MpiError, OperationError};
 use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, SELF};
 use crate::mpi::shim::Shim;
@@ -27,12 +27,10 @@ pub const TAG: i32 = 1;
 /// Tag of the first run of a program: what a rank is about to run; the verdict has the next one.
 const ARRIVAL_TAG: i32 = 2;
 
-/// The first tag of messages of collectives that have a place, and how many there are.
-const PLACES: i32 = 1 << 16;
-
 /// The groups that this process's rank is in, by number.
-#[derive(Default)]
 pub struct ReplicaGroups {
+    /// Of messages of collectives.
+    tags: Tags,
     members: Mutex<HashMap<i64, Vec<i32>>>,
     /// The groups of programs that have communicators of their own, by the numbers of these.
     apart: Mutex<HashMap<i64, i64>>,
@@ -52,6 +50,21 @@ pub(crate) struct CollectiveContext<'a> {
 }
 
 impl ReplicaGroups {
+    /// None yet; over an MPI, if there is one.
+    pub(crate) fn new(shim: Option<&Shim>) -> ReplicaGroups {
+        ReplicaGroups {
+            tags: shim.map_or(Tags::up_to(0), Tags::of),
+            members: Mutex::default(),
+            apart: Mutex::default(),
+            begun_apart: Mutex::default(),
+        }
+    }
+
+    /// The tag of messages of a collective at that place of a program.
+    pub(crate) fn tag_at(&self, place: u64) -> i32 {
+        self.tags.of_place(place)
+    }
+
     /// Says which ranks the group `number` has that this rank is in.
     pub(crate) fn know(&self, number: i64, members: Vec<i32>) {
         self.members.lock().insert(number, members);
@@ -158,7 +171,7 @@ impl ReplicaGroups {
         channel: u64,
     ) -> Result<(), Box<OperationError>> {
         if !self.begun_apart.lock().contains(&channel) {
-            meet(on, program, tags_of(channel))?;
+            meet(on, program, self.tags.of_channel(channel))?;
             self.begun_apart.lock().insert(channel);
         }
         Ok(())
@@ -173,8 +186,8 @@ impl ReplicaGroups {
         if op.comm == COLLECTIVES {
             // Messages between two ranks.
             op.send_tag = match op.place {
-                0 => tags_of(channel) + 3,
-                place => tag_at(place ^ channel),
+                0 => self.tags.of_channel(channel) + 3,
+                place => self.tags.of_place(place ^ channel),
             };
             op.recv_tag = op.send_tag;
             return op;
@@ -184,12 +197,6 @@ impl ReplicaGroups {
         self.apart.lock().insert(op.comm, group);
         op
     }
-}
-
-/// The tag of messages of a collective at that place: those of ranks that are at different places
-/// do not match.
-pub fn tag_at(place: u64) -> i32 {
-    PLACES + (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as i32
 }
 
 /// The number of a group's communicator on a channel.
@@ -214,7 +221,7 @@ fn make_in_turn(
     number: i64,
 ) -> Result<u64, MpiError> {
     static MAKING: Mutex<()> = Mutex::new(());
-    let tag = tags_of(number as u64);
+    let tag = Tags::of(shim).of_channel(number as u64);
     let post = Post { shim, comm: world };
     let mut ranks = members.to_vec();
     ranks.sort_unstable();

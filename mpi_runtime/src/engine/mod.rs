@@ -110,7 +110,7 @@ impl Engine {
             freed_comms: FreedComms::default(),
             order: Order::default(),
             pending,
-            groups: ReplicaGroups::default(),
+            groups: ReplicaGroups::new(shim.as_ref()),
             unread: Mutex::default(),
             rank,
             verbose: options.verbose,
@@ -143,6 +143,12 @@ impl Engine {
         if let Some(rendezvous) = &self.rendezvous {
             rendezvous.withdraw();
         }
+    }
+
+    /// The tag of messages of a collective of XLA's at that place of its program, which no message
+    /// at another place has.
+    pub fn tag_at(&self, place: u64) -> i32 {
+        self.groups.tag_at(place)
     }
 
     /// Says which ranks the group `number` has that this rank is in.

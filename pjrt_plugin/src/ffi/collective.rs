@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use mpi_runtime::engine::collectives::{TAG, tag_at};
+use mpi_runtime::engine::collectives::TAG;
 use mpi_runtime::operation::{OF_XLA, REDUCTIONS};
 use mpi_runtime::{Buffer, Kind, Operation, Reduction, Ticket, World};
 
@@ -177,7 +177,7 @@ impl Collective<'_> {
             0 => self.memory.execute(self.world, self.ticket, op),
             place => self
                 .memory
-                .execute(self.world, self.ticket, &at(op, place as u64)),
+                .execute(self.world, self.ticket, &self.at(op, place as u64)),
         };
         done.map_err(Error::from)
     }
@@ -189,19 +189,20 @@ impl Collective<'_> {
             place => self
                 .world
                 .engine
-                .compare(self.ticket, &at(op, place as u64))
+                .compare(self.ticket, &self.at(op, place as u64))
                 .map_err(Error::from),
         }
     }
-}
 
-/// An operation at that place of its program.
-fn at<'a>(op: &Operation<'a>, place: u64) -> Operation<'a> {
-    Operation {
-        place,
-        send_tag: tag_at(place),
-        recv_tag: tag_at(place),
-        ..*op
+    /// An operation at that place of its program.
+    fn at<'o>(&self, op: &Operation<'o>, place: u64) -> Operation<'o> {
+        let tag = self.world.engine.tag_at(place);
+        Operation {
+            place,
+            send_tag: tag,
+            recv_tag: tag,
+            ..*op
+        }
     }
 }
 

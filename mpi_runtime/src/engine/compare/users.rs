@@ -13,7 +13,7 @@ use crate::engine::compare::channel::{Channel, Retired};
 use crate::engine::compare::exchange::ByMessages;
 use crate::engine::compare::nodes::BetweenNodes;
 use crate::engine::compare::within_node::{FIXED, WithinNode};
-use crate::engine::post::tags_of;
+use crate::engine::post::Tags;
 use crate::mpi::shim::Shim;
 use crate::node::board::Board;
 
@@ -105,7 +105,7 @@ impl UsersComms {
             let by = ByMessages {
                 shim: messages.shim,
                 comm: messages.comm,
-                tag: tags_of(id),
+                tag: Tags::of(&messages.shim).of_channel(id),
                 rank: messages.rank,
                 members: members.to_vec(),
             };
