@@ -207,6 +207,10 @@ void mpi_cuda_know_kinds(uint64_t sequence, const char *kinds);
  * next launch with operations raises it. */
 int mpi_cuda_has_unread(void);
 
+/* A host callback on a GPU has raised this error. If an operation is in flight it is one of those
+ * above, until somebody reads an error with these words in it. */
+void mpi_cuda_callback_failed(const char *error);
+
 /* Where the number of launches with operations stands that the main thread has asked for. A caller
  * whose collective fails and finds it as before has launched nothing, and calls mpi_cuda_refuse. */
 const uint64_t *mpi_cuda_launches_by_main(void);

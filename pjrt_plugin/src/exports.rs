@@ -234,6 +234,22 @@ pub extern "C" fn mpi_cuda_has_unread() -> c_int {
     })
 }
 
+/// A host callback on a GPU has raised this. XLA's plugin calls it, and where no operation is in
+/// flight its error is nobody's but JAX's. Else it is raised later, if nobody reads it.
+///
+/// # Safety
+/// `error` must be NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_callback_failed(error: *const c_char) {
+    quiet((), || {
+        // SAFETY: the caller's text is NUL-terminated.
+        let error = unsafe { CStr::from_ptr(error) }.to_string_lossy();
+        if let Some(world) = world_of_this_process().filter(|world| world.engine.in_flight() > 0) {
+            world.engine.note_unread(&error, None);
+        }
+    });
+}
+
 /// Where the number of launches with operations stands that the main thread has asked for.
 #[unsafe(no_mangle)]
 pub extern "C" fn mpi_cuda_launches_by_main() -> *const u64 {

@@ -128,6 +128,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "mpi_cuda_describe": (None, [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p]),
         "mpi_cuda_know_kinds": (None, [ctypes.c_uint64, ctypes.c_char_p]),
         "mpi_cuda_has_unread": (ctypes.c_int, []),
+        "mpi_cuda_callback_failed": (None, [ctypes.c_char_p]),
         "mpi_cuda_launches_by_main": (ctypes.c_void_p, []),
         "mpi_cuda_refuse": (None, [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p]),
         "mpi_cuda_is_awaited": (ctypes.c_int, []),

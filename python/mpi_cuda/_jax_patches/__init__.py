@@ -27,6 +27,7 @@ INSTALLED: dict[Moment, tuple[str, ...]] = {
         "call_location",
         "cost_analysis",
         "dlpack",
+        "gpu_callbacks",
         "older_plugin",
         "partitioner",
         "profiler",

@@ -277,7 +277,6 @@ def test_a_callback_that_raised_fails_no_later_launch(ordered: bool) -> None:
     np.testing.assert_array_equal(step(jnp.full(3, 6.0)), np.full(3, 6.0))
 
 
-@pytest.mark.not_on_gpu("callbacks run on the CPU backend")
 def test_an_error_of_a_callback_that_nobody_reads_is_raised_later() -> None:
     def check(x: Any) -> None:
         if float(x[0]) == 2:

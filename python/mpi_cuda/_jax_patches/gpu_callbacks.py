@@ -1,0 +1,58 @@
+"""Errors of host callbacks on GPUs, which nobody may read.
+
+XLA's own plugin calls them there. Without an operation in flight such an error is for JAX alone.
+Beside operations nothing may show it but the program's token, so it is noted where it is raised, as
+it is on CPUs (`pjrt_plugin/src/ffi/callbacks.rs`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jax._src import callback
+
+from mpi_cuda import _library
+from mpi_cuda._jax_patches.patch import Patch
+
+PATCHES = (
+    Patch(
+        what="what a callback on a GPU raises is noted",
+        used=("callback.emit_python_callback",),
+        without="a job on GPUs ends with status 0 after an error of a callback that nobody reads",
+        test="test_an_error_of_a_callback_that_nobody_reads_is_raised_later",
+    ),
+)
+
+
+def _noting(function: Any) -> Any:
+    """`function`, whose exceptions are noted."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            # The message that is read later has these words in it.
+            words = f"{type(error).__name__}: {error}".replace("\0", "")
+            _library.load().mpi_cuda_callback_failed(words.encode(errors="replace"))
+            raise
+
+    return call
+
+
+def install() -> None:
+    """Wraps what lowers callbacks; without it their errors are for JAX alone."""
+    module: Any = callback
+    original = getattr(module, "emit_python_callback", None)
+    if original is None:
+        return
+
+    # The name is JAX's: some callers use it.
+    @functools.wraps(original)
+    def emit(ctx: Any, callback: Any, *args: Any, **options: Any) -> Any:
+        if _library.is_ours(ctx.module_context.get_backend()) and _library.load().mpi_cuda_on_gpu():
+            callback = _noting(callback)
+        return original(ctx, callback, *args, **options)
+
+    module.emit_python_callback = emit
