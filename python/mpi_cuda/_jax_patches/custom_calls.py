@@ -26,6 +26,10 @@ PATCHES = (
 )
 
 
+#: Targets of which jaxlib's XLA has a handler of ours, which it never gives back.
+_ours: set[str] = set()
+
+
 def forward(register: Callable[[str, Any, int], None]) -> None:
     """Calls `register` with the name, handler and API version (0 or 1, as in
     `jax.ffi.register_ffi_target`) of every target for the CPU, past and future; jaxlib's own CPU
@@ -37,7 +41,14 @@ def forward(register: Callable[[str, Any, int], None]) -> None:
     def handler(
         name: str | bytes, target: Any, platform: str, api_version: int = 0, traits: Any = 0
     ) -> None:
-        register(name.decode() if isinstance(name, bytes) else name, target, api_version)
+        text = name.decode() if isinstance(name, bytes) else name
+        if api_version and text in _ours:
+            raise ValueError(
+                f"{text} was registered with api_version=0, and since then mpi_cuda has given "
+                "jaxlib a typed target of that name, to compile a program with "
+                "custom_partitioning: register the typed one before that, or under another name"
+            )
+        register(text, target, api_version)
         _jax.register_custom_call_target(name, target, platform, api_version, traits)
 
     # A second handler would be ignored; ours serves both clients.
@@ -57,3 +68,4 @@ def register_with_jaxlib(handlers: Mapping[str, int]) -> None:
         if not _is_typed(known.get(name)):
             target = jax.ffi.pycapsule(ctypes.cast(handler, ctypes.c_void_p))
             _jax.register_custom_call_target(name, target, "Host", 1, 0)
+            _ours.add(name)

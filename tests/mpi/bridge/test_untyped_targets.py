@@ -155,6 +155,12 @@ def test_in_a_partition_rule() -> None:
     want = np.cumsum(whole, axis=1) + np.cumsum(whole[:2], axis=1).sum()
     assert set(rows) == {2}
     np.testing.assert_array_equal(local(result), want[2 * RANK : 2 * RANK + 2])
+    # jaxlib keeps the handler that it was given.
+    capsule = jax.ffi.pycapsule(ctypes.cast(scanner, ctypes.c_void_p))
+    with pytest.raises(ValueError, match="scan_rows was registered with api_version=0"):
+        jax.ffi.register_ffi_target("scan_rows", capsule, platform="cpu", api_version=1)
+    jax.ffi.register_ffi_target("scan_rows", capsule, platform="cpu", api_version=0)
+    np.testing.assert_array_equal(jax.jit(scanned)(whole), np.cumsum(whole, axis=1))
 
 
 def test_launches_that_are_deferred_donate_and_fail() -> None:
