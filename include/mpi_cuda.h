@@ -215,10 +215,10 @@ void mpi_cuda_callback_failed(const char *error);
  * whose collective fails and finds it as before has launched nothing, and calls mpi_cuda_refuse. */
 const uint64_t *mpi_cuda_launches_by_main(void);
 
-/* This rank's program has refused a collective on that communicator, which is 0 or 1, before it
- * called anything here: other ranks that wait in one of this kind ("allreduce" and so on) get an
- * error with these words. If they wait in another kind, it was this rank's own affair. Waits for
- * nobody; from the main thread. */
+/* This rank's program has refused a collective on that communicator, which is 0, 1, or one of the
+ * user's that has had a collective, before it called anything here: other ranks that wait in one of
+ * this kind ("allreduce" and so on) get an error with these words. If they wait in another kind, it
+ * was this rank's own affair. Waits for nobody; from the main thread. */
 void mpi_cuda_refuse(int64_t comm, const char *kind, const char *words);
 
 /* 1 if another rank waits in an operation, 0 if not. */

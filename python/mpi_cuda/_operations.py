@@ -140,8 +140,8 @@ def _require_leading(rule: str, x: Any, comm: Comm) -> None:
 def tell_refused(operation: str, comm: Any, error: BaseException, launches: int) -> None:
     """A collective has failed: tells the other ranks, which may be waiting in theirs.
 
-    Only outside of programs, on the communicators that always exist, and if nothing was launched
-    since there were so many `_library.launches`: what comes of those the library tells.
+    Only outside of programs, and if nothing was launched since there were so many
+    `_library.launches`: what comes of those the library tells.
     """
     if _library.launches.value != launches:
         return

@@ -361,6 +361,33 @@ def test_a_call_that_fails_on_one_rank_before_its_launch() -> None:
 
 
 @pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
+def test_a_call_that_fails_on_one_rank_on_a_communicator_of_the_users() -> None:
+    """Once it has had a collective; those between neighbours too."""
+    MPI = pytest.importorskip("mpi4py.MPI")
+    line = MPI.COMM_WORLD.Create_cart([SIZE], [True])
+    blocks, wide = jnp.ones((2, 3)), jnp.ones((5, 3))
+    for _ in range(2):
+        np.testing.assert_array_equal(nt.neighbor_alltoall(blocks, comm=line), blocks)
+        check_all_told(
+            lambda: nt.neighbor_alltoall(wide if FIRST else blocks, comm=line),
+            "neighbor_alltoall",
+            "must be the number of neighbours",
+        )
+        check_all_told(lambda: nt.bcast(X, SIZE if FIRST else 0, comm=line), "is not a rank")
+        # It is the first rank's own affair if the others do none.
+        if FIRST:
+            with pytest.raises(ValueError, match="leading dimension"):
+                nt.alltoall(wide, comm=line)
+        np.testing.assert_array_equal(nt.allreduce(X, m.SUM, comm=line), X * SIZE)
+    # Ones to be told that are left when it is freed hold up nothing.
+    if FIRST:
+        with pytest.raises(ValueError, match="leading dimension"):
+            nt.alltoall(wide, comm=line)
+    line.Free()
+    check_all_right()
+
+
+@pytest.mark.skipif(SEVERAL_NODES, reason="those of other nodes do not hear of it")
 def test_an_error_of_an_operation_is_no_refusal() -> None:
     """It was launched, so the others are told nothing that fails their next collective."""
     for _ in range(3):

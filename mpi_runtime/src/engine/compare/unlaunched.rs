@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use super::{Comparison, KnownCollectives, Launch, START};
 use crate::engine::compare::channel::Channel;
-use crate::engine::compare::within_node::FIXED;
+use crate::engine::compare::within_node::WithinNode;
 use crate::engine::order::Ticket;
 use crate::mpi::communicators::COLLECTIVES;
 use crate::node::board::Board;
@@ -31,7 +31,7 @@ pub(super) struct Unlaunched {
 
 struct One {
     /// Number of its communicator.
-    comm: usize,
+    comm: i64,
     kind: Kind,
     words: String,
     /// Launches of the main thread that it came after, and that were in flight then.
@@ -47,10 +47,12 @@ impl Unlaunched {
     /// Tells those whose turn it is, in their order, as far as `tell` can.
     fn tell(&self, is_turn: impl Fn(&One) -> bool, mut tell: impl FnMut(&One) -> bool) {
         let mut list = self.list.lock();
-        let mut behind = [false; FIXED];
+        let mut behind = Vec::new();
         list.retain(|one| {
-            let told = !behind[one.comm] && is_turn(one) && tell(one);
-            behind[one.comm] |= !told;
+            let told = !behind.contains(&one.comm) && is_turn(one) && tell(one);
+            if !told {
+                behind.push(one.comm);
+            }
             !told
         });
         self.any.store(!list.is_empty(), Ordering::Relaxed);
@@ -59,17 +61,28 @@ impl Unlaunched {
 
 impl Comparison {
     /// The main thread has refused a collective on the communicator `comm`, in these words, and
-    /// launches nothing for it. Those on communicators of the user are not told.
+    /// launches nothing for it. On communicators of the user that have had no collective nobody is
+    /// told: ranks number those by their first ones, which this might not be on the others.
     pub(crate) fn refuse_unlaunched(&self, comm: i64, kind: Kind, words: &str) {
-        let comm = usize::try_from(comm).unwrap_or(FIXED);
         // Those on other nodes would not see it.
-        if self.nodes.is_some() || self.fixed.get(comm).is_none_or(Option::is_none) {
+        if self.nodes.is_some() || self.within(comm, |_| ()).is_none() {
             return;
         }
         let launches = self.launches.lock();
         self.tell_later(comm, kind, words.to_owned(), &launches);
         drop(launches);
         self.tell_unlaunched();
+    }
+
+    /// What `look` finds of a communicator, if its ranks of this node are compared.
+    fn within<T>(&self, comm: i64, look: impl FnOnce(&WithinNode) -> T) -> Option<T> {
+        let fixed = usize::try_from(comm)
+            .ok()
+            .and_then(|comm| self.fixed.get(comm));
+        match fixed {
+            Some(fixed) => fixed.as_ref().map(look),
+            None => self.users.known(comm)?.within.as_ref().map(look),
+        }
     }
 
     /// The same of a launch, by its main thread, that is refused before it has a ticket.
@@ -104,7 +117,7 @@ impl Comparison {
             .iter()
             .any(|(_, launch)| launch.by_main_thread)
         {
-            self.tell_later(known.comm as usize, kind, words, &launches[..place]);
+            self.tell_later(known.comm, kind, words, &launches[..place]);
             drop(launches);
             return self.tell_unlaunched();
         }
@@ -117,7 +130,7 @@ impl Comparison {
     }
 
     /// Tells once the launches `before` have ended that the main thread has dispatched.
-    fn tell_later(&self, comm: usize, kind: Kind, words: String, before: &[(Ticket, Launch)]) {
+    fn tell_later(&self, comm: i64, kind: Kind, words: String, before: &[(Ticket, Launch)]) {
         let by_main = before.iter().filter(|(_, launch)| launch.by_main_thread);
         let one = One {
             comm,
@@ -153,11 +166,14 @@ impl Comparison {
             |one| !one.after.iter().any(in_flight),
             |one| {
                 // An operation of another thread may hold the channel; it comes here in the end.
-                let within = self.fixed[one.comm].as_ref();
-                let channel = within.and_then(|within| within.channel.try_lock());
-                let told = channel
-                    .map(|mut channel| channel.refuse_unlaunched(board, one.kind, &one.words));
-                told.is_some()
+                let told = self.within(one.comm, |within| {
+                    let channel = within.channel.try_lock();
+                    channel
+                        .map(|mut channel| channel.refuse_unlaunched(board, one.kind, &one.words))
+                        .is_some()
+                });
+                // The user has freed it.
+                told.unwrap_or(true)
             },
         );
     }
@@ -174,7 +190,7 @@ impl Comparison {
     ) {
         let by_main_thread = self.is_by_main_thread(ticket);
         self.unlaunched.tell(
-            |one| by_main_thread && one.comm as i64 == comm && !one.after.contains(&ticket),
+            |one| by_main_thread && one.comm == comm && !one.after.contains(&ticket),
             |one| {
                 channel.refuse_unlaunched(board, one.kind, &one.words);
                 true

@@ -68,6 +68,11 @@ pub(super) struct UsersComm {
 }
 
 impl UsersComms {
+    /// What the communicator `number` is compared by, if it has had a collective.
+    pub(super) fn known(&self, number: i64) -> Option<Arc<UsersComm>> {
+        self.known.read().get(&number).cloned()
+    }
+
     /// What the communicator `number` is compared by, made for its first collective. Ranks know it
     /// by its members and by how many with these members came before. That is the same on all of
     /// them as long as one thread uses them: `who` has none for those of other threads, which are
