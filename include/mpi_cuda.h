@@ -52,6 +52,10 @@ extern "C" {
  *   mpi_cuda_gather      x -> y (size, *x) on the root, as x elsewhere    comm, root
  *   mpi_cuda_gatherv     x (counts[rank], ...) -> y (sum of counts, ...) on the root, as x
  *                        elsewhere                  comm, counts, root
+ *   mpi_cuda_iallgather, mpi_cuda_iallreduce, mpi_cuda_ialltoall, mpi_cuda_ibarrier,
+ *   mpi_cuda_ibcast, mpi_cuda_iexscan, mpi_cuda_igather, mpi_cuda_ireduce,
+ *   mpi_cuda_ireduce_scatter, mpi_cuda_iscan, mpi_cuda_iscatter
+ *                        x as without i -> u32[]    as without i
  *   mpi_cuda_irecv       x, empty, tells the dtype -> u32[]    comm, source, recvtag
  *   mpi_cuda_isend       x -> u32[]                 comm, dest, tag
  *   mpi_cuda_neighbor_allgather  x -> y (sources, *x)    comm, sources, destinations
@@ -67,14 +71,16 @@ extern "C" {
  *   mpi_cuda_send        x -> none                  comm, dest, tag
  *   mpi_cuda_sendrecv    x -> y                     comm, dest, tag, source, recvtag, status
  *   mpi_cuda_wait        u32[] of an irecv -> y     comm, status
- *   mpi_cuda_wait_send   u32[] of an isend -> none  comm
+ *                        u32[] of a collective -> y as without i    comm
+ *   mpi_cuda_wait_send   u32[] of an isend or ibarrier -> none      comm
  *
  * sources and destinations are how many ranks this one receives from and sends to in the topology
  * of the communicator, which is one of the user's (MPI 4.0, section 8.6). y is 0 where there is
  * none.
  *
- * The u32[] of an irecv or isend names the message until it is waited for, once;
- * mpi_cuda_shutdown() completes what was sent.
+ * The u32[] of an irecv or isend names the message until it is waited for, once, and that of an
+ * iallreduce and so on the collective (MPI 4.0, section 6.12); mpi_cuda_shutdown() completes what
+ * was sent, and collectives.
  *
  * Optional, and faster for small programs: an attribute named mpi_cuda_uniform_<comm>_<sequence>,
  * of any integer, on one operation promises that this program always runs the same sequence of

@@ -200,7 +200,7 @@ impl fmt::Display for Operation<'_> {
         }
         write!(f, "{}", self.kind.name())?;
         match self.kind {
-            Kind::Barrier => return Ok(()),
+            Kind::Barrier | Kind::Ibarrier => return Ok(()),
             kind if kind.is_end() => return Ok(()),
             Kind::Irecv => write!(f, " of {}", self.send.dtype().name())?,
             Kind::Recv => write!(f, " into {}", self.recv)?,

@@ -39,6 +39,19 @@ from mpi_cuda._arguments import resolve_comm as as_comm
 from mpi_cuda._halo import halo_exchange
 from mpi_cuda._neighbors import neighbor_allgather, neighbor_alltoall
 from mpi_cuda._nonblocking import Request, irecv, isend, wait
+from mpi_cuda._nonblocking_collectives import (
+    iallgather,
+    iallreduce,
+    ialltoall,
+    ibarrier,
+    ibcast,
+    iexscan,
+    igather,
+    ireduce,
+    ireduce_scatter,
+    iscan,
+    iscatter,
+)
 from mpi_cuda._operations import (
     allgather,
     allreduce,
@@ -145,9 +158,20 @@ __all__ = [
     "halo_exchange",
     "has_cuda_support",
     "has_sycl_support",
-    "notoken",
+    "iallgather",
+    "iallreduce",
+    "ialltoall",
+    "ibarrier",
+    "ibcast",
+    "iexscan",
+    "igather",
     "irecv",
+    "ireduce",
+    "ireduce_scatter",
+    "iscan",
+    "iscatter",
     "isend",
+    "notoken",
     "neighbor_allgather",
     "neighbor_alltoall",
     "recv",

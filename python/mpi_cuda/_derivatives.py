@@ -23,7 +23,7 @@ from mpi_cuda._arguments import OPS, Comm, known_comm, known_topology
 from mpi_cuda._jax_patches import linear
 from mpi_cuda._jax_patches.effect import effect
 from mpi_cuda._library import ATTRIBUTE_ANY
-from mpi_cuda._primitives import Result, primitives
+from mpi_cuda._primitives import STARTS, Result, primitives
 
 SUM = OPS["SUM"]
 Adjoint = Callable[[jax.Array, Any, Comm, dict[str, int]], jax.Array]
@@ -319,3 +319,57 @@ def _never(name: str) -> Callable[..., None]:
 for _name in ("isend", "irecv", "wait", "wait_send"):
     ad.primitive_jvps[primitives[_name]] = _never(_name)
     ad.primitive_transposes[primitives[_name]] = _never(_name)
+
+
+# The tangent of a collective that was started is made by its end, as that of the blocking one: by
+# the blocking one, on the tangent of the operand, which `linear.stand_in` brings there.
+
+
+def _start_jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
+    _require_sum(name, dict(params["attributes"]))
+    outs = primitives[name].bind(*primals, **{**params, "derived": False})
+    return outs, [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+
+
+def _wait_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    if "started" not in params:
+        _refuse("wait")
+    name, attributes = params["started"]
+    _require_sum(f"i{name}", dict(attributes))
+    outs = primitives["wait"].bind(*primals, **{**params, "derived": False})
+    zeros = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+    if not linear.is_differentiable(jax.typeof(outs[0])):
+        return outs, zeros
+    of_tangent = {key: value for key, value in params.items() if key != "started"}
+    of_tangent |= {"attributes": attributes, "token": False, "template": True, "derived": True}
+    operands = ad.instantiate_zeros(tangents[1]), linear.nothing(primals[1])
+    out_tangents = primitives[name].bind(*operands, **of_tangent)
+    return outs, out_tangents + zeros[len(out_tangents) :]
+
+
+def _wait_transpose(cotangents: Any, number: Any, x: Any, *rest: Any, **params: Any) -> Any:
+    if "started" not in params:
+        _refuse("wait")
+    name, attributes = params["started"]
+    whole = {key: value for key, value in params.items() if key != "started"}
+    whole |= {"attributes": attributes, "token": False, "template": False}
+    back = ad.primitive_transposes[primitives[name]](cotangents, x, **whole)
+    return [None, *back] + [None] * len(rest)
+
+
+def _start_transpose(_: Any, *args: Any, **__: Any) -> Any:
+    # The cotangent comes from the end, through `linear.stand_in`.
+    return [ad.Zero(arg.aval) if ad.is_undefined_primal(arg) else None for arg in args]
+
+
+def _define_start(name: str) -> None:
+    ad.primitive_jvps[primitives[name]] = lambda primals, tangents, **params: _start_jvp(
+        name, primals, tangents, **params
+    )
+    ad.primitive_transposes[primitives[name]] = _start_transpose
+
+
+for _name in STARTS:
+    _define_start(_name)
+ad.primitive_jvps[primitives["wait"]] = _wait_jvp
+ad.primitive_transposes[primitives["wait"]] = _wait_transpose

@@ -1,4 +1,5 @@
-"""Messages whose start and end are separate operations, with computation between them."""
+"""Messages whose start and end are separate operations, with computation between them; and the end
+of collectives that were started (`_nonblocking_collectives`)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ _NUMBER = ((), np.uint32)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A message on its way, from `isend` or `irecv`; give it to `wait` once.
+    """What was started by `isend`, `irecv`, `iallreduce` and the like; give it to `wait` once.
 
     A tree of arrays: it can be returned from `jit`, carried by loops, given back by both branches.
     """
@@ -30,6 +31,10 @@ class Request:
     shape: tuple[int, ...] | None = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     comm: Comm = dataclasses.field(metadata={"static": True})
+    # Of a collective: its name, its rule for `vmap` and its attributes.
+    started: tuple[str, str, tuple[tuple[str, int], ...]] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
 
 def isend(
@@ -95,25 +100,38 @@ def irecv(
 
 
 def wait(request: Request, *, status: Any = None, token: Any = None) -> tuple[Array | None, Token]:
-    """Waits until a message is complete (MPI 4.0, section 3.7.3).
+    """Waits until a message or a collective is complete (MPI 4.0, section 3.7.3).
 
     Args:
-      request: what `isend` or `irecv` returned; each is waited for once.
+      request: what `isend`, `irecv` or the start of a collective returned; each is waited for once.
       status: `MPI.Status` or `mpi_cuda.Status`, filled when the operation has run; of a receive.
       token: None, or the token of the operation to come after.
 
     Returns:
-      What `irecv` received, None for `isend`; and a token.
+      What `irecv` received, or the result of the collective; None for `isend` and `ibarrier`. And a
+      token.
 
     Raises:
       TypeError: it is no request.
+      ValueError: a status for a collective, which has none.
     """
     if not isinstance(request, Request):
-        raise TypeError(f"wait: request must be what isend or irecv returned, got {request!r}")
+        raise TypeError(
+            "wait: request must be what isend, irecv or the start of a collective returned, got "
+            f"{request!r}"
+        )
+    rule, started = None, None
+    if request.started is not None:
+        name, rule, of_start = request.started
+        started = name, of_start
+        if status is not None:
+            raise ValueError(f"wait: i{name} has no status to fill; only what irecv receives has")
     if request.shape is None:
-        return bind("wait_send", request.comm, request.number, None, token)
+        return bind("wait_send", request.comm, request.number, None, token, started=started)
     attributes: dict[str, Any] = {"status": _arguments.resolve_status(status)}
     result = (request.shape, request.dtype)
+    kept = request.template
     return bind(
-        "wait", request.comm, request.number, result, token, template=request.template, **attributes
+        *("wait", request.comm, request.number, result, token),
+        **{"template": kept, "batch_as": rule, "started": started, **attributes},
     )

@@ -75,13 +75,15 @@ def bind(
     template: Any = None,
     batch_as: str | None = None,
     paired: bool = False,
+    started: tuple[str, tuple[tuple[str, int], ...]] | None = None,
     **attributes: int | tuple[int, ...],
 ) -> tuple[Any, Any]:
     """Calls primitive `name`; returns what it receives and its token, None where there is none.
 
     `token` is False for the style without tokens. `batch_as` names the rule for `vmap` where this
     rank's part differs from the operation's (a rank that is not the root). `paired`: the peer of
-    the message takes its derivatives too.
+    the message takes its derivatives too. `started`: the collective whose end it is, and its
+    attributes.
     """
     _jax_patches.install("operation")
     for dtype in ([] if data is None else [data.dtype]) + ([] if result is None else [result[1]]):
@@ -91,7 +93,7 @@ def bind(
                 "jax.random.key_data(x), and wrap what arrives with jax.random.wrap_key_data"
             )
     narrow = CARRIERS.get(np.dtype(result[1]).name) if result else None
-    if narrow and "op" in attributes:
+    if "op" in attributes and data is not None and data.dtype.name in CARRIERS:
         raise TypeError(
             f"mpi_cuda.{name}: there is no reduction of {data.dtype}; cast to int8 "
             "or a larger type first"
@@ -121,6 +123,7 @@ def bind(
         derived=linear.is_derived(),
         paired=paired,
         attributes=tuple(sorted({"comm": comm.number, **attributes}.items())),
+        **({"started": started} if started else {}),
     )
     outs = list(outs)
     new_token = outs.pop() if with_token else None
@@ -129,7 +132,7 @@ def bind(
     return (outs[0] if outs else None), new_token
 
 
-def _require_leading(rule: str, x: Any, comm: Comm) -> None:
+def require_leading(rule: str, x: Any, comm: Comm) -> None:
     if x.ndim == 0 or x.shape[0] != comm.size:
         raise ValueError(
             f"{rule}: on rank {comm.rank} it has {x.shape}, and the leading dimension must be the "
@@ -222,7 +225,7 @@ def alltoall(x: Any, *, comm: Any = None, token: Any = None) -> tuple[Array, Tok
       ValueError: the leading dimension is not the number of ranks.
     """
     x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
-    _require_leading("Alltoall input must have shape (nproc, ...)", x, where)
+    require_leading("Alltoall input must have shape (nproc, ...)", x, where)
     return bind("alltoall", where, x, (x.shape, x.dtype), token)
 
 
@@ -385,7 +388,7 @@ def reduce_scatter(x: Any, op: Any, *, comm: Any = None, token: Any = None) -> t
       ValueError: the leading dimension is not the number of ranks.
     """
     x, where = jnp.asarray(x), _arguments.resolve_comm(comm)
-    _require_leading("Reduce_scatter input must have shape (nproc, ...)", x, where)
+    require_leading("Reduce_scatter input must have shape (nproc, ...)", x, where)
     number = _arguments.resolve_op(op).number
     return bind("reduce_scatter", where, x, (x.shape[1:], x.dtype), token, op=number)
 
@@ -428,7 +431,7 @@ def scatter(x: Any, root: int, *, comm: Any = None, token: Any = None) -> tuple[
     root = _arguments.resolve_rank("scatter", "root", root, where)
     if where.rank != root:
         return bind("scatter", where, x, (x.shape, x.dtype), token, batch_as="bcast", root=root)
-    _require_leading("Scatter input must have shape (nproc, ...) on the root", x, where)
+    require_leading("Scatter input must have shape (nproc, ...) on the root", x, where)
     return bind("scatter", where, x, (x.shape[1:], x.dtype), token, root=root)
 
 

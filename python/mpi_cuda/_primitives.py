@@ -74,6 +74,19 @@ RULES = {
     "neighbor_alltoall": Rule(operand=1, result=1),
 }
 
+# The starts of collectives, and what they start. Their result is the number of what was started.
+STARTS = {
+    f"i{name}": name
+    for name in (
+        *("allgather", "allreduce", "alltoall", "barrier", "bcast", "exscan", "gather", "reduce"),
+        *("reduce_scatter", "scan", "scatter"),
+    )
+}
+for _start, _started in STARTS.items():
+    RULES[_start] = Rule(operand=RULES[_started].operand, result=None)
+# Their first argument is the number of what was started.
+ENDS = ("wait", "wait_send")
+
 # They have derivatives (`_derivatives`).
 LINEAR = frozenset(
     (
@@ -189,17 +202,20 @@ def _batch(
     if all(d is None for d in dims[:data]):
         outs = primitive.bind(*args, result=result, **rest)
         return outs, [None] * len(outs)
+    ends = name in ENDS
     for i in range(data):
         is_template = template and i == data - 1
-        if rule.operand is None and not is_template:
+        if (rule.operand is None or ends) and not is_template:
             if dims[i] is not None:
                 raise ValueError(
-                    f"mpi_cuda.{name}: the request was batched by vmap; start the message and wait "
-                    "for it in one vmap, or both outside"
+                    f"mpi_cuda.{name}: the request was batched by vmap; start and wait "
+                    "in one vmap, or both outside"
                 )
             continue
         args[i] = batching.bdim_at_front(args[i], dims[i], size)
-        if rule.operand and not is_template:
+        # The template of a collective's end is like the operand of its start, if it has a tangent.
+        moves = not is_template or (ends and args[i].ndim > (rule.operand or 0))
+        if rule.operand and moves:
             args[i] = jnp.moveaxis(args[i], 0, rule.operand)
     if result is not None and rule.result is not None:
         shape = list(result.shape)
@@ -217,6 +233,9 @@ class Operation(linear.Linear):
         """Reductions only with SUM; a message alone only if its peer is said to do the same; none
         from ANY_SOURCE."""
         name, attributes = self.name.removeprefix("mpi_cuda_"), dict(params["attributes"])
+        if name == "wait" and "started" in params:
+            name, attributes = params["started"][0], dict(params["started"][1])
+        name = STARTS.get(name, name)
         if name in ("recv", "send"):
             return bool(params["paired"])
         if name not in LINEAR or attributes.get("source") == _library.ATTRIBUTE_ANY:

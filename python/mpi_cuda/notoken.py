@@ -11,7 +11,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mpi_cuda import _halo, _library, _neighbors, _nonblocking, _operations, _vector
+from mpi_cuda import (
+    _halo,
+    _library,
+    _neighbors,
+    _nonblocking,
+    _nonblocking_collectives,
+    _operations,
+    _vector,
+)
 
 __all__ = [
     "allgather",
@@ -25,7 +33,18 @@ __all__ = [
     "gather",
     "gatherv",
     "halo_exchange",
+    "iallgather",
+    "iallreduce",
+    "ialltoall",
+    "ibarrier",
+    "ibcast",
+    "iexscan",
+    "igather",
     "irecv",
+    "ireduce",
+    "ireduce_scatter",
+    "iscan",
+    "iscatter",
     "isend",
     "neighbor_allgather",
     "neighbor_alltoall",
@@ -80,7 +99,18 @@ exscan = _without_token(_operations.exscan)
 gather = _without_token(_operations.gather)
 gatherv = _without_token(_vector.gatherv)
 halo_exchange = _without_token(_halo.halo_exchange)
+iallgather = _without_token(_nonblocking_collectives.iallgather)
+iallreduce = _without_token(_nonblocking_collectives.iallreduce)
+ialltoall = _without_token(_nonblocking_collectives.ialltoall)
+ibarrier = _without_token(_nonblocking_collectives.ibarrier)
+ibcast = _without_token(_nonblocking_collectives.ibcast)
+iexscan = _without_token(_nonblocking_collectives.iexscan)
+igather = _without_token(_nonblocking_collectives.igather)
 irecv = _without_token(_nonblocking.irecv)
+ireduce = _without_token(_nonblocking_collectives.ireduce)
+ireduce_scatter = _without_token(_nonblocking_collectives.ireduce_scatter)
+iscan = _without_token(_nonblocking_collectives.iscan)
+iscatter = _without_token(_nonblocking_collectives.iscatter)
 isend = _without_token(_nonblocking.isend)
 neighbor_allgather = _without_token(_neighbors.neighbor_allgather)
 neighbor_alltoall = _without_token(_neighbors.neighbor_alltoall)

@@ -110,6 +110,7 @@ def test_the_job_ends_soon_after_an_exception(mpi: str) -> None:
 NOT_WAITED = """if True:
     import jax, jax.numpy as jnp, mpi_cuda as m
     x = jnp.arange(1 << 20, dtype=jnp.float32)
+    m.iallreduce(x[:2], m.SUM)
     if m.COMM_WORLD.rank == 0:
         m.isend(x, 1, tag=1)
         m.irecv(x, 1, tag=2)
@@ -119,12 +120,15 @@ NOT_WAITED = """if True:
 
 
 @pytest.mark.parametrize("mpi", MPIS)
-def test_messages_that_nobody_waits_for(mpi: str) -> None:
-    """What was sent arrives; a receive is named."""
+def test_what_nobody_waits_for(mpi: str) -> None:
+    """What was sent arrives; a receive and a collective are named."""
     result = job(mpi, NOT_WAITED)
     assert result.returncode == 0 and result.stdout == "1048575.0\n", result.stderr
     said = "rank 0: mpi_cuda: irecv of float32 from rank 1 with tag 2 was never waited for"
     assert said in result.stderr, result.stderr
+    for rank in range(2):
+        said = f"rank {rank}: mpi_cuda: iallreduce of float32[2] with SUM was never waited for"
+        assert said in result.stderr, result.stderr
 
 
 FINALIZED = """if True:

@@ -108,6 +108,11 @@ PROGRAMS = {
         "nt.wait(nt.isend(big, 1 - R)); nt.recv(big, 1 - R).block_until_ready()",
         "deadlock: 0 waits for 1 waits for 0",
     ),
+    "a start that another rank comes to only after a message": (
+        "if R == 0: nt.ibarrier(); nt.send(X, 1)\n"
+        "else: nt.recv(X, 0).block_until_ready(); nt.ibarrier()",
+        "deadlock: 0 waits for 1 waits for 0",
+    ),
     "a receive from anybody of a communicator of the user's": (
         f"{USERS}if R == 0: nt.recv(X, comm=dup).block_until_ready()",
         "rank 0 waits in vain: rank 1 has ended its program",

@@ -7,7 +7,7 @@ use mpi::ffi;
 use mpi_shim_abi::{Kind, Reduction};
 
 use crate::checked::Checked;
-use crate::code::attempt;
+use crate::code::SUCCESS;
 use crate::datatype::datatype;
 use crate::handle::{comm_from_bits, op_from_bits};
 use crate::reduction::reduction;
@@ -138,40 +138,50 @@ fn blocking(kind: Kind, call: &Call) -> c_int {
     }
 }
 
-#[rustfmt::skip]
 fn nonblocking(kind: Kind, call: &Call) -> c_int {
+    let mut request = match start(kind, call) {
+        Ok(request) => request,
+        Err(code) => return code,
+    };
+    // SAFETY: a status is plain data, and the request is live.
+    unsafe {
+        let mut status = MaybeUninit::zeroed().assume_init();
+        wait(&mut request, &mut status)
+    }
+}
+
+/// Starts a collective. The buffers must outlive the request.
+#[rustfmt::skip]
+pub(crate) fn start(kind: Kind, call: &Call) -> Result<ffi::MPI_Request, c_int> {
     let &Call { send, recv, sent, received, reduce, root, comm, .. } = call;
     let (n, of, m, into) = (sent.count, sent.datatype, received.count, received.datatype);
-    // SAFETY: as in `blocking`; the buffers outlive the request, which is waited for.
+    // SAFETY: as in `blocking`; the buffers outlive the request, as this function demands.
     unsafe {
         let mut own = ffi::RSMPI_REQUEST_NULL;
         let request = &mut own;
-        attempt! {
-            match kind {
-                Kind::Allgather => ffi::MPI_Iallgather(send, n, of, recv, m, into, comm, request),
-                Kind::Allreduce => ffi::MPI_Iallreduce(send, recv, n, of, reduce, comm, request),
-                Kind::Alltoall => ffi::MPI_Ialltoall(send, n, of, recv, m, into, comm, request),
-                Kind::Barrier => ffi::MPI_Ibarrier(comm, request),
-                Kind::Bcast => ffi::MPI_Ibcast(call.bcast_buffer(), n, of, root, comm, request),
-                Kind::Exscan => ffi::MPI_Iexscan(send, recv, n, of, reduce, comm, request),
-                Kind::Gather => ffi::MPI_Igather(send, n, of, recv, m, into, root, comm, request),
-                Kind::NeighborAllgather => {
-                    ffi::MPI_Ineighbor_allgather(send, n, of, recv, m, into, comm, request)
-                }
-                Kind::NeighborAlltoall => {
-                    ffi::MPI_Ineighbor_alltoall(send, n, of, recv, m, into, comm, request)
-                }
-                Kind::Reduce => ffi::MPI_Ireduce(send, recv, n, of, reduce, root, comm, request),
-                Kind::ReduceScatter => {
-                    ffi::MPI_Ireduce_scatter_block(send, recv, m, into, reduce, comm, request)
-                }
-                Kind::Scan => ffi::MPI_Iscan(send, recv, n, of, reduce, comm, request),
-                Kind::Scatter => ffi::MPI_Iscatter(send, n, of, recv, m, into, root, comm, request),
-                _ => ffi::MPI_ERR_OTHER as c_int,
-            };
+        let code = match kind {
+            Kind::Allgather => ffi::MPI_Iallgather(send, n, of, recv, m, into, comm, request),
+            Kind::Allreduce => ffi::MPI_Iallreduce(send, recv, n, of, reduce, comm, request),
+            Kind::Alltoall => ffi::MPI_Ialltoall(send, n, of, recv, m, into, comm, request),
+            Kind::Barrier => ffi::MPI_Ibarrier(comm, request),
+            Kind::Bcast => ffi::MPI_Ibcast(call.bcast_buffer(), n, of, root, comm, request),
+            Kind::Exscan => ffi::MPI_Iexscan(send, recv, n, of, reduce, comm, request),
+            Kind::Gather => ffi::MPI_Igather(send, n, of, recv, m, into, root, comm, request),
+            Kind::NeighborAllgather => {
+                ffi::MPI_Ineighbor_allgather(send, n, of, recv, m, into, comm, request)
+            }
+            Kind::NeighborAlltoall => {
+                ffi::MPI_Ineighbor_alltoall(send, n, of, recv, m, into, comm, request)
+            }
+            Kind::Reduce => ffi::MPI_Ireduce(send, recv, n, of, reduce, root, comm, request),
+            Kind::ReduceScatter => {
+                ffi::MPI_Ireduce_scatter_block(send, recv, m, into, reduce, comm, request)
+            }
+            Kind::Scan => ffi::MPI_Iscan(send, recv, n, of, reduce, comm, request),
+            Kind::Scatter => ffi::MPI_Iscatter(send, n, of, recv, m, into, root, comm, request),
+            _ => ffi::MPI_ERR_OTHER as c_int,
         };
-        let mut status = MaybeUninit::zeroed().assume_init();
-        wait(request, &mut status)
+        if code == SUCCESS { Ok(own) } else { Err(code) }
     }
 }
 

@@ -55,6 +55,7 @@ static API: ShimApi = ShimApi {
     comm_watch,
     execute: execute_op,
     start_send: nonblocking::start_send,
+    start_collective: nonblocking::start_collective,
     take: nonblocking::take,
     start_receive: nonblocking::start_receive,
     test: nonblocking::test,

@@ -1,5 +1,5 @@
-//! Messages whose start and end are separate operations. None of these calls waits: the engine
-//! decides which receive gets which message, and tests requests until they are complete.
+//! Messages and collectives whose start and end are separate operations. None of these calls waits:
+//! the engine decides which receive gets which message, and tests requests until they are complete.
 
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
@@ -7,7 +7,9 @@ use std::mem::MaybeUninit;
 use mpi::ffi;
 use mpi_shim_abi::{Datatype, ShimOp, ShimReceived, ShimStatus};
 
+use crate::checked::Checked;
 use crate::code::{SUCCESS, attempt};
+use crate::collective::{self, Call};
 use crate::datatype::Elements;
 use crate::handle::{
     comm_from_bits, message_from_bits, message_to_bits, request_from_bits, request_to_bits,
@@ -37,6 +39,19 @@ pub(crate) unsafe extern "C" fn start_send(op: *const ShimOp, request: *mut u64)
             );
         };
         *request = request_to_bits(own);
+    }
+    SUCCESS
+}
+
+pub(crate) unsafe extern "C" fn start_collective(op: *const ShimOp, request: *mut u64) -> c_int {
+    // SAFETY: the engine passes a checked operation whose counts fit, keeps its buffers until the
+    // request is complete, and has a place for it.
+    unsafe {
+        let op = Checked::new(&*op);
+        match collective::start(op.kind, &Call::of(op)) {
+            Ok(own) => *request = request_to_bits(own),
+            Err(code) => return code,
+        }
     }
     SUCCESS
 }

@@ -11,6 +11,8 @@ enum Execution {
     Message,
     /// The start of a message ([`crate::ShimApi::start_send`] and the functions after it).
     Start,
+    /// The start of a collective (MPI 4.0, section 6.12; [`crate::ShimApi::start_collective`]).
+    CollectiveStart,
     /// The end of one that was started.
     End,
 }
@@ -105,7 +107,7 @@ kinds! {
     Sendrecv = "sendrecv", Message, All, All, [Sends, Receives];
     Exscan = "exscan", Collective, All, All, [Reduces];
     ReduceScatter = "reduce_scatter", Collective, All, All, [Reduces, Blocks];
-    // The result of a start, and the operand of an end, is the message's number.
+    // The result of a start, and the operand of an end, is the number of what was started.
     Isend = "isend", Start, All, All, [Sends];
     Irecv = "irecv", Start, All, All, [Receives];
     Wait = "wait", End, All, All, [];
@@ -118,18 +120,30 @@ kinds! {
     // Those of neighbourhoods.
     NeighborAllgather = "neighbor_allgather", Collective, All, All, [Blocks, Neighbors];
     NeighborAlltoall = "neighbor_alltoall", Collective, All, All, [Blocks, Neighbors];
+    // The starts of collectives.
+    Iallgather = "iallgather", CollectiveStart, All, All, [Blocks];
+    Iallreduce = "iallreduce", CollectiveStart, All, All, [Reduces];
+    Ialltoall = "ialltoall", CollectiveStart, All, All, [Blocks];
+    Ibarrier = "ibarrier", CollectiveStart, No, All, [];
+    Ibcast = "ibcast", CollectiveStart, Root, All, [];
+    Igather = "igather", CollectiveStart, All, All, [Blocks];
+    Ireduce = "ireduce", CollectiveStart, All, All, [Reduces];
+    Iscan = "iscan", CollectiveStart, All, All, [Reduces];
+    Iscatter = "iscatter", CollectiveStart, Root, All, [Blocks];
+    Iexscan = "iexscan", CollectiveStart, All, All, [Reduces];
+    IreduceScatter = "ireduce_scatter", CollectiveStart, All, All, [Reduces, Blocks];
 }
 
 /// A set of kinds, a bit for each: asked on the path of every operation, where the table is not.
 #[derive(Clone, Copy)]
-struct Set(u32);
+struct Set(u64);
 
 impl Set {
     /// The kinds that MPI executes like that.
     const fn executed(execution: Execution) -> Set {
         let (mut set, mut kind) = (0, 0);
         while kind < TABLE.len() {
-            set |= ((TABLE[kind].execution as u32 == execution as u32) as u32) << kind;
+            set |= ((TABLE[kind].execution as u32 == execution as u32) as u64) << kind;
             kind += 1;
         }
         Set(set)
@@ -139,7 +153,7 @@ impl Set {
     const fn with(wanted: Trait) -> Set {
         let (mut set, mut kind) = (0, 0);
         while kind < TABLE.len() {
-            set |= ((TABLE[kind].traits & wanted as u8 != 0) as u32) << kind;
+            set |= ((TABLE[kind].traits & wanted as u8 != 0) as u64) << kind;
             kind += 1;
         }
         Set(set)
@@ -151,7 +165,20 @@ impl Set {
         while kind < TABLE.len() {
             let row = &TABLE[kind];
             let ranks = if result { row.result } else { row.operand };
-            set |= (ranks.have(is_root) as u32) << kind;
+            set |= (ranks.have(is_root) as u64) << kind;
+            kind += 1;
+        }
+        Set(set)
+    }
+
+    /// The kinds of which one rank differs from the others.
+    const fn rooted() -> Set {
+        let (mut set, mut kind) = (0, 0);
+        while kind < TABLE.len() {
+            let row = &TABLE[Kind::ALL[kind].started() as usize];
+            let reads = row.operand.have(true) != row.operand.have(false);
+            let writes = row.result.have(true) != row.result.have(false);
+            set |= ((reads || writes) as u64) << kind;
             kind += 1;
         }
         Set(set)
@@ -159,10 +186,6 @@ impl Set {
 
     const fn or(self, other: Set) -> Set {
         Set(self.0 | other.0)
-    }
-
-    const fn differs(self, other: Set) -> Set {
-        Set(self.0 ^ other.0)
     }
 
     #[inline]
@@ -186,8 +209,34 @@ impl Kind {
     /// All ranks of the communicator take part.
     #[inline]
     pub const fn is_collective(self) -> bool {
-        const SET: Set = Set::executed(Execution::Collective);
+        const SET: Set =
+            Set::executed(Execution::Collective).or(Set::executed(Execution::CollectiveStart));
         SET.has(self)
+    }
+
+    /// It starts a collective, which another operation ends.
+    #[inline]
+    pub const fn starts_collective(self) -> bool {
+        const SET: Set = Set::executed(Execution::CollectiveStart);
+        SET.has(self)
+    }
+
+    /// The collective that it starts; itself if it starts none.
+    pub const fn started(self) -> Kind {
+        match self {
+            Kind::Iallgather => Kind::Allgather,
+            Kind::Iallreduce => Kind::Allreduce,
+            Kind::Ialltoall => Kind::Alltoall,
+            Kind::Ibarrier => Kind::Barrier,
+            Kind::Ibcast => Kind::Bcast,
+            Kind::Igather => Kind::Gather,
+            Kind::Ireduce => Kind::Reduce,
+            Kind::Iscan => Kind::Scan,
+            Kind::Iscatter => Kind::Scatter,
+            Kind::Iexscan => Kind::Exscan,
+            Kind::IreduceScatter => Kind::ReduceScatter,
+            other => other,
+        }
     }
 
     /// It is a message between two ranks, from its start to its end.
@@ -197,14 +246,15 @@ impl Kind {
         SET.has(self)
     }
 
-    /// It starts a message, which another operation ends.
+    /// It starts a message or a collective, which another operation ends.
     #[inline]
     pub const fn is_start(self) -> bool {
-        const SET: Set = Set::executed(Execution::Start);
+        const SET: Set =
+            Set::executed(Execution::Start).or(Set::executed(Execution::CollectiveStart));
         SET.has(self)
     }
 
-    /// It waits for a message that was started.
+    /// It waits for what was started.
     #[inline]
     pub const fn is_end(self) -> bool {
         const SET: Set = Set::executed(Execution::End);
@@ -262,9 +312,7 @@ impl Kind {
     /// One rank differs from the others.
     #[inline]
     pub const fn has_root(self) -> bool {
-        const SET: Set = READ_BY_ROOT
-            .differs(READ_BY_OTHERS)
-            .or(WRITTEN_BY_ROOT.differs(WRITTEN_BY_OTHERS));
+        const SET: Set = Set::rooted();
         SET.has(self)
     }
 
@@ -326,23 +374,48 @@ mod tests {
                 .enumerate()
                 .all(|(n, kind)| *kind as usize == n)
         );
-        let rooted = "bcast gather reduce scatter gatherv scatterv";
+        let rooted = "bcast gather reduce scatter gatherv scatterv ibcast igather ireduce iscatter";
         assert_eq!(names(Kind::has_root), rooted);
         assert_eq!(names(Kind::sends), "send sendrecv isend");
         assert_eq!(names(Kind::receives), "recv sendrecv irecv");
         assert_eq!(names(Kind::is_message), "recv send sendrecv");
-        assert_eq!(names(Kind::is_start), "isend irecv");
+        let starts = "iallgather iallreduce ialltoall ibarrier ibcast igather ireduce iscan \
+                      iscatter iexscan ireduce_scatter";
+        assert_eq!(names(Kind::starts_collective), starts);
+        assert_eq!(names(Kind::is_start), format!("isend irecv {starts}"));
         assert_eq!(names(Kind::is_end), "wait wait_send");
-        let reducing = "allreduce reduce scan exscan reduce_scatter";
+        let reducing = "allreduce reduce scan exscan reduce_scatter iallreduce ireduce iscan \
+                        iexscan ireduce_scatter";
         assert_eq!(names(Kind::reduces), reducing);
         let neighbors = "neighbor_allgather neighbor_alltoall";
         let blocks = "allgather alltoall gather scatter reduce_scatter";
         assert_eq!(names(Kind::has_neighbors), neighbors);
-        assert_eq!(names(Kind::has_blocks), format!("{blocks} {neighbors}"));
+        let started = "iallgather ialltoall igather iscatter ireduce_scatter";
+        let blocks = format!("{blocks} {neighbors} {started}");
+        assert_eq!(names(Kind::has_blocks), blocks);
         let counts = "allgatherv gatherv scatterv alltoallv";
         assert_eq!(names(Kind::has_counts), counts);
-        assert_eq!(names(|kind| !kind.has_operand()), "barrier recv");
+        assert_eq!(names(|kind| !kind.has_operand()), "barrier recv ibarrier");
         assert_eq!(names(|kind| !kind.has_result()), "barrier send wait_send");
+    }
+
+    #[test]
+    fn a_start_is_like_the_collective_that_it_starts() {
+        for &kind in Kind::ALL {
+            let started = kind.started();
+            if !kind.starts_collective() {
+                assert_eq!(started, kind);
+                continue;
+            }
+            assert_eq!(kind.name(), format!("i{}", started.name()));
+            assert!(started.is_collective() && !started.is_start() && kind.writes(false));
+            assert_eq!(kind.has_root(), started.has_root());
+            assert_eq!(kind.reduces(), started.reduces());
+            assert_eq!(kind.has_blocks(), started.has_blocks());
+            for is_root in [true, false] {
+                assert_eq!(kind.reads(is_root), started.reads(is_root));
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 19;
+pub const ABI_VERSION: u32 = 20;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -308,6 +308,10 @@ pub struct ShimApi {
     pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
     /// `MPI_Isend` of what `op` sends, which must stay as it is until the request is complete.
     pub start_send: unsafe extern "C" fn(op: *const ShimOp, request: *mut u64) -> c_int,
+    /// Starts the collective `op`, whose counts MPI takes in one call: `MPI_Iallreduce` and so on
+    /// (MPI 4.0, section 6.12). Its buffers must stay in place, and what it sends as it is, until
+    /// the request is complete.
+    pub start_collective: unsafe extern "C" fn(op: *const ShimOp, request: *mut u64) -> c_int,
     /// `MPI_Improbe`: whether a message is there that `op` would receive, of whatever element type.
     /// If so it is taken out of the queue, and must be received by `start_receive`.
     pub take: unsafe extern "C" fn(

@@ -30,6 +30,19 @@ pub fn prepare_in(
         return Err("the communicator has been freed".into());
     }
     check_ranks(op, comm)?;
+    let (elements, collective);
+    let op = if op.kind.starts_collective() {
+        // Its own result is a number; this is what MPI sees.
+        elements = [result_elements(op, comm)];
+        collective = Operation {
+            kind: op.kind.started(),
+            recv: Buffer::described(op.send.dtype(), &elements),
+            ..*op
+        };
+        &collective
+    } else {
+        op
+    };
     *shim = ShimOp {
         user_reduction: op.user_reduction,
         root: op.root,
@@ -83,6 +96,51 @@ pub fn prepare_in(
         shim.send = std::ptr::null_mut();
     }
     Ok(())
+}
+
+/// Checks that a collective, which `shim` is, can be started: in one call of MPI's, of at most
+/// `most` bytes over all ranks, and with a reduction of which any thread may call the function.
+pub fn check_start(
+    shim: &ShimOp,
+    op: &Operation<'_>,
+    comm: &Communicator,
+    most: i64,
+) -> Result<(), Failure> {
+    let started = op.kind.started().name();
+    if shim.reduction == Reduction::User && op.reduction.is_some() {
+        return Err(format!(
+            "a user-defined reduction runs in calls of MPI's, and those of a started collective \
+             are made by a thread of the library's while Python may have ended; use {started}"
+        )
+        .into());
+    }
+    let blocks = if op.kind.has_blocks() { comm.size } else { 1 };
+    let count = shim.count.max(shim.recv_count);
+    let bytes = count.saturating_mul(shim.datatype.size() as i64);
+    let bytes = bytes.saturating_mul(i64::from(blocks));
+    if bytes <= most && i32::try_from(count).is_ok() {
+        return Ok(());
+    }
+    Err(format!(
+        "a started collective is one call of MPI's, of at most {most} bytes over all blocks \
+         (MPI_CUDA_PART_BYTES), and this one has {bytes}; use {started}, or start several of a \
+         part each"
+    )
+    .into())
+}
+
+/// Elements of the result that the collective started by `op` has on this rank.
+pub fn result_elements(op: &Operation<'_>, comm: &Communicator) -> i64 {
+    let (sent, size) = (op.send.elements(), i64::from(comm.size));
+    let is_root = comm.rank == op.root;
+    match op.kind {
+        Kind::Ibarrier => 0,
+        Kind::Iallgather => sent.saturating_mul(size),
+        Kind::Igather if is_root => sent.saturating_mul(size),
+        Kind::Iscatter if is_root => sent / size,
+        Kind::IreduceScatter => sent / size,
+        _ => sent,
+    }
 }
 
 /// An MPI takes the same memory for both as an error that ends the job, or writes what it reads
@@ -243,8 +301,8 @@ fn counts(op: &Operation<'_>, comm: &Communicator) -> Result<(i64, i64), Failure
         Kind::Sendrecv => (true, (send, recv)),
         Kind::Barrier => (true, (0, 0)),
         Kind::NeighborAllgather | Kind::NeighborAlltoall => return of_neighbors(op),
-        // `counts::check`.
-        Kind::Allgatherv | Kind::Gatherv | Kind::Scatterv | Kind::Alltoallv => (true, (0, 0)),
+        // Those with counts are in `counts::check`, and of a start what it starts is asked for.
+        _ => (true, (0, 0)),
     };
     if fits {
         Ok(counts)

@@ -85,9 +85,7 @@ impl Engine {
         // Nobody else has used these communicators.
         for comm in self.freed_comms.let_go(ticket) {
             self.calls.comparison.free(comm.number);
-            if let Some(nonblocking) = &self.calls.nonblocking {
-                nonblocking.free(comm.handle);
-            }
+            self.calls.nonblocking.free(comm.handle);
             if let Some(shim) = &self.calls.shim
                 && let Err(error) = shim.comm_free(comm.handle)
             {

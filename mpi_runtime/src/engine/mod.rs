@@ -38,7 +38,6 @@ pub(crate) use crate::engine::compare::{ByMpi, Progress, Series};
 pub use crate::engine::compare::{KnownCollectives, Launch};
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::{MpiCalls, check_dtype};
-use crate::engine::nonblocking::NonblockingMessages;
 use crate::engine::on_communicator::{OnCommunicator, done};
 use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::{Pending, PendingTable, Waiting};
@@ -130,8 +129,7 @@ impl Engine {
             return false;
         };
         // A receive that was started before may take a message that this launch waits for.
-        let nonblocking = self.calls.nonblocking.as_ref();
-        if nonblocking.is_some_and(NonblockingMessages::are_first) {
+        if self.calls.nonblocking.are_first() {
             return false;
         }
         // A caller that waited for a result is back a little before its launch is retired.
@@ -366,14 +364,11 @@ impl Engine {
         }
     }
 
-    /// The messages that were started and have not ended, whether an operation waits for them or
-    /// not.
+    /// The messages and collectives that were started and have not ended, whether an operation
+    /// waits for them or not.
     pub(crate) fn messages_in_background(&self) -> impl Fn() -> Vec<Waiting> + Send + 'static {
         let nonblocking = self.calls.nonblocking.clone();
-        move || {
-            let messages = nonblocking.as_ref();
-            messages.map_or(Vec::new(), NonblockingMessages::in_background)
-        }
+        move || nonblocking.in_background()
     }
 
     /// What this rank waits for.
@@ -410,8 +405,8 @@ impl Engine {
         }
     }
 
-    /// Ends all messages that were started, and says which of them nobody has waited for. Last,
-    /// when everything else has ended.
+    /// Ends all messages and collectives that were started, and says which of them nobody has
+    /// waited for. Last, when everything else has ended.
     pub fn finish_messages(&self) {
         for lost in self.calls.finish_messages(&self.communicators) {
             log::line(&lost);

@@ -6,7 +6,7 @@ use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction, ShimOp, ShimReceived};
 
 use crate::buffer::{Buffer, ElementType};
 use crate::engine::compare::{Comparison, refused};
-use crate::engine::nonblocking::NonblockingMessages;
+use crate::engine::nonblocking::{NO_MESSAGES, Nonblocking};
 use crate::engine::order::Ticket;
 use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::recorder::RECORDER;
@@ -23,8 +23,8 @@ use crate::transfer::transport::Done;
 pub(super) struct MpiCalls {
     /// None in a world without MPI.
     pub(super) shim: Option<Shim>,
-    /// Messages whose start and end are separate; none without MPI.
-    pub(super) nonblocking: Option<NonblockingMessages>,
+    /// Messages and collectives whose start and end are separate.
+    pub(super) nonblocking: Nonblocking,
     pub(super) histories: Histories,
     pub(super) comparison: Comparison,
     pending: Arc<PendingTable>,
@@ -37,7 +37,7 @@ impl MpiCalls {
     pub(super) fn new(shim: Option<Shim>, pending: Arc<PendingTable>, part_bytes: i64) -> MpiCalls {
         MpiCalls {
             shim,
-            nonblocking: shim.map(NonblockingMessages::new),
+            nonblocking: Nonblocking::new(shim),
             histories: Histories::default(),
             comparison: Comparison::default(),
             pending,
@@ -55,14 +55,18 @@ impl MpiCalls {
         comm: &Communicator,
     ) -> Result<(), Failure> {
         match op.kind {
-            kind if kind.is_end() => self.wait_for_message(op, comm, &mut []),
-            kind if kind.is_start() => self.start_message(op, comm),
+            kind if kind.is_end() => self.wait_for_started(op, comm, &mut []),
+            kind if kind.is_start() && !kind.is_collective() => self.start_message(op, comm),
             kind if kind.is_collective() => {
                 let pending = self.pending.enter_since(start, op, comm, "");
                 let mut shim_op = ShimOp::new(op.kind, comm.handle);
                 self.prepare_collective(&mut shim_op, ticket, op, comm, &pending)?;
                 if op.reduction == Some(Reduction::User) {
                     pending.calls_user();
+                }
+                if op.kind.is_start() {
+                    // SAFETY: prepared above.
+                    return unsafe { self.start_collective(op, comm, &shim_op) };
                 }
                 // SAFETY: prepared above.
                 unsafe { self.perform_prepared(op, comm, &shim_op) }.map(drop)
@@ -82,7 +86,10 @@ impl MpiCalls {
         comm: &Communicator,
         pending: &Pending<'_>,
     ) -> Result<(), Failure> {
-        let prepared = check::prepare_in(shim_op, op, comm);
+        let mut prepared = check::prepare_in(shim_op, op, comm);
+        if op.kind.is_start() && prepared.is_ok() {
+            prepared = check::check_start(shim_op, op, comm, self.part_bytes);
+        }
         // XLA's ranks have compared the whole program, if its sequence is fixed; and one that is
         // freed is no communicator.
         if comm.freed || op.of == Some(OF_XLA) && op.place == 0 {
@@ -191,14 +198,13 @@ impl MpiCalls {
             }
             _ => shim_op,
         };
-        let received = match &self.nonblocking {
+        let received = if receives(op) && by_hand(&self.nonblocking) {
             // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
             // call.
-            Some(nonblocking) if receives(op) && by_hand(nonblocking) => unsafe {
-                nonblocking.receive_after(shim_op)
-            },
+            unsafe { self.nonblocking.receive_after(shim_op) }
+        } else {
             // SAFETY: the same.
-            _ => Ok(unsafe { shim.execute(shim_op) }?),
+            Ok(unsafe { shim.execute(shim_op) }?)
         };
         let received = received?;
         self.histories.add(op, comm.rank, &received);
@@ -221,34 +227,48 @@ impl MpiCalls {
         comm: &Communicator,
     ) -> Result<(), Failure> {
         let shim_op = check::prepare(op, comm)?;
-        if op.recv.elements() != 1 || op.recv.bytes() != size_of::<u32>() {
-            return Err("the result must be one number of 32 bits".into());
-        }
+        check_request(&op.recv, "result")?;
         let peer = if op.kind.sends() { op.dest } else { op.source };
         if op.kind.sends() {
             self.wake(op, comm);
         }
-        let number = match &self.nonblocking {
-            _ if peer == PROC_NULL => TO_NOBODY,
+        let number = match peer {
+            PROC_NULL => TO_NOBODY,
             // SAFETY: prepared above.
-            Some(nonblocking) => unsafe { nonblocking.start(op, &shim_op, comm.members) }?,
-            None => return Err(NO_MESSAGES.into()),
+            _ => unsafe { self.nonblocking.start(op, &shim_op, comm.members) }?,
         };
         self.histories.add(op, comm.rank, &ShimReceived::default());
         op.recv.write(0, &number.to_ne_bytes());
         Ok(())
     }
 
-    /// Waits for the message whose number is the operand; `beginning` gets that of what has come.
-    pub(super) fn wait_for_message(
+    /// Starts a collective, whose number is the operation's result.
+    ///
+    /// # Safety
+    /// `shim_op` must be what [`check::prepare`] makes of `op` on `comm`.
+    pub(super) unsafe fn start_collective(
+        &self,
+        op: &Operation<'_>,
+        comm: &Communicator,
+        shim_op: &ShimOp,
+    ) -> Result<(), Failure> {
+        check_request(&op.recv, "result")?;
+        // SAFETY: as this function demands.
+        let number = unsafe { self.nonblocking.start_collective(op, shim_op, comm) }?;
+        self.histories.add(op, comm.rank, &ShimReceived::default());
+        op.recv.write(0, &number.to_ne_bytes());
+        Ok(())
+    }
+
+    /// Waits for the message or the collective whose number is the operand; `beginning` gets that
+    /// of a message that has come.
+    pub(super) fn wait_for_started(
         &self,
         op: &Operation<'_>,
         comm: &Communicator,
         beginning: &mut [u8],
     ) -> Result<(), Failure> {
-        if op.send.elements() != 1 || op.send.bytes() != size_of::<u32>() {
-            return Err("the request must be one number of 32 bits".into());
-        }
+        check_request(&op.send, "request")?;
         let number = u32::from_ne_bytes(op.send.read(0));
         if number == TO_NOBODY {
             let nobody = Operation {
@@ -263,29 +283,32 @@ impl MpiCalls {
                 _ => Ok(()),
             };
         }
-        let (Some(nonblocking), Some(shim)) = (&self.nonblocking, &self.shim) else {
-            return Err(NO_MESSAGES.into());
-        };
-        let (mut started, shape) = nonblocking.find(number)?;
+        let (mut started, shape) = self.nonblocking.find(number)?;
         started.send = Buffer::described(started.send.dtype(), &shape);
         RECORDER.waits_for(&started);
         let _pending = self.pending.enter(&started, comm);
         let about = |failure: Failure| Failure::from(format!("{started}: {failure}"));
-        if (op.kind == Kind::WaitSend) != started.kind.sends() {
+        let has_result = !started.kind.sends() && started.kind != Kind::Ibarrier;
+        if (op.kind == Kind::Wait) != has_result {
             return Err(about(
-                "wait belongs to irecv, and wait_send to isend".into(),
+                "wait belongs to irecv and to collectives with a result, and wait_send to isend \
+                 and ibarrier"
+                    .into(),
             ));
         }
         let (posted, wanted) = (started.send.dtype(), op.recv.dtype());
         if op.kind == Kind::Wait && posted != wanted {
             return Err(about(other_dtype(posted, wanted)));
         }
-        let ended = nonblocking.wait(number).map_err(about)?;
+        let ended = self.nonblocking.wait(number).map_err(about)?;
         if op.kind == Kind::WaitSend {
             return Ok(());
         }
+        if started.kind.starts_collective() {
+            return ended.finish_collective(op, comm).map_err(about);
+        }
         ended.begin(beginning);
-        ended.write(&op.recv, shim, op.status);
+        ended.write(&op.recv, op.status);
         let receive = Operation {
             kind: Kind::Recv,
             send: Buffer::NONE,
@@ -297,13 +320,10 @@ impl MpiCalls {
         check_received(&receive, &ended.received).map_err(about)
     }
 
-    /// Ends all messages that were started, and says what is lost with those that nobody has waited
-    /// for. Last, when everything else has ended.
+    /// Ends all messages and collectives that were started, and says what is lost with those that
+    /// nobody has waited for. Last, when everything else has ended.
     pub(super) fn finish_messages(&self, communicators: &Communicators) -> Vec<String> {
-        let Some(nonblocking) = &self.nonblocking else {
-            return Vec::new();
-        };
-        let unfinished = nonblocking.unfinished();
+        let unfinished = self.nonblocking.unfinished();
         let _pending: Vec<_> = unfinished
             .iter()
             .map(|(operation, shape)| {
@@ -313,8 +333,16 @@ impl MpiCalls {
                 self.pending.enter(&operation, &comm.unwrap_or(UNKNOWN))
             })
             .collect();
-        nonblocking.finish()
+        self.nonblocking.finish()
     }
+}
+
+/// The number of what was started must be a `u32`.
+fn check_request(number: &Buffer<'_>, what: &str) -> Result<(), Failure> {
+    if number.elements() == 1 && number.bytes() == size_of::<u32>() {
+        return Ok(());
+    }
+    Err(format!("the {what} must be one number of 32 bits").into())
 }
 
 /// What is wrong with a `wait` for another dtype than was posted; the message can still be waited
@@ -342,13 +370,11 @@ const UNKNOWN: Communicator = Communicator {
 
 /// The number of a message to or from `PROC_NULL`.
 const TO_NOBODY: u32 = 0;
-/// Why there are no messages in a world without MPI.
-pub(super) const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
 
 /// Whether the engine itself looks for the message of a receive: for those that were started
 /// before, and for a profile, which has when it came.
 #[inline]
-fn by_hand(nonblocking: &NonblockingMessages) -> bool {
+fn by_hand(nonblocking: &Nonblocking) -> bool {
     nonblocking.are_first() || RECORDER.is_profiled()
 }
 

@@ -4,7 +4,8 @@ use mpi_shim_abi::{ShimOp, ShimReceived};
 
 use crate::buffer::ElementType;
 use crate::engine::check;
-use crate::engine::mpi_calls::{MpiCalls, NO_MESSAGES};
+use crate::engine::mpi_calls::MpiCalls;
+use crate::engine::nonblocking::NO_MESSAGES;
 use crate::error::Failure;
 use crate::mpi::communicators::{COLLECTIVES, Communicator, DEFAULT, WORLD};
 use crate::mpi::shim::Request;
@@ -45,6 +46,11 @@ impl Transport for OnCommunicator<'_> {
         let (calls, comm) = (self.calls, self.comm);
         match op.kind {
             kind if kind.is_end() => self.wait(op, &mut []),
+            kind if kind.starts_collective() => {
+                let shim_op = check::prepare(op, comm)?;
+                // SAFETY: prepared here.
+                unsafe { calls.start_collective(op, comm, &shim_op) }.map(|()| Done::default())
+            }
             kind if kind.is_start() => calls.start_message(op, comm).map(|()| Done::default()),
             _ => {
                 let shim_op = self.prepare(op)?;
@@ -55,7 +61,7 @@ impl Transport for OnCommunicator<'_> {
     }
 
     fn wait(&mut self, op: &Operation<'_>, beginning: &mut [u8]) -> Result<Done, Failure> {
-        let waited = self.calls.wait_for_message(op, self.comm, beginning);
+        let waited = self.calls.wait_for_started(op, self.comm, beginning);
         waited.map(|()| Done::default())
     }
 
@@ -79,9 +85,12 @@ impl Transport for OnCommunicator<'_> {
 
     fn try_receive(&mut self, op: &Operation<'_>) -> Result<Option<Done>, Failure> {
         let shim_op = self.prepare(op)?;
-        let nonblocking = self.calls.nonblocking.as_ref().ok_or(NO_MESSAGES)?;
         // SAFETY: prepared above; the array outlives this call.
-        let received = unsafe { nonblocking.try_receive(&shim_op, shim_op.datatype) };
+        let received = unsafe {
+            self.calls
+                .nonblocking
+                .try_receive(&shim_op, shim_op.datatype)
+        };
         let Some(received) = received? else {
             return Ok(None);
         };

@@ -53,8 +53,8 @@ impl Engine {
             self.order.wait_comm(number);
         }
         let handle = self.communicators.get(number).map(|comm| comm.handle);
-        if !executing && let (Some(nonblocking), Some(handle)) = (&self.calls.nonblocking, handle) {
-            nonblocking.free(handle);
+        if !executing && let Some(handle) = handle {
+            self.calls.nonblocking.free(handle);
         }
         if executing && let Some(handle) = handle {
             // What these launches still execute is compared, as on ranks that come here later.

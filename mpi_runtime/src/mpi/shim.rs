@@ -376,6 +376,21 @@ impl Shim {
         Ok(Request(request))
     }
 
+    /// Starts the collective `op`.
+    ///
+    /// # Safety
+    /// As for [`Shim::execute`]; what it sends must stay in place, unchanged, and where it receives
+    /// too, until [`Shim::test`] says that it is complete.
+    pub unsafe fn start_collective(&self, op: &ShimOp) -> Result<Request, MpiError> {
+        let mut request = 0;
+        // SAFETY: its buffers stay in place until the request is complete, as this function
+        // demands.
+        self.check(in_call(|| unsafe {
+            (self.api.start_collective)(op, &mut request)
+        }))?;
+        Ok(Request(request))
+    }
+
     /// Takes the message that `op` would receive out of the queue, if one is there.
     pub fn take(&self, op: &ShimOp) -> Result<Option<Message>, MpiError> {
         let (mut found, mut message) = (0, Message::default());

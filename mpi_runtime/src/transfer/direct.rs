@@ -88,6 +88,8 @@ impl Direct {
         };
         match op.kind {
             kind if kind.is_message() => true,
+            // The engine keeps their data in memory of the host.
+            kind if kind.is_start() => false,
             Kind::Exscan => false,
             // Zeros are put where there is no neighbour, in memory of the host.
             kind if kind.has_neighbors() => false,

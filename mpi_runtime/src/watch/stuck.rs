@@ -136,7 +136,10 @@ fn ends_early(kind: Kind) -> bool {
     // In these a rank may have nobody to wait for.
     kind.has_counts()
         || kind.has_neighbors()
-        || matches!(kind, Bcast | Exscan | Gather | Reduce | Scan | Scatter)
+        || matches!(
+            kind.started(),
+            Bcast | Exscan | Gather | Reduce | Scan | Scatter
+        )
 }
 
 fn of(ranks: &[Known], rank: i32) -> &Known {

@@ -16,7 +16,7 @@ pub const ATTRIBUTE_PROC_NULL: i64 = -2;
 
 /// Ours, in the order of the kinds of operations.
 #[rustfmt::skip]
-pub static OURS: [Contract; 24] = public([
+pub static OURS: [Contract; 35] = public([
     //    target                     operand  result   attributes
     exact("mpi_cuda_allgather",      Array,   Like,    &[COMM, PLACE, TYPE]),
     exact("mpi_cuda_allreduce",      Array,   Like,    &[COMM, OP, PLACE]),
@@ -44,6 +44,17 @@ pub static OURS: [Contract; 24] = public([
                                                          TYPE]),
     exact("mpi_cuda_neighbor_allgather", Array, Like,  &[COMM, DESTINATIONS, PLACE, SOURCES, TYPE]),
     exact("mpi_cuda_neighbor_alltoall", Array, Like,   &[COMM, DESTINATIONS, PLACE, SOURCES, TYPE]),
+    exact("mpi_cuda_iallgather",     Array,   Number,  &[COMM, PLACE, TYPE]),
+    exact("mpi_cuda_iallreduce",     Array,   Number,  &[COMM, OP, PLACE]),
+    exact("mpi_cuda_ialltoall",      Array,   Number,  &[COMM, PLACE, TYPE]),
+    exact("mpi_cuda_ibarrier",       Nothing, Number,  &[COMM, PLACE]),
+    exact("mpi_cuda_ibcast",         Array,   Number,  &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_igather",        Array,   Number,  &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_ireduce",        Array,   Number,  &[COMM, OP, PLACE, ROOT]),
+    exact("mpi_cuda_iscan",          Array,   Number,  &[COMM, OP, PLACE]),
+    exact("mpi_cuda_iscatter",       Array,   Number,  &[COMM, PLACE, ROOT, TYPE]),
+    exact("mpi_cuda_iexscan",        Array,   Number,  &[COMM, OP, PLACE]),
+    exact("mpi_cuda_ireduce_scatter", Array,  Number,  &[COMM, OP, PLACE]),
 ]);
 
 /// mpi4jax's, in the order of the kinds of operations. It passes each of its attributes, of which

@@ -36,7 +36,8 @@ macro_rules! handlers {
 pub const HANDLERS: &[(Kind, Handler)] = handlers!(
     Ours: Allgather, Allreduce, Alltoall, Barrier, Bcast, Gather, Recv, Reduce, Scan, Scatter, Send,
     Sendrecv, Exscan, ReduceScatter, Isend, Irecv, Wait, WaitSend, Allgatherv, Gatherv, Scatterv,
-    Alltoallv, NeighborAllgather, NeighborAlltoall
+    Alltoallv, NeighborAllgather, NeighborAlltoall, Iallgather, Iallreduce, Ialltoall, Ibarrier,
+    Ibcast, Igather, Ireduce, Iscan, Iscatter, Iexscan, IreduceScatter
 );
 
 /// The handlers of mpi4jax's targets.

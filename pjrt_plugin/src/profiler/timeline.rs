@@ -187,6 +187,7 @@ fn stats(
     let (source, recv_tag) = operation.source.clone().unzip();
     for (name, value) in [
         ("reduction", operation.reduction.map(str::to_owned)),
+        ("ends", operation.ends.map(|kind| kind.name().to_owned())),
         ("dest", operation.dest.as_ref().map(|dest| dest.0.clone())),
         ("source", source),
         ("recv_tag", recv_tag),

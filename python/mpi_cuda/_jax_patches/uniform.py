@@ -70,6 +70,8 @@ class _Found:
     bytes: int = 0
     exchanges: int = 0
     balance: int = 0
+    # Something in it is compared between ranks.
+    compared: bool = False
 
     def add(self, eqn: Any, times: int) -> Any:
         """Notes an operation that runs `times` times; returns its place in the sequence."""
@@ -79,8 +81,12 @@ class _Found:
         self.operations += times
         for var in (*eqn.invars, *eqn.outvars):
             self.bytes += times * var.aval.size * var.aval.dtype.itemsize
+        if name in ("wait", "wait_send") and "started" in eqn.params:
+            # Of a collective, which the ranks have compared at its start.
+            return "wait", [], None
         if name in ("send", "recv", "isend", "irecv", "wait", "wait_send"):
             raise _Different
+        self.compared = True
         if attributes.get("op", 0) not in range(len(REDUCTIONS)):
             # The user's have other numbers on other ranks.
             raise _Different
@@ -105,7 +111,7 @@ class _Found:
 
 def same_everywhere(name: str, eqn: Any) -> tuple[str, int] | None:
     """dtype and number of elements that an operation has on every rank."""
-    if name in ("barrier", "sendrecv"):
+    if name in ("barrier", "ibarrier", "sendrecv"):
         return None
     counts = dict(eqn.params["attributes"]).get("counts")
     if counts is not None:
@@ -115,6 +121,10 @@ def same_everywhere(name: str, eqn: Any) -> tuple[str, int] | None:
         # A rank may have more rows, or more neighbours, than another.
         block = eqn.invars[0].aval
         return (str(block.dtype), math.prod(block.shape[1:]))
+    if name == "iscatter":
+        block = eqn.invars[0].aval
+        is_root = eqn.params["batch_as"] == name
+        return (str(block.dtype), math.prod(block.shape[1:]) if is_root else block.size)
     # The root of a scatter passes more, and that of a gather gets more.
     arrays = eqn.outvars if name == "scatter" else eqn.invars
     return (str(arrays[0].aval.dtype), arrays[0].aval.size)
@@ -175,7 +185,7 @@ def _kinds(sequence: list[Any], most: int) -> list[str]:
         if isinstance(item[0], int):
             inside = _kinds(item[1], most - len(kinds))
             kinds += (inside * min(item[0], most))[: most - len(kinds)]
-        elif item[0] != "sendrecv" and len(kinds) < most:
+        elif item[0] not in ("sendrecv", "wait") and len(kinds) < most:
             kinds.append(item[0])
     return kinds
 
@@ -190,7 +200,11 @@ def mark(jaxpr: Any, effect: Any, *, callbacks: bool = False) -> str | None:
         sequence = _sequence(jaxpr, found, 1)
     except _Different:
         return None
-    if len(found.comms) != 1 or not found.comms <= {WORLD_NUMBER, DEFAULT_NUMBER}:
+    if (
+        not found.compared
+        or len(found.comms) != 1
+        or not found.comms <= {WORLD_NUMBER, DEFAULT_NUMBER}
+    ):
         return None
     # A callback may take as long as it likes.
     long = callbacks or found.operations > _LONGEST or found.bytes > _LARGEST

@@ -29,6 +29,9 @@ _NAMES = {0: "COMM_WORLD", 1: "the default communicator", 2: "COMM_SELF", 3: "al
 _HASHED = 1 << 32
 #: Flags: an operation of mpi4jax's; a wait that knows the message that it waits for.
 _FOREIGN, _STARTED = 1, 2
+# Bits below those that say which start a wait ends.
+_ENDS = 8
+_WITHOUT_ARRAYS = frozenset({"begin", "barrier", "ibarrier", "wait_send"})
 #: The peer of a message that goes nowhere.
 NOBODY = -1
 
@@ -96,6 +99,8 @@ class Operation:
     failed: bool = False
     text: str = ""
     foreign: bool = False
+    #: Of a wait, the start of the collective that it ends.
+    ends: str = ""
 
     @property
     def collective(self) -> bool:
@@ -115,6 +120,8 @@ class Operation:
     @property
     def count(self) -> int:
         """Elements that ranks must agree on."""
+        if self.kind == "iscatter" and self.peer == self.comm.rank:
+            return self.sent // max(self.comm.size, 1)
         by_result = "operand" not in self.traits or self.kind in ("scatter", "wait")
         return self.received if by_result else self.sent
 
@@ -128,7 +135,7 @@ class Operation:
         """What must be the same on all ranks of a collective."""
         if self.kind == "begin":
             return self.kind, self.sent
-        if self.kind == "barrier":
+        if self.kind in ("barrier", "ibarrier"):
             return (self.kind,)
         root = self.peer if "root" in self.traits else None
         # Each rank may have as many elements as it likes.
@@ -138,7 +145,7 @@ class Operation:
     def __str__(self) -> str:
         if self.kind == "begin":
             return f"the start of a program with {self.text or 'no collectives'}"
-        words = [self.kind]
+        words = [f"wait for {self.ends}" if self.ends else self.kind]
         if {"operand", "result"} & self.traits and self.dtype:
             words.append(f"of {self.count} {self.dtype}")
         if self.reduction:
@@ -277,6 +284,7 @@ class _Reader:
         about, launch = self.about, launches.get(ticket)
         begins = kind == about["begin"]
         name, *traits = ["begin", "collective"] if begins else about["kinds"][kind]
+        ends = about["kinds"][(flags >> _ENDS & 0xFF) - 1][0] if flags >> _ENDS & 0xFF else ""
         if flags & _STARTED:
             traits.append("sends" if name == "wait_send" else "receives")
         by_result = "operand" not in traits or name == "wait"
@@ -292,7 +300,7 @@ class _Reader:
             end=self.time(end) if end else None,
             waited=waited * self.rate / 1e9 if waited else None,
             reduction="" if reduction == NO_REDUCTION else self._reduction(reduction),
-            dtype="" if name in ("begin", "barrier", "wait_send") else dtype,
+            dtype="" if name in _WITHOUT_ARRAYS else dtype,
             item_size=item_size,
             sent=sent,
             received=received,
@@ -307,6 +315,7 @@ class _Reader:
             failed=bool(failed),
             text=self.text(text),
             foreign=bool(flags & _FOREIGN),
+            ends=ends,
         )
 
     def _reduction(self, number: int) -> str:

@@ -208,7 +208,7 @@ def test_misuse_is_refused_by_name() -> None:
         nt.wait(other).block_until_ready()
     nt.send(X * 2, NEXT, tag=1)
     np.testing.assert_array_equal(nt.wait(coming), X * 2)
-    with pytest.raises(TypeError, match="must be what isend or irecv returned"):
+    with pytest.raises(TypeError, match="must be what isend, irecv or the start"):
         nt.wait(X)
     with pytest.raises(ValueError, match="dest 1000 is not a rank"):
         nt.isend(X, 1000)

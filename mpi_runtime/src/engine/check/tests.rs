@@ -238,3 +238,62 @@ fn unsupported_dtypes_and_freed_communicators_are_refused_by_name() {
     );
     assert!(text.unwrap_err().to_string().contains("freed"));
 }
+
+#[test]
+fn a_start_is_checked_as_what_it_starts() {
+    let number = buffer(ElementType::U32, &[]);
+    let rows = buffer(ElementType::F32, &[4, 3]);
+    for (kind, result) in [
+        (Kind::Iallgather, 48),
+        (Kind::Iallreduce, 12),
+        (Kind::Igather, 48),
+        (Kind::Iscatter, 3),
+        (Kind::IreduceScatter, 3),
+        (Kind::Ibarrier, 0),
+    ] {
+        let op = Operation {
+            root: COMM.rank,
+            reduction: kind.reduces().then_some(Reduction::Sum),
+            ..operation(kind, rows, number)
+        };
+        assert_eq!(result_elements(&op, &COMM), result, "{kind:?}");
+        let shim = prepare(&op, &COMM).unwrap();
+        assert_eq!(shim.kind, kind.started());
+        let off_root = Operation { root: 0, ..op };
+        let elsewhere = if kind.has_root() { 12 } else { result };
+        assert_eq!(result_elements(&off_root, &COMM), elsewhere, "{kind:?}");
+    }
+    let uneven = operation(Kind::IreduceScatter, buffer(ElementType::F32, &[6]), number);
+    let reason = prepare(&uneven, &COMM).unwrap_err().to_string();
+    assert!(reason.contains("does not fit the operand's 6"), "{reason}");
+    let pointless = Operation {
+        reduction: Some(Reduction::Max),
+        ..operation(Kind::Iallreduce, buffer(ElementType::C64, &[2]), number)
+    };
+    let reason = prepare(&pointless, &COMM).unwrap_err().to_string();
+    assert_eq!(reason, "there is no MAX of complex64");
+}
+
+#[test]
+fn a_start_is_one_call_of_mpi() {
+    let (number, x) = (
+        buffer(ElementType::U32, &[]),
+        buffer(ElementType::F32, &[4]),
+    );
+    let start = |kind, reduction, most| {
+        let op = Operation {
+            reduction,
+            ..operation(kind, x, number)
+        };
+        let shim = prepare(&op, &COMM).unwrap();
+        check_start(&shim, &op, &COMM, most).map_err(|reason| reason.to_string())
+    };
+    assert_eq!(start(Kind::Ibcast, None, 16), Ok(()));
+    assert_eq!(start(Kind::Iallgather, None, 64), Ok(()));
+    let reason = start(Kind::Iallgather, None, 63).unwrap_err();
+    assert!(reason.contains("has 64; use allgather"), "{reason}");
+    assert!(start(Kind::Ibcast, None, 15).is_err());
+    assert_eq!(start(Kind::Iscan, Some(Reduction::Sum), 16), Ok(()));
+    let reason = start(Kind::Iscan, Some(Reduction::User), 16).unwrap_err();
+    assert!(reason.contains("use scan"), "{reason}");
+}

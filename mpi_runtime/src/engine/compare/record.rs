@@ -220,7 +220,7 @@ impl fmt::Display for Record {
         match self {
             Record::Operation(own) => {
                 write!(f, "{}", own.kind.name())?;
-                if own.kind != Kind::Barrier {
+                if own.kind.has_operand() {
                     write!(f, " of {} {}", own.count, own.dtype.name())?;
                 }
                 if let Some(reduction) = own.reduction {

@@ -1,4 +1,4 @@
-//! Memory of the engine's own for one message.
+//! Memory of the engine's own for one message, or for what a collective sends or receives.
 
 use std::ffi::c_void;
 
@@ -30,6 +30,13 @@ impl MessageMemory {
     /// Where it begins.
     pub(super) fn start(&mut self) -> *mut c_void {
         self.0.as_mut_ptr().cast()
+    }
+
+    /// Makes its first bytes zeros.
+    pub(super) fn clear(&mut self, bytes: usize) {
+        assert!(bytes <= self.room());
+        // SAFETY: inside the allocation.
+        unsafe { self.0.as_mut_ptr().cast::<u8>().write_bytes(0, bytes) };
     }
 
     /// Its first bytes.

@@ -1,4 +1,5 @@
-//! Messages whose start and end are separate operations: `isend`, `irecv` and `wait`.
+//! Messages and collectives whose start and end are separate operations: `isend`, `irecv`,
+//! `iallreduce` and so on (`collectives`), and `wait`.
 //!
 //! The engine keeps their data in memory of its own, since XLA may use an operand's memory for
 //! something else as soon as the operation that starts the message returns. It also decides itself
@@ -7,6 +8,7 @@
 //! first that accepts a message gets it; so a blocking receive looks here too while one of these
 //! has no message. A thread moves messages on while the program computes (`table`).
 
+mod collectives;
 mod memory;
 mod table;
 
@@ -25,29 +27,33 @@ use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
 use crate::operation::Operation;
 use memory::MessageMemory;
-use table::{MessageRow, MessageState, Posted, Shared, complete, taker};
+pub(super) use table::NO_MESSAGES;
+use table::{Posted, Shared, StartedRow, StartedState, complete, taker};
 
-/// The messages of this process that were started and not waited for.
+/// The messages and collectives of this process that were started and not waited for.
 #[derive(Clone)]
-pub struct NonblockingMessages {
+pub struct Nonblocking {
     shared: Arc<Shared>,
 }
 
-/// A message that was waited for.
+/// A message or a collective that was waited for.
 pub struct Ended<'a> {
-    nonblocking: &'a NonblockingMessages,
+    nonblocking: &'a Nonblocking,
     /// What started it.
     pub operation: Operation<'static>,
     /// What arrived.
     pub received: ShimReceived,
     status: ShimStatus,
     memory: MessageMemory,
+    /// What a collective has sent.
+    operand: MessageMemory,
 }
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        let memory = std::mem::take(&mut self.memory);
-        self.nonblocking.shared.table.lock().keep(memory);
+        let mut table = self.nonblocking.shared.table.lock();
+        table.keep(std::mem::take(&mut self.memory));
+        table.keep(std::mem::take(&mut self.operand));
     }
 }
 
@@ -60,13 +66,15 @@ impl Ended<'_> {
     }
 
     /// Copies what arrived to `result`, if it fits, and fills the user's status.
-    pub fn write(&self, result: &Buffer<'_>, shim: &Shim, status: usize) {
+    pub fn write(&self, result: &Buffer<'_>, status: usize) {
         let arrived = self.arrived();
         if arrived.len() <= result.bytes() {
             result.write(0, arrived);
         }
-        // SAFETY: the user's status lives as long as programs that name it.
-        unsafe { shim.write_status(&self.status, self.received.tag, status) };
+        if let Some(shim) = &self.nonblocking.shared.shim {
+            // SAFETY: the user's status lives as long as programs that name it.
+            unsafe { shim.write_status(&self.status, self.received.tag, status) };
+        }
     }
 
     fn arrived(&self) -> &[u8] {
@@ -76,10 +84,10 @@ impl Ended<'_> {
     }
 }
 
-impl NonblockingMessages {
-    /// None yet.
-    pub fn new(shim: Shim) -> NonblockingMessages {
-        NonblockingMessages {
+impl Nonblocking {
+    /// None yet; messages need a `shim`.
+    pub fn new(shim: Option<Shim>) -> Nonblocking {
+        Nonblocking {
             shared: Arc::new(Shared::new(shim)),
         }
     }
@@ -105,44 +113,45 @@ impl NonblockingMessages {
             posted.send = memory.start().cast_const();
         }
         let nothing = ShimReceived::default();
-        shared.clone().start_thread()?;
+        let shim = shared.shim()?;
+        shared.clone().start_thread(shim)?;
         let mut table = shared.table.lock();
         let state = if sends {
             // SAFETY: the row keeps the memory until the request is complete.
-            let request = unsafe { shared.shim.start_send(&posted) };
-            MessageState::Running(request?, nothing)
+            let request = unsafe { shim.start_send(&posted) };
+            StartedState::Running(request?, nothing)
         } else {
             shared.unmatched.fetch_add(1, Ordering::AcqRel);
-            MessageState::Unmatched
+            StartedState::Unmatched
         };
-        table.last = table.last.wrapping_add(1).max(1);
-        let number = table.last;
-        table.rows.push(MessageRow {
-            number,
-            operation: op.without_arrays(),
-            members,
-            shape: op.send.shape().to_vec(),
-            posted: Posted(posted),
-            memory,
-            state,
-        });
-        shared.progress(&mut table);
-        shared.started.notify_one();
-        Ok(number)
+        Ok(shared.enter(
+            &mut table,
+            StartedRow {
+                number: 0,
+                operation: op.without_arrays(),
+                members,
+                shape: op.send.shape().to_vec(),
+                posted: Posted(posted),
+                memory,
+                operand: MessageMemory::default(),
+                state,
+            },
+        ))
     }
 
-    /// What started the message with that number, and the shape of what it sends.
+    /// What started the message or collective with that number, and the shape of what it sends.
     pub fn find(&self, number: u32) -> Result<(Operation<'static>, Vec<i64>), Failure> {
         let table = self.shared.table.lock();
         let row = table.rows.iter().find(|row| row.number == number);
         row.map(|row| (row.operation, row.shape.clone()))
             .ok_or_else(|| {
-                "no message has this request: it was waited for before, or it is of another run"
+                "nothing that was started has this request: it was waited for before, or it is of \
+                 another run"
                     .into()
             })
     }
 
-    /// Waits until the message is complete and takes it out of the table.
+    /// Waits until the message or collective is complete and takes it out of the table.
     pub fn wait(&self, number: u32) -> Result<Ended<'_>, Failure> {
         let mut waiting = MessageWait::default();
         loop {
@@ -158,21 +167,22 @@ impl NonblockingMessages {
             if table.rows[index].has_ended() {
                 let row = table.rows.remove(index);
                 return match row.state {
-                    MessageState::Done(status, received) => Ok(Ended {
+                    StartedState::Done(status, received) => Ok(Ended {
                         nonblocking: self,
                         operation: row.operation,
                         received,
                         status,
                         memory: row.memory,
+                        operand: row.operand,
                     }),
-                    MessageState::Failed(reason) => Err(reason),
-                    MessageState::Unmatched | MessageState::Running(..) => {
+                    StartedState::Failed(reason) => Err(reason),
+                    StartedState::Unmatched | StartedState::Running(..) => {
                         unreachable!("it has ended")
                     }
                 };
             }
             let row = &mut table.rows[index];
-            if matches!(row.state, MessageState::Unmatched)
+            if matches!(row.state, StartedState::Unmatched)
                 && let Some(reason) = waiting.given_up(&row.posted.0)
             {
                 self.shared.fail(row, reason.into());
@@ -193,7 +203,7 @@ impl NonblockingMessages {
     /// # Safety
     /// The buffers of `op` must be valid for its counts and types.
     pub unsafe fn receive_after(&self, op: &ShimOp) -> Result<ShimReceived, Failure> {
-        let shim = &self.shared.shim;
+        let shim = self.shared.shim()?;
         let exchanges = op.kind.sends();
         let mut sending = if exchanges && op.dest != PROC_NULL {
             // SAFETY: the operand outlives this call, which waits for the request.
@@ -218,7 +228,7 @@ impl NonblockingMessages {
     /// Receives the message that `op` receives, and waits for it.
     ///
     /// # Safety
-    /// As for [`NonblockingMessages::try_receive`].
+    /// As for [`Nonblocking::try_receive`].
     unsafe fn receive(&self, op: &ShimOp, element: Datatype) -> Result<ShimReceived, Failure> {
         let mut waiting = MessageWait::default();
         loop {
@@ -243,19 +253,19 @@ impl NonblockingMessages {
         op: &ShimOp,
         element: Datatype,
     ) -> Result<Option<ShimReceived>, Failure> {
-        let shared = &self.shared;
+        let (shared, shim) = (&self.shared, self.shared.shim()?);
         let capacity = op.recv_count * element.size() as i64;
         let mut spill = MessageMemory::default();
         let (mut request, envelope) = {
             let mut table = shared.table.lock();
             shared.progress(&mut table);
             loop {
-                let Some(message) = shared.shim.take(op)? else {
+                let Some(message) = shim.take(op)? else {
                     return Ok(None);
                 };
                 let envelope = message.envelope;
                 if let Some(index) = taker(&table.rows, op.comm, &envelope) {
-                    shared.receive_into(&mut table, index, message);
+                    shared.receive_into(shim, &mut table, index, message);
                     continue;
                 }
                 let mut buffer = op.recv;
@@ -267,18 +277,14 @@ impl NonblockingMessages {
                 RECORDER.met();
                 // SAFETY: the buffer holds the message, and outlives the request, which is waited
                 // for.
-                let request = unsafe { shared.shim.start_receive(message, element, buffer) }?;
+                let request = unsafe { shim.start_receive(message, element, buffer) }?;
                 break (request, envelope);
             }
         };
-        let status = complete(&shared.shim, &mut request)?;
+        let status = complete(shim, &mut request)?;
         drop(spill);
         // SAFETY: the user's status lives as long as programs that name it.
-        unsafe {
-            shared
-                .shim
-                .write_status(&status, envelope.tag, op.status as usize);
-        }
+        unsafe { shim.write_status(&status, envelope.tag, op.status as usize) };
         Ok(Some(envelope))
     }
 
@@ -286,7 +292,7 @@ impl NonblockingMessages {
     pub fn free(&self, comm: u64) {
         let mut table = self.shared.table.lock();
         for row in &mut table.rows {
-            if matches!(row.state, MessageState::Unmatched) && row.posted.0.comm == comm {
+            if matches!(row.state, StartedState::Unmatched) && row.posted.0.comm == comm {
                 self.shared.fail(
                     row,
                     "the communicator was freed before the message came; wait for it first".into(),
@@ -295,19 +301,19 @@ impl NonblockingMessages {
         }
     }
 
-    /// The messages that have not ended, for the table of pending operations.
+    /// The messages and collectives that have not ended, for the table of pending operations.
     pub fn unfinished(&self) -> Vec<(Operation<'static>, Vec<i64>)> {
         let table = self.shared.table.lock();
         let running = table
             .rows
             .iter()
-            .filter(|row| matches!(row.state, MessageState::Running(..)));
+            .filter(|row| matches!(row.state, StartedState::Running(..)));
         running
             .map(|row| (row.operation, row.shape.clone()))
             .collect()
     }
 
-    /// The messages that have not ended: sends, and receives with and without a message. They need
+    /// What has not ended: sends, receives with and without a message, and collectives. They need
     /// no words, since nobody may wait for them.
     pub(crate) fn in_background(&self) -> Vec<Waiting> {
         let table = self.shared.table.lock();
@@ -330,20 +336,24 @@ impl NonblockingMessages {
             let mut table = self.shared.table.lock();
             self.shared.progress(&mut table);
             table.rows.retain_mut(|row| {
-                let operation = &row.operation;
+                let mut operation: Operation<'_> = row.operation;
+                operation.send = Buffer::described(operation.send.dtype(), &row.shape);
                 match &row.state {
-                    MessageState::Running(..) => return true,
-                    MessageState::Failed(reason) => {
+                    StartedState::Running(..) => return true,
+                    StartedState::Failed(reason) => {
                         lost.push(format!("{operation} failed: {reason}"))
                     }
-                    MessageState::Unmatched | MessageState::Done(..)
+                    StartedState::Unmatched | StartedState::Done(..)
                         if operation.kind.receives() =>
                     {
                         lost.push(format!(
                             "{operation} was never waited for, and its message is lost"
                         ));
                     }
-                    MessageState::Unmatched | MessageState::Done(..) => {}
+                    StartedState::Done(..) if operation.kind.is_collective() => {
+                        lost.push(format!("{operation} was never waited for"))
+                    }
+                    StartedState::Unmatched | StartedState::Done(..) => {}
                 }
                 false
             });

@@ -1,5 +1,5 @@
-//! The table of messages that were started, and what moves them on: every call that looks at them,
-//! and a thread.
+//! The table of messages and collectives that were started, and what moves them on: every call that
+//! looks at them, and a thread.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,14 +16,18 @@ use crate::mpi::backoff::pause;
 use crate::mpi::shim::{Message, Request, Shim};
 use crate::operation::Operation;
 
+/// Why there are no messages in a world without MPI.
+pub const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
+
 /// Messages whose memory is kept, and bytes of the largest.
 const SPARES: usize = 8;
 const LARGEST_SPARE: usize = 64 << 20;
 
 /// What calls and the thread share.
 pub(super) struct Shared {
-    pub(super) shim: Shim,
-    pub(super) table: Mutex<MessageTable>,
+    /// None in a world without MPI.
+    pub(super) shim: Option<Shim>,
+    pub(super) table: Mutex<StartedTable>,
     /// Something was started.
     pub(super) started: Condvar,
     /// Receives that have no message yet; spares other receives the lock if there are none.
@@ -31,17 +35,17 @@ pub(super) struct Shared {
 }
 
 #[derive(Default)]
-pub(super) struct MessageTable {
+pub(super) struct StartedTable {
     pub(super) last: u32,
-    pub(super) rows: Vec<MessageRow>,
+    pub(super) rows: Vec<StartedRow>,
     has_thread: bool,
     /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would
     /// pay for page faults.
     spare: Vec<MessageMemory>,
 }
 
-/// A message.
-pub(super) struct MessageRow {
+/// A message or a collective.
+pub(super) struct StartedRow {
     pub(super) number: u32,
     /// What started it, without its arrays.
     pub(super) operation: Operation<'static>,
@@ -49,21 +53,22 @@ pub(super) struct MessageRow {
     pub(super) members: &'static [i32],
     pub(super) shape: Vec<i64>,
     pub(super) posted: Posted,
-    /// What is sent, or arrives.
+    /// What is sent, or arrives; of a collective its result.
     pub(super) memory: MessageMemory,
-    pub(super) state: MessageState,
+    /// What a collective sends, if it has a result apart from it.
+    pub(super) operand: MessageMemory,
+    pub(super) state: StartedState,
 }
 
-/// As the shim takes it; its pointers are not used, but for what is sent, which is the row's
-/// memory.
+/// As the shim takes it; its pointers are not used, but for those to the row's memory.
 #[derive(Clone, Copy)]
 pub(super) struct Posted(pub(super) ShimOp);
 
-// SAFETY: its pointers are read by MPI alone, and that of what is sent stays where it is when a row
+// SAFETY: its pointers are used by MPI alone, and the row's memory stays where it is when a row
 // moves.
 unsafe impl Send for Posted {}
 
-pub(super) enum MessageState {
+pub(super) enum StartedState {
     /// A receive that has no message yet.
     Unmatched,
     Running(Request, ShimReceived),
@@ -71,7 +76,7 @@ pub(super) enum MessageState {
     Failed(Failure),
 }
 
-impl MessageTable {
+impl StartedTable {
     /// Memory for so many bytes.
     pub(super) fn memory(&mut self, bytes: usize) -> Result<MessageMemory, Failure> {
         let fits = |spare: &MessageMemory| {
@@ -95,18 +100,18 @@ impl MessageTable {
     }
 }
 
-impl MessageRow {
+impl StartedRow {
     pub(super) fn has_ended(&self) -> bool {
-        matches!(self.state, MessageState::Done(..) | MessageState::Failed(_))
+        matches!(self.state, StartedState::Done(..) | StartedState::Failed(_))
     }
 
     /// Whether it is a receive whose message is there.
     pub(super) fn has_come(&self) -> bool {
         let came = matches!(
             self.state,
-            MessageState::Running(..) | MessageState::Done(..)
+            StartedState::Running(..) | StartedState::Done(..)
         );
-        came && !self.operation.kind.sends()
+        came && self.operation.kind.receives()
     }
 }
 
@@ -121,7 +126,7 @@ extern "C" fn finalizing(_: i64) -> c_int {
 }
 
 impl Shared {
-    pub(super) fn new(shim: Shim) -> Shared {
+    pub(super) fn new(shim: Option<Shim>) -> Shared {
         Shared {
             shim,
             table: Mutex::default(),
@@ -139,12 +144,26 @@ impl Shared {
         }
     }
 
-    pub(super) fn start_thread(self: Arc<Shared>) -> Result<(), Failure> {
+    /// What messages go through.
+    pub(super) fn shim(&self) -> Result<&Shim, Failure> {
+        self.shim.as_ref().ok_or_else(|| NO_MESSAGES.into())
+    }
+
+    /// Enters what was started, under a new number, which this returns.
+    pub(super) fn enter(&self, table: &mut StartedTable, row: StartedRow) -> u32 {
+        table.last = table.last.wrapping_add(1).max(1);
+        let number = table.last;
+        table.rows.push(StartedRow { number, ..row });
+        self.progress(table);
+        self.started.notify_one();
+        number
+    }
+
+    pub(super) fn start_thread(self: Arc<Shared>, shim: &Shim) -> Result<(), Failure> {
         let mut table = self.table.lock();
         if !table.has_thread {
             // MPI_Finalize begins with the attributes of COMM_SELF (MPI 4.0, section 11.2.4).
-            let of = self.shim.comm_self();
-            self.shim.comm_watch(of, 0, finalizing)?;
+            shim.comm_watch(shim.comm_self(), 0, finalizing)?;
             ACTIVE.get_or_init(|| self.clone());
             let shared = self.clone();
             std::thread::Builder::new()
@@ -161,7 +180,7 @@ impl Shared {
         let (mut last, mut since) = (0, Instant::now());
         loop {
             let mut table = self.table.lock();
-            while table.rows.iter().all(MessageRow::has_ended) {
+            while table.rows.iter().all(StartedRow::has_ended) {
                 self.started.wait(&mut table);
             }
             let changed = self.progress(&mut table);
@@ -175,45 +194,54 @@ impl Shared {
         }
     }
 
-    /// Moves every message on; whether anything changed.
-    pub(super) fn progress(&self, table: &mut MessageTable) -> bool {
+    /// Moves everything on; whether anything changed.
+    pub(super) fn progress(&self, table: &mut StartedTable) -> bool {
+        let Some(shim) = &self.shim else {
+            return false;
+        };
         let mut changed = false;
         for index in 0..table.rows.len() {
             let row = &mut table.rows[index];
             match &mut row.state {
-                MessageState::Unmatched => {
-                    match self.shim.take(&row.posted.0) {
+                StartedState::Unmatched => {
+                    match shim.take(&row.posted.0) {
                         Ok(None) => {}
                         Ok(Some(message)) => {
                             let comm = row.posted.0.comm;
                             // At least this row accepts it; an earlier one may, too.
                             if let Some(first) = taker(&table.rows, comm, &message.envelope) {
-                                self.receive_into(table, first, message);
+                                self.receive_into(shim, table, first, message);
                             }
                             changed = true;
                         }
                         Err(error) => self.fail(row, error.into()),
                     }
                 }
-                MessageState::Running(request, envelope) => {
+                StartedState::Running(request, envelope) => {
                     let envelope = *envelope;
-                    match self.shim.test(request) {
+                    match shim.test(request) {
                         Ok(None) => {}
                         Ok(Some(status)) => {
-                            row.state = MessageState::Done(status, envelope);
+                            row.state = StartedState::Done(status, envelope);
                             changed = true;
                         }
                         Err(error) => self.fail(row, error.into()),
                     }
                 }
-                MessageState::Done(..) | MessageState::Failed(_) => {}
+                StartedState::Done(..) | StartedState::Failed(_) => {}
             }
         }
         changed
     }
 
     /// Starts to receive a message into the row that gets it.
-    pub(super) fn receive_into(&self, table: &mut MessageTable, index: usize, message: Message) {
+    pub(super) fn receive_into(
+        &self,
+        shim: &Shim,
+        table: &mut StartedTable,
+        index: usize,
+        message: Message,
+    ) {
         let envelope = message.envelope;
         let memory = table.memory(envelope.bytes as usize);
         let row = &mut table.rows[index];
@@ -223,29 +251,29 @@ impl Shared {
         }
         let (datatype, buffer) = (row.posted.0.datatype, row.memory.start());
         // SAFETY: the row keeps the memory until the request is complete.
-        let started = unsafe { self.shim.start_receive(message, datatype, buffer) };
+        let started = unsafe { shim.start_receive(message, datatype, buffer) };
         match started {
             Ok(request) => {
                 self.unmatched.fetch_sub(1, Ordering::AcqRel);
-                row.state = MessageState::Running(request, envelope);
+                row.state = StartedState::Running(request, envelope);
             }
             Err(error) => self.fail(row, error.into()),
         }
     }
 
-    pub(super) fn fail(&self, row: &mut MessageRow, reason: Failure) {
-        if matches!(row.state, MessageState::Unmatched) {
+    pub(super) fn fail(&self, row: &mut StartedRow, reason: Failure) {
+        if matches!(row.state, StartedState::Unmatched) {
             self.unmatched.fetch_sub(1, Ordering::AcqRel);
         }
-        row.state = MessageState::Failed(reason);
+        row.state = StartedState::Failed(reason);
     }
 }
 
 /// The row that gets a message: of those without one that accept it, the first.
-pub(super) fn taker(rows: &[MessageRow], comm: u64, envelope: &ShimReceived) -> Option<usize> {
+pub(super) fn taker(rows: &[StartedRow], comm: u64, envelope: &ShimReceived) -> Option<usize> {
     rows.iter().position(|row| {
         let op = &row.posted.0;
-        matches!(row.state, MessageState::Unmatched)
+        matches!(row.state, StartedState::Unmatched)
             && op.comm == comm
             && (op.source == ANY || op.source == envelope.source)
             && (op.recv_tag == ANY || op.recv_tag == envelope.tag)
@@ -271,7 +299,7 @@ mod tests {
     use crate::mpi::communicators::Communicator;
     use mpi_shim_abi::Kind;
 
-    fn receive(number: u32, comm: u64, source: i32, tag: i32, state: MessageState) -> MessageRow {
+    fn receive(number: u32, comm: u64, source: i32, tag: i32, state: StartedState) -> StartedRow {
         let operation = Operation {
             source,
             recv_tag: tag,
@@ -288,13 +316,14 @@ mod tests {
             freed: false,
         };
         let posted = check::prepare(&operation, &communicator).unwrap();
-        MessageRow {
+        StartedRow {
             number,
             operation,
             members: &[],
             shape: Vec::new(),
             posted: Posted(posted),
             memory: MessageMemory::default(),
+            operand: MessageMemory::default(),
             state,
         }
     }
@@ -302,11 +331,11 @@ mod tests {
     #[test]
     fn a_message_goes_to_the_first_receive_that_accepts_it() {
         let rows = [
-            receive(1, 7, 1, 5, MessageState::Failed("it failed".into())),
-            receive(2, 8, ANY, ANY, MessageState::Unmatched),
-            receive(3, 7, 1, 5, MessageState::Unmatched),
-            receive(4, 7, ANY, 5, MessageState::Unmatched),
-            receive(5, 7, ANY, ANY, MessageState::Unmatched),
+            receive(1, 7, 1, 5, StartedState::Failed("it failed".into())),
+            receive(2, 8, ANY, ANY, StartedState::Unmatched),
+            receive(3, 7, 1, 5, StartedState::Unmatched),
+            receive(4, 7, ANY, 5, StartedState::Unmatched),
+            receive(5, 7, ANY, ANY, StartedState::Unmatched),
         ];
         let gets = |comm, source, tag| {
             let envelope = ShimReceived {

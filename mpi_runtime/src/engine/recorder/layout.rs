@@ -118,8 +118,8 @@ pub struct Entry {
     pub ranks: AtomicU64,
     /// Tags of what is sent and received.
     pub tags: AtomicU64,
-    /// From the lowest byte: kind, reduction (255: none), dtype of the operand, of the result, and
-    /// flags.
+    /// From the lowest byte: kind, reduction (255: none), dtype of the operand, of the result,
+    /// flags, and see [`ENDS`].
     pub what: AtomicU64,
     /// Number of a text: why it failed, or the program that begins.
     pub text: AtomicU64,
@@ -135,6 +135,8 @@ pub const FOREIGN: u64 = 1 << 32;
 pub const STARTED: u64 = 1 << 33;
 /// Flag: of a program for several devices.
 pub const OF_XLA: u64 = 1 << 34;
+/// Where the flags have, of a wait for a collective that was started, the kind of the start, and 1.
+pub const ENDS: u32 = 40;
 
 macro_rules! words {
     ($($kind:ident { $($field:ident: $of:expr),+ $(,)? })+) => {

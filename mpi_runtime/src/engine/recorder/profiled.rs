@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use mpi_shim_abi::{ANY, Kind, PROC_NULL};
 
 use super::clock::{Moment, Ticks, wall_at};
-use super::layout::{FOREIGN, OF_XLA, STARTED};
+use super::layout::{ENDS, FOREIGN, OF_XLA, STARTED};
 use super::profile::{Event, MOST};
 use super::ring::{NO_REDUCTION, RECORDER, Recorder};
 use super::texts;
@@ -62,6 +62,8 @@ pub struct Elements {
 pub struct ProfiledOperation {
     /// None: a program for several devices begins, whose ranks compare what they will run.
     pub kind: Option<Kind>,
+    /// Of a wait, the start of the collective that it ends.
+    pub ends: Option<Kind>,
     /// Whose it is.
     pub owner: Owner,
     /// From its begin to its end, within the profile.
@@ -158,8 +160,11 @@ impl Clock {
     }
 
     fn read(&self, recorder: &Recorder, event: &Event) -> ProfiledOperation {
-        let [kind, reduction, operand, result, ..] = event.what.to_le_bytes();
+        let [kind, reduction, operand, result, _, ends, ..] = event.what.to_le_bytes();
+        const { assert!(ENDS == 5 * 8) };
         let kind = Kind::ALL.get(usize::from(kind)).copied();
+        let ends = usize::from(ends).checked_sub(1);
+        let ends = ends.and_then(|kind| Kind::ALL.get(kind).copied());
         let elements = |dtype: u8, count: u64| {
             let dtype = *ElementType::ALL.get(usize::from(dtype))?;
             Some(Elements { dtype, count })
@@ -186,6 +191,7 @@ impl Clock {
         }
         ProfiledOperation {
             kind,
+            ends,
             owner: match event.what {
                 what if what & OF_XLA != 0 => Owner::Xla,
                 what if what & FOREIGN != 0 => Owner::Mpi4jax,

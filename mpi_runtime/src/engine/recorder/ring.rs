@@ -11,7 +11,9 @@ use parking_lot::Mutex;
 
 use super::clock::{Moment, Ticks};
 use super::entry::{Fields, pair};
-use super::layout::{COMMS, CommRow, ENTRIES, Entry, FOREIGN, LAUNCHES, OF_XLA, Record, STARTED};
+use super::layout::{
+    COMMS, CommRow, ENDS, ENTRIES, Entry, FOREIGN, LAUNCHES, OF_XLA, Record, STARTED,
+};
 use super::profile::{Event, PROFILE, Taken};
 use super::texts::Texts;
 use crate::engine::order::Ticket;
@@ -189,6 +191,11 @@ impl Recorder {
         let number = CURRENT.get();
         let entry = self.entry(number);
         if number != 0 && entry.number.load(Ordering::Relaxed) == number {
+            if started.kind.is_collective() {
+                let ends = (started.kind as u64 + 1) << ENDS;
+                entry.what.fetch_or(ends, Ordering::Relaxed);
+                return;
+            }
             let ranks = pair(started.dest, started.source);
             let tags = pair(started.send_tag, started.recv_tag);
             entry.ranks.store(ranks, Ordering::Relaxed);

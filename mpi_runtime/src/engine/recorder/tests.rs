@@ -241,6 +241,12 @@ fn a_wait_says_what_it_waits_for() {
     assert_eq!(load(&entry.ranks), pair(0, 1));
     assert_eq!(load(&entry.tags), pair(0, 9));
     assert_eq!(load(&entry.what) & STARTED, STARTED);
+    let running = recorder.begin(Ticket(1), &wait, communicator);
+    recorder.waits_for(&Operation::new(Kind::Iscan, 1, array(&[2]), array(&[])));
+    running.end(&Ok(()));
+    let entry = recorder.entry(2);
+    assert_eq!(load(&entry.what) & STARTED, 0);
+    assert_eq!(load(&entry.what) >> ENDS, Kind::Iscan as u64 + 1);
 }
 
 /// The profile of this process, which other tests add to.

@@ -83,8 +83,15 @@ impl Staging {
                 run.drain()?;
                 mpi.perform(op)
             }
+            Kind::Ibarrier => {
+                run.drain()?;
+                whole::execute(&run, op, comm, mpi)
+            }
             kind if kind.is_message() => message::execute(&run, op, mpi),
-            kind if kind.is_collective() && !kind.has_counts() && !kind.has_neighbors() => {
+            kind if kind.has_counts() || kind.has_neighbors() => {
+                whole::execute(&run, op, comm, mpi)
+            }
+            kind if kind.is_collective() && !kind.is_start() => {
                 collective::execute(&run, op, comm, mpi).map(|()| Done::default())
             }
             _ => whole::execute(&run, op, comm, mpi),

@@ -1,6 +1,6 @@
-//! Operations that go through the host as a whole: messages whose start and end are separate
-//! operations, since the engine keeps their data in memory of the host; and collectives whose
-//! blocks differ in length or number.
+//! Operations that go through the host as a whole: messages and collectives whose start and end are
+//! separate operations, since the engine keeps their data in memory of the host; and collectives
+//! whose blocks differ in length or number.
 
 #![forbid(unsafe_code)]
 
@@ -22,7 +22,8 @@ pub(super) fn execute(
 ) -> Result<Done, Failure> {
     // An `irecv` has its operand for the shape only.
     let sent = [(op.send.data() as usize, op.send.bytes())];
-    let uses = op.kind.reads(comm.rank == op.root) || op.kind.returns_operand(comm.rank == op.root);
+    let (kind, is_root) = (op.kind.started(), comm.rank == op.root);
+    let uses = kind.reads(is_root) || kind.returns_operand(is_root);
     let reads = uses && op.kind != Kind::Irecv && sent[0].1 > 0;
     let coming = run.come(if reads { &sent } else { &[] })?;
     let send = run.arrive(coming)?;

@@ -1,0 +1,119 @@
+//! Collectives whose start and end are separate operations (MPI 4.0, section 6.12).
+//!
+//! The ranks have compared the start before it comes here. What it sends is copied, and where it
+//! receives is memory of the engine's, so that nothing of the program's is MPI's between start and
+//! end.
+
+use mpi_shim_abi::{Kind, ShimOp, ShimReceived, ShimStatus};
+
+use crate::engine::nonblocking::memory::MessageMemory;
+use crate::engine::nonblocking::table::{Posted, StartedRow, StartedState};
+use crate::engine::nonblocking::{Ended, Nonblocking};
+use crate::engine::{check, single_rank};
+use crate::error::Failure;
+use crate::mpi::communicators::Communicator;
+use crate::operation::Operation;
+
+impl Nonblocking {
+    /// Starts a collective, and returns its number.
+    ///
+    /// # Safety
+    /// `shim_op` must be what `check::prepare` makes of `op` on `comm`, and `check::check_start`
+    /// must have accepted it.
+    pub unsafe fn start_collective(
+        &self,
+        op: &Operation<'_>,
+        shim_op: &ShimOp,
+        comm: &Communicator,
+    ) -> Result<u32, Failure> {
+        let (shared, kind) = (&self.shared, op.kind.started());
+        let is_root = comm.rank == op.root;
+        if let Some(shim) = &shared.shim {
+            shared.clone().start_thread(shim)?;
+        }
+        let mut table = shared.table.lock();
+        let mut operand = MessageMemory::default();
+        if kind.reads(is_root) || kind.returns_operand(is_root) {
+            operand = table.memory(op.send.bytes())?;
+            // SAFETY: the memory is new, or nobody's any more, and has that room.
+            unsafe { op.send.copy_to(operand.start().cast()) };
+        }
+        let size = op.send.dtype().size();
+        let bytes = check::result_elements(op, comm) as usize * size;
+        let mut result = MessageMemory::default();
+        // In a world without MPI all are copies.
+        let is_apart = kind.writes(is_root) && shared.shim.is_some();
+        if is_apart {
+            result = table.memory(bytes)?;
+        }
+        if is_apart && kind == Kind::Exscan && comm.rank == 0 {
+            // MPI writes nothing there.
+            result.clear(bytes);
+        }
+        let mut posted = *shim_op;
+        if !posted.send.is_null() {
+            posted.send = operand.start().cast_const();
+        }
+        posted.recv = if is_apart {
+            result.start()
+        } else {
+            std::ptr::null_mut()
+        };
+        let arrives = ShimReceived {
+            source: -1,
+            tag: -1,
+            code: 0,
+            bytes: bytes as i64,
+        };
+        let state = match &shared.shim {
+            Some(shim) => {
+                // SAFETY: prepared, as this function demands; the row keeps both memories, which
+                // have room for operand and result, until the request is complete.
+                let request = unsafe { shim.start_collective(&posted) }?;
+                StartedState::Running(request, arrives)
+            }
+            None => StartedState::Done(ShimStatus([0; 64]), arrives),
+        };
+        let (memory, operand) = match is_apart {
+            true => (result, operand),
+            false => (operand, result),
+        };
+        let row = StartedRow {
+            number: 0,
+            operation: op.without_arrays(),
+            members: comm.members,
+            shape: op.send.shape().to_vec(),
+            posted: Posted(posted),
+            memory,
+            operand,
+            state,
+        };
+        Ok(shared.enter(&mut table, row))
+    }
+}
+
+impl Ended<'_> {
+    /// Gives the result of a collective to the operation that has waited for it.
+    pub fn finish_collective(
+        &self,
+        wait: &Operation<'_>,
+        comm: &Communicator,
+    ) -> Result<(), Failure> {
+        let (has, wanted) = (self.received.bytes, wait.recv.bytes());
+        if usize::try_from(has) != Ok(wanted) {
+            return Err(format!(
+                "its result has {has} bytes, and that of wait {wanted}; pass wait the shape that \
+                 belongs to the start"
+            )
+            .into());
+        }
+        wait.recv.write(0, self.arrived());
+        if self.operation.kind == Kind::Iexscan && comm.rank == 0 {
+            single_rank::nothing_before(&Operation {
+                recv: wait.recv,
+                ..self.operation
+            });
+        }
+        Ok(())
+    }
+}
