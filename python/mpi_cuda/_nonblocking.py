@@ -130,7 +130,8 @@ def wait(request: Request, *, status: Any = None, token: Any = None) -> tuple[Ar
         return bind("wait_send", request.comm, request.number, None, token, started=started)
     attributes: dict[str, Any] = {"status": _arguments.resolve_status(status)}
     result = (request.shape, request.dtype)
-    kept = request.template
+    # Who started it outside of programs waits for no derivative and no batch.
+    kept = None if isinstance(request.template, np.ndarray | np.generic) else request.template
     return bind(
         *("wait", request.comm, request.number, result, token),
         **{"template": kept, "batch_as": rule, "started": started, **attributes},

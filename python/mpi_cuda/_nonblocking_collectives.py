@@ -35,12 +35,15 @@ def _start(
     rule = rule or name
     batch_as = f"i{rule}" if name == "scatter" else None
     number, token = bind(f"i{name}", where, x, _NUMBER, token, batch_as=batch_as, **attributes)
-    template = None
-    if not jax_core.is_outside_programs():
-        # What vmap and derivatives need of it.
-        has_tangent = linear.is_differentiable(jax.typeof(x))
-        is_linear = name in LINEAR and attributes.get("op", SUM_NUMBER) == SUM_NUMBER
-        template = linear.stand_in(x, is_linear) if has_tangent else linear.nothing(x)
+    is_linear = name in LINEAR and attributes.get("op", SUM_NUMBER) == SUM_NUMBER
+    # What vmap and derivatives need of it, outside of which it takes neither memory nor time.
+    template: Any
+    if not linear.is_differentiable(jax.typeof(x)):
+        template = np.float32(0) if jax_core.is_outside_programs() else linear.nothing(x)
+    elif jax_core.is_outside_programs():
+        template = np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    else:
+        template = linear.stand_in(x, is_linear)
     started = name, rule, tuple(sorted({"comm": where.number, **attributes}.items()))
     return Request(number, template, shape, np.dtype(x.dtype), where, started), token
 

@@ -15,7 +15,7 @@ MAGIC, VERSION = b"MPICUREC", 1
 _HEADER = struct.Struct("<8sII QQQQ Ii QQQQ 40x")
 _COMM = struct.Struct("<QqQ iI QQ 16x")
 _LAUNCH = struct.Struct("<III4xQ 8x")
-_ENTRY = struct.Struct("<QQQQ qQQQ II ii ii BBBBB3x QQ 8x Q")
+_ENTRY = struct.Struct("<QQQQ qQQQ II ii ii BBBBBB2x QQ 8x Q")
 _ABOUT = 128
 #: 1 January 9999, in seconds since 1970.
 _LATEST = 253_370_764_800
@@ -29,8 +29,6 @@ _NAMES = {0: "COMM_WORLD", 1: "the default communicator", 2: "COMM_SELF", 3: "al
 _HASHED = 1 << 32
 #: Flags: an operation of mpi4jax's; a wait that knows the message that it waits for.
 _FOREIGN, _STARTED = 1, 2
-# Bits below those that say which start a wait ends.
-_ENDS = 8
 _WITHOUT_ARRAYS = frozenset({"begin", "barrier", "ibarrier", "wait_send"})
 #: The peer of a message that goes nowhere.
 NOBODY = -1
@@ -279,12 +277,11 @@ class _Reader:
         self, row: tuple[Any, ...], comms: dict[int, Comm], launches: dict[int, Launch]
     ) -> Operation:
         number, start, end, waited, comm, position, sent, received, thread, ticket, *row_ = row
-        source, peer, recv_tag, send_tag, kind, reduction, dtype, result, flags, *rest = row_
+        source, peer, recv_tag, send_tag, kind, reduction, dtype, result, flags, ends, *rest = row_
         text, failed, _ = rest
         about, launch = self.about, launches.get(ticket)
         begins = kind == about["begin"]
         name, *traits = ["begin", "collective"] if begins else about["kinds"][kind]
-        ends = about["kinds"][(flags >> _ENDS & 0xFF) - 1][0] if flags >> _ENDS & 0xFF else ""
         if flags & _STARTED:
             traits.append("sends" if name == "wait_send" else "receives")
         by_result = "operand" not in traits or name == "wait"
@@ -315,7 +312,7 @@ class _Reader:
             failed=bool(failed),
             text=self.text(text),
             foreign=bool(flags & _FOREIGN),
-            ends=ends,
+            ends=about["kinds"][ends - 1][0] if ends else "",
         )
 
     def _reduction(self, number: int) -> str:

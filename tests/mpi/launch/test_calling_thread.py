@@ -37,6 +37,11 @@ def test_which_programs_are_the_same_on_every_rank() -> None:
     assert not marked(lambda x: nt.sendrecv(x, x, m.ANY_SOURCE, RANK), X)
     assert not marked(lambda x: nt.sendrecv(x, x, RANK, RANK, sendtag=1, recvtag=2), X)
     assert not marked(lambda x: nt.send(x, RANK), X)
+    assert marked(lambda x: nt.wait(nt.iallreduce(x, m.SUM)), X)
+    # All ranks compare where it starts.
+    started = nt.iallreduce(X, m.SUM)
+    assert not marked(nt.wait, started)
+    nt.wait(started)
     assert not marked(lambda x: nt.allreduce(total(x), m.SUM, comm=m.COMM_SELF), X)
     assert not marked(total, jnp.ones(1 << 22))
     assert "mpi_cuda_long_uniform_" in jax.jit(total).lower(jnp.ones(1 << 22)).as_text()

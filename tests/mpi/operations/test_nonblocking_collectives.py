@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
+from mpi_cuda._report import record
 
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
@@ -137,88 +138,16 @@ def test_requests_go_where_arrays_can() -> None:
         branches = [lambda x=x, k=k: nt.iallreduce(k * x, m.SUM) for k in (1, 2)]
         return last, jax.lax.cond(flag, *branches), x, totals
 
+    # One that was started outside can be carried too.
+    carried = jax.jit(lambda r: jax.lax.fori_loop(0, 3, lambda _, r: (nt.barrier(), r)[1], r))
+    total = nt.wait(carried(nt.iallreduce(X, m.SUM)))
+    np.testing.assert_array_equal(total, nt.allreduce(X, m.SUM))
     last, branch, x, totals = loop(X, True)
     mean = np.asarray(X) - RANK + (SIZE - 1) / 2
     np.testing.assert_allclose(x, mean + 4)
     np.testing.assert_allclose(totals, SIZE * (mean[0, 0] + np.arange(4.0)))
     np.testing.assert_allclose(jax.jit(nt.wait)(last), SIZE * (mean + 4))
     np.testing.assert_allclose(nt.wait(branch), SIZE * (mean + 4))
-
-
-def _losses(style: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a dict of operands, the sum of squares of what all collectives that are linear give."""
-
-    def loss(operands):
-        total = 0.0
-        for name, x in operands.items():
-            y = style(name)(x, *[m.SUM if one is m.PROD else one for one in CALLS[name][1:]])
-            total += (y * y).sum()
-        return total
-
-    return loss
-
-
-def _blocking(name: str) -> Callable[..., Any]:
-    return getattr(nt, name)
-
-
-def _started(name: str) -> Callable[..., Any]:
-    return lambda *call: nt.wait(getattr(nt, f"i{name}")(*call))
-
-
-OPERANDS = {name: call[0] for name, call in CALLS.items()}
-
-
-def test_derivatives_are_those_of_the_blocking_ones() -> None:
-    both = []
-    for style in (_blocking, _started):
-        loss = _losses(style)
-
-        @jax.jit
-        def derivatives(operands, loss=loss):
-            forward = jax.jvp(loss, (operands,), (operands,))[1]
-            return jax.grad(loss)(operands), forward
-
-        both.append(derivatives(OPERANDS))
-    jax.tree.map(np.testing.assert_allclose, *both)
-    transposed = [
-        jax.linear_transpose(lambda x, style=style: style("scan")(x, m.SUM), X)(X)[0]
-        for style in (_blocking, _started)
-    ]
-    np.testing.assert_array_equal(*transposed)
-    # Outside of jit, and where a rank passes a constant.
-    placeholder = jnp.zeros(3)
-
-    def of_the_root(x):
-        return (nt.wait(nt.ibcast(x if RANK == 0 else placeholder, 0)) * (RANK + 1)).sum()
-
-    expected = SIZE * (SIZE + 1) / 2 if RANK == 0 else 0
-    np.testing.assert_array_equal(jax.grad(of_the_root)(jnp.ones(3)), np.full(3, expected))
-    with pytest.raises(
-        NotImplementedError, match=r"iallreduce can be differentiated only with SUM"
-    ):
-        jax.grad(lambda x: nt.wait(nt.iallreduce(x, m.MAX)).sum())(X)
-
-
-def test_batches_are_one_collective() -> None:
-    """And derivatives of them; in these the batch goes to other places of operand and result."""
-    batch = {name: jnp.stack([x, 2 * x, 3 * x], axis=1) for name, x in OPERANDS.items()}
-    some = {name: batch[name] for name in ("allgather", "alltoall", "reduce_scatter", "scatter")}
-
-    def everything(style):
-        def run(operands):
-            return {name: style(name)(x, *CALLS[name][1:]) for name, x in operands.items()}
-
-        @jax.jit
-        def batched(batch, some):
-            loss = _losses(style)
-            of_all = jax.grad(lambda operands: jax.vmap(loss, 1)(operands).sum())(some)
-            of_each = jax.vmap(jax.grad(loss), in_axes=1)({"allgather": some["allgather"]})
-            return jax.vmap(run, in_axes=1)(batch), of_all, of_each
-
-        return batched(batch, some)
-
-    jax.tree.map(np.testing.assert_allclose, everything(_blocking), everything(_started))
 
 
 def _fails(call: Callable[[], Any], *words: str) -> None:
@@ -255,6 +184,23 @@ def test_a_start_that_differs_between_ranks_is_an_error_on_all() -> None:
 
         _fails(lambda first=first, other=other: number(first if RANK == 0 else other), *words)
     np.testing.assert_array_equal(nt.wait(nt.ibcast(X, 0)), X - RANK)
+
+
+def test_a_communicator_may_be_freed_before_the_wait() -> None:
+    comm = MPI.COMM_WORLD.Clone()
+    request = nt.iallreduce(X, m.SUM, comm=comm)
+    jax.block_until_ready(request.number)
+    comm.Free()
+    np.testing.assert_array_equal(nt.wait(request), nt.allreduce(X, m.SUM))
+
+
+def test_the_flight_recorder_knows_start_and_wait(tmp_path: Path) -> None:
+    jax.block_until_ready(nt.wait(nt.iscatter(ONE_BLOCK, ROOT)))
+    m.write_record(tmp_path / "record")
+    start, wait = record.read(tmp_path / "record").operations[-2:]
+    assert str(start) == f"iscatter of 2 float32 with root {ROOT}"
+    assert str(wait) == "wait for iscatter of 2 float32"
+    assert start.collective and not wait.collective
 
 
 def test_misuse_is_refused_by_name() -> None:

@@ -31,10 +31,10 @@ impl Nonblocking {
         if let Some(shim) = &shared.shim {
             shared.clone().start_thread(shim)?;
         }
-        let mut table = shared.table.lock();
+        let memory = |bytes| shared.table.lock().memory(bytes);
         let mut operand = MessageMemory::default();
         if kind.reads(is_root) || kind.returns_operand(is_root) {
-            operand = table.memory(op.send.bytes())?;
+            operand = memory(op.send.bytes())?;
             // SAFETY: the memory is new, or nobody's any more, and has that room.
             unsafe { op.send.copy_to(operand.start().cast()) };
         }
@@ -44,7 +44,7 @@ impl Nonblocking {
         // In a world without MPI all are copies.
         let is_apart = kind.writes(is_root) && shared.shim.is_some();
         if is_apart {
-            result = table.memory(bytes)?;
+            result = memory(bytes)?;
         }
         if is_apart && kind == Kind::Exscan && comm.rank == 0 {
             // MPI writes nothing there.
@@ -88,7 +88,7 @@ impl Nonblocking {
             operand,
             state,
         };
-        Ok(shared.enter(&mut table, row))
+        Ok(shared.enter(&mut shared.table.lock(), row))
     }
 }
 

@@ -1,0 +1,134 @@
+"""Derivatives and vmap of collectives that are started: what the blocking ones give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpi_cuda as m
+from mpi_cuda import notoken as nt
+
+RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
+ROOT = SIZE - 1
+X = jnp.arange(6.0).reshape(2, 3) + RANK
+EACH = jnp.arange(2.0 * SIZE).reshape(SIZE, 2) * (RANK + 1)
+
+# By the name of the blocking one: its operand, and what comes behind it.
+CALLS: dict[str, tuple[Any, ...]] = {
+    "allgather": (X,),
+    "allreduce": (X, m.SUM),
+    "alltoall": (EACH,),
+    "bcast": (X, ROOT),
+    "exscan": (X, m.SUM),
+    "gather": (X, ROOT),
+    "reduce": (X, m.SUM, ROOT),
+    "reduce_scatter": (EACH, m.SUM),
+    "scan": (X, m.SUM),
+    "scatter": (EACH if RANK == ROOT else EACH[0], ROOT),
+}
+
+
+def _losses(style: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a dict of operands, the sum of squares of what all collectives that are linear give."""
+
+    def loss(operands):
+        total = 0.0
+        for name, x in operands.items():
+            y = style(name)(x, *CALLS[name][1:])
+            total += (y * y).sum()
+        return total
+
+    return loss
+
+
+def _blocking(name: str) -> Callable[..., Any]:
+    return getattr(nt, name)
+
+
+def _started(name: str) -> Callable[..., Any]:
+    return lambda *call: nt.wait(getattr(nt, f"i{name}")(*call))
+
+
+OPERANDS = {name: call[0] for name, call in CALLS.items()}
+
+
+def test_derivatives_are_those_of_the_blocking_ones() -> None:
+    both = []
+    for style in (_blocking, _started):
+        loss = _losses(style)
+
+        @jax.jit
+        def derivatives(operands, loss=loss):
+            forward = jax.jvp(loss, (operands,), (operands,))[1]
+            return jax.grad(loss)(operands), forward
+
+        both.append(derivatives(OPERANDS))
+    jax.tree.map(np.testing.assert_allclose, *both)
+    transposed = [
+        jax.linear_transpose(lambda x, style=style: style("scan")(x, m.SUM), X)(X)[0]
+        for style in (_blocking, _started)
+    ]
+    np.testing.assert_array_equal(*transposed)
+    # Outside of jit, and where a rank passes a constant.
+    placeholder = jnp.zeros(3)
+
+    def of_the_root(x):
+        return (nt.wait(nt.ibcast(x if RANK == 0 else placeholder, 0)) * (RANK + 1)).sum()
+
+    expected = SIZE * (SIZE + 1) / 2 if RANK == 0 else 0
+    np.testing.assert_array_equal(jax.grad(of_the_root)(jnp.ones(3)), np.full(3, expected))
+    with pytest.raises(
+        NotImplementedError, match=r"iallreduce can be differentiated only with SUM"
+    ):
+        jax.grad(lambda x: nt.wait(nt.iallreduce(x, m.MAX)).sum())(X)
+
+
+def test_a_request_with_derivatives_goes_where_arrays_can() -> None:
+    """Carried by a loop, given back by a branch, out of a program."""
+
+    def loss(start, end):
+        def loss(x):
+            def body(carry, _):
+                request, x = carry
+                x = jnp.sin(end(request) / SIZE + x)
+                return (start(x), x), None
+
+            (last, x), _ = jax.lax.scan(body, (start(x), x), length=3)
+            branch = jax.lax.cond(x.sum() > 0, lambda: start(x), lambda: start(2 * x))
+            out = jax.jit(start)(x * x)
+            return sum((end(request) ** 2).sum() for request in (last, branch, out))
+
+        return loss
+
+    blocking = loss(lambda x: nt.scan(x, m.SUM), lambda y: y)
+    started = loss(lambda x: nt.iscan(x, m.SUM), nt.wait)
+    x = jnp.arange(3.0) + RANK
+    np.testing.assert_allclose(started(x), blocking(x), rtol=1e-6)
+    expected = jax.jit(jax.grad(blocking))(x)
+    np.testing.assert_allclose(jax.jit(jax.grad(started))(x), expected, rtol=1e-5)
+
+
+def test_batches_are_one_collective() -> None:
+    """And derivatives of them; in these the batch goes to other places of operand and result."""
+    batch = {name: jnp.stack([x, 2 * x, 3 * x], axis=1) for name, x in OPERANDS.items()}
+    some = {name: batch[name] for name in ("allgather", "alltoall", "reduce_scatter", "scatter")}
+
+    def everything(style):
+        def run(operands):
+            return {name: style(name)(x, *CALLS[name][1:]) for name, x in operands.items()}
+
+        @jax.jit
+        def batched(batch, some):
+            loss = _losses(style)
+            of_all = jax.grad(lambda operands: jax.vmap(loss, 1)(operands).sum())(some)
+            of_each = jax.vmap(jax.grad(loss), in_axes=1)({"allgather": some["allgather"]})
+            return jax.vmap(run, in_axes=1)(batch), of_all, of_each
+
+        return batched(batch, some)
+
+    jax.tree.map(np.testing.assert_allclose, everything(_blocking), everything(_started))
