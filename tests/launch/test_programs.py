@@ -250,3 +250,19 @@ def test_threads_that_share_one_order() -> None:
     """
     result = job("mpich", code, MPI_CUDA_THREAD_ORDER="one")
     assert twice("6.0", result), result.stderr
+
+
+@on_one("mpich")
+def test_a_start_of_more_than_one_call_is_refused_on_all_ranks(mpi: str) -> None:
+    """With the limit of what goes in parts, which is 1 GiB otherwise."""
+    code = """if True:
+        import jax.numpy as jnp, mpi_cuda as m
+        from mpi_cuda import notoken as nt
+        for length in (16, 17):
+            try:
+                print(float(nt.wait(nt.iallreduce(jnp.ones(length), m.SUM)).sum()))
+            except Exception as error:
+                print("at most 64 bytes" in str(error) and "has 68; use allreduce" in str(error))
+    """
+    result = job(mpi, code, MPI_CUDA_PART_BYTES="64")
+    assert twice("32.0 True", result), result.stdout + result.stderr

@@ -86,6 +86,18 @@ def test_an_operation_says_what_it_is(tmp_path: Path) -> None:
     assert event["pid"] == shown["interval"]["pid"]
 
 
+def test_a_wait_says_which_collective_it_ends(tmp_path: Path) -> None:
+    program = jax.jit(lambda x: nt.wait(nt.ibcast(x, 0)))
+    program(jnp.ones(3)).block_until_ready()
+    with jax.profiler.trace(tmp_path, profiler_options=quiet()):
+        program(jnp.ones(3)).block_until_ready()
+    found = taken(tmp_path)
+    (start,), (wait,) = named(found, "mpi_cuda.ibcast"), named(found, "mpi_cuda.wait")
+    assert (start.stats["bytes"], start.stats["root"]) == (12, 0)
+    assert (wait.stats["ends"], wait.stats["result_bytes"]) == ("ibcast", 12)
+    assert start.end <= wait.start
+
+
 @needs_two
 def test_a_collective_of_a_sharded_program_says_what_it_is(tmp_path: Path) -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(SIZE), "i")

@@ -78,6 +78,28 @@ fn who_may_be_helped_is_not_stuck() {
 }
 
 #[test]
+fn a_collective_that_was_started_is_on_its_way() {
+    let started = |comm| Wait {
+        comm,
+        ..wait(Kind::Iallreduce, PROC_NULL, PROC_NULL)
+    };
+    let waits = || told(vec![started(0)]);
+    let receives_meanwhile = |comm| {
+        Known::Told(State {
+            waits: vec![wait(Kind::Recv, 0, PROC_NULL)],
+            background: vec![started(comm)],
+            ..State::default()
+        })
+    };
+    assert!(of(&[waits(), receives_meanwhile(0)]).is_empty());
+    assert_eq!(of(&[waits(), receives_meanwhile(1)]), [0, 1]);
+    assert_eq!(of(&[waits(), recv(0)]), [0, 1]);
+    // A root may have done its part.
+    let gets = told(vec![wait(Kind::Ibcast, PROC_NULL, PROC_NULL)]);
+    assert!(of(&[gets, told(vec![])]).is_empty());
+}
+
+#[test]
 fn who_waits_for_one_that_has_ended_is_stuck() {
     assert_eq!(stuck(&[recv(1), ended()]), [(0, 1)]);
     assert_eq!(of(&[send(1), ended()]), [0]);
