@@ -6,6 +6,7 @@ use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction, ShimOp, ShimReceived};
 
 use crate::buffer::{Buffer, ElementType};
 use crate::engine::compare::{Comparison, refused};
+use crate::engine::idle::MessageWait;
 use crate::engine::nonblocking::{NO_MESSAGES, Nonblocking};
 use crate::engine::order::Ticket;
 use crate::engine::pending::{Pending, PendingTable};
@@ -320,6 +321,22 @@ impl MpiCalls {
         check_received(&receive, &ended.received).map_err(about)
     }
 
+    /// Waits until no collective that was started moves on a communicator.
+    pub(super) fn wait_for_collectives(&self, handle: u64, comm: &Communicator) {
+        let running = self.nonblocking.running_collectives(handle);
+        let _pending: Vec<_> = running
+            .iter()
+            .map(|(operation, shape)| {
+                let send = Buffer::described(operation.send.dtype(), shape);
+                self.pending.enter(&Operation { send, ..*operation }, comm)
+            })
+            .collect();
+        let mut waiting = MessageWait::default();
+        while !self.nonblocking.running_collectives(handle).is_empty() {
+            waiting.pause();
+        }
+    }
+
     /// Ends all messages and collectives that were started, and says what is lost with those that
     /// nobody has waited for. Last, when everything else has ended.
     pub(super) fn finish_messages(&self, communicators: &Communicators) -> Vec<String> {
@@ -357,7 +374,7 @@ fn other_dtype(posted: ElementType, wanted: ElementType) -> Failure {
 }
 
 /// Stands for a communicator that is not known any more.
-const UNKNOWN: Communicator = Communicator {
+pub(super) const UNKNOWN: Communicator = Communicator {
     name: "a communicator",
     handle: 0,
     user_handle: u64::MAX,

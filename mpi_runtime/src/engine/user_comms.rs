@@ -1,6 +1,7 @@
 //! Communicators of the user's: their first use, and their end.
 
 use super::Engine;
+use super::mpi_calls::UNKNOWN;
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::mpi::shim;
@@ -54,6 +55,9 @@ impl Engine {
         }
         let handle = self.communicators.get(number).map(|comm| comm.handle);
         if !executing && let Some(handle) = handle {
+            // Open MPI 4.1 frees it under collectives that were started, and crashes in them.
+            let comm = self.communicators.get(number).unwrap_or(UNKNOWN);
+            self.calls.wait_for_collectives(handle, &comm);
             self.calls.nonblocking.free(handle);
         }
         if executing && let Some(handle) = handle {

@@ -90,6 +90,17 @@ impl Nonblocking {
         };
         Ok(shared.enter(&mut shared.table.lock(), row))
     }
+
+    /// Those on the communicator with that handle that have not ended, and the shapes of what they
+    /// send. The thread moves them on.
+    pub fn running_collectives(&self, comm: u64) -> Vec<(Operation<'static>, Vec<i64>)> {
+        let table = self.shared.table.lock();
+        let rows = table.rows.iter().filter(|row| {
+            let runs = matches!(row.state, StartedState::Running(..));
+            runs && row.operation.kind.is_collective() && row.posted.0.comm == comm
+        });
+        rows.map(|row| (row.operation, row.shape.clone())).collect()
+    }
 }
 
 impl Ended<'_> {
