@@ -13,6 +13,7 @@ import pytest
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
+pytestmark = pytest.mark.rule
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 ROOT = SIZE - 1
 X = jnp.arange(6.0).reshape(2, 3) + RANK
