@@ -49,7 +49,7 @@ const EACH: i32 = 4;
 const FIRST: i32 = 16;
 /// Where MPI has no more tags than every MPI (MPI 4.0, section 9.1.2: 32767).
 const FEW: i32 = 8000;
-/// Tags of places in programs where MPI has few.
+/// Places in programs that have tags of their own at least, where MPI has many tags.
 const FEW_PLACES: i32 = 1 << 16;
 
 impl Tags {
@@ -83,7 +83,10 @@ impl Tags {
     pub(super) fn of_place(self, place: u64) -> i32 {
         match self.many() {
             Some((_, places)) => 2 * FEW_PLACES + places + spread(place, places),
-            None => FEW_PLACES + spread(place, FEW_PLACES),
+            None => {
+                let above_channels = FIRST + EACH * FEW;
+                above_channels + spread(place, (self.largest - above_channels).max(1))
+            }
         }
     }
 }
@@ -133,6 +136,8 @@ mod tests {
             let tags = Tags::up_to(largest);
             let fit = |channel| (FIRST..=32767 - EACH).contains(&tags.of_channel(channel));
             assert!(channels(1000).all(fit));
+            let places = FIRST + EACH * FEW..=largest;
+            assert!(channels(1000).all(|place| places.contains(&tags.of_place(place))));
         }
     }
 }
