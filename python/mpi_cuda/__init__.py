@@ -7,17 +7,26 @@ tokens; those of `mpi_cuda.notoken` do without. Importing this package initialis
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
+
+__version__ = "0.1.0"
 
 try:
     import jax as _jax
 except ModuleNotFoundError as missing:
     if missing.name != "jax":
         raise
-    raise ImportError(
+    _words = (
         "mpi_cuda needs JAX, which is not installed for this Python: pip install jax; with XLA's "
         "CPU plugin, which CPU devices need: pip install jax xla-cpu-pjrt"
-    ) from None
+    )
+    # What Python has there while it looks for the module of `-m`.
+    if sys.argv[:2] == ["-m", "doctor"]:
+        from mpi_cuda import _doctor
+
+        sys.exit(_doctor.without_jax(_words))
+    raise ImportError(_words) from None
 
 if not hasattr(_jax, "__version__"):
     raise ImportError(
@@ -72,8 +81,6 @@ from mpi_cuda._operations import (
 )
 from mpi_cuda._stop import request_stop, stop_on, stop_requested
 from mpi_cuda._vector import allgatherv, alltoallv, gatherv, scatterv
-
-__version__ = "0.1.0"
 
 SUM = OPS["SUM"]
 PROD = OPS["PROD"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,48 @@ def test_another_platform_first_and_a_plugin_that_was_cut_off(tmp_path: Path) ->
 def test_a_picture_that_cannot_be_written_is_a_problem() -> None:
     result = doctor("mpich", "--plot", "/nowhere/times.png")
     assert result.returncode == 1 and "messages of 8 B" in result.stdout, result.stdout
-    assert "No such file or directory: '/nowhere/times.png'" in result.stderr, result.stderr
+    said = "no picture is drawn: No such file or directory: '/nowhere/times.png'"
+    assert said in result.stderr, result.stderr
+    result = doctor(None, "--plot", "/dev/null/times.png")
+    assert result.returncode == 1 and "no picture is drawn" in result.stderr, result.stderr
+
+
+def test_one_rank_has_nothing_to_draw(tmp_path: Path) -> None:
+    result = doctor(None, "--plot", str(tmp_path / "times.png"))
+    assert result.returncode == 0, result.stderr
+    assert "no picture is drawn, since no messages were measured" in result.stderr
+
+
+@pytest.mark.parametrize("mpi", [None, "mpich"])
+def test_without_jax_there_is_a_report(mpi: str | None, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Hidden:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'jax':\n"
+        "            raise ModuleNotFoundError(name, name='jax')\n"
+        "sys.meta_path.insert(0, Hidden)\n"
+    )
+    command = [sys.executable, "-m", "mpi_cuda", "doctor", "--json"]
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    result = subprocess.run(
+        [*([f"mpirun.{mpi}", "-n", "2"] if mpi else []), *command],
+        env=environment(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = told(result, 2)
+    assert "mpi_cuda needs JAX" in problems(found)
+    assert found["ranks"][0]["mpi"]["file"] and found["ranks"][0]["software"]["python"]
+
+
+def test_a_folder_that_is_gone_is_no_problem_of_mpi4pys(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    code = f"import os; os.mkdir({str(gone)!r}); os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})"
+    found = alone(code=f"{code}\n{DOCTOR}")
+    assert found["status"] == 0, problems(found)
 
 
 def test_a_reader_that_has_read_enough() -> None:
@@ -145,6 +187,9 @@ def test_jax_without_a_plugin_for_the_cpu() -> None:
 def test_a_step_that_lasts_is_ended_in_words() -> None:
     result = job(None, DOCTOR, "doctor", "--timeout", "-1")
     assert result.returncode == 2 and "-1 is no time above 0 seconds" in result.stderr
+    result = job(None, DOCTOR, "doctor", "--timeout", "inf")
+    assert result.returncode == 2 and "inf is no time above 0 seconds and below 9" in result.stderr
     result = job(None, DOCTOR, "doctor", "--timeout", "0.001")
     assert result.returncode == 2, result.stdout
+    assert "see whether the others" not in result.stdout and "give it more time" in result.stdout
     assert "problem: this process was still joining the job after 0.001 s" in result.stdout

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mpi_cuda import _jax_version
+from mpi_cuda import _doctor, _jax_version
 from mpi_cuda._doctor import (
     cores,
     exchange,
@@ -88,16 +88,44 @@ def test_gpus_that_ranks_share() -> None:
 
 def test_memory_that_is_short() -> None:
     fine = {"size": 1 << 34, "free": 1 << 34, "left": [], "failure": None, "huge_pages": "madvise"}
+    fine["not_writable"] = None
     assert list(memory.check(fine)) == []
     for change, word in [
         ({"free": 1 << 20}, "less than 32 MiB"),
         ({"size": None}, "no /dev/shm"),
+        ({"not_writable": "Read-only file system"}, "(Read-only file system)"),
         ({"failure": "full"}, "(full)"),
         ({"left": ["mpi_cuda.1"]}, "mpi_cuda.1"),
         ({"huge_pages": "never"}, "huge pages"),
     ]:
         (one,) = memory.check(fine | change)
         assert word in one.text and one.remedy
+
+
+def test_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "FOLDER", tmp_path)
+    assert memory.collect({})["not_writable"] is None and not list(tmp_path.iterdir())
+    # Where nothing can be made, whoever asks.
+    monkeypatch.setattr(memory, "FOLDER", Path("/proc/self"))
+    (one,) = [one for one in memory.check(memory.collect({})) if "made" in one.text]
+    assert one.is_problem and "1777" in one.remedy
+
+
+def test_the_remedies_are_those_of_the_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "OMPI_MCA_btl" in _doctor.of_exchanging("openmpi")
+    assert "OMPI" not in _doctor.of_exchanging("mpich")
+    for name in launched.RANK:
+        monkeypatch.delenv(name, raising=False)
+    assert "others" not in _doctor.of_joining()
+    monkeypatch.setenv("PMI_RANK", "1")
+    assert "others" in _doctor.of_joining()
+
+
+def test_no_mpi_is_no_single_rank_if_the_start_has_failed() -> None:
+    about = {name: None for name in ("file", "version", "launcher", "thread_level")}
+    lines = dict(mpi.describe({**about, "variables": {}, "error": "none found"}))
+    assert lines["MPI"] == "none was opened"
+    assert "one rank" in dict(mpi.describe({**about, "variables": {}}))["MPI"]
 
 
 def test_a_fast_network_that_is_not_used() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_cuda import _library, _lifecycle
-from mpi_cuda._doctor import exchange, job, launched, mpi, plot, plugin, text, world
+from mpi_cuda._doctor import exchange, job, launched, memory, mpi, plot, plugin, text, world
 from mpi_cuda._doctor.finding import Facts, Finding
 from mpi_cuda._doctor.job import Job
 from mpi_cuda._doctor.limit import BEFORE_OTHERS, CANNOT_RUN, Limit
@@ -40,7 +40,8 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) < threading.TIMEOUT_MAX:
             return seconds
-    raise argparse.ArgumentTypeError(f"{text} is no time above 0 seconds")
+    most = f"{threading.TIMEOUT_MAX:.3g}"
+    raise argparse.ArgumentTypeError(f"{text} is no time above 0 seconds and below {most}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot and (refusal := plot.refused()):
         print(f"mpi_cuda doctor: {refusal}", file=sys.stderr)
         return CANNOT_RUN
+    drawable = draws(arguments)
     asked = mpi.begin_mpi4py()
     about: dict[str, str] = {}
 
@@ -61,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         return is_first
 
     limit = Limit(arguments.timeout, tell)
-    with limit.on("joining the job", "see whether the others have failed, or are still starting"):
+    say_what_may_end_it()
+    with limit.on("joining the job", of_joining()):
         failure = join(about)
     if failure is not None:
         return cannot_run(of_process(failure), arguments)
@@ -73,20 +76,67 @@ def run(arguments: argparse.Namespace) -> int:
         ranks: dict[int, dict[str, Facts]] = dict(enumerate(world.gather(facts, size)))
     found = Job(ranks)
     if size > 1 and not any(one["plugin"]["backend"].get("error") for one in ranks.values()):
-        remedy = "try OMPI_MCA_btl=tcp,self or UCX_TLS=tcp,self,sm to see if it is the network"
         try:
-            with limit.on("exchanging messages", remedy):
+            with limit.on("exchanging messages", of_exchanging(about.get("mpi_abi"))):
                 found = found._replace(exchange=exchange.measure(rank, size, found.hosts, limit))
         except Exception as error:
             failure = f"{launched.who()} failed while {limit.doing}: {error}"
             return cannot_run(found._replace(failure=failure), arguments)
     status = 1 if any(finding.is_problem for finding in found.findings()) else 0
-    if rank == 0 and not show(found, arguments):
+    if rank == 0 and not (show(found, arguments) and drawable):
         status = max(status, 1)
     # All has been told by now.
     remedy = "MPI_Finalize hangs, as it may in other jobs: try a newer MPI, or another UCX_TLS"
     with limit.on("leaving the job", remedy):
         _lifecycle.leave(status)
+
+
+def draws(arguments: argparse.Namespace) -> bool:
+    """Whether a picture that was asked for can be written; the first rank says why not, and goes on
+    without it, since others may be joining the job already."""
+    if arguments.plot is None or launched.rank():
+        return True
+    why = plot.why_not(arguments.plot)
+    if why is not None:
+        arguments.plot = None
+        print(f"mpi_cuda doctor: no picture is drawn: {why}", file=sys.stderr, flush=True)
+    return why is None
+
+
+def say_what_may_end_it() -> None:
+    """MPI may end a rank that it can give no memory, and then there is no report."""
+    if launched.rank() is not None and launched.is_first_here():
+        for finding in memory.check(memory.collect({})):
+            if finding.is_problem:
+                line = f"{launched.who()}: {text.line(finding)}"
+                print(line, file=sys.stderr, flush=True)
+
+
+def of_joining() -> str:
+    """The remedy for a rank that does not join in time."""
+    if launched.rank() is None:
+        return "give it more time, or try another MPI (MPI_CUDA_LIBMPI)"
+    return "see whether the others have failed, or are still starting"
+
+
+def of_exchanging(abi: str | None) -> str:
+    """The remedy for messages that do not come, by variables that this MPI reads."""
+    variable = "OMPI_MCA_btl=tcp,self" if abi == "openmpi" else "FI_PROVIDER=tcp"
+    return f"try {variable} or UCX_TLS=tcp,self,sm to see if it is the network"
+
+
+def without_jax(failure: str) -> int:
+    """The report of a Python that has no JAX; its status. Nothing joins."""
+    parser = argparse.ArgumentParser(prog="python -m mpi_cuda doctor")
+    add_arguments(parser)
+    arguments = parser.parse_args(sys.argv[2:])
+    about: dict[str, str] = {}
+    with contextlib.suppress(RuntimeError, OSError):
+        about |= world.about()
+        _library.open_mpi()
+        about |= world.about()
+    facts = job.collect(about, mpi.end_mpi4py(mpi.begin_mpi4py()), failure)
+    return cannot_run(Job({launched.rank() or 0: facts}, failure=failure), arguments)
 
 
 def join(about: dict[str, str]) -> str | None:
@@ -141,7 +191,10 @@ def _show(found: Job, arguments: argparse.Namespace) -> bool:
         print(json.dumps(as_json(found, findings), indent=1), flush=True)
     else:
         print(text.report(found, findings), flush=True)
-    if arguments.plot and found.exchange is not None:
+    if arguments.plot and found.exchange is None:
+        words = "mpi_cuda doctor: no picture is drawn, since no messages were measured"
+        print(words, file=sys.stderr, flush=True)
+    elif arguments.plot and found.exchange is not None:
         try:
             plot.write(found.exchange, arguments.plot)
         except OSError as error:

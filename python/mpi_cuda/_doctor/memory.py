@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,11 @@ YOUNG = 10
 
 def collect(about: dict[str, str]) -> Facts:
     """Facts of this process."""
-    facts: Facts = {"huge_pages": _huge_pages(), "failure": about.get("shm_failure")}
+    facts: Facts = {
+        "huge_pages": _huge_pages(),
+        "failure": about.get("shm_failure"),
+        "not_writable": _why_not_writable(),
+    }
     try:
         space = os.statvfs(FOLDER)
     except OSError:
@@ -49,6 +54,12 @@ def check(facts: Facts) -> Iterator[Finding]:
     remedy = "make it larger (docker --shm-size=1g, Apptainer binds the host's)"
     if facts["size"] is None:
         yield problem("there is no /dev/shm, so ranks of a node share no memory", "mount a tmpfs")
+    elif facts["not_writable"]:
+        yield problem(
+            f"no file can be made in /dev/shm ({facts['not_writable']}), so ranks of a node share "
+            "no memory, and MPI may end them",
+            "mount a tmpfs there that is writable for all (mode 1777)",
+        )
     elif facts["free"] < LITTLE:
         yield problem(f"/dev/shm has less than {size(LITTLE)} free", remedy)
     if facts["failure"]:
@@ -68,6 +79,15 @@ def check(facts: Facts) -> Iterator[Finding]:
             "Linux gives no huge pages, so large messages within a node take about twice as long",
             f"as root: echo madvise > {HUGE_PAGES}",
         )
+
+
+def _why_not_writable() -> str | None:
+    """What keeps this user from making files there, as MPI does."""
+    try:
+        with tempfile.TemporaryFile(dir=FOLDER):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def _is_left(file: Path) -> bool:

@@ -37,7 +37,8 @@ try:
 except Exception as error:
     found["error"] = f"{type(error).__name__}: {error}"
 lines = [line.split(None, 5) for line in open("/proc/self/maps").read().splitlines()]
-found["loaded"] = sorted({os.path.realpath(line[5]) for line in lines if len(line) > 5})
+files = {line[5] for line in lines if len(line) > 5 and line[5].startswith("/")}
+found["loaded"] = sorted(map(os.path.realpath, files))
 print(json.dumps(found))
 """
 LIMIT = 30
@@ -89,7 +90,8 @@ def collect(about: dict[str, str]) -> Facts:
 def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     """Lines of the report."""
     if facts["file"] is None:
-        yield "MPI", "none, so there is one rank"
+        # If it does not start, why is among the problems.
+        yield "MPI", "none was opened" if facts.get("error") else "none, so there is one rank"
     else:
         version = f"{facts['version'].split(',')[0]}, " if facts["version"] else ""
         yield "MPI", f"{version}{facts['file']} ({facts['by']}; ABI {facts['abi']})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from mpi_cuda._doctor.exchange import LARGE, SMALL, Exchange
@@ -13,6 +14,17 @@ def refused() -> str | None:
     """Why no picture can be drawn here."""
     if importlib.util.find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install matplotlib"
+    return None
+
+
+def why_not(path: Path) -> str | None:
+    """Why no picture can be written to that file, as far as its folder says."""
+    if path.is_dir():
+        return f"Is a directory: '{path}'"
+    if not path.parent.is_dir():
+        return f"No such file or directory: '{path}'"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return f"Permission denied: '{path}'"
     return None
 
 

@@ -34,7 +34,10 @@ def collect(about: dict[str, str]) -> Facts:
 def describe(facts: Facts) -> Iterator[tuple[str, str]]:
     """Lines of the report."""
     yield "Python", f"{facts['python']} ({facts['executable']})"
-    tested = "tested" if facts["jax"] and is_tested(facts["jax"]) else "not tested"
+    if facts["jax"] is None:
+        yield "JAX", f"none, mpi_cuda {facts['mpi_cuda']}"
+        return
+    tested = "tested" if is_tested(facts["jax"]) else "not tested"
     yield (
         "JAX",
         f"{facts['jax']} with jaxlib {facts['jaxlib']} ({tested}), mpi_cuda {facts['mpi_cuda']}",
