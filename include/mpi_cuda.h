@@ -164,6 +164,10 @@ const char *mpi_cuda_log_prefix(void);
  * its name after that gets this one. Valid until this thread's next call. */
 const char *mpi_cuda_open_mpi(void);
 
+/* Whether this process may join as a rank, as far as its environment says: 1, or -1 with the error
+ * if it is a child of a rank, or another process has joined as this one. */
+int mpi_cuda_is_rank(void);
+
 /* What this process is made of, for `python -m mpi_cuda doctor`: lines of a name, a tab and words.
  * Loads the inner plugin, and joins nothing. Valid until this thread's next call. Names, each where
  * it is known: launcher, launched (how many it started), mpi_file, mpi_abi, mpi_by (who named the

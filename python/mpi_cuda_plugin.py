@@ -9,12 +9,28 @@ def initialize() -> None:
     import jax
 
     platforms = (jax.config.jax_platforms or "").split(",")
+    _look_for_spaces(platforms)
     if "mpi_cuda" not in platforms:
         _look_for_a_misspelling(platforms)
         return
     from mpi_cuda import _jax_plugin
 
     _jax_plugin.initialize()
+
+
+def _look_for_spaces(platforms: list[str]) -> None:
+    """JAX says that it does not know ` cpu`, which is hard to see."""
+    if any("mpi_cuda" in name for name in platforms):
+        for name in platforms:
+            if name != name.strip():
+                import warnings
+
+                warnings.warn(
+                    f"mpi_cuda: a space is a part of a platform's name for JAX, in {name!r}: set "
+                    f"JAX_PLATFORMS={','.join(map(str.strip, platforms))}",
+                    stacklevel=3,
+                )
+                return
 
 
 def _look_for_a_misspelling(platforms: list[str]) -> None:

@@ -47,7 +47,7 @@ class _Bridge:
 
 class _Mpi4py:
     """Joins the world right after `mpi4py.MPI` has been imported. Refuses to import it with another
-    MPI than the one that was joined before, and where MPI could only end the process."""
+    MPI than that of this process, and where MPI could only end the process."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
@@ -56,19 +56,22 @@ class _Mpi4py:
         selected = _Bridge._selected()
         if selected or _launched():
             wrong = _open()
-            if selected and wrong:
-                raise ImportError(wrong)
+            if selected:
+                _refuse(wrong or _other_abi())
         if not selected:
             return None
-        if not _launched() and not _without_pmi() and _joined() is None:
-            return None
+        if _joined() is None:
+            if not _launched() and not _without_pmi():
+                return None
+            if sys.modules["mpi4py"].rc.initialize:
+                _refuse(_alone("_library").refused_child())
         if spec := _found_by_others(cls, name, path, target):
             spec.loader = _JoinAfter(spec.loader)
             return spec
         raise ImportError(
-            "mpi4py has no module for the MPI of this process: its wheels have those of Open MPI "
-            "and MPICH, and none for the ABI of the MPI standard. Unset MPI_CUDA_MPI=mpi_abi and "
-            "MPI4PY_MPIABI, build mpi4py against this MPI, or do without it"
+            f"mpi4py has no module for the MPI of this process, {_alone('_library').open_mpi()}: "
+            "its wheels have those of Open MPI and MPICH, and none for the ABI of the MPI "
+            f"standard. {_remedy()}build mpi4py against this MPI, or do without it"
         )
 
 
@@ -81,7 +84,7 @@ class _JoinAfter:
     def create_module(self, spec):  # type: ignore[no-untyped-def]
         # Before another MPI is loaded, where the file says which it is.
         if library := _joined():
-            self._refuse(library.other_mpi(spec.origin))
+            _refuse(library.other_mpi(spec.origin))
         return self.loader.create_module(spec)
 
     def exec_module(self, module):  # type: ignore[no-untyped-def]
@@ -100,7 +103,7 @@ class _JoinAfter:
             self.loader.exec_module(module)
         finally:
             rc.initialize = initialize
-        self._refuse(library.other_mpi(module.__spec__.origin, module.Get_library_version()))
+        _refuse(library.other_mpi(module.__spec__.origin, module.Get_library_version()))
 
     def _alone_or_not(self, module):  # type: ignore[no-untyped-def]
         environment = os.environ
@@ -118,11 +121,6 @@ class _JoinAfter:
         finally:
             if nodes is not None:
                 environment["SLURM_NODELIST"] = nodes
-
-    @staticmethod
-    def _refuse(wrong):  # type: ignore[no-untyped-def]
-        if wrong:
-            raise ImportError(wrong)
 
 
 class _Distributed:
@@ -171,6 +169,27 @@ def _found_by_others(finder, name, path, target):  # type: ignore[no-untyped-def
         if spec is not None and spec.loader is not None:
             return spec
     return None
+
+
+def _refuse(wrong):  # type: ignore[no-untyped-def]
+    if wrong:
+        raise ImportError(wrong)
+
+
+def _other_abi() -> str | None:
+    """What is wrong with `MPI4PY_MPIABI`, which an mpi4py of several modules reads."""
+    abis = sys.modules.get("mpi4py._mpiabi")
+    if not getattr(abis, "_registry", {}).get("mpi4py.MPI"):
+        return None
+    wanted = getattr(abis, "MPIABI", None) or os.environ.get("MPI4PY_MPIABI")
+    file = _alone("_library").open_mpi() if wanted is not None else ""
+    return _alone("_library").other_abi(wanted, file) if file else None
+
+
+def _remedy() -> str:
+    names = ("MPI_CUDA_LIBMPI", "MPI_CUDA_MPI", "MPI4PY_LIBMPI", "MPI4PY_MPIABI")
+    own = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    return f"Unset {' and '.join(own)}, " if own else ""
 
 
 def _open() -> str | None:
@@ -242,6 +261,15 @@ def _failed_early(process: int) -> None:
             _alone("_failed_early").end_job()
 
 
+def _forked(mark: str = "MPI_CUDA_RANK_PROCESS") -> None:
+    """Marks a child that was forked from a rank (`mpi_runtime/src/world/child.rs`), which is one
+    once it has imported JAX. After the start the library notices forks itself."""
+    if "jax" in sys.modules and _Bridge._selected() and _joined() is None:
+        os.environ[mark] = f"{os.getppid()} forked as {os.getpid()}"
+
+
+if _launched() and os.environ.get("MPI_CUDA_SINGLETON") != "1":
+    os.register_at_fork(after_in_child=_forked)
 if "HYDI_CONTROL_FD" in os.environ and _launched() and os.environ.get("MPI_CUDA_SINGLETON") != "1":
     import atexit
 

@@ -106,11 +106,15 @@ pub enum StartError {
     )]
     WithoutPmi { launched: usize },
     #[error(
-        "there is no MPI for this process, {launched}: tried {tried}. Set MPI_CUDA_LIBMPI to the \
-         libmpi.so of the launcher's MPI, or have the dynamic loader find it (LD_LIBRARY_PATH, \
+        "there is no MPI for this process, {launched}: tried {tried}. {remedy} MPI_CUDA_LIBMPI to \
+         the libmpi.so of the launcher's MPI, or have the dynamic loader find it (LD_LIBRARY_PATH, \
          `module load`); MPI_CUDA_SINGLETON=1 runs separate worlds of size 1 on purpose"
     )]
-    NoMpi { launched: String, tried: String },
+    NoMpi {
+        launched: String,
+        tried: String,
+        remedy: String,
+    },
     #[error(
         "cannot load the MPI shim for {family}: {reason}; install mpi_cuda again, in a \
          checkout run scripts/setup, or set MPI_CUDA_SHIM_DIR to the folder of \
@@ -161,6 +165,12 @@ pub enum StartError {
          do the work with ranks of the job"
     )]
     Child { pid: u32, parent: u32 },
+    #[error(
+        "this process (pid {pid}) was forked from rank process {parent}, which has imported JAX: a \
+         second copy of that rank cannot join the MPI job. Start worker processes with the spawn \
+         method and JAX_PLATFORMS=cpu; if the child is to be the rank, import JAX after the fork"
+    )]
+    Forked { pid: u32, parent: u32 },
     #[error(
         "process {pid} has joined the MPI job as this rank already, a program that this process \
          has started, or one that ran before it: a rank is one process. Set JAX_PLATFORMS=cpu in \

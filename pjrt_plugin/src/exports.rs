@@ -75,6 +75,18 @@ pub extern "C" fn mpi_cuda_open_mpi() -> *const c_char {
     })
 }
 
+/// Whether this process may join as a rank: 1, or −1 with the error if it is a child of one.
+#[unsafe(no_mangle)]
+pub extern "C" fn mpi_cuda_is_rank() -> c_int {
+    quiet(1, || {
+        let checked = plugin::config_with(&[]).and_then(|config| {
+            let checked = mpi_runtime::world::refuse_children(config.singleton);
+            checked.map_err(Error::precondition)
+        });
+        checked.map_or_else(fail, |()| 1)
+    })
+}
+
 /// What this process is made of, in lines of a name, a tab and words: the MPI and who named it, the
 /// inner plugin, and the world if it was joined. Valid until this thread's next call.
 #[unsafe(no_mangle)]

@@ -113,6 +113,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "mpi_cuda_log_prefix": (ctypes.c_char_p, []),
         "mpi_cuda_open_mpi": (ctypes.c_char_p, []),
         "mpi_cuda_about": (ctypes.c_char_p, []),
+        "mpi_cuda_is_rank": (ctypes.c_int, []),
         "mpi_cuda_start": (
             ctypes.c_int,
             [int_pointer, int_pointer, ctypes.POINTER(ctypes.c_char_p)],
@@ -257,6 +258,11 @@ def open_mpi() -> str:
     return os.fsdecode(file)
 
 
+def refused_child() -> str | None:
+    """Why this process is none that may join as a rank, such as a child of one; None if it is."""
+    return last_error() if load().mpi_cuda_is_rank() < 0 else None
+
+
 @functools.cache
 def start() -> World:
     """Joins the MPI world, if that has not happened. Collective over the ranks of the job.
@@ -278,6 +284,18 @@ def start() -> World:
 def started() -> World | None:
     """The world, if it was joined."""
     return start() if start.cache_info().currsize else None
+
+
+def by_launcher() -> tuple[int | None, int | None]:
+    """The number of ranks and this process's own: by the world, if it was joined, and else by the
+    variables of Open MPI's launcher or of PMI, as far as they say it."""
+    if (world := started()) is not None:
+        return world.size, world.rank
+    for prefix in ("OMPI_COMM_WORLD", "PMI"):
+        size, rank = (os.environ.get(f"{prefix}_{name}", "") for name in ("SIZE", "RANK"))
+        if size.isdigit() and rank.isdigit() and os.environ.get("MPI_CUDA_SINGLETON") != "1":
+            return int(size), int(rank)
+    return None, None
 
 
 def _c_environment(name: str) -> str | None:
@@ -318,6 +336,26 @@ def other_mpi(file: str, version: str | None = None) -> str | None:
         except RuntimeError as error:
             return str(error)
     return None
+
+
+def other_abi(wanted: str, file: str) -> str | None:
+    """What is wrong with the ABI that mpi4py was told to use, in a process that has opened the MPI
+    `file`: None if it is the ABI of that."""
+    # As mpi4py's `_mpiabi` reads it, and as `mpi_runtime/src/mpi/libraries.rs` tells ABIs apart.
+    asked = "".join(letter for letter in wanted.lower() if letter not in " -_")
+    asked = "mpich" if asked == "impi" else asked
+    if hasattr(ctypes.CDLL(file), "ompi_mpi_comm_self"):
+        own = "openmpi"
+    else:
+        own = "mpiabi" if os.path.basename(file).startswith("libmpi_abi") else "mpich"
+    if asked == own:
+        return None
+    words = dict(_FAMILIES.values())
+    uses = f"has mpi4py use {words[asked]}" if asked in words else "is no MPI that mpi4py knows"
+    return (
+        f"MPI4PY_MPIABI={wanted} {uses}, and the MPI of this process is {words[own]} ({file}): one "
+        "process can use only one. Unset MPI4PY_MPIABI"
+    )
 
 
 def is_ours(backend: Any) -> bool:

@@ -128,6 +128,20 @@ def _at_exit() -> None:
         coordination.end()
 
 
+def refuse_in_child(what: str) -> None:
+    """Refuses what would wait for threads of XLA's, which a forked child of a rank lacks.
+
+    Raises:
+      RuntimeError: this process was forked after it had joined.
+    """
+    if _installed and os.getpid() != _process:
+        raise RuntimeError(
+            f"mpi_cuda: this process was forked from a rank, and {what} would wait for threads of "
+            "the rank's for ever: start worker processes with the spawn method and "
+            "JAX_PLATFORMS=cpu"
+        )
+
+
 def _leave_child() -> NoReturn:
     """Leaves a forked child, which has the rank's MPI and XLA's clients but none of their threads:
     whatever waits for those threads, as destructors do, would wait for ever."""

@@ -49,6 +49,21 @@ def test_initialize_with_arguments_leaves_no_lines_at_the_end() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_a_wrong_number_of_processes_is_refused_before_the_service_waits_for_them(mpi: str) -> None:
+    code = """if True:
+        import os, sys, jax
+        name = "PMI_RANK" if "PMI_RANK" in os.environ else "OMPI_COMM_WORLD_RANK"
+        try:
+            jax.distributed.initialize(sys.argv[1], 3, int(os.environ[name]))
+        except ValueError as error:
+            assert "says num_processes=3, and MPI says 2" in str(error), error
+            print("refused")
+    """
+    result = job(mpi, code, f"127.0.0.1:{free_port()}", limit=30)
+    assert result.returncode == 0 and twice("refused", result), result
+
+
 def test_a_shutdown_of_what_nobody_has_started_does_nothing() -> None:
     result = job("mpich", "import jax; jax.devices(); jax.distributed.shutdown(); print('met')")
     assert result.returncode == 0 and twice("met", result), result.stderr

@@ -60,6 +60,27 @@ def test_a_wish_for_another_mpi_than_the_launchers_is_told(mpi: str) -> None:
     assert f"MPI_CUDA_MPI={other} is not followed, since the launcher" in result.stderr
 
 
+@pytest.mark.parametrize(("mpi", "value"), [("mpich", "openmpi"), ("openmpi", "bogus")])
+def test_an_abi_of_mpi4pys_that_is_not_the_launchers(mpi: str, value: str) -> None:
+    """It is told, and mpi4py, which would load another MPI, is refused."""
+    result = job(mpi, HELLO, MPI4PY_MPIABI=value)
+    assert result.returncode == 0, result.stderr
+    assert f"MPI4PY_MPIABI={value} is not followed" in result.stderr, result.stderr
+    result = job(mpi, "from mpi4py import MPI", MPI4PY_MPIABI=value)
+    assert result.returncode != 0
+    assert f"MPI4PY_MPIABI={value} " in result.stderr, result.stderr
+    assert "and the MPI of this process is" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("variable", ["MPI_CUDA_MPI=mpi_abi", "MPI4PY_MPIABI=mpi-abi"])
+def test_a_wish_for_an_abi_that_is_not_there_is_named(variable: str) -> None:
+    name, value = variable.split("=")
+    result = job("mpich", HELLO, **{name: value})
+    if result.returncode == 0:
+        pytest.skip("this MPI has the ABI of the standard")
+    assert f"Unset {variable}, which allows this ABI alone" in result.stderr, result.stderr
+
+
 def test_another_file_than_the_launchers_is_told(tmp_path: Path) -> None:
     other = tmp_path / NAMES["mpich"]
     shutil.copy(next(Path("/usr/lib").glob(f"*/{NAMES['mpich']}")), other)

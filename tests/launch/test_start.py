@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -127,6 +128,78 @@ def test_a_child_that_is_before_its_rank_is_told_or_refused() -> None:
     assert "has joined the MPI job as this rank already" in result.stderr, result.stderr
 
 
+FORKED_FIRST = """if True:
+    import os, jax, jax.numpy as jnp
+    pid = os.fork()
+    if pid == 0:
+        try:
+            jnp.ones(2)
+        except RuntimeError as error:
+            assert "was forked from rank process" in str(error), error
+            print("refused", flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    print(jax.process_count())
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_child_that_was_forked_before_its_rank_has_joined_is_refused(mpi: str) -> None:
+    result = job(mpi, FORKED_FIRST)
+    assert result.returncode == 0 and twice("refused 2", result), result
+
+
+def test_a_child_that_was_forked_before_jax_was_imported_may_be_the_rank() -> None:
+    code = FORKED_FIRST.replace("import os, jax, jax.numpy as jnp", "import os").replace(
+        "            jnp.ones(2)", "            import jax; print(jax.process_count(), flush=True)"
+    )
+    result = job("openmpi", code.replace("    print(jax.process_count())\n", ""))
+    # How such a job ends is the launcher's affair, which knows the first process alone.
+    assert "forked" not in result.stderr and twice("2", result), result
+
+
+CHILD_WITH_MPI4PY = """if True:
+    import subprocess, sys, jax
+    if sys.argv[1] == "after":
+        jax.devices()
+    code = "import mpi4py; mpi4py.rc.initialize = %s; from mpi4py import MPI; print('there')"
+    def run(initialize):
+        command = [sys.executable, "-c", code % initialize]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30)
+    refused = run(True)
+    assert "child of" in refused.stderr and "a rank" in refused.stderr, refused
+    assert run(False).stdout == "there\\n"
+    print(jax.process_count())
+"""
+
+
+@pytest.mark.parametrize(("mpi", "when"), [("mpich", "before"), *((mpi, "after") for mpi in MPIS)])
+def test_mpi4py_in_a_child_is_refused_unless_it_initialises_nothing(mpi: str, when: str) -> None:
+    result = job(mpi, CHILD_WITH_MPI4PY.replace('"a rank"', '"rank"'), when)
+    assert result.returncode == 0 and twice("2", result), result
+
+
+def test_a_job_that_a_rank_starts_under_mpich_is_another_one() -> None:
+    code = """if True:
+        import os, subprocess, sys, jax
+        if jax.process_index() == 0:
+            own = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "HYD"))}
+            code = "from mpi4py import MPI; import jax; print(jax.process_count())"
+            command = ["mpirun.mpich", "-n", "2", sys.executable, "-c", code]
+            print(subprocess.run(command, env=own, capture_output=True, text=True).stdout)
+    """
+    result = job("mpich", code)
+    assert result.returncode == 0 and twice("2", result), result
+
+
+def test_alone_without_a_program_for_other_nodes(tmp_path: Path) -> None:
+    """Open MPI 4 starts a daemon, and looks for ssh first."""
+    for name in ("sh", "uname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    result = job(None, "import jax; print(jax.process_count())", PATH=str(tmp_path))
+    assert result.returncode == 0 and result.stdout == "1\n", result.stderr
+
+
 def test_a_thread_level_too_low_is_refused() -> None:
     code = """if True:
         import mpi4py
@@ -155,12 +228,12 @@ DISTRIBUTED = """if True:
     from mpi4py import MPI
     rank, wrong = MPI.COMM_WORLD.Get_rank(), sys.argv[1] == "wrong"
     process = 1 - rank if wrong else rank
-    jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, process)
     try:
+        jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, process)
         assert jax.process_index() == rank and jax.process_count() == 2
         print("agreed")
-    except RuntimeError as error:
-        assert "jax.distributed says" in str(error), error
+    except ValueError as error:
+        assert f"says process_id={process}, and MPI says {rank}" in str(error), error
         print("refused")
 """
 
@@ -253,6 +326,12 @@ FORKED = """if True:
     m.allreduce(jnp.ones(3), m.SUM)[0].block_until_ready()
     child = os.fork()
     if child == 0:
+        try:
+            jnp.ones(5) * 7
+            os._exit(9)
+        except RuntimeError as error:
+            if "forked" not in str(error):
+                os._exit(8)
         try:
             m.allreduce(jnp.ones(3), m.SUM)
         except Exception as error:

@@ -82,6 +82,7 @@ impl Surroundings<'_> {
     pub fn doubt(&self, path: &Path, family: Family) -> Option<String> {
         let all = [
             self.not_followed(path, family),
+            self.not_followed_of_mpi4py(path, family),
             self.not_the_launchers(path),
         ];
         let all: Vec<_> = all.into_iter().flatten().collect();
@@ -107,6 +108,31 @@ impl Surroundings<'_> {
                 family.name(),
             ),
         })
+    }
+
+    /// mpi4py, if it is used, follows its variable or is refused.
+    fn not_followed_of_mpi4py(&self, path: &Path, family: Family) -> Option<String> {
+        let wanted = self.abi_of_mpi4py.as_deref()?;
+        let why = match Family::from_mpi4py(wanted) {
+            Some(wanted) if wanted == family => return None,
+            Some(_) => "the job uses",
+            None => "it names no MPI that mpi4py knows, and the job uses",
+        };
+        Some(format!(
+            "MPI4PY_MPIABI={wanted} is not followed: {why} {}, which is {}; unset MPI4PY_MPIABI",
+            path.display(),
+            family.name(),
+        ))
+    }
+
+    /// The variable that says which families to look for, if one is followed.
+    pub fn wish(&self) -> Option<String> {
+        let named = match (self.family, &self.abi_of_mpi4py) {
+            (Some(family), _) => (family, format!("MPI_CUDA_MPI={}", family.name())),
+            (None, Some(abi)) => (Family::from_mpi4py(abi)?, format!("MPI4PY_MPIABI={abi}")),
+            (None, None) => return None,
+        };
+        self.served().contains(&named.0).then_some(named.1)
     }
 
     fn not_the_launchers(&self, path: &Path) -> Option<String> {
@@ -348,6 +374,23 @@ mod tests {
         assert!(text.unwrap().contains("which is mpich: unset one"));
         let same = with(Some(Family::Mpich), Family::Mpich);
         assert_eq!(same.doubt(file, Family::Mpich), None);
+    }
+
+    #[test]
+    fn a_wish_of_mpi4pys_that_is_not_followed_is_said() {
+        let with = |abi: &str| Surroundings {
+            launcher: Some(Family::Mpich),
+            abi_of_mpi4py: Some(abi.into()),
+            beside_launcher: paths(&["/v/libmpi.so.12"]),
+            ..Surroundings::default()
+        };
+        let doubt = |abi| with(abi).doubt(Path::new("/v/libmpi.so.12"), Family::Mpich);
+        let text = doubt("openmpi").unwrap();
+        assert!(text.contains("MPI4PY_MPIABI=openmpi is not followed: the job uses"));
+        assert!(doubt("bogus").unwrap().contains("names no MPI that mpi4py"));
+        assert_eq!(doubt("impi"), None);
+        assert_eq!(with("openmpi").wish(), None);
+        assert_eq!(with("mpiabi").wish().unwrap(), "MPI4PY_MPIABI=mpiabi");
     }
 
     #[test]

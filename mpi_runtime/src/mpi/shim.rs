@@ -113,6 +113,13 @@ impl Shim {
             let reason = Failure::from(error);
             let text = reason.to_string();
             match text.split_once("undefined symbol: ") {
+                Some((_, symbol)) if symbol.starts_with("ompi_") && family != Family::OpenMpi => {
+                    Failure::from(format!(
+                        "this MPI has no {symbol}: the file is the shim of another ABI than {}, \
+                         or the MPI is older than MPI 3.1",
+                        family.name()
+                    ))
+                }
                 Some((_, symbol)) => Failure::from(format!(
                     "this MPI has no {symbol}: it is older than MPI 3.1, or built without it"
                 )),

@@ -76,6 +76,13 @@ fn init(
     options: &WorldOptions,
     launched: Option<&Launched>,
 ) -> Result<(), StartError> {
+    // Alone, Open MPI 4 starts a daemon, and ends the process if it finds no program that could
+    // reach other nodes. The other variables choose a way too.
+    let named = ["OMPI_MCA_plm_rsh_agent", "OMPI_MCA_ess_singleton_isolated"];
+    let isolated = launched.is_none()
+        && shim.family == Family::OpenMpi
+        && !environment::has_program(&["ssh", "rsh"])
+        && named.iter().all(|name| std::env::var_os(name).is_none());
     let init = || shim.init().map_err(mpi_error("MPI_Init_thread"));
     match launched.filter(|launched| launched.without_pmi && shim.family == Family::OpenMpi) {
         Some(&Launched { size, .. }) if size > 1 && !options.singleton => {
@@ -83,6 +90,7 @@ fn init(
         }
         // It takes any task of Slurm's for a rank of a job, and ends it if it finds no PMI.
         Some(_) => environment::without("SLURM_NODELIST", init),
+        None if isolated => environment::with("OMPI_MCA_plm", "isolated", init),
         None => init(),
     }
 }

@@ -121,6 +121,12 @@ pub(super) fn open_for(
             None => "which no launcher has started".into(),
         },
         tried: tried.join("; "),
+        remedy: match surroundings.wish() {
+            Some(wish) if options.library.is_none() => {
+                format!("Unset {wish}, which allows this ABI alone, or set")
+            }
+            _ => "Set".into(),
+        },
     })
 }
 

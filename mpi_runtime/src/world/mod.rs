@@ -82,6 +82,15 @@ pub struct World {
     owns_mpi: bool,
 }
 
+/// Whether this process may join as a rank, as far as its environment says.
+///
+/// # Errors
+/// If it is a child of one, or another process has joined as this rank.
+pub fn refuse_children(singleton: bool) -> Result<(), StartError> {
+    let launched = launcher::detect(|name| std::env::var(name).ok());
+    child::refuse(launched.as_ref(), singleton)
+}
+
 impl World {
     /// Finds the MPI, joins its world, and duplicates the communicators we need. Collective.
     pub fn start(options: &WorldOptions) -> Result<World, StartError> {

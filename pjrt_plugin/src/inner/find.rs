@@ -184,10 +184,13 @@ fn find_first(
         return Ok(path);
     }
     let missing: Vec<_> = wheels.iter().map(|wheel| wheel.package).collect();
+    let places = match std::env::var_os("MPI_CUDA_PACKAGES") {
+        None => "in the site-packages of this process and of $VIRTUAL_ENV",
+        Some(_) => "and where this Python finds packages",
+    };
     Err(Error::precondition(format!(
         "no inner XLA plugin found: install the Python wheel {}, or set MPI_CUDA_INNER_PLUGIN to \
-         the path of an XLA PJRT plugin (looked in and above {}, in the site-packages of this \
-         process and of $VIRTUAL_ENV)",
+         the path of an XLA PJRT plugin (looked in and above {}, {places})",
         missing.join(" or "),
         own.display()
     )))

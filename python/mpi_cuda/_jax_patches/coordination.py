@@ -107,20 +107,14 @@ class State(distributed.State):
         given = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
         ours = self.is_own or (self.made is None and self.is_offered)
         if not ours and (given or num_processes is not None or not _is_selected()):
+            if _is_selected():
+                _refuse_others(num_processes, process_id, *_library.by_launcher())
             super().initialize(
                 coordinator_address, num_processes, process_id, *arguments, **options
             )
             return
         world = _library.start()
-        for name, asked, own in (
-            ("num_processes", num_processes, world.size),
-            ("process_id", process_id, world.rank),
-        ):
-            if asked not in (None, own):
-                raise ValueError(
-                    f"jax.distributed.initialize says {name}={asked}, and MPI says {own}: leave "
-                    "its arguments out, or the call, since the world comes from MPI"
-                )
+        _refuse_others(num_processes, process_id, world.size, world.rank)
         with _lock:
             if self.made is None:
                 _bring_up(self)
@@ -195,6 +189,25 @@ def _state() -> State:
 
 def _is_selected() -> bool:
     return "mpi_cuda" in (jax.config.jax_platforms or "").split(",")
+
+
+def _refuse_others(
+    num_processes: int | None, process_id: int | None, size: int | None, rank: int | None
+) -> None:
+    """JAX's service would wait for processes that never come, and MPI has the last word.
+
+    Raises:
+      ValueError: a number differs from MPI's.
+    """
+    for name, asked, own in (
+        ("num_processes", num_processes, size),
+        ("process_id", process_id, rank),
+    ):
+        if own is not None and asked not in (None, own):
+            raise ValueError(
+                f"jax.distributed.initialize says {name}={asked}, and MPI says {own}: leave "
+                "its arguments out, or the call, since the world comes from MPI"
+            )
 
 
 def _bring_up(state: State) -> None:

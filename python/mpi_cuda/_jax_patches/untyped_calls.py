@@ -15,7 +15,7 @@ from jax._src import compiler
 from jax.interpreters import mlir
 from jax.interpreters.mlir import ir
 
-from mpi_cuda import _library
+from mpi_cuda import _library, _lifecycle
 from mpi_cuda._jax_patches.patch import Patch
 
 PATCHES = (
@@ -99,6 +99,7 @@ def _with_typed_calls(original: Any) -> Any:
     @functools.wraps(original)
     def compile_and_load(backend: Any, module: Any, *args: Any, **options: Any) -> Any:
         if _library.is_ours(backend):
+            _lifecycle.refuse_in_child("a compilation")
             module = typed(module)
         return original(backend, module, *args, **options)
 
