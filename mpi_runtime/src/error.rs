@@ -105,11 +105,7 @@ pub enum StartError {
          MPI_CUDA_SINGLETON=1 runs {launched} separate worlds of size 1 on purpose"
     )]
     WithoutPmi { launched: usize },
-    #[error(
-        "there is no MPI for this process, {launched}: tried {tried}. {remedy} MPI_CUDA_LIBMPI to \
-         the libmpi.so of the launcher's MPI, or have the dynamic loader find it (LD_LIBRARY_PATH, \
-         `module load`); MPI_CUDA_SINGLETON=1 runs separate worlds of size 1 on purpose"
-    )]
+    #[error("there is no MPI for this process, {launched}: tried {tried}. {remedy}")]
     NoMpi {
         launched: String,
         tried: String,

@@ -182,6 +182,7 @@ def test_jax_without_a_plugin_for_the_cpu() -> None:
     found = alone(MPI_CUDA_PLUGIN_CPU="/nowhere")
     assert found["status"] == 2
     assert "or xla-cpu-pjrt, or set MPI_CUDA_INNER_PLUGIN" in problems(found)
+    assert "and where this Python finds packages)" in problems(found)
 
 
 def test_a_step_that_lasts_is_ended_in_words() -> None:

@@ -79,6 +79,9 @@ def test_a_wish_for_an_abi_that_is_not_there_is_named(variable: str) -> None:
     if result.returncode == 0:
         pytest.skip("this MPI has the ABI of the standard")
     assert f"Unset {variable}, which allows this ABI alone" in result.stderr, result.stderr
+    assert "the launcher's MPI" in result.stderr, result.stderr
+    result = job(None, HELLO, MPI_CUDA_MPI="mpi_abi")
+    assert "no launcher has started" in result.stderr and "er's MPI" not in result.stderr, result
 
 
 def test_another_file_than_the_launchers_is_told(tmp_path: Path) -> None:

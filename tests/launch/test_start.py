@@ -65,6 +65,11 @@ def test_a_shim_that_was_cut_off_is_refused(tmp_path) -> None:
     result = job("mpich", "import jax; jax.devices()", **named)
     assert result.returncode != 0
     assert f"{tmp_path / name}: the file has 8192 bytes" in result.stderr, result.stderr
+    other = mpi_cuda._library.FOLDER / "libmpi_cuda_shim_openmpi.so"
+    (tmp_path / name).write_bytes(other.read_bytes())
+    result = job("mpich", "import jax; jax.devices()", MPI_CUDA_SHIM_DIR=str(tmp_path))
+    assert "the file is the shim of another ABI than mpich" in result.stderr, result.stderr
+    (tmp_path / name).write_bytes(whole.read_bytes()[:8192])
     result = job(None, "import jax; jax.devices()", **named)
     assert result.returncode == 0, result.stderr
     assert "Do you mean MPI_CUDA_SHIM_DIR?" in result.stderr, result.stderr

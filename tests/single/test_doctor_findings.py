@@ -150,7 +150,12 @@ def test_mpi4py_with_another_file() -> None:
 def test_platforms_and_versions() -> None:
     facts = {"jax": _jax_version.OLDEST, "platforms": "mpi_cuda,cpu"}
     assert list(software.check(facts)) == []
-    for platforms, is_problem in [("mpi-cuda", True), ("cpu", False), (None, False)]:
+    for platforms, is_problem in [
+        ("mpi-cuda", True),
+        ("mpi_cuda, cpu", True),
+        ("cpu", False),
+        (None, False),
+    ]:
         (one,) = software.check(facts | {"platforms": platforms})
         assert one.is_problem is is_problem and "JAX_PLATFORMS=mpi_cuda" in one.remedy
     (newer,) = software.check(facts | {"jax": "99.0"})

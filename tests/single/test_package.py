@@ -90,6 +90,8 @@ def test_a_library_that_cannot_be_loaded_is_told_with_the_systems_it_is_for(tmp_
 def test_a_platform_that_is_almost_ours_is_told() -> None:
     result = python("import jax; jax.devices()", JAX_PLATFORMS="mpicuda")
     assert "JAX knows no platform mpicuda: set JAX_PLATFORMS=mpi_cuda" in result.stderr, result
+    result = python("import jax; jax.devices()", JAX_PLATFORMS="mpi_cuda, cpu")
+    assert "in ' cpu': set JAX_PLATFORMS=mpi_cuda,cpu" in result.stderr, result
 
 
 def test_the_package_has_the_licence() -> None:

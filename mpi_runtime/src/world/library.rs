@@ -121,13 +121,30 @@ pub(super) fn open_for(
             None => "which no launcher has started".into(),
         },
         tried: tried.join("; "),
-        remedy: match surroundings.wish() {
-            Some(wish) if options.library.is_none() => {
-                format!("Unset {wish}, which allows this ABI alone, or set")
-            }
-            _ => "Set".into(),
-        },
+        remedy: remedy(
+            surroundings.wish().filter(|_| options.library.is_none()),
+            launched.is_some(),
+        ),
     })
+}
+
+/// What to do where there is no MPI: `wish` is the variable that says which ABI to look for.
+fn remedy(wish: Option<String>, is_launched: bool) -> String {
+    let set = match wish {
+        Some(wish) => format!("Unset {wish}, which allows this ABI alone, or set"),
+        None => "Set".into(),
+    };
+    let (whose, alone) = match is_launched {
+        true => (
+            "the launcher's MPI",
+            "; MPI_CUDA_SINGLETON=1 runs separate worlds of size 1 on purpose",
+        ),
+        false => ("an MPI", ""),
+    };
+    format!(
+        "{set} MPI_CUDA_LIBMPI to the libmpi.so of {whose}, or have the dynamic loader find it \
+         (LD_LIBRARY_PATH, `module load`){alone}"
+    )
 }
 
 /// The shim for the MPI that this process uses; none if there is no MPI and none is needed.

@@ -59,6 +59,13 @@ def check(facts: Facts) -> Iterator[Finding]:
         )
         return
     names = platforms.split(",")
+    bare = [name.strip() for name in names]
+    if bare != names and "mpi_cuda" in bare:
+        yield problem(
+            f"JAX_PLATFORMS={platforms!r}: a space is a part of a platform's name for JAX",
+            f"set JAX_PLATFORMS={','.join(bare)}",
+        )
+        return
     if names[0] == "mpi_cuda":
         return
     if "mpi_cuda" in names:
