@@ -51,7 +51,9 @@ def install() -> None:
     # The name is JAX's: some callers use it.
     @functools.wraps(original)
     def emit(ctx: Any, callback: Any, *args: Any, **options: Any) -> Any:
-        if _library.is_ours(ctx.module_context.get_backend()) and _library.load().mpi_cuda_on_gpu():
+        # Of a program for several platforms there is none, and JAX says what is wrong with it.
+        backend = ctx.module_context.get_backend(optional=True)
+        if _library.is_ours(backend) and _library.load().mpi_cuda_on_gpu():
             callback = _noting(callback)
         return original(ctx, callback, *args, **options)
 
