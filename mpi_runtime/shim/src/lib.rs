@@ -3,7 +3,7 @@
 //! Uses the raw layer of the `mpi` crate: its safe layer finalizes MPI when dropped and aborts on
 //! errors, and both belong to the engine here.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::atomic::Ordering;
 
@@ -53,6 +53,7 @@ static API: ShimApi = ShimApi {
     largest_tag,
     set_tag: messages::set_tag,
     comm_watch,
+    comm_is_kept,
     execute: execute_op,
     start_send: nonblocking::start_send,
     start_collective: nonblocking::start_collective,
@@ -323,8 +324,24 @@ struct Watch {
     deleted: CommDeleted,
 }
 
+/// The name of a communicator that MPI was told to keep. One that has its handle later has not.
+fn name_of_kept(number: i64) -> CString {
+    CString::new(format!("mpi_cuda: freed {number}")).unwrap_or_default()
+}
+
+unsafe extern "C" fn comm_is_kept(comm: u64, number: i64) -> c_int {
+    let mut name = [0 as c_char; ffi::MPI_MAX_OBJECT_NAME as usize + 1];
+    let mut length = 0;
+    // SAFETY: the name has the room that MPI wants; a handle of none is an error that is returned.
+    let code =
+        unsafe { ffi::MPI_Comm_get_name(comm_from_bits(comm), name.as_mut_ptr(), &mut length) };
+    // SAFETY: MPI ends the name with a NUL, and there is one behind it.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) };
+    c_int::from(code == SUCCESS && name == name_of_kept(number).as_c_str())
+}
+
 unsafe extern "C" fn on_delete(
-    _comm: ffi::MPI_Comm,
+    comm: ffi::MPI_Comm,
     _key: c_int,
     attribute: *mut c_void,
     _extra: *mut c_void,
@@ -334,7 +351,10 @@ unsafe extern "C" fn on_delete(
     if (watch.deleted)(watch.number) == 0 {
         SUCCESS
     } else {
-        // MPI does not free a communicator whose attribute cannot be deleted (MPI 4.0, 7.7.2).
+        // MPI does not free a communicator whose attribute cannot be deleted (MPI 4.0, 7.7.2). But
+        // MPICH looks at the last of its attributes alone, which may be another one's.
+        // SAFETY: the communicator is live in here.
+        unsafe { ffi::MPI_Comm_set_name(comm, name_of_kept(watch.number).as_ptr()) };
         ffi::MPI_ERR_OTHER as c_int
     }
 }

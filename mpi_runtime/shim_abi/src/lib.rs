@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 20;
+pub const ABI_VERSION: u32 = 21;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -234,8 +234,8 @@ pub struct ShimReceived {
 pub struct ShimStatus(pub [u8; 64]);
 
 /// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be
-/// kept, and [`ShimApi::comm_free`] will be called for it; only for an MPI that deletes it when an
-/// operation ends instead of when the user frees it (MPICH).
+/// kept, and [`ShimApi::comm_free`] will be called for it if [`ShimApi::comm_is_kept`]; only for an
+/// MPI that deletes it when an operation ends instead of when the user frees it (MPICH).
 pub type CommDeleted = extern "C" fn(number: i64) -> c_int;
 
 /// The function table of a shim.
@@ -304,6 +304,9 @@ pub struct ShimApi {
     pub set_tag: unsafe extern "C" fn(status: *mut c_void, tag: c_int),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
+    /// Whether MPI has kept the communicator of that number, as [`CommDeleted`] said it must: 1 or
+    /// 0. Else the handle may be another one's by now.
+    pub comm_is_kept: unsafe extern "C" fn(comm: u64, number: i64) -> c_int,
     /// Executes an operation and waits until its buffers may be used again.
     pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
     /// `MPI_Isend` of what `op` sends, which must stay as it is until the request is complete.

@@ -87,6 +87,7 @@ impl Engine {
             self.calls.comparison.free(comm.number);
             self.calls.nonblocking.free(comm.handle);
             if let Some(shim) = &self.calls.shim
+                && shim.comm_is_kept(comm.handle, comm.number)
                 && let Err(error) = shim.comm_free(comm.handle)
             {
                 log::line(&format!(

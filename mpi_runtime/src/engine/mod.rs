@@ -254,7 +254,8 @@ impl Engine {
     ) -> Result<(), Box<OperationError>> {
         let mut comm = self.communicator(op)?;
         if comm.freed && self.freed_comms.are_used_by(op.comm, ticket) {
-            comm.freed = false;
+            // What was started needs it no more.
+            comm.freed = !op.kind.is_end() && !self.calls.is_kept(&comm, op.comm);
         }
         self.run_at(ticket, start, place, op, &comm)
             .map_err(|reason| error_of(op, &comm, reason))

@@ -76,6 +76,12 @@ impl MpiCalls {
         }
     }
 
+    /// Whether MPI has kept the communicator of that number, which the user has freed.
+    pub(super) fn is_kept(&self, comm: &Communicator, number: i64) -> bool {
+        let shim = self.shim.as_ref();
+        shim.is_some_and(|shim| shim.comm_is_kept(comm.handle, number))
+    }
+
     /// Checks a collective of the launch `ticket`, and compares it with what the other ranks are
     /// about to do. Once for the whole collective, in whatever parts MPI sees it.
     #[inline]

@@ -282,6 +282,12 @@ impl Shim {
         self.check(unsafe { (self.api.comm_watch)(comm, number, deleted) })
     }
 
+    /// Whether MPI has kept `comm`, which the user has freed, for the launches that use it.
+    pub fn comm_is_kept(&self, comm: u64, number: i64) -> bool {
+        // SAFETY: the shim asks MPI for a name, which refuses a handle that is none.
+        unsafe { (self.api.comm_is_kept)(comm, number) == 1 }
+    }
+
     /// Executes an operation; the only call here that waits on a peer after start.
     ///
     /// # Safety

@@ -135,3 +135,20 @@ def test_intercommunicators_are_refused() -> None:
         nt.barrier(comm=inter)
     inter.Free()
     comm.Free()
+
+
+def test_a_communicator_with_older_attributes_is_freed_before_the_wait() -> None:
+    """MPICH frees it then, whatever our attribute's delete function says."""
+    key = MPI.Comm.Create_keyval()
+    for _ in range(10):
+        comm = MPI.COMM_WORLD.Dup()
+        comm.Set_attr(key, "older than ours")
+        request = nt.ibarrier(comm=comm)
+        jax.block_until_ready(request.number)
+        comm.Free()
+        nt.wait(request)
+        # It may have the handle of the one that was freed.
+        other = MPI.COMM_WORLD.Dup()
+        jax.effects_barrier()
+        other.barrier()
+        other.Free()
