@@ -23,7 +23,7 @@ from mpi_cuda._arguments import OPS, Comm, known_comm, known_topology
 from mpi_cuda._jax_patches import linear
 from mpi_cuda._jax_patches.effect import effect
 from mpi_cuda._library import ATTRIBUTE_ANY
-from mpi_cuda._primitives import STARTS, Result, primitives
+from mpi_cuda._primitives import STARTS, Result, primitives, stand_ins
 
 SUM = OPS["SUM"]
 Adjoint = Callable[[jax.Array, Any, Comm, dict[str, int]], jax.Array]
@@ -45,13 +45,17 @@ def _jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
     zeros = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
     if not linear.is_differentiable(jax.typeof(primals[0])):
         return outs, zeros
-    # In place of a template, something that ties what the transpose makes of it to the operand.
-    tangent_params = {**params, "token": False, "template": True, "derived": True}
-    operands = [ad.instantiate_zeros(tangents[0])]
-    if name != "recv":
-        operands.append(linear.nothing(primals[0]))
-    out_tangents = primitives[name].bind(*operands, **tangent_params)
+    out_tangents = _of_tangent(name, primals[0], tangents[0], params)
     return outs, out_tangents + zeros[len(out_tangents) :]
+
+
+def _of_tangent(name: str, primal: Any, tangent: Any, params: dict[str, Any]) -> Any:
+    # In place of a template, something that ties what the transpose makes of it to the operand.
+    params = {**params, "token": False, "template": True, "derived": True}
+    operands = [ad.instantiate_zeros(tangent)]
+    if name != "recv":
+        operands.append(linear.nothing(primal))
+    return primitives[name].bind(*operands, **params)
 
 
 def _transpose(
@@ -321,8 +325,9 @@ for _name in ("isend", "irecv", "wait", "wait_send"):
     ad.primitive_transposes[primitives[_name]] = _never(_name)
 
 
-# The tangent of a collective that was started is made by its end, as that of the blocking one: by
-# the blocking one, on the tangent of the operand, which `linear.stand_in` brings there.
+# The tangent of a collective that was started is made where it is started, by the blocking one: the
+# ranks start in one order, but each may wait in another. What stands in for the result brings it to
+# `wait`.
 
 
 def _start_jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
@@ -331,45 +336,54 @@ def _start_jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
     return outs, [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
 
 
+def _start_transpose(_: Any, *args: Any, **__: Any) -> Any:
+    # The cotangent comes through what stands in for the result.
+    return [ad.Zero(arg.aval) if ad.is_undefined_primal(arg) else None for arg in args]
+
+
+def _stand_in_jvp(name: str, primals: Any, tangents: Any, **params: Any) -> Any:
+    outs = stand_ins[name].bind(*primals, **{**params, "derived": False})
+    return outs, _of_tangent(name, primals[0], tangents[0], params)
+
+
+def _stand_in_transpose(name: str, cotangents: Any, x: Any, **params: Any) -> Any:
+    return ad.primitive_transposes[primitives[name]](cotangents, x, **params)
+
+
 def _wait_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     if "started" not in params:
         _refuse("wait")
     name, attributes = params["started"]
     _require_sum(f"i{name}", dict(attributes))
     outs = primitives["wait"].bind(*primals, **{**params, "derived": False})
-    zeros = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
-    if not linear.is_differentiable(jax.typeof(outs[0])):
-        return outs, zeros
-    of_tangent = {key: value for key, value in params.items() if key != "started"}
-    of_tangent |= {"attributes": attributes, "token": False, "template": True, "derived": True}
-    operands = ad.instantiate_zeros(tangents[1]), linear.nothing(primals[1])
-    out_tangents = primitives[name].bind(*operands, **of_tangent)
-    return outs, out_tangents + zeros[len(out_tangents) :]
+    out_tangents: list[Any] = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+    if params["template"] and linear.is_differentiable(jax.typeof(outs[0])):
+        out_tangents[0] = tangents[1]
+    return outs, out_tangents
 
 
-def _wait_transpose(cotangents: Any, number: Any, x: Any, *rest: Any, **params: Any) -> Any:
+def _wait_transpose(cotangents: Any, number: Any, *rest: Any, **params: Any) -> Any:
     if "started" not in params:
         _refuse("wait")
-    name, attributes = params["started"]
-    whole = {key: value for key, value in params.items() if key != "started"}
-    whole |= {"attributes": attributes, "token": False, "template": False}
-    back = ad.primitive_transposes[primitives[name]](cotangents, x, **whole)
-    return [None, *back] + [None] * len(rest)
+    back = [cotangents[0]] * params["template"]
+    return [None, *back] + [None] * (len(rest) - len(back))
 
 
-def _start_transpose(_: Any, *args: Any, **__: Any) -> Any:
-    # The cotangent comes from the end, through `linear.stand_in`.
-    return [ad.Zero(arg.aval) if ad.is_undefined_primal(arg) else None for arg in args]
-
-
-def _define_start(name: str) -> None:
-    ad.primitive_jvps[primitives[name]] = lambda primals, tangents, **params: _start_jvp(
-        name, primals, tangents, **params
+def _define_start(start: str, name: str) -> None:
+    ad.primitive_jvps[primitives[start]] = lambda primals, tangents, **params: _start_jvp(
+        start, primals, tangents, **params
     )
-    ad.primitive_transposes[primitives[name]] = _start_transpose
+    ad.primitive_transposes[primitives[start]] = _start_transpose
+    if name in stand_ins:
+        ad.primitive_jvps[stand_ins[name]] = lambda primals, tangents, **params: _stand_in_jvp(
+            name, primals, tangents, **params
+        )
+        ad.primitive_transposes[stand_ins[name]] = lambda cts, x, **params: _stand_in_transpose(
+            name, cts, x, **params
+        )
 
 
-for _name in STARTS:
-    _define_start(_name)
+for _start, _name in STARTS.items():
+    _define_start(_start, _name)
 ad.primitive_jvps[primitives["wait"]] = _wait_jvp
 ad.primitive_transposes[primitives["wait"]] = _wait_transpose

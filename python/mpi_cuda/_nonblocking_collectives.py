@@ -17,7 +17,7 @@ from mpi_cuda._arguments import Comm
 from mpi_cuda._jax_patches import jax_core, linear
 from mpi_cuda._nonblocking import Request
 from mpi_cuda._operations import Token, bind, collective, require_leading
-from mpi_cuda._primitives import LINEAR, SUM_NUMBER
+from mpi_cuda._primitives import SUM_NUMBER, Result, stand_ins
 
 _NUMBER = ((), np.uint32)
 
@@ -35,16 +35,27 @@ def _start(
     rule = rule or name
     batch_as = f"i{rule}" if name == "scatter" else None
     number, token = bind(f"i{name}", where, x, _NUMBER, token, batch_as=batch_as, **attributes)
-    is_linear = name in LINEAR and attributes.get("op", SUM_NUMBER) == SUM_NUMBER
-    # What vmap and derivatives need of it, outside of which it takes neither memory nor time.
+    all_attributes = tuple(sorted({"comm": where.number, **attributes}.items()))
+    # What vmap and derivatives need of it. Where the request leaves `jit`, or goes through a loop
+    # or a branch, zeros of that size are written; else it takes neither memory nor time.
     template: Any
-    if not linear.is_differentiable(jax.typeof(x)):
+    is_linear = name in stand_ins and attributes.get("op", SUM_NUMBER) == SUM_NUMBER
+    if not (is_linear and linear.is_differentiable(jax.typeof(x))):
         template = np.float32(0) if jax_core.is_outside_programs() else linear.nothing(x)
     elif jax_core.is_outside_programs():
-        template = np.broadcast_to(np.zeros((), x.dtype), x.shape)
+        template = np.broadcast_to(np.zeros((), x.dtype), shape)
     else:
-        template = linear.stand_in(x, is_linear)
-    started = name, rule, tuple(sorted({"comm": where.number, **attributes}.items()))
+        (template,) = stand_ins[name].bind(
+            x,
+            result=Result(shape, np.dtype(x.dtype)),
+            token=False,
+            template=False,
+            batch_as=rule,
+            derived=False,
+            paired=False,
+            attributes=all_attributes,
+        )
+    started = name, rule, all_attributes
     return Request(number, template, shape, np.dtype(x.dtype), where, started), token
 
 

@@ -187,6 +187,7 @@ def _batch(
     token: bool,
     template: bool,
     batch_as: str,
+    primitive: linear.Linear,
     **params: Any,
 ) -> Any:
     args, dims = list(args), list(dims)
@@ -195,7 +196,6 @@ def _batch(
         # A token carries no data: any of the batch will do.
         args[-1] = jax.lax.index_in_dim(args[-1], 0, dims[-1], keepdims=False)
         dims[-1] = None
-    primitive = primitives[name]
     rule = RULES[batch_as]
     rest = {"token": token, "template": template, "batch_as": batch_as, **params}
     data = len(args) - token
@@ -213,10 +213,10 @@ def _batch(
                 )
             continue
         args[i] = batching.bdim_at_front(args[i], dims[i], size)
-        # The template of a collective's end is like the operand of its start, if it has a tangent.
-        moves = not is_template or (ends and args[i].ndim > (rule.operand or 0))
-        if rule.operand and moves:
-            args[i] = jnp.moveaxis(args[i], 0, rule.operand)
+        # The template of a collective's end is like its result (`StandIn`), if it has a tangent.
+        behind = (rule.result if ends else 0) if is_template else rule.operand
+        if behind and not (is_template and args[i].ndim <= behind):
+            args[i] = jnp.moveaxis(args[i], 0, behind)
     if result is not None and rule.result is not None:
         shape = list(result.shape)
         shape.insert(rule.result, size)
@@ -252,10 +252,37 @@ def _define(name: str) -> Operation:
         primitive, lambda ctx, *args, **params: _lowering(name, ctx, *args, **params)
     )
     batching.primitive_batchers[primitive] = lambda args, dims, **params: _batch(
-        name, args, dims, **params
+        name, args, dims, primitive=primitive, **params
     )
     return primitive
 
 
 for _name in RULES:
     primitives[_name] = _define(_name)
+
+
+class StandIn(linear.Linear):
+    """Zeros with shape and dtype of the result of a collective that was started. Its request takes
+    them along to `wait`. Their tangent is that of the result (`_derivatives`), so that it is made
+    where the collective is started: all ranks start in one order, and wait in any."""
+
+
+def _zeros(*_: Any, result: Result, **__: Any) -> Any:
+    return [jnp.zeros(result.shape, result.dtype)]
+
+
+def _define_stand_in(name: str) -> StandIn:
+    primitive = StandIn(f"mpi_cuda_{name}_stand_in")
+    primitive.multiple_results = True
+    primitive.def_impl(_zeros)
+    primitive.def_abstract_eval(
+        lambda *_, result, **__: [jax.core.ShapedArray(result.shape, result.dtype)]
+    )
+    mlir.register_lowering(primitive, mlir.lower_fun(_zeros, True))
+    batching.primitive_batchers[primitive] = lambda args, dims, **params: _batch(
+        name, args, dims, primitive=primitive, **params
+    )
+    return primitive
+
+
+stand_ins = {name: _define_stand_in(name) for name in STARTS.values() if name in LINEAR}

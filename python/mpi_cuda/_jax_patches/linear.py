@@ -110,16 +110,6 @@ def nothing(x: Any, shape: Sequence[int] = (), dtype: Any = np.float32) -> Any:
     return _nothing_p.bind(x, shape=tuple(shape), dtype=np.dtype(dtype))
 
 
-_stand_in_p: Linear
-
-
-def stand_in(x: Any, is_linear: bool) -> Any:
-    """Zeros like `x` whose tangent is that of `x`; they take no time. What has started with `x`
-    hands them to its end, which makes the tangent of the result. `is_linear`: they have a tangent
-    whatever `x` is, as the operand of an operation has."""
-    return _stand_in_p.bind(x, is_linear=is_linear)
-
-
 def is_differentiable(aval: Any) -> bool:
     """Whether an array of this kind has tangents."""
     # Tokens have no dtype.
@@ -139,28 +129,6 @@ class Linear(jax_core.Primitive):
         if args and self.is_linear(params):
             args = [_prepared(trace, args[0], params), *args[1:]]
         return super().bind_with_trace(trace, args, *rest)
-
-
-class _StandIn(Linear):
-    def is_linear(self, params: dict[str, Any]) -> bool:
-        return bool(params["is_linear"])
-
-
-_stand_in_p = _StandIn("mpi_cuda_stand_in")
-_stand_in_p.def_impl(lambda x, **_: jnp.zeros(x.shape, x.dtype))
-_stand_in_p.def_abstract_eval(lambda x, **_: jax.core.ShapedArray(x.shape, x.dtype))
-mlir.register_lowering(
-    _stand_in_p, mlir.lower_fun(lambda x, **_: jnp.zeros(x.shape, x.dtype), False)
-)
-batching.primitive_batchers[_stand_in_p] = lambda args, dims, **params: (
-    _stand_in_p.bind(args[0], **params),
-    dims[0],
-)
-ad.primitive_transposes[_stand_in_p] = lambda ct, _, **__: [ct]
-ad.primitive_jvps[_stand_in_p] = lambda primals, tangents, **params: (
-    _stand_in_p.bind(primals[0], **params),
-    tangents[0],
-)
 
 
 def _prepared(trace: Any, x: Any, params: dict[str, Any]) -> Any:

@@ -133,3 +133,66 @@ def test_batches_are_one_collective() -> None:
         return batched(batch, some)
 
     jax.tree.map(np.testing.assert_allclose, everything(_blocking), everything(_started))
+
+
+def test_ranks_may_wait_in_any_order() -> None:
+    """Derivatives belong to what was started, whoever waits first, and before or after others."""
+    reduced = m.SUM
+
+    def losses(x, in_order):
+        sums = nt.iallreduce(x, reduced), nt.iallreduce(10 * x, reduced)
+        others = nt.iscan(x * x, reduced), nt.iallgather(3 * x), nt.iallreduce(x * x * x, reduced)
+        requests = (*sums, *others)
+        ended: dict[int, Any] = {}
+        if not in_order:
+            ended[1] = nt.wait(requests[1])
+        between = nt.allreduce(100 * x, reduced)
+        for index in range(5) if in_order else (4, 0, 3, 2):
+            ended[index] = nt.wait(requests[index])
+        assert len(ended) == 5
+        return [*(ended[index].sum() for index in range(5)), between.sum()]
+
+    def derivatives(style, *style_arguments):
+        def loss(x):
+            return sum((k + 1.0) * value for k, value in enumerate(style(x, *style_arguments)))
+
+        forward = jax.jvp(lambda x: style(x, *style_arguments), (x,), (x + 1,))[1]
+        return forward, jax.grad(loss)(x)
+
+    def blocking(x):
+        return [
+            nt.allreduce(x, reduced).sum(),
+            nt.allreduce(10 * x, reduced).sum(),
+            nt.scan(x * x, reduced).sum(),
+            nt.allgather(3 * x).sum(),
+            nt.allreduce(x * x * x, reduced).sum(),
+            nt.allreduce(100 * x, reduced).sum(),
+        ]
+
+    x = jnp.arange(3.0) + RANK
+    expected = derivatives(blocking)
+    for run in (derivatives, jax.jit(derivatives, static_argnums=(0, 1))):
+        jax.tree.map(np.testing.assert_allclose, run(losses, RANK % 2 == 0), expected)
+
+
+def test_a_checkpoint_starts_again() -> None:
+    def gradient(style):
+        return jax.jit(jax.grad(lambda x: jax.checkpoint(lambda x: style(x) ** 2)(x).sum()))(X)
+
+    started = gradient(lambda x: nt.wait(nt.iscan(x, m.SUM)))
+    np.testing.assert_allclose(started, gradient(lambda x: nt.scan(x, m.SUM)))
+
+
+def test_inside_of_a_loop_whose_length_data_decides() -> None:
+    def steps(style):
+        def loop(x):
+            def body(carry):
+                step, x = carry
+                return step + 1, style(x) / SIZE + x / 2
+
+            return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (0, x))[1]
+
+        return jax.jit(lambda x: jax.jvp(loop, (x,), (2 * x,)))(X)
+
+    started = steps(lambda x: nt.wait(nt.iscan(x, m.SUM)))
+    jax.tree.map(np.testing.assert_allclose, started, steps(lambda x: nt.scan(x, m.SUM)))
