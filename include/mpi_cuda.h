@@ -71,7 +71,7 @@ extern "C" {
  *   mpi_cuda_send        x -> none                  comm, dest, tag
  *   mpi_cuda_sendrecv    x -> y                     comm, dest, tag, source, recvtag, status
  *   mpi_cuda_wait        u32[] of an irecv -> y     comm, status
- *                        u32[] of a collective -> y as without i    comm
+ *                        u32[] of a collective -> y as without i    comm; no status
  *   mpi_cuda_wait_send   u32[] of an isend or ibarrier -> none      comm
  *
  * sources and destinations are how many ranks this one receives from and sends to in the topology
@@ -79,8 +79,9 @@ extern "C" {
  * none.
  *
  * The u32[] of an irecv or isend names the message until it is waited for, once, and that of an
- * iallreduce and so on the collective (MPI 4.0, section 6.12); mpi_cuda_shutdown() completes what
- * was sent, and collectives.
+ * iallreduce and so on the collective (MPI 4.0, section 6.12). The comm of a wait is that of the
+ * start; another one is refused, and so is a status for a collective, which has none. What is
+ * refused can still be waited for. mpi_cuda_shutdown() completes what was sent, and collectives.
  *
  * Optional, and faster for small programs: an attribute named mpi_cuda_uniform_<comm>_<sequence>,
  * of any integer, on one operation promises that this program always runs the same sequence of

@@ -252,7 +252,8 @@ impl MpiCalls {
     /// Starts a collective, whose number is the operation's result.
     ///
     /// # Safety
-    /// `shim_op` must be what [`check::prepare`] makes of `op` on `comm`.
+    /// `shim_op` must be what [`check::prepare`] makes of `op` on `comm`, and
+    /// [`check::check_start`] must have accepted it.
     pub(super) unsafe fn start_collective(
         &self,
         op: &Operation<'_>,
@@ -307,12 +308,14 @@ impl MpiCalls {
         if op.kind == Kind::Wait && posted != wanted {
             return Err(about(other_dtype(posted, wanted)));
         }
+        check_end(op, &started, comm).map_err(about)?;
         let ended = self.nonblocking.wait(number).map_err(about)?;
         if op.kind == Kind::WaitSend {
             return Ok(());
         }
         if started.kind.starts_collective() {
-            return ended.finish_collective(op, comm).map_err(about);
+            ended.finish_collective(op, comm);
+            return Ok(());
         }
         ended.begin(beginning);
         ended.write(&op.recv, op.status);
@@ -366,6 +369,39 @@ fn check_request(number: &Buffer<'_>, what: &str) -> Result<(), Failure> {
         return Ok(());
     }
     Err(format!("the {what} must be one number of 32 bits").into())
+}
+
+/// Whether the wait `op` fits what it ends, on its communicator; if not, that can still be waited
+/// for.
+fn check_end(
+    op: &Operation<'_>,
+    started: &Operation<'_>,
+    comm: &Communicator,
+) -> Result<(), Failure> {
+    if op.comm != started.comm {
+        return Err(format!(
+            "it was started on communicator number {}, and wait names number {} ({}); pass wait \
+             the communicator of the start",
+            started.comm, op.comm, comm.name
+        )
+        .into());
+    }
+    if op.kind == Kind::WaitSend || !started.kind.starts_collective() {
+        return Ok(());
+    }
+    if op.status != 0 {
+        return Err("a collective has no status to fill; pass wait none".into());
+    }
+    let has = check::result_elements(started, comm) as usize * started.send.dtype().size();
+    let wanted = op.recv.bytes();
+    if has == wanted {
+        return Ok(());
+    }
+    Err(format!(
+        "its result has {has} bytes, and that of wait {wanted}; pass wait the shape that belongs \
+         to the start"
+    )
+    .into())
 }
 
 /// What is wrong with a `wait` for another dtype than was posted; the message can still be waited

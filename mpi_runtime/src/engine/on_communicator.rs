@@ -48,7 +48,7 @@ impl Transport for OnCommunicator<'_> {
             kind if kind.is_end() => self.wait(op, &mut []),
             kind if kind.starts_collective() => {
                 let shim_op = check::prepare(op, comm)?;
-                // SAFETY: prepared here.
+                // SAFETY: prepared here; the engine has accepted the whole start (`prepare_whole`).
                 unsafe { calls.start_collective(op, comm, &shim_op) }.map(|()| Done::default())
             }
             kind if kind.is_start() => calls.start_message(op, comm).map(|()| Done::default()),

@@ -188,10 +188,12 @@ def test_a_start_that_differs_between_ranks_is_an_error_on_all() -> None:
 
 def test_a_communicator_may_be_freed_before_the_wait() -> None:
     comm = MPI.COMM_WORLD.Clone()
-    request = nt.iallreduce(X, m.SUM, comm=comm)
-    jax.block_until_ready(request.number)
+    # Long enough that they are on their way when it is freed.
+    x = jnp.full(2_500_000, RANK + 1.0)
+    requests = [nt.iallreduce(k * x, m.SUM, comm=comm) for k in range(1, 5)]
     comm.Free()
-    np.testing.assert_array_equal(nt.wait(request), nt.allreduce(X, m.SUM))
+    for k, request in enumerate(requests, 1):
+        np.testing.assert_array_equal(nt.wait(request), k * nt.allreduce(x, m.SUM))
 
 
 def test_the_flight_recorder_knows_start_and_wait(tmp_path: Path) -> None:
@@ -209,10 +211,17 @@ def test_misuse_is_refused_by_name() -> None:
         nt.wait(request, status=m.Status())
     other = dataclasses.replace(request, dtype=np.dtype("i4"))
     _fails(lambda: nt.wait(other), "iallreduce of float32[2,3] with SUM: it was posted for float32")
-    nt.wait(request)
+    other = dataclasses.replace(request, comm=m.COMM_WORLD)
+    _fails(lambda: nt.wait(other), "it was started on communicator number", "wait names number")
+    as_message = dataclasses.replace(request, started=None)
+    _fails(lambda: nt.wait(as_message, status=m.Status()), "a collective has no status to fill")
+    # What was refused can still be waited for.
+    np.testing.assert_array_equal(nt.wait(request), nt.allreduce(X, m.SUM))
     _fails(lambda: nt.wait(request), "it was waited for before")
-    request = dataclasses.replace(nt.iallgather(X), shape=(2, 3))
-    _fails(lambda: nt.wait(request), f"its result has {24 * SIZE} bytes, and that of wait 24")
+    request = nt.iallgather(X)
+    smaller = dataclasses.replace(request, shape=(1, 3))
+    _fails(lambda: nt.wait(smaller), f"its result has {24 * SIZE} bytes, and that of wait 12")
+    np.testing.assert_array_equal(nt.wait(request), nt.allgather(X))
     no_result = dataclasses.replace(nt.ibarrier(), shape=(2,), dtype=np.dtype("f4"))
     _fails(lambda: nt.wait(no_result), "ibarrier: wait belongs to irecv and to collectives")
     nt.wait(dataclasses.replace(no_result, shape=None))

@@ -262,8 +262,16 @@ impl Shared {
     }
 
     pub(super) fn fail(&self, row: &mut StartedRow, reason: Failure) {
-        if matches!(row.state, StartedState::Unmatched) {
-            self.unmatched.fetch_sub(1, Ordering::AcqRel);
+        match row.state {
+            StartedState::Unmatched => {
+                self.unmatched.fetch_sub(1, Ordering::AcqRel);
+            }
+            StartedState::Running(..) => {
+                // MPI may still read and write them, in MPI_Finalize too: they are never freed.
+                std::mem::forget(std::mem::take(&mut row.memory));
+                std::mem::forget(std::mem::take(&mut row.operand));
+            }
+            StartedState::Done(..) | StartedState::Failed(_) => {}
         }
         row.state = StartedState::Failed(reason);
     }
@@ -351,5 +359,23 @@ mod tests {
         assert_eq!(gets(7, 1, 6), Some(5));
         assert_eq!(gets(8, 1, 5), Some(2));
         assert_eq!(gets(9, 1, 5), None);
+    }
+
+    #[test]
+    fn memory_that_mpi_may_write_is_not_freed() {
+        let shared = Shared::new(None);
+        let running = || StartedState::Running(Request(0), ShimReceived::default());
+        let done = || StartedState::Done(ShimStatus([0; 64]), ShimReceived::default());
+        for (state, is_kept) in [(running(), false), (done(), true)] {
+            let mut row = receive(1, 7, 1, 5, state);
+            row.memory = MessageMemory::allocate(64).unwrap();
+            row.operand = MessageMemory::allocate(64).unwrap();
+            shared.fail(&mut row, "it failed".into());
+            assert!(row.has_ended());
+            for memory in [&row.memory, &row.operand] {
+                // What is left is freed with the row.
+                assert_eq!(memory.room() > 0, is_kept);
+            }
+        }
     }
 }
