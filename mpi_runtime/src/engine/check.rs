@@ -99,7 +99,8 @@ pub fn prepare_in(
 }
 
 /// Checks that a collective, which `shim` is, can be started: in one call of MPI's, of at most
-/// `most` bytes over all ranks, and with a reduction of which any thread may call the function.
+/// `most` bytes over all blocks, where there are some, and with a reduction of which any thread may
+/// call the function.
 pub fn check_start(
     shim: &ShimOp,
     op: &Operation<'_>,
@@ -109,8 +110,8 @@ pub fn check_start(
     let started = op.kind.started().name();
     if shim.reduction == Reduction::User && op.reduction.is_some() {
         return Err(format!(
-            "a user-defined reduction runs in calls of MPI's, and those of a started collective \
-             are made by a thread of the library's while Python may have ended; use {started}"
+            "a started collective cannot have a user-defined reduction: MPI would call its Python \
+             function from a thread of this library, maybe after Python has ended; use {started}"
         )
         .into());
     }
@@ -122,9 +123,9 @@ pub fn check_start(
         return Ok(());
     }
     Err(format!(
-        "a started collective is one call of MPI's, of at most {most} bytes over all blocks \
-         (MPI_CUDA_PART_BYTES), and this one has {bytes}; use {started}, or start several of a \
-         part each"
+        "a started collective is one call of MPI's, of at most {most} bytes over all blocks, \
+         where there are some (MPI_CUDA_PART_BYTES), and this one has {bytes}; use {started}, or \
+         start several of a part each"
     )
     .into())
 }

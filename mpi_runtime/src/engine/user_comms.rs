@@ -1,7 +1,6 @@
 //! Communicators of the user's: their first use, and their end.
 
 use super::Engine;
-use super::mpi_calls::UNKNOWN;
 use crate::error::Failure;
 use crate::mpi::communicators::Communicator;
 use crate::mpi::shim;
@@ -53,17 +52,16 @@ impl Engine {
         if may_wait && !executing {
             self.order.wait_comm(number);
         }
-        let handle = self.communicators.get(number).map(|comm| comm.handle);
-        if !executing && let Some(handle) = handle {
+        let comm = self.communicators.get(number);
+        if !executing && let Some(comm) = &comm {
             // Open MPI 4.1 frees it under collectives that were started, and crashes in them.
-            let comm = self.communicators.get(number).unwrap_or(UNKNOWN);
-            self.calls.wait_for_collectives(handle, &comm);
-            self.calls.nonblocking.free(handle);
+            self.calls.wait_for_collectives(comm.handle, comm);
+            self.calls.nonblocking.free(comm.handle);
         }
-        if executing && let Some(handle) = handle {
+        if executing && let Some(comm) = comm {
             // What these launches still execute is compared, as on ranks that come here later.
             self.freed_comms
-                .keep(number, handle, || self.order.not_ended(number));
+                .keep(number, comm.handle, || self.order.not_ended(number));
         } else {
             self.calls.comparison.free(number);
         }

@@ -79,7 +79,10 @@ class _Found:
         attributes = dict(eqn.params["attributes"])
         self.comms.add(attributes["comm"])
         self.operations += times
-        for var in (*eqn.invars, *eqn.outvars):
+        # A template stays here.
+        template = len(eqn.invars) - 1 - eqn.params["token"] if eqn.params["template"] else -1
+        arrays = [var for index, var in enumerate(eqn.invars) if index != template]
+        for var in (*arrays, *eqn.outvars):
             self.bytes += times * var.aval.size * var.aval.dtype.itemsize
         if name in ("wait", "wait_send") and "started" in eqn.params:
             # Of a collective, which the ranks have compared at its start.

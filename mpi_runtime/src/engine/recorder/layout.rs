@@ -135,7 +135,7 @@ pub const FOREIGN: u64 = 1 << 32;
 pub const STARTED: u64 = 1 << 33;
 /// Flag: of a program for several devices.
 pub const OF_XLA: u64 = 1 << 34;
-/// Where the flags have, of a wait for a collective that was started, the kind of the start, and 1.
+/// Where the flags of a wait for a started collective have the kind of the start plus 1.
 pub const ENDS: u32 = 40;
 
 macro_rules! words {
