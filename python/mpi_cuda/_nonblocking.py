@@ -4,6 +4,7 @@ of collectives that were started (`_nonblocking_collectives`)."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -113,12 +114,17 @@ def wait(request: Request, *, status: Any = None, token: Any = None) -> tuple[Ar
 
     Raises:
       TypeError: it is no request.
-      ValueError: a status for a collective, which has none.
+      ValueError: a status for a collective, which has none; requests that are stacked.
     """
     if not isinstance(request, Request):
         raise TypeError(
             "wait: request must be what isend, irecv or the start of a collective returned, got "
             f"{request!r}"
+        )
+    if shape := jnp.shape(request.number):
+        raise ValueError(
+            f"wait: request is an array of {math.prod(shape)} requests, as scan and vmap stack "
+            "them; jax.lax.map(wait, requests) waits for one after the other"
         )
     rule, started = None, None
     if request.started is not None:

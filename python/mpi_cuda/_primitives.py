@@ -208,8 +208,8 @@ def _batch(
         if (rule.operand is None or ends) and not is_template:
             if dims[i] is not None:
                 raise ValueError(
-                    f"mpi_cuda.{name}: the request was batched by vmap; start and wait "
-                    "in one vmap, or both outside"
+                    f"mpi_cuda.{name}: the request was batched by vmap; start and wait in one "
+                    "vmap, or both outside; jax.lax.map waits for what a scan has stacked"
                 )
             continue
         args[i] = batching.bdim_at_front(args[i], dims[i], size)

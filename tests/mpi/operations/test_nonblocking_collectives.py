@@ -254,3 +254,11 @@ def test_it_moves_on_while_the_program_computes() -> None:
     jax.effects_barrier()
     if RANK == 0:
         shutil.rmtree(folder)
+
+
+def test_requests_that_are_stacked_are_waited_for_one_by_one() -> None:
+    rows = jnp.arange(6.0).reshape(2, 3) + RANK
+    _, stacked = jax.lax.scan(lambda c, x: (c, nt.iallreduce(x, m.SUM)), 0, rows)
+    with pytest.raises(ValueError, match=r"an array of 2 requests.*jax.lax.map\(wait, requests\)"):
+        nt.wait(stacked)
+    np.testing.assert_allclose(jax.lax.map(nt.wait, stacked), nt.allreduce(rows, m.SUM))
