@@ -416,7 +416,7 @@ fn other_dtype(posted: ElementType, wanted: ElementType) -> Failure {
 }
 
 /// Stands for a communicator that is not known any more.
-pub(super) const UNKNOWN: Communicator = Communicator {
+const UNKNOWN: Communicator = Communicator {
     name: "a communicator",
     handle: 0,
     user_handle: u64::MAX,

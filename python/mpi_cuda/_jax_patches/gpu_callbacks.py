@@ -2,7 +2,7 @@
 
 XLA's own plugin calls them there. Without an operation in flight such an error is for JAX alone.
 Beside operations nothing may show it but the program's token, so it is noted where it is raised, as
-it is on CPUs (`pjrt_plugin/src/ffi/callbacks.rs`).
+it is on CPUs (`pjrt_plugin/src/ffi/callbacks.rs`). What JAX finds wrong with its results is not.
 """
 
 from __future__ import annotations
