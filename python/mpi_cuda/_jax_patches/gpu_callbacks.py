@@ -2,7 +2,7 @@
 
 XLA's own plugin calls them there. Without an operation in flight such an error is for JAX alone.
 Beside operations nothing may show it but the program's token, so it is noted where it is raised, as
-it is on CPUs (`pjrt_plugin/src/ffi/callbacks.rs`). What JAX finds wrong with its results is not.
+it is on CPUs (`pjrt_plugin/src/ffi/callbacks.rs`): also where JAX finds its results wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from jax._src import callback
+from jax._src.interpreters import mlir
 
 from mpi_cuda import _library
 from mpi_cuda._jax_patches.patch import Patch
@@ -18,7 +18,7 @@ from mpi_cuda._jax_patches.patch import Patch
 PATCHES = (
     Patch(
         what="what a callback on a GPU raises is noted",
-        used=("callback.emit_python_callback",),
+        used=("interpreters.mlir.ModuleContext.add_host_callback",),
         without="a job on GPUs ends with status 0 after an error of a callback that nobody reads",
         test="test_an_error_of_a_callback_that_nobody_reads_is_raised_later",
     ),
@@ -42,19 +42,18 @@ def _noting(function: Any) -> Any:
 
 
 def install() -> None:
-    """Wraps what lowers callbacks; without it their errors are for JAX alone."""
-    module: Any = callback
-    original = getattr(module, "emit_python_callback", None)
+    """Wraps what JAX makes of callbacks; without it their errors are for JAX alone."""
+    module_context: Any = getattr(mlir, "ModuleContext", None)
+    original = getattr(module_context, "add_host_callback", None)
     if original is None:
         return
 
-    # The name is JAX's: some callers use it.
     @functools.wraps(original)
-    def emit(ctx: Any, callback: Any, *args: Any, **options: Any) -> Any:
+    def add(self: Any, host_callback: Any) -> None:
         # Of a program for several platforms there is none, and JAX says what is wrong with it.
-        backend = ctx.module_context.get_backend(optional=True)
+        backend = self.get_backend(optional=True)
         if _library.is_ours(backend) and _library.load().mpi_cuda_on_gpu():
-            callback = _noting(callback)
-        return original(ctx, callback, *args, **options)
+            host_callback = _noting(host_callback)
+        original(self, host_callback)
 
-    module.emit_python_callback = emit
+    module_context.add_host_callback = add

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import traceback
 from typing import Any
@@ -11,6 +12,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import buffer_callback
 
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
@@ -277,13 +279,32 @@ def test_a_callback_that_raised_fails_no_later_launch(ordered: bool) -> None:
     np.testing.assert_array_equal(step(jnp.full(3, 6.0)), np.full(3, 6.0))
 
 
-def test_an_error_of_a_callback_that_nobody_reads_is_raised_later() -> None:
-    def check(x: Any) -> None:
-        if float(x[0]) == 2:
+def calls_back(how: str, x: Any) -> None:
+    """A callback that fails the second of four times."""
+    times = itertools.count(1)
+
+    def check(x: Any) -> Any:
+        bad = next(times) % 4 == 2
+        if bad and how != "a wrong shape":
             raise ValueError("bad input")
+        return np.zeros(2 if bad else 3, np.float32)
+
+    def check_buffers(context: Any, result: Any, x: Any) -> None:
+        check(x)
+
+    result = jax.ShapeDtypeStruct((3,), np.float32)
+    if how == "buffers":
+        buffer_callback.buffer_callback(check_buffers, result, has_side_effect=True)(x)
+    else:
+        jax.experimental.io_callback(check, result, x, ordered=True)
+
+
+@pytest.mark.parametrize("how", ["an exception", "a wrong shape", "buffers"])
+def test_an_error_of_a_callback_that_nobody_reads_is_raised_later(how: str) -> None:
+    words = "Incorrect output shape" if how == "a wrong shape" else "bad input"
 
     def body(x: Any) -> None:
-        jax.experimental.io_callback(check, None, x, ordered=True)
+        calls_back(how, x)
         nt.barrier()
 
     step = jax.jit(body)
@@ -295,7 +316,7 @@ def test_an_error_of_a_callback_that_nobody_reads_is_raised_later() -> None:
         except Exception as error:
             # Since JAX 0.12 it may be a group.
             raised.append("".join(traceback.format_exception(error)))
-    assert len(raised) == 1 and "bad input" in raised[0], raised
+    assert len(raised) == 1 and words in raised[0], raised
     raised.clear()
     for value in (1.0, 2.0, 3.0, 4.0):
         try:
@@ -304,5 +325,5 @@ def test_an_error_of_a_callback_that_nobody_reads_is_raised_later() -> None:
             threading.Event().wait(0.5)
         except Exception as error:
             raised.append("".join(traceback.format_exception(error)))
-    assert len(raised) == 1 and "bad input" in raised[0], raised
+    assert len(raised) == 1 and words in raised[0], raised
     jax.effects_barrier()
