@@ -40,8 +40,19 @@ pub(crate) fn degrees(comm: ffi::MPI_Comm, sources: &mut c_int, destinations: &m
 /// to the one before must come from the one behind there (MPI 4.0, section 8.6). Open MPI 4.1 does
 /// so in `MPI_Neighbor_alltoall`, and not in `MPI_Ineighbor_alltoall`.
 pub(crate) fn closes_at_once(op: Checked<'_>) -> bool {
+    is_of(b"Open MPI") && has_closed_dimension(op)
+}
+
+/// The same of an MPI whose blocking call may confuse them: Intel MPI does so, MPICH from 4.0 on
+/// and Open MPI do not, and others are not known.
+pub(crate) fn may_be_confused(op: Checked<'_>) -> bool {
+    let is_known = [&b"Open MPI"[..], b"MPICH Version:\t4", b"MPICH Version:\t5"];
+    !is_known.iter().any(|words| is_of(words)) && has_closed_dimension(op)
+}
+
+fn has_closed_dimension(op: Checked<'_>) -> bool {
     let closes = |&(size, periodic): &(c_int, bool)| periodic && size <= 2;
-    is_open_mpi() && cartesian(op).iter().any(closes)
+    cartesian(op).iter().any(closes)
 }
 
 /// The dimensions of a Cartesian topology in which a rank is both of its own neighbours.
@@ -73,17 +84,16 @@ fn cartesian(op: Checked<'_>) -> Vec<(c_int, bool)> {
     }
 }
 
-fn is_open_mpi() -> bool {
-    static IS: LazyLock<bool> = LazyLock::new(|| {
+/// Whether the version of this MPI begins with these words.
+fn is_of(words: &[u8]) -> bool {
+    static VERSION: LazyLock<Vec<u8>> = LazyLock::new(|| {
         let mut text = [0 as c_char; ffi::MPI_MAX_LIBRARY_VERSION_STRING as usize + 1];
         let mut length = 0;
         // SAFETY: the buffer is as long as MPI asks for, and MPI ends the text with a NUL.
         unsafe {
             ffi::MPI_Get_library_version(text.as_mut_ptr(), &mut length);
-            CStr::from_ptr(text.as_ptr())
-                .to_bytes()
-                .starts_with(b"Open MPI")
+            CStr::from_ptr(text.as_ptr()).to_bytes().to_vec()
         }
     });
-    *IS
+    VERSION.starts_with(words)
 }
