@@ -228,7 +228,7 @@ impl Engine {
             channel => self.groups.apart(op, channel),
         };
         let comm = self.communicator(&op)?;
-        let pending = self.pending.enter(&op, &comm);
+        let pending = self.pending.begin(&op, &comm);
         let compared = self.prepare_whole(ticket, &op, &comm, &pending);
         compared.map_err(|reason| error_of(&op, &comm, reason))
     }
@@ -293,7 +293,7 @@ impl Engine {
         match place {
             Place::Host => calls.execute(ticket, start, op, comm),
             Place::Direct(direct, main) => {
-                let pending = self.pending.enter(op, comm);
+                let pending = self.pending.begin(op, comm);
                 self.prepare_whole(ticket, op, comm, &pending)?;
                 let mut perform = |op: &Operation<'_>| {
                     let shim_op = check::prepare(op, comm)?;
@@ -308,7 +308,7 @@ impl Engine {
             }
             Place::Staged(staging, main) => {
                 // More is known of a message in two halves where it is waited for, and said there.
-                let pending = (!op.kind.is_end()).then(|| self.pending.enter(op, comm));
+                let pending = (!op.kind.is_end()).then(|| self.pending.begin(op, comm));
                 if let Some(pending) = &pending {
                     // As a whole, so that nothing begins that cannot end.
                     self.prepare_whole(ticket, op, comm, pending)?;

@@ -59,7 +59,7 @@ impl MpiCalls {
             kind if kind.is_end() => self.wait_for_started(op, comm, &mut []),
             kind if kind.is_start() && !kind.is_collective() => self.start_message(op, comm),
             kind if kind.is_collective() => {
-                let pending = self.pending.enter_since(start, op, comm, "");
+                let pending = self.pending.begin_since(start, op, comm);
                 let mut shim_op = ShimOp::new(op.kind, comm.handle);
                 self.prepare_collective(&mut shim_op, ticket, op, comm, &pending)?;
                 if op.reduction == Some(Reduction::User) {
@@ -125,7 +125,7 @@ impl MpiCalls {
         op: &Operation<'_>,
         comm: &Communicator,
     ) -> Result<(), Failure> {
-        let _pending = self.pending.enter_since(start, op, comm, "");
+        let _pending = self.pending.begin_since(start, op, comm);
         let mut shim_op = ShimOp::new(op.kind, comm.handle);
         check::prepare_in(&mut shim_op, op, comm)?;
         // SAFETY: prepared above.
@@ -261,8 +261,9 @@ impl MpiCalls {
         shim_op: &ShimOp,
     ) -> Result<(), Failure> {
         check_request(&op.recv, "result")?;
+        let place = self.pending.begun_on(op.comm);
         // SAFETY: as this function demands.
-        let number = unsafe { self.nonblocking.start_collective(op, shim_op, comm) }?;
+        let number = unsafe { self.nonblocking.start_collective(op, shim_op, comm, place) }?;
         self.histories.add(op, comm.rank, &ShimReceived::default());
         op.recv.write(0, &number.to_ne_bytes());
         Ok(())
@@ -291,10 +292,11 @@ impl MpiCalls {
                 _ => Ok(()),
             };
         }
-        let (mut started, shape) = self.nonblocking.find(number)?;
+        let (mut started, shape, place) = self.nonblocking.find(number)?;
         started.send = Buffer::described(started.send.dtype(), &shape);
         RECORDER.waits_for(&started);
-        let _pending = self.pending.enter(&started, comm);
+        let pending = self.pending.enter(&started, comm);
+        pending.is_started(place);
         let about = |failure: Failure| Failure::from(format!("{started}: {failure}"));
         let has_result = !started.kind.sends() && started.kind != Kind::Ibarrier;
         if (op.kind == Kind::Wait) != has_result {

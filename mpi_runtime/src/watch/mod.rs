@@ -158,7 +158,7 @@ impl Watch {
         }
         let ranks = nodes.ask(|| self.state());
         // Twice the same: what was on its way has arrived.
-        let verdict = match is_still(&memory.before, &ranks) {
+        let verdict = match is_still(&memory.before, &ranks) && self.is_where(&ranks) {
             true => report::verdict(&ranks),
             false => None,
         };
@@ -192,10 +192,21 @@ impl Watch {
         memory.before = ranks;
     }
 
+    /// Whether this rank has finished nothing since it has told what it does: others may have
+    /// taken long to tell.
+    fn is_where(&self, ranks: &[Known]) -> bool {
+        match ranks.get(self.rank as usize) {
+            Some(Known::Told(state)) => state.done == self.pending.waiting().1,
+            _ => true,
+        }
+    }
+
     /// What this rank does.
     fn state(&self) -> State {
-        let (waits, done) = self.pending.waiting();
+        // First, since Python may take long to answer, and an operation end meanwhile.
         let (place, may_launch) = place::place();
+        let (waits, done) = self.pending.waiting();
+        let begun = self.pending.begun();
         let progress = self.progress.iter().flat_map(|progress| progress.iter());
         let background = (self.background)();
         let untold = background.len() > MOST_BACKGROUND;
@@ -206,6 +217,8 @@ impl Watch {
             others: self.pending.threads() > 1 || may_launch || untold,
             waits: waits.into_iter().map(Wait::new).collect(),
             background: background.into_iter().map(Wait::new).collect(),
+            begun: begun.counts,
+            all_begun: begun.all,
             place,
         }
     }

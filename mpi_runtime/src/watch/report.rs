@@ -106,6 +106,7 @@ mod tests {
             recv_tag: 0,
             milliseconds: 5400,
             calls_user: false,
+            number: 0,
             words: format!("recv from rank {source}"),
         };
         Known::Told(State {

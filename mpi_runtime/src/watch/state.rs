@@ -19,6 +19,10 @@ pub(super) struct State {
     pub(super) background: Vec<Wait>,
     /// How far it is in comparing with other nodes, by communicator.
     pub(super) compared: Vec<Comparing>,
+    /// How many collectives have begun, by communicator.
+    pub(super) begun: Vec<(i64, u64)>,
+    /// On communicators that are not among these none have.
+    pub(super) all_begun: bool,
     /// Where the program is, in words.
     pub(super) place: String,
 }
@@ -60,6 +64,8 @@ pub(super) struct Wait {
     pub(super) milliseconds: u64,
     /// A function of the user's may be running for it, so it may end by itself.
     pub(super) calls_user: bool,
+    /// Of a collective, its place among those of its communicator, from 1; 0 if it is not known.
+    pub(super) number: u64,
     /// It, in words.
     pub(super) words: String,
 }
@@ -85,6 +91,7 @@ impl Wait {
             recv_tag: op.recv_tag,
             milliseconds: waiting.time.as_millis() as u64,
             calls_user: waiting.calls_user,
+            number: waiting.number,
             words: waiting.words,
         }
     }
@@ -113,6 +120,13 @@ pub(super) const MOST_BACKGROUND: usize = 32;
 const LONGEST: usize = 300;
 
 impl State {
+    /// How many collectives have begun on the communicator of that number, if that is known.
+    pub(super) fn begun_on(&self, comm: i64) -> Option<u64> {
+        let row = self.begun.iter().find(|row| row.0 == comm);
+        let none = self.all_begun.then_some(0);
+        row.map(|row| row.1).or(none)
+    }
+
     /// As text.
     pub(super) fn encode(&self) -> String {
         let clean = |text: &str, longest: usize| -> String {
@@ -129,6 +143,11 @@ impl State {
             let waits = u8::from(one.waits);
             text += &format!("{FIELD}{},{},{waits}", one.executed, one.begun);
         }
+        text.push(ROW);
+        text += if self.all_begun { "all" } else { "some" };
+        for (comm, count) in &self.begun {
+            text += &format!("{FIELD}{comm},{count}");
+        }
         for wait in waits.chain(background) {
             let members: Vec<String> = wait.members.iter().map(i32::to_string).collect();
             let numbers = [
@@ -140,6 +159,7 @@ impl State {
                 wait.recv_tag.into(),
                 wait.milliseconds as i64,
                 wait.calls_user.into(),
+                wait.number as i64,
             ];
             text.push(ROW);
             for number in numbers {
@@ -162,7 +182,8 @@ impl State {
         let mut fields = rows.first()?.split(FIELD);
         let (done, others) = (fields.next()?, fields.next()?);
         let count: usize = fields.next()?.parse().ok()?;
-        let mut waits: Vec<Wait> = rows[1..]
+        let (all, begun) = begun(rows.get(1)?)?;
+        let mut waits: Vec<Wait> = rows[2..]
             .iter()
             .map(|row| wait(row))
             .collect::<Option<_>>()?;
@@ -173,6 +194,8 @@ impl State {
             waits,
             background,
             compared: fields.map(compared).collect::<Option<_>>()?,
+            begun,
+            all_begun: all,
             place,
         })
     }
@@ -182,6 +205,16 @@ fn compared(field: &str) -> Option<Comparing> {
     let mut numbers = field.split(',').map(str::parse);
     let mut next = || numbers.next()?.ok();
     Some((next()?, next()?, next()? != 0).into())
+}
+
+fn begun(row: &str) -> Option<(bool, Vec<(i64, u64)>)> {
+    let mut fields = row.split(FIELD);
+    let all = fields.next()? == "all";
+    let one = |field: &str| {
+        let (comm, count) = field.split_once(',')?;
+        Some((comm.parse().ok()?, count.parse().ok()?))
+    };
+    Some((all, fields.map(one).collect::<Option<_>>()?))
 }
 
 fn wait(row: &str) -> Option<Wait> {
@@ -202,6 +235,7 @@ fn wait(row: &str) -> Option<Wait> {
         recv_tag,
         milliseconds,
         calls_user,
+        number,
     ] = numbers[..]
     else {
         return None;
@@ -219,6 +253,7 @@ fn wait(row: &str) -> Option<Wait> {
         recv_tag: recv_tag.try_into().ok()?,
         milliseconds: milliseconds.try_into().ok()?,
         calls_user: calls_user != 0,
+        number: number as u64,
         words: (*words).to_owned(),
     })
 }
@@ -239,6 +274,7 @@ mod tests {
             recv_tag: ANY,
             milliseconds: 12345,
             calls_user: false,
+            number: 7,
             words: "sendrecv of float32[3]".into(),
         };
         let barrier = Wait {
@@ -253,6 +289,8 @@ mod tests {
             waits: vec![wait.clone(), barrier],
             background: vec![wait],
             compared: vec![(7, 3, true).into(), (0, 0, false).into()],
+            begun: vec![(1 << 60, 12), (1, 3)],
+            all_begun: true,
             place: "in Python\nat train.py:3".into(),
         };
         assert_eq!(State::decode(&state.encode()), Some(state));

@@ -170,7 +170,19 @@ fn on_its_way(known: &Known) -> impl Iterator<Item = &Wait> {
 
 fn never_comes(ranks: &[Known], stuck: &[bool], rank: i32, to: &Wait) -> bool {
     let comes = |wait: &Wait| wait.kind.is_collective() && wait.comm == to.comm;
-    halts(ranks, stuck, rank, to) && !on_its_way(of(ranks, rank)).any(comes)
+    let known = of(ranks, rank);
+    halts(ranks, stuck, rank, to) && !has_begun(known, to) && !on_its_way(known).any(comes)
+}
+
+/// Whether a rank may have begun that collective, and so have done its part.
+fn has_begun(known: &Known, collective: &Wait) -> bool {
+    match known {
+        Known::Told(state) if collective.number > 0 => {
+            let begun = state.begun_on(collective.comm);
+            begun.is_none_or(|begun| begun >= collective.number)
+        }
+        _ => false,
+    }
 }
 
 fn never_sends(ranks: &[Known], stuck: &[bool], rank: i32, to: i32, receive: &Wait) -> bool {

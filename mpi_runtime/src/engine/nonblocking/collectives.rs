@@ -15,7 +15,8 @@ use crate::mpi::communicators::Communicator;
 use crate::operation::Operation;
 
 impl Nonblocking {
-    /// Starts a collective, and returns its number.
+    /// Starts a collective, the one of that place among those of its communicator, and returns its
+    /// number.
     ///
     /// # Safety
     /// `shim_op` must be what `check::prepare` makes of `op` on `comm`, and `check::check_start`
@@ -25,6 +26,7 @@ impl Nonblocking {
         op: &Operation<'_>,
         shim_op: &ShimOp,
         comm: &Communicator,
+        place: u64,
     ) -> Result<u32, Failure> {
         let (shared, kind) = (&self.shared, op.kind.started());
         let is_root = comm.rank == op.root;
@@ -87,6 +89,7 @@ impl Nonblocking {
             memory,
             operand,
             state,
+            place,
         };
         Ok(shared.enter(&mut shared.table.lock(), row))
     }

@@ -135,15 +135,17 @@ impl Nonblocking {
                 memory,
                 operand: MessageMemory::default(),
                 state,
+                place: 0,
             },
         ))
     }
 
-    /// What started the message or collective with that number, and the shape of what it sends.
-    pub fn find(&self, number: u32) -> Result<(Operation<'static>, Vec<i64>), Failure> {
+    /// What started the message or collective with that number, the shape of what it sends, and of
+    /// a collective its place among those of its communicator.
+    pub fn find(&self, number: u32) -> Result<(Operation<'static>, Vec<i64>, u64), Failure> {
         let table = self.shared.table.lock();
         let row = table.rows.iter().find(|row| row.number == number);
-        row.map(|row| (row.operation, row.shape.clone()))
+        row.map(|row| (row.operation, row.shape.clone(), row.place))
             .ok_or_else(|| {
                 "nothing that was started has this request: it was waited for before, or it is of \
                  another run"
@@ -324,6 +326,7 @@ impl Nonblocking {
             words: String::new(),
             time: Duration::ZERO,
             calls_user: false,
+            number: row.place,
         })
         .collect()
     }

@@ -58,6 +58,8 @@ pub(super) struct StartedRow {
     /// What a collective sends, if it has a result apart from it.
     pub(super) operand: MessageMemory,
     pub(super) state: StartedState,
+    /// Of a collective, its place among those of its communicator, from 1; 0 if it is not known.
+    pub(super) place: u64,
 }
 
 /// As the shim takes it; its pointers are not used, but for those to the row's memory.
@@ -333,6 +335,7 @@ mod tests {
             memory: MessageMemory::default(),
             operand: MessageMemory::default(),
             state,
+            place: 0,
         }
     }
 

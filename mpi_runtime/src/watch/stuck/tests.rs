@@ -13,6 +13,7 @@ fn wait(kind: Kind, source: i32, dest: i32) -> Wait {
         recv_tag: 0,
         milliseconds: 5000,
         calls_user: false,
+        number: 0,
         words: String::new(),
     }
 }
@@ -97,6 +98,31 @@ fn a_collective_that_was_started_is_on_its_way() {
     // A root may have done its part.
     let gets = told(vec![wait(Kind::Ibcast, PROC_NULL, PROC_NULL)]);
     assert!(of(&[gets, told(vec![])]).is_empty());
+}
+
+#[test]
+fn who_has_begun_a_collective_has_done_its_part() {
+    let third = |comm| Wait {
+        comm,
+        number: 3,
+        ..wait(Kind::Allreduce, PROC_NULL, PROC_NULL)
+    };
+    let receives_after = |begun: u64, all_begun| {
+        Known::Told(State {
+            waits: vec![wait(Kind::Recv, 0, PROC_NULL)],
+            begun: vec![(1, begun)],
+            all_begun,
+            ..State::default()
+        })
+    };
+    let moves = |comm| told(vec![third(comm)]);
+    // What the last ones still move may take longer than it takes to ask.
+    assert!(of(&[moves(1), moves(1), receives_after(3, true)]).is_empty());
+    let before_it = [moves(1), moves(1), receives_after(2, true)];
+    assert_eq!(of(&before_it), [0, 1, 2]);
+    // On another communicator it has begun none, if it knows of all.
+    assert_eq!(of(&[moves(7), receives_after(3, true)]), [0, 1]);
+    assert!(of(&[moves(7), receives_after(3, false)]).is_empty());
 }
 
 #[test]
