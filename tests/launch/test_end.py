@@ -283,6 +283,26 @@ def test_messages_that_nobody_receives_have_one_limit(mpi: str, device: str) -> 
     assert "; and in 4 more: the job ends" in result.stderr, result.stderr
 
 
+STUCK = """if True:
+    import atexit, os, sys, time
+    if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+        # Exit handlers run in reverse order: this one after the end of our part.
+        atexit.register(time.sleep, 60)
+        from mpi4py import MPI
+    import jax.numpy as jnp, mpi_cuda as m
+    print(m.allreduce(jnp.ones(1), m.SUM)[0][0])
+"""
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_a_rank_that_waits_in_finalize_though_all_have_ended_says_so(mpi: str) -> None:
+    result = job(mpi, STUCK, MPI_CUDA_WARN_AFTER="1", MPI_CUDA_ABORT_AFTER="3")
+    assert result.returncode != 0 and result.stdout.split() == ["2.0"] * 2, result
+    waits = "rank 0 has waited in MPI_Finalize for {} s, though the programs of all ranks have"
+    for said in (waits.format("[12]"), waits.format("[34]") + ".*: the job ends"):
+        assert re.search(said, result.stderr), result.stderr
+
+
 @on_one("openmpi")
 def test_a_rank_with_nothing_left_to_do_waits_for_the_others(mpi: str) -> None:
     code = """if True:

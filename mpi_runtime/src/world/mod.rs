@@ -137,13 +137,8 @@ impl World {
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
-        let finalizing = Finalizing {
-            rank: joined.rank,
-            board: shared.board.clone(),
-            link: link.clone(),
-            pending: engine.pending(),
-        };
-        finalizing.watch(&shim)?;
+        Finalizing::new(&joined, options, engine.pending(), shim, abort)
+            .watch(shared.board.clone(), link.clone())?;
         idle::start(shared.board, link.clone());
         child::mark(launched);
         let about = About {
@@ -267,8 +262,10 @@ impl World {
             self.engine.finish_messages();
         }
         if self.owns_mpi && shim.state() == MpiState::Running {
+            let finalized = shim.finalize();
+            finalized::has_returned();
             // An error here has no one left to hear it but the user at the terminal.
-            if let Err(error) = shim.finalize() {
+            if let Err(error) = finalized {
                 log::line(&format!("MPI_Finalize failed: {error}"));
             }
         }
