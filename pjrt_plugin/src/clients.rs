@@ -13,7 +13,7 @@ use crate::inner::create_options::{GivenOption, Value};
 use crate::inner::handles::{
     ClientHandle, DeviceHandle, Handle, LoadedHandle, Owned, TopologyHandle,
 };
-use crate::inner::{cuda_options, inner, on_gpu};
+use crate::inner::{cuda_options, inner, on_gpu, room};
 use crate::plugin::{config, world};
 
 /// What we know of a client; the handle the framework has is the inner plugin's.
@@ -104,6 +104,7 @@ pub fn create_for_all(size: i32) -> Result<Owned<ClientHandle>, Error> {
             inner().path.display()
         )));
     }
+    room::check(size as usize)?;
     ClientHandle::create(&[], &[("cpu_device_count", Value::Int(i64::from(size)))])
 }
 
@@ -122,6 +123,7 @@ pub fn create_inner(
         }
         false => vec![("cpu_device_count", Value::Int(1))],
     };
+    room::check(1)?;
     let made = ClientHandle::create(options, &own)?;
     let client = Client {
         handle: made.get(),

@@ -50,6 +50,11 @@ impl Error {
         Error::own(PJRT_Error_Code_UNIMPLEMENTED, message)
     }
 
+    /// The system gives less than is needed.
+    pub fn exhausted(message: impl fmt::Display) -> Error {
+        Error::own(PJRT_Error_Code_RESOURCE_EXHAUSTED, message)
+    }
+
     /// A bug of ours, or a failure that nobody foresees.
     pub fn internal(message: impl fmt::Display) -> Error {
         Error::own(PJRT_Error_Code_INTERNAL, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,21 @@ def test_selected_prints_nothing() -> None:
     code = "import jax; f = jax.jit(lambda x: x @ x.T + 1); f(jax.numpy.ones((9, 9)))"
     result = run(code, JAX_PLATFORMS="mpi_cuda")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_too_few_threads_are_said_in_words() -> None:
+    """A limit of addresses, which holds for root too: a thread needs some for its stack."""
+    code = """if True:
+        import resource, jax, mpi_cuda
+        mpi_cuda.COMM_WORLD
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (40 << 20),) * 2)
+        jax.devices()
+    """
+    result = run(code, JAX_PLATFORMS="mpi_cuda", NPROC="2")
+    assert result.returncode == 1, result
+    needs = r"XLA's client needs 16 threads for 2 core\(s\), .* \(ulimit -v\) \d{9,}\. Have the one"
+    assert re.search(needs, result.stderr), result.stderr
 
 
 def test_both_platforms() -> None:

@@ -11,6 +11,7 @@ pub mod find;
 pub mod handles;
 mod layouts;
 pub mod library;
+pub mod room;
 pub mod serialized;
 pub mod side_table;
 pub mod xla_flags;
