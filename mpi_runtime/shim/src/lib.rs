@@ -54,6 +54,7 @@ static API: ShimApi = ShimApi {
     set_tag: messages::set_tag,
     comm_watch,
     comm_is_kept,
+    progress,
     execute: execute_op,
     start_send: nonblocking::start_send,
     start_collective: nonblocking::start_collective,
@@ -301,6 +302,20 @@ unsafe extern "C" fn configure(yielding: c_int, part_bytes: i64, idle: Idle) {
     // Only the first counts: there is one engine.
     let _ = waiting::IDLE.set(idle);
     large::PART.store(part_bytes, Ordering::Relaxed);
+}
+
+unsafe extern "C" fn progress() {
+    let mut found = 0;
+    // SAFETY: MPI runs. Whatever it finds stays where it is.
+    unsafe {
+        ffi::MPI_Iprobe(
+            ffi::MPI_ANY_SOURCE as c_int,
+            ffi::MPI_ANY_TAG as c_int,
+            ffi::RSMPI_COMM_WORLD,
+            &mut found,
+            ffi::RSMPI_STATUS_IGNORE,
+        );
+    }
 }
 
 unsafe extern "C" fn largest_tag() -> c_int {

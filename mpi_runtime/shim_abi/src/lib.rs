@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 21;
+pub const ABI_VERSION: u32 = 22;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -307,6 +307,9 @@ pub struct ShimApi {
     /// Whether MPI has kept the communicator of that number, as [`CommDeleted`] said it must: 1 or
     /// 0. Else the handle may be another one's by now.
     pub comm_is_kept: unsafe extern "C" fn(comm: u64, number: i64) -> c_int,
+    /// Has MPI move on what is on its way, what the program has started too: `MPI_Iprobe`, which
+    /// takes no message (MPI 4.0, section 3.7.4, "progress").
+    pub progress: unsafe extern "C" fn(),
     /// Executes an operation and waits until its buffers may be used again.
     pub execute: unsafe extern "C" fn(op: *const ShimOp, received: *mut ShimReceived) -> c_int,
     /// `MPI_Isend` of what `op` sends, which must stay as it is until the request is complete.

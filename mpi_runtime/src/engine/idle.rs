@@ -11,7 +11,7 @@ use mpi_shim_abi::ShimOp;
 use crate::link::Link;
 use crate::link::gone::Gone;
 use crate::mpi::backoff;
-use crate::mpi::shim::give_up;
+use crate::mpi::shim::{Shim, give_up};
 use crate::node::board::Board;
 
 /// How long a rank looks for a message before it sleeps between looks, in microseconds.
@@ -27,6 +27,7 @@ const EXAMINE: u64 = 100_000;
 const GRACE: Duration = Duration::from_secs(1);
 
 struct Context {
+    shim: Shim,
     board: Option<Arc<Board>>,
     link: Option<Arc<Link>>,
 }
@@ -34,9 +35,16 @@ struct Context {
 static CONTEXT: OnceLock<Context> = OnceLock::new();
 
 /// Says over what this rank waits; before the first operation.
-pub(crate) fn start(board: Option<Arc<Board>>, link: Option<Arc<Link>>) {
+pub(crate) fn start(shim: Shim, board: Option<Arc<Board>>, link: Option<Arc<Link>>) {
     // Only the first counts: there is one world.
-    let _ = CONTEXT.set(Context { board, link });
+    let _ = CONTEXT.set(Context { shim, board, link });
+}
+
+/// Has MPI move on what the program has started, while this rank waits for others outside of MPI.
+pub(crate) fn progress() {
+    if let Some(context) = CONTEXT.get() {
+        context.shim.progress();
+    }
 }
 
 /// Why a rank of the world does nothing any more, if that is known; of any node.

@@ -404,6 +404,12 @@ impl Shim {
         Ok(Request(request))
     }
 
+    /// Has MPI move on what is on its way, the program's own calls too.
+    pub fn progress(&self) {
+        // SAFETY: MPI runs as long as an operation does.
+        in_call(|| unsafe { (self.api.progress)() });
+    }
+
     /// Takes the message that `op` would receive out of the queue, if one is there.
     pub fn take(&self, op: &ShimOp) -> Result<Option<Message>, MpiError> {
         let (mut found, mut message) = (0, Message::default());

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -18,16 +19,29 @@ const SPINS_OVERSUBSCRIBED: u32 = 20;
 const AWAKE: Duration = Duration::from_millis(1);
 /// The longest sleep, after which the rank looks whether the other one is still there.
 const SLEEP: Duration = Duration::from_millis(50);
+/// Sleeps of a rank that has MPI move on between them: in the first [`SOON`], and later.
+const SHORT_SLEEP: Duration = Duration::from_millis(1);
+const LONG_SLEEP: Duration = Duration::from_millis(5);
+const SOON: Duration = Duration::from_secs(1);
 
-/// Says how the ranks of this process wait.
-pub(crate) fn configure(oversubscribed: bool) {
+/// Has MPI move on.
+static PROGRESS: OnceLock<fn()> = OnceLock::new();
+
+/// Says how the ranks of this process wait: whether there are more of them than cores, and what is
+/// to be called meanwhile. A message that the program has started by mpi4py may need it, and its
+/// receiver be late for that.
+pub(crate) fn configure(oversubscribed: bool, progress: fn()) {
     OVERSUBSCRIBED.store(oversubscribed, Ordering::Relaxed);
+    // Only the first counts: there is one world.
+    let _ = PROGRESS.set(progress);
 }
 
 /// One wait.
 pub(crate) struct Patience {
     spins: u32,
     since: Option<Instant>,
+    /// When it last looked whether the other one is still there.
+    examined: Option<Instant>,
 }
 
 impl Patience {
@@ -40,10 +54,12 @@ impl Patience {
                 SPINS
             },
             since: None,
+            examined: None,
         }
     }
 
-    /// Waits a little for what `is_there` says; whether it slept.
+    /// Waits a little for what `is_there` says; whether it has waited so long that it is to be
+    /// looked whether the other one is still there.
     pub(crate) fn wait(&mut self, bell: &Bell, mut is_there: impl FnMut() -> bool) -> bool {
         while self.spins > 0 {
             self.spins -= 1;
@@ -53,11 +69,25 @@ impl Patience {
             std::hint::spin_loop();
         }
         let since = *self.since.get_or_insert_with(Instant::now);
-        if since.elapsed() < AWAKE {
+        let (waited, progress) = (since.elapsed(), PROGRESS.get());
+        if let Some(progress) = progress {
+            progress();
+        }
+        if waited < AWAKE {
             std::thread::yield_now();
             return false;
         }
-        bell.sleep(SLEEP, is_there);
-        true
+        let sleep = match progress {
+            None => SLEEP,
+            Some(_) if waited < SOON => SHORT_SLEEP,
+            Some(_) => LONG_SLEEP,
+        };
+        bell.sleep(sleep, is_there);
+        let examined = self.examined.get_or_insert(since);
+        let examines = examined.elapsed() >= SLEEP;
+        if examines {
+            *examined = Instant::now();
+        }
+        examines
     }
 }

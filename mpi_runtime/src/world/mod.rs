@@ -139,7 +139,7 @@ impl World {
         .start();
         Finalizing::new(&joined, options, engine.pending(), shim, abort)
             .watch(shared.board.clone(), link.clone())?;
-        idle::start(shared.board, link.clone());
+        idle::start(shim, shared.board, link.clone());
         child::mark(launched);
         let about = About {
             rank: joined.rank,

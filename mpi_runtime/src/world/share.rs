@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::engine::idle;
 use crate::error::StartError;
 use crate::node::board::Board;
 use crate::node::patience;
@@ -50,7 +51,7 @@ pub(super) fn share_memory(
         true if size > 1 => share_rendezvous(ranks)?,
         _ => None,
     };
-    patience::configure(agreed.oversubscribed);
+    patience::configure(agreed.oversubscribed, idle::progress);
     let board = match size {
         1 => None,
         _ => share_board(ranks, agreed)?.map(Arc::new),
