@@ -350,6 +350,13 @@ int mpi_cuda_gather(const void *own, size_t bytes, void *all);
 /* The seconds that a message of so many bytes takes to that rank, which must call this too: half of
  * the mean of so many rounds there and back; -1 on error. */
 double mpi_cuda_ping(int peer, size_t bytes, int rounds);
+/* For `python -m mpi_cuda bench`, while no operation is on its way: the seconds that one call of
+ * MPI's takes, which all ranks make, with nothing of the library around it; the mean of so many, -1
+ * on error. The operation is named as the custom calls are, without mpi_cuda_, and the dtype as
+ * numpy does: a sum where it reduces, rank 0 as the root, to the next rank and from the one before.
+ * count is MPI's: of a block, where there are blocks. Collective over the ranks of the job. */
+double mpi_cuda_raw(const char *operation, const char *dtype, int64_t count, const void *send,
+                    void *recv, int rounds);
 
 /* For `python -m mpi_cuda probe` (MPI_CUDA_PROBE=1). Both are collective over the ranks of the job,
  * and return -1 on error.

@@ -1,5 +1,7 @@
 """`python -m mpi_cuda doctor`: what a job is made of, and what is wrong with it (`_doctor`).
 
+`mpirun -n 4 python -m mpi_cuda bench`: how fast operations are, in tables (`_bench`).
+
 `python -m mpi_cuda report DIR`: what the ranks of a job were doing (`_report`).
 
 `mpirun -n 2 python -m mpi_cuda probe`: whether MPI can be given the memory of this job's GPUs.
@@ -106,18 +108,21 @@ def probe() -> int:
 
 def main() -> int:
     """Reads the command line."""
-    from mpi_cuda import _doctor, _report
+    from mpi_cuda import _bench, _doctor, _report
 
     parser = argparse.ArgumentParser(prog="python -m mpi_cuda")
     commands = parser.add_subparsers(dest="command", required=True)
     _doctor.add_arguments(
         commands.add_parser("doctor", help="what is wrong here, and how fast it is")
     )
+    _bench.add_arguments(commands.add_parser("bench", help="how fast operations are, in tables"))
     commands.add_parser("probe", help="whether MPI can be given the memory of this job's GPUs")
     _report.add_arguments(commands.add_parser("report", help="what the ranks of a job were doing"))
     arguments = parser.parse_args()
     if arguments.command == "doctor":
         return _doctor.run(arguments)
+    if arguments.command == "bench":
+        return _bench.run(arguments)
     return _report.run(arguments) if arguments.command == "report" else probe()
 
 

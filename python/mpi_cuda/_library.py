@@ -108,6 +108,7 @@ def load() -> ctypes.CDLL:
 def _declare(library: ctypes.CDLL) -> None:
     """The types of its functions (`mpi_cuda.h`)."""
     int_pointer = ctypes.POINTER(ctypes.c_int)
+    texts, pointers = [ctypes.c_char_p] * 2, [ctypes.c_void_p] * 2
     signatures: dict[str, tuple[object, list[object]]] = {
         "mpi_cuda_last_error": (ctypes.c_char_p, []),
         "mpi_cuda_log_prefix": (ctypes.c_char_p, []),
@@ -163,6 +164,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "mpi_cuda_on_gpu": (ctypes.c_int, []),
         "mpi_cuda_gather": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p]),
         "mpi_cuda_ping": (ctypes.c_double, [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]),
+        "mpi_cuda_raw": (ctypes.c_double, [*texts, ctypes.c_int64, *pointers, ctypes.c_int]),
         "mpi_cuda_probe_next": (ctypes.c_int, []),
         "mpi_cuda_probe_report": (ctypes.c_int, [ctypes.c_char_p]),
     }

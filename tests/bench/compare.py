@@ -26,6 +26,9 @@ def main() -> int:
     parser.add_argument("--max", type=int, default=1 << 27, help="largest message in bytes")
     parser.add_argument("--operations", nargs="*", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--collectives", action="store_true", help="JAX's own, and gloo")
+    parser.add_argument(
+        "--small-pages", action="store_true", help="C's arrays in small pages, not in huge ones"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     sizes = [s for s in (8, 1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 27) if s <= arguments.max]
@@ -35,10 +38,11 @@ def main() -> int:
     subprocess.run([f"mpicc.{arguments.mpi}", "-O3", "-o", program, source], check=True)
     launch = [f"mpirun.{arguments.mpi}", "-n", "2"]
     python = [sys.executable, str(HERE / "loop.py")]
-    variants = {"C": [str(program)], "ours": [*python, "ours"]}
+    raw_mpi = [str(program), *(["--small-pages"] if arguments.small_pages else [])]
+    variants = {"C": raw_mpi, "ours": [*python, "ours"]}
     if arguments.collectives:
         variants = {name: [*python, name] for name in ("collectives", "gloo")}
-        variants["C"] = [str(program)]
+        variants["C"] = raw_mpi
     elif importlib.util.find_spec("mpi4jax"):
         variants["mpi4jax"] = [*python, "mpi4jax"]
     raw = arguments.out / f"bench{'_collectives' * arguments.collectives}_{arguments.mpi}.txt"

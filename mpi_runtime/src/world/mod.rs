@@ -11,6 +11,7 @@ pub mod library;
 mod options;
 mod output;
 mod ping;
+mod raw;
 mod share;
 mod starting;
 

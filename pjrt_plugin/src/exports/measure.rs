@@ -1,6 +1,6 @@
-//! What `python -m mpi_cuda doctor` and `probe` ask of the ranks.
+//! What `python -m mpi_cuda doctor`, `bench` and `probe` ask of the ranks.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 
 use super::answer::{fail, world_of_this_process};
 use crate::boundary::quiet;
@@ -40,6 +40,36 @@ pub extern "C" fn mpi_cuda_ping(peer: c_int, bytes: usize, rounds: c_int) -> f64
         };
         let rounds = u32::try_from(rounds).unwrap_or(0);
         match world.ping(peer, bytes, rounds) {
+            Ok(time) => time.as_secs_f64(),
+            Err(error) => fail(error).into(),
+        }
+    })
+}
+
+/// The seconds that a call of MPI's takes, which all ranks make: the mean of `rounds`. -1 on error.
+///
+/// # Safety
+/// `operation` and `dtype` must be C strings, and `send` and `recv` have room for what the call
+/// reads and writes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mpi_cuda_raw(
+    operation: *const c_char,
+    dtype: *const c_char,
+    count: i64,
+    send: *const c_void,
+    recv: *mut c_void,
+    rounds: c_int,
+) -> f64 {
+    quiet(-1.0, || {
+        let Some(world) = world_of_this_process() else {
+            return fail(Error::precondition("call mpi_cuda_start first")).into();
+        };
+        // SAFETY: the caller's texts are NUL-terminated.
+        let names = [operation, dtype].map(|text| unsafe { CStr::from_ptr(text) });
+        let [operation, dtype] = names.map(CStr::to_string_lossy);
+        let rounds = u32::try_from(rounds).unwrap_or(0);
+        // SAFETY: as this function demands.
+        match unsafe { world.raw((&operation, &dtype), count, send, recv, rounds) } {
             Ok(time) => time.as_secs_f64(),
             Err(error) => fail(error).into(),
         }
