@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import mmap
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mpi_cuda as m
 from mpi_cuda import _bench
 from mpi_cuda._bench import gloo, operations, plan, plot, raw, record, text, timing
 from mpi_cuda._bench.operations import OPERATIONS, Problem, problem
@@ -179,6 +181,32 @@ def test_arrays_of_raw_mpi_begin_a_huge_page() -> None:
         elif inside and line.startswith("VmFlags:"):
             flags = line.split()[1:]
     assert flags is None or "hg" in flags or not hasattr(mmap, "MADV_HUGEPAGE")
+
+
+def test_mpi_itself_runs_and_refuses_by_name() -> None:
+    # A job of one rank may be without MPI.
+    assert m.COMM_WORLD.size == 1
+    if why := raw.why_not_mpi(1):
+        assert why == "there is no MPI in this job of one rank"
+        return
+    for name in OPERATIONS:
+        runner = raw.Mpi(0).prepare(problem(name, 4096, F32, 1))
+        assert runner.wrong() == 0 and 0 < runner.series(3) < 1
+        runner.recv[...] = 0
+        assert not runner.has_result or runner.problem.wrong(0, runner.recv)
+    for name, dtype, said in (
+        ("barrier", np.float32, "MPI's own barrier: barrier is not measured"),
+        ("bcast", np.complex256, "MPI's own bcast: there is no dtype complex256"),
+    ):
+        arrays = raw.Mpi(0).prepare(problem("bcast", 64, np.dtype(dtype), 1))
+        arrays.problem = dataclasses.replace(arrays.problem, name=name)
+        with pytest.raises(RuntimeError, match=said):
+            arrays.series(1)
+
+
+def test_a_process_of_gloos_that_fails_is_told() -> None:
+    said = gloo._run({"address": "127.0.0.1:1"})
+    assert said == "its process ended with status 1: KeyError: 'rank'"
 
 
 def test_children_of_gloo_have_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpi_cuda import _library, _lifecycle
+from mpi_cuda import __version__, _library, _lifecycle
 from mpi_cuda._bench import gloo, plan, plot, raw, record, text, theirs, timing
 from mpi_cuda._bench.plan import Plan, Refused
 from mpi_cuda._bench.record import Result, Row
@@ -200,7 +200,11 @@ def _measure(
     wanted: Plan, libraries: list[Library], peers: Any, result: Result, found: dict[Any, Timing]
 ) -> Result:
     """Prints each table when it is complete; `found` is what was measured elsewhere."""
+    import jax
+
     result.about.update(
+        mpi_cuda=__version__,
+        jax=jax.__version__,
         ranks=peers.size,
         launch=wanted.launch,
         dtype=wanted.dtype.name,

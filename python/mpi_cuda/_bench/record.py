@@ -30,7 +30,7 @@ class Result(NamedTuple):
     #: `mpi_cuda`, or what was measured alone.
     own: str
     #: What the job is like: `ranks`, `nodes`, `mpi`, `device`, `style`, `launch`, `dtype`,
-    #: `repeat`.
+    #: `repeat`, and the versions of `mpi_cuda` and `jax`.
     about: dict[str, Any]
     rows: list[Row]
     #: Libraries that were not measured, and why.
