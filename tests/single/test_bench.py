@@ -256,19 +256,30 @@ class _Clock:
 
 
 def test_the_time_is_the_median_of_series_that_count() -> None:
-    # Two for their number; two that warm up; then those that count.
-    clock = _Clock(iter([9, 1e-5, 5, 5, 4e-5, 6e-5, 5e-5]))
+    # One, and others for their number; three that warm up; then those that count.
+    single = [1e-3, 1, *[1e-4] * 9]
     how: dict[str, Any] = {"repeat": 3, "most": 700, "check": True}
-    found = timing.measure([clock], problem("bcast", 8, F32, 1), _Alone(), **how)["clock"]
-    # What warms up took so long that those after it are shorter.
-    assert clock.asked == [1, 1, 700, 1, 1]
+    bcast = problem("bcast", 8, F32, 1)
+    slow = _Clock(iter([*single, 5, 5, 5, 4e-5, 6e-5, 5e-5]))
+    found = timing.measure([slow], bcast, _Alone(), **how)["clock"]
+    # A series took so long that those after it are shorter.
+    assert slow.asked == [1] * 11 + [100] + [1] * 3
     assert found.series == [[4e-5]] and found.wrong == 3
-    assert timing.measure([clock], problem("gather", 8, F32, 1), _Alone(), **how) == {}
-    quick = _Clock(iter([1e-3, 1 / 51200, 2e-5, 2e-5, 4e-5, 6e-5, 5e-5]))
+    assert timing.measure([slow], problem("gather", 8, F32, 1), _Alone(), **how) == {}
+    # In a loop they are quicker than alone. That one waits for a core changes nothing.
+    quick = _Clock(iter([*single, 1 / 51200, 5e-4, 2e-5, 4e-5, 6e-5, 5e-5]))
     how["check"] = False
-    found = timing.measure([quick], problem("bcast", 8, F32, 1), _Alone(), **how)["clock"]
-    assert quick.asked == [1, 1, 512, 512, 512, 512, 512]
+    found = timing.measure([quick], bcast, _Alone(), **how)["clock"]
+    assert quick.asked == [1] * 11 + [100] + [512] * 5
     assert found.time == 5e-5 and found.best == 4e-5 and found.wrong is None
+    # Alone it took a launch to be begun.
+    late = _Clock(iter([*[5e-2] * 3, 1 / 51200, *[2e-5] * 5]))
+    timing.measure([late], bcast, _Alone(), **how)
+    assert late.asked == [1] * 3 + [10] + [512] * 5
+    # Of one that takes seconds there are few.
+    long = _Clock(iter([2.0] * 6))
+    found = timing.measure([long], bcast, _Alone(), **how)["clock"]
+    assert long.asked == [1] * 6 and found.series == [[2.0]]
 
 
 def test_the_slowest_rank_counts() -> None:

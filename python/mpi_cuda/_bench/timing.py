@@ -2,14 +2,15 @@
 
 There are several series of as many operations as fit into a hundredth of a second; one at least,
 and `--iterations` at most. The ranks meet before each, in a barrier, and series of the libraries
-that are compared alternate. Two series before them do not count: ranks that have just compiled are
-not in step, and MPI maps memory of its own with the first messages. A series takes as long as on
-the slowest rank. The time of an operation is the median of the series. Where they take long, as on
-a machine that others use, there are fewer.
+that are compared alternate. Three series before them do not count: ranks that have just compiled
+are not in step, and MPI maps memory of its own with the first messages. A series takes as long as
+on the slowest rank. The time of an operation is the median of the series. Where they take long, as
+on a machine that others use, there are fewer.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,9 @@ from mpi_cuda._bench.operations import Problem
 #: Seconds of a series.
 BUDGET = 0.01
 #: Series that do not count.
-WARM_UP = 2
+WARM_UP = 3
+#: The most single operations that say how many a series has.
+SINGLES = 10
 #: Seconds for each library after which there are no more series of a size, but one at least.
 MOST_SECONDS = 0.5
 
@@ -98,12 +101,14 @@ def measure(
         for name, runner in runners.items()
     }
     found = {name: _Series(runner, peers, most) for name, runner in runners.items()}
-    for number in range(WARM_UP + repeat):
+    for _ in range(WARM_UP):
         for series in found.values():
-            series.run(counts=number >= WARM_UP)
+            series.warm_up()
+    for _ in range(repeat):
+        for series in found.values():
+            series.rows.append(series.run())
         # All ranks know the same.
-        spent = sum(series.spent for series in found.values())
-        if number >= WARM_UP and spent > MOST_SECONDS * len(found):
+        if sum(series.spent for series in found.values()) > MOST_SECONDS * len(found):
             break
     return {name: Timing(one.rows, one.times, wrong[name]) for name, one in found.items()}
 
@@ -118,22 +123,31 @@ class _Series:
         #: Seconds of all, on the slowest rank each.
         self.spent = 0.0
         self.times = 1
-        self.run(counts=False)
-        self._fit(self.run(counts=False))
+        slowest = max(self.run())
+        # A rank that waits for a core for once, or gets its memory, says nothing of the operation.
+        singles = max(1, min(SINGLES, int(10 * BUDGET / slowest))) if slowest > 0 else SINGLES
+        own = min(runner.series(1) for _ in range(singles))
+        alone = max(row[0] for row in peers.gather_numbers([own]))
+        # A launch may cost more than the operation: a few of them say more.
+        self._fit(min(alone, BUDGET / 10) if alone <= 10 * BUDGET else alone)
+        #: The shortest series so far, for one operation on the slowest rank.
+        self.shortest = math.inf
 
-    def run(self, counts: bool) -> float:
-        """One, and what is a barrier to the next: the ranks tell each other their times. Seconds of
-        an operation on the slowest rank."""
+    def run(self) -> list[float]:
+        """One, and what is a barrier to the next: the ranks tell each other their times."""
         own = self.runner.series(self.times)
         row = [one[0] for one in self.peers.gather_numbers([own])]
-        slowest = max(row)
-        self.spent += slowest * self.times
-        if counts:
-            self.rows.append(row)
-        elif self.times * slowest > 10 * BUDGET:
-            # The first operations had been quicker than those that follow.
-            self._fit(slowest)
-        return slowest
+        self.spent += max(row) * self.times
+        return row
+
+    def warm_up(self) -> None:
+        """One that does not count. From then on there are more operations if those of a series are
+        quicker than single ones, and fewer if they are much slower."""
+        slowest = max(self.run())
+        is_first, self.shortest = self.shortest == math.inf, min(self.shortest, slowest)
+        takes = self.times * self.shortest
+        if takes < BUDGET / 2 or takes > (100 if is_first else 10) * BUDGET:
+            self._fit(self.shortest)
 
     def _fit(self, seconds: float) -> None:
         """As many operations as a series has time for."""
