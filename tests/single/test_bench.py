@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import mmap
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,16 +171,17 @@ def test_mpi4jax_needs_the_cpu_and_to_be_there(monkeypatch: pytest.MonkeyPatch) 
 def test_arrays_of_raw_mpi_begin_a_huge_page() -> None:
     found = raw.array((3, 1 << 19), F32)
     assert found.ctypes.data % raw.HUGE == 0 and found.shape == (3, 1 << 19) and not found.any()
-    # The kernel notes the advice for the memory that has the array ("hg", proc(5)).
+    # Private memory, for which the kernel has noted the advice ("hg", proc(5)).
     lines = Path("/proc/self/smaps").read_text().splitlines()
-    flags, inside = None, False
+    modes, inside = "", False
     for line in lines:
-        if "-" in line.split()[0] and not line.split()[0].endswith(":"):
+        if re.match("[0-9a-f]+-", line):
             start, end = (int(part, 16) for part in line.split()[0].split("-"))
             inside = start <= found.ctypes.data < end
+            modes = line.split()[1] if inside else modes
         elif inside and line.startswith("VmFlags:"):
-            flags = line.split()[1:]
-    assert flags is None or "hg" in flags or not hasattr(mmap, "MADV_HUGEPAGE")
+            assert modes == "rw-p" and "hg" in line.split(), (modes, line)
+    assert modes
 
 
 def test_mpi_itself_runs_and_refuses_by_name() -> None:

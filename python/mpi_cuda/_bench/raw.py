@@ -39,7 +39,9 @@ DATATYPES = {
 def array(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
     """Zeros in huge pages, as far as Linux has some to give."""
     bytes_ = max(1, int(np.prod(shape)) * dtype.itemsize)
-    memory = mmap.mmap(-1, -(-bytes_ // HUGE) * HUGE + HUGE)
+    # Private: memory that could be shared has small pages, whatever is asked for.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, -(-bytes_ // HUGE) * HUGE + HUGE, flags)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:
