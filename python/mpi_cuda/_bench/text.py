@@ -27,8 +27,10 @@ def head(result: Result) -> str:
     }[about["launch"]]
     lines = [
         f"mpi_cuda bench: {about['ranks']} rank(s) on {about['nodes']} node(s), {about['mpi']}",
-        f"{result.own}: {style} on {about['device']}, {launch}; the median of {about['repeat']} "
-        "series, of which the slowest rank counts",
+        f"{result.own}: {style} on {about['device']}, {launch}",
+        f"time: the median of {about['repeat']} series, of which the slowest rank counts; best: "
+        "the shortest",
+        "min, median, max: over the ranks, of which each has its median",
     ]
     if about["ranks"] == 1:
         lines.append("one rank has no peer: nothing is sent; use mpirun -n 2")
@@ -58,8 +60,7 @@ def table(name: str, result: Result) -> str:
     for other in others:
         columns += [(other, US, 9), ("ratio", "", 6)]
     lines = [
-        f"{name}: size of {operation.size_of}; busbw = algbw * {operation.factor_words}; min, "
-        "median, max over ranks",
+        f"{name}: size of {operation.size_of}; busbw = algbw * {operation.factor_words}",
         _line([column[0] for column in columns], columns),
         _line([column[1] for column in columns], columns),
     ]
