@@ -175,7 +175,8 @@ int mpi_cuda_is_rank(void);
  * file), mpi_doubt (why it may be another one than the launcher's), device, device_reason, plugin
  * (the file of the inner one), plugin_version (of PJRT), plugin_error, gpus (how many CUDA shows),
  * driver_version; of a world that was joined mpi_version, thread_level, node_rank, node_size,
- * oversubscribed (0 or 1), gpu (its UUID), transfer, probe_dir, shm_failure. */
+ * oversubscribed (0 or 1), compiled_by_others (how many modules and executables this rank has taken
+ * from other ranks of its node), gpu (its UUID), transfer, probe_dir, shm_failure. */
 const char *mpi_cuda_about(void);
 
 /* Joins the world if that has not happened (collective over the ranks of the job), and tells rank

@@ -28,12 +28,14 @@ def main() -> int:
     os.environ.setdefault("MPI_CUDA_WARN_AFTER", "40")
     arguments = ["-x", "-q", "--color=no", "--capture=sys", "-p", "no:cacheprovider"]
     arguments += sys.argv[1:]
-    if RANK == 0:
-        return pytest.main(arguments)
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        status = pytest.main([*arguments, "-p", "no:faulthandler"])
-    if status:
+    shown = contextlib.redirect_stdout(output) if RANK else contextlib.nullcontext()
+    own = ["-p", "no:faulthandler"] if RANK else []
+    # One line for all: JAX's programs say where they were made, and ranks share those that are the
+    # same.
+    with shown:
+        status = pytest.main([*arguments, *own])
+    if status and RANK:
         print(f"rank {RANK} failed:\n{output.getvalue()}", flush=True)
     return status
 

@@ -7,6 +7,7 @@ use mpi_runtime::device::cuda::{self, Found};
 use mpi_runtime::mpi::launcher;
 use mpi_runtime::world::library;
 
+use crate::compile::shared;
 use crate::inner::{inner, on_gpu};
 use crate::plugin::{config, load, probe_results, world};
 
@@ -60,6 +61,7 @@ fn of_world(world: &World) -> Vec<(&'static str, String)> {
         ("node_rank", world.node_rank.to_string()),
         ("node_size", world.node_size.to_string()),
         ("oversubscribed", u8::from(world.oversubscribed).to_string()),
+        ("compiled_by_others", shared::taken().to_string()),
     ];
     if on_gpu()
         && let Found::Devices { count, .. } = cuda::find()

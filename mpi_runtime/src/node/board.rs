@@ -6,7 +6,7 @@
 //! `engine/compare/`.
 
 mod coordinator;
-mod layout;
+pub(crate) mod layout;
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering, fence};
@@ -16,7 +16,10 @@ use crate::node::bell::Bell;
 use crate::node::process::Process;
 use crate::node::segment::{Segment, SegmentName};
 pub(crate) use layout::RECORD;
-use layout::{ELSEWHERE, IN_WORD, LANES, RING, Shown, TEXTS, Text, load_text, store_text};
+use layout::{
+    ELSEWHERE, IN_WORD, LANES, RESULTS, RING, SharedResult, Shown, TEXTS, Text, load_text,
+    store_text,
+};
 
 /// In the number of a record: its rank asks whether others have come, and goes on without them.
 const ASKS: u64 = 1 << 62;
@@ -87,6 +90,17 @@ impl Board {
     /// How many ranks this one sees, itself among them.
     pub fn ranks(&self) -> usize {
         self.all.iter().flatten().count()
+    }
+
+    /// What the ranks of this node make for each other, in the memory of the lowest of them.
+    pub(crate) fn results(&self) -> &[SharedResult; RESULTS] {
+        let lowest = (0..self.all.len()).find(|&rank| self.sees(rank));
+        &self.of(lowest.unwrap_or(self.rank)).results
+    }
+
+    /// The id of the process of `rank`, in its namespace.
+    pub(crate) fn process_id(&self, rank: usize) -> u64 {
+        self.of(rank).process[0].load(Ordering::SeqCst)
     }
 
     fn of(&self, rank: usize) -> &Shown {

@@ -6,6 +6,7 @@ pub(crate) mod own_file;
 pub(crate) mod patience;
 pub mod process;
 pub mod rendezvous;
+pub mod results;
 pub mod segment;
 pub mod shm_ring;
 pub mod shm_rings;

@@ -3,7 +3,7 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -13,6 +13,16 @@ pub(crate) fn create(path: &Path) -> io::Result<File> {
     // Neither an existing file nor a symbolic link is opened (open(2), O_EXCL).
     let options = options.read(true).write(true).create_new(true);
     options.mode(0o600).open(path)
+}
+
+/// Makes a file without a name, in memory: gone with the last process that has it open.
+pub(crate) fn nameless() -> io::Result<File> {
+    // SAFETY: the name, for people to read, is a text that ends in 0.
+    match unsafe { libc::memfd_create(c"mpi_cuda".as_ptr(), libc::MFD_CLOEXEC) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: the kernel has just opened the descriptor, for this caller.
+        descriptor => Ok(unsafe { File::from_raw_fd(descriptor) }),
+    }
 }
 
 /// Opens a file of this user's that nobody else may write to.

@@ -28,6 +28,7 @@ use crate::mpi::family::Family;
 use crate::mpi::launcher;
 use crate::mpi::shim::{MpiState, Shim};
 use crate::node::process;
+use crate::node::results::Results;
 use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::{Choice, Mode};
 use crate::watch::Watch;
@@ -70,6 +71,8 @@ pub struct World {
     pub oversubscribed: bool,
     /// Memory shared by the ranks of this node, where they stage.
     pub shm_rings: Option<Arc<ShmRings>>,
+    /// What the ranks of this node make for each other, where they share memory.
+    pub results: Option<Results>,
     /// The engine.
     pub engine: Engine,
     /// Which file MPI is.
@@ -160,6 +163,7 @@ impl World {
             transfer: agreed.transfer,
             oversubscribed: agreed.oversubscribed,
             shm_rings: shared.shm_rings,
+            results: shared.results,
             engine,
             link,
             coordinator: Some(coordinator),
@@ -217,6 +221,7 @@ impl World {
             thread_level: "none",
             oversubscribed: false,
             shm_rings: None,
+            results: None,
             transfer: options.device.as_ref().map(|_| Choice {
                 mode: Mode::Staged,
                 reason: "there is no MPI".into(),

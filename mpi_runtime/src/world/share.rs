@@ -9,6 +9,7 @@ use crate::error::StartError;
 use crate::node::board::Board;
 use crate::node::patience;
 use crate::node::rendezvous::Rendezvous;
+use crate::node::results::Results;
 use crate::node::segment;
 use crate::node::shm_rings::ShmRings;
 use crate::transfer::choice::Mode;
@@ -23,6 +24,8 @@ pub(super) struct SharedMemory {
     pub(super) rendezvous: Option<Rendezvous>,
     /// If the ranks of every node share memory.
     pub(super) board: Option<Arc<Board>>,
+    /// What they make for each other in it.
+    pub(super) results: Option<Results>,
 }
 
 /// Makes it. Collective.
@@ -59,6 +62,7 @@ pub(super) fn share_memory(
     Ok(SharedMemory {
         shm_rings,
         rendezvous,
+        results: board.clone().and_then(Results::new),
         board,
     })
 }

@@ -1,6 +1,6 @@
 //! `CompileOptionsProto`: for which devices a program is, and options to compile a rewritten one.
 
-use protobuf::{Message, MessageField};
+use protobuf::{Message, MessageField, UnknownValueRef};
 
 use crate::devices::Devices;
 use crate::error::Refused;
@@ -8,10 +8,13 @@ use crate::module::Layouts;
 use crate::proto::compile_options::compile_options_proto::Override;
 use crate::proto::compile_options::option_override_proto::Value;
 use crate::proto::compile_options::{
-    CompileOptionsProto, ExecutableBuildOptionsProto, OptionOverrideProto,
+    CompileOptionsProto, ExecutableBuildOptionsProto, Fields, OptionOverrideProto,
 };
 use crate::proto::hlo::DeviceAssignmentProto;
 use crate::proto::hlo::device_assignment_proto::ComputationDevice;
+
+/// The number of `debug_options` in `ExecutableBuildOptionsProto`.
+const DEBUG_OPTIONS: u32 = 3;
 
 /// Options that the framework compiles with.
 #[derive(Clone, Debug)]
@@ -45,6 +48,47 @@ impl Options {
     /// If they cannot be written.
     pub fn write(&self) -> Result<Vec<u8>, Refused> {
         Ok(self.0.write_to_bytes()?)
+    }
+
+    /// Bytes that are the same for equal options. Serialized ones are not: XLA writes the entries
+    /// of a map in any order.
+    ///
+    /// # Errors
+    /// If they cannot be read or written.
+    pub fn in_order(&self) -> Result<Vec<u8>, Refused> {
+        let mut options = self.0.clone();
+        let overrides = &mut options.env_option_overrides;
+        overrides.sort_by(|one, other| one.key.cmp(&other.key));
+        if let Some(build) = options.executable_build_options.as_mut() {
+            let unknown = build.special_fields.mut_unknown_fields();
+            let all = unknown
+                .iter()
+                .filter(|&(number, _)| number == DEBUG_OPTIONS);
+            let mut debug = Fields::new();
+            for (_, value) in all {
+                if let UnknownValueRef::LengthDelimited(bytes) = value {
+                    debug.merge_from_bytes(bytes)?;
+                }
+            }
+            unknown.remove(DEBUG_OPTIONS);
+            let mut rows = Vec::new();
+            for (number, value) in debug.special_fields.unknown_fields() {
+                let mut row = Fields::new();
+                let fields = row.special_fields.mut_unknown_fields();
+                match value {
+                    UnknownValueRef::Fixed32(value) => fields.add_fixed32(number, value),
+                    UnknownValueRef::Fixed64(value) => fields.add_fixed64(number, value),
+                    UnknownValueRef::Varint(value) => fields.add_varint(number, value),
+                    UnknownValueRef::LengthDelimited(value) => {
+                        fields.add_length_delimited(number, value.to_vec());
+                    }
+                }
+                rows.push(row.write_to_bytes()?);
+            }
+            rows.sort();
+            unknown.add_length_delimited(DEBUG_OPTIONS, rows.concat());
+        }
+        Ok(options.write_to_bytes()?)
     }
 
     /// Serialized options for a first compilation, of which only the optimized module is used: all
@@ -228,6 +272,37 @@ mod tests {
             .mut_or_insert_default()
             .num_replicas = 4;
         assert!(wrong.devices().is_err());
+    }
+
+    #[test]
+    fn equal_options_are_known_as_such() {
+        // Fields 1 and 9 of the debug options, and the map entries 2 and 3 of them.
+        let [one, nine, two, three] = [
+            &[0x08, 1][..],
+            &[0x4a, 1, 7],
+            &[0xaa, 0x16, 1, 2],
+            &[0xaa, 0x16, 1, 3],
+        ];
+        let with = |debug: &[&[u8]], overrides: &[&str]| {
+            let mut options = options(1, 1, Some(&[0])).0;
+            let build = options.executable_build_options.mut_or_insert_default();
+            let unknown = build.special_fields.mut_unknown_fields();
+            unknown.add_length_delimited(DEBUG_OPTIONS, debug.concat());
+            for key in overrides {
+                options.env_option_overrides.push(Override {
+                    key: (*key).into(),
+                    ..Default::default()
+                });
+            }
+            Options(options).in_order().unwrap()
+        };
+        let first = with(&[one, nine, two, three], &["a", "b"]);
+        assert_eq!(first, with(&[three, one, two, nine], &["b", "a"]));
+        assert_ne!(first, with(&[one, nine, two], &["a", "b"]));
+        assert_ne!(first, with(&[one, nine, two, three], &["a", "c"]));
+        let read = Options::read(&first).unwrap();
+        assert_eq!(read.devices().unwrap().ids(), [0]);
+        assert_eq!(read.in_order().unwrap(), first);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 pub mod communicators;
 mod contents;
 pub mod partitioner;
+pub mod shared;
 pub mod spmd;
 
 use std::time::{Duration, Instant};
@@ -57,7 +58,10 @@ pub fn compile(
     let start = Instant::now();
     match spmd::place(client, options) {
         RunsOn::Here => {
-            let whole = for_one(client, options, inner).map_err(with_remedy)?;
+            let whole = for_one(client, options, |options| {
+                shared::executable(client, program, options, || inner(options))
+            });
+            let whole = whole.map_err(with_remedy)?;
             if !config().recompile {
                 return note(whole, contents);
             }

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use crate::clients::{self, Client};
 use crate::compile::contents::Contents;
-use crate::compile::partitioner;
+use crate::compile::{partitioner, shared};
 use crate::error::Error;
 use crate::ffi::replica_groups;
 use crate::inner::handles::{ClientHandle, Handle, LoadedHandle, Owned, Program};
@@ -193,8 +193,15 @@ pub fn partition(
         return Ok(partitioned);
     }
     let options = options.without_code()?;
+    shared::module(program, &options, || {
+        partition_alone(&known, program, &options)
+    })
+}
+
+/// Has the inner plugin partition a program on this rank.
+fn partition_alone(known: &Client, program: Program<'_>, options: &[u8]) -> Result<Vec<u8>, Error> {
     if let Some(topology) = known.devices.lacking_topology() {
-        match topology.compile(program, &options) {
+        match topology.compile(program, options) {
             Err(error) if is_for_a_client(&error) => (),
             compiled => return compiled?.get().optimized_program(),
         }
@@ -204,7 +211,7 @@ pub fn partition(
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _others_wait = ONE_AT_A_TIME.lock();
     let all = clients::create_for_all(known.size)?;
-    optimized_program(all.get().compile(program, &options)?.get())
+    optimized_program(all.get().compile(program, options)?.get())
 }
 
 /// Whether an inner plugin says that it compiles for devices of a client only: it has no compiler,
@@ -345,7 +352,9 @@ fn compile_module(
         code: module,
         format: b"hlo",
     };
-    client.compile(program, options)
+    shared::executable(client, program, options, || {
+        client.compile(program, options)
+    })
 }
 
 fn optimized_program(loaded: LoadedHandle) -> Result<Vec<u8>, Error> {

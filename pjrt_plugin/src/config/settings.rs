@@ -77,6 +77,7 @@ pub struct Config {
     pub record: Keep,
     pub keep_memory: bool,
     pub huge_pages: bool,
+    pub share_compiled: bool,
     pub part_bytes: i64,
     pub transfer: Asked,
     /// What mpi4jax's variable said, if that was not clear.
@@ -113,6 +114,7 @@ impl Default for Config {
             record: Keep::Failures,
             keep_memory: true,
             huge_pages: true,
+            share_compiled: true,
             part_bytes: LARGEST_PART,
             transfer: Asked::Auto,
             transfer_warning: None,

@@ -193,6 +193,13 @@ pub const VARIABLES: &[Variable] = &[
         read: |config, text| set(&mut config.huge_pages, flag(text)),
     },
     Variable {
+        name: "MPI_CUDA_SHARE_COMPILED",
+        old_name: None,
+        values: "1, 0",
+        meaning: "one rank of a node compiles a program, and the others load what it made",
+        read: |config, text| set(&mut config.share_compiled, flag(text)),
+    },
+    Variable {
         name: "MPI_CUDA_PART_BYTES",
         old_name: None,
         values: "1073741824, bytes from 64",

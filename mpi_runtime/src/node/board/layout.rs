@@ -60,6 +60,22 @@ pub(super) struct Text {
     pub(super) bytes: [AtomicU64; TEXT / size_of::<u64>()],
 }
 
+/// Results that the ranks of a node make for each other, at a time.
+pub(crate) const RESULTS: usize = 1024;
+
+/// A result that one rank makes for all.
+#[repr(C)]
+pub(crate) struct SharedResult {
+    /// Who makes it, and of what; 0 if this is free.
+    pub(crate) claim: AtomicU64,
+    /// The descriptor of its file in the process of its rank, and 1; 0 until it is made.
+    pub(crate) file: AtomicU64,
+    /// The number of that file.
+    pub(crate) inode: AtomicU64,
+    /// How many ranks need it no more.
+    pub(crate) taken: AtomicU64,
+}
+
 /// What a rank shows.
 #[repr(C)]
 pub(super) struct Shown {
@@ -81,6 +97,8 @@ pub(super) struct Shown {
     /// Where the coordinator is, as far as this rank knows: an IPv6 address and a port.
     pub(super) coordinator: [AtomicU64; 3],
     pub(super) texts: [Text; TEXTS],
+    /// Those of the lowest rank are the node's.
+    pub(super) results: [SharedResult; RESULTS],
     pub(super) lanes: [Lane; LANES],
 }
 
