@@ -21,7 +21,10 @@ from mpi_cuda._doctor import world
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 
 pytestmark = [
-    pytest.mark.skipif(SIZE == 1, reason="there is nobody to share with"),
+    pytest.mark.skipif(
+        SIZE == 1 or world.about()["node_size"] != str(SIZE),
+        reason="the ranks of one node share",
+    ),
     pytest.mark.not_on_gpu("each rank compiles for its own"),
 ]
 
