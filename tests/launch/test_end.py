@@ -296,10 +296,11 @@ STUCK = """if True:
 
 @pytest.mark.parametrize("mpi", MPIS)
 def test_a_rank_that_waits_in_finalize_though_all_have_ended_says_so(mpi: str) -> None:
-    result = job(mpi, STUCK, MPI_CUDA_WARN_AFTER="1", MPI_CUDA_ABORT_AFTER="3")
+    # Long enough for the start, which it limits too.
+    result = job(mpi, STUCK, MPI_CUDA_WARN_AFTER="1", MPI_CUDA_ABORT_AFTER="8")
     assert result.returncode != 0 and result.stdout.split() == ["2.0"] * 2, result
     waits = "rank 0 has waited in MPI_Finalize for {} s, though the programs of all ranks have"
-    for said in (waits.format("[12]"), waits.format("[34]") + ".*: the job ends"):
+    for said in (waits.format("[12]"), waits.format("([89]|1.)") + ".*: the job ends"):
         assert re.search(said, result.stderr), result.stderr
 
 
