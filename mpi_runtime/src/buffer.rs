@@ -158,6 +158,32 @@ impl<'a> Buffer<'a> {
         unsafe { self.at(start, N).cast::<[u8; N]>().read() }
     }
 
+    /// The bytes of the whole array.
+    ///
+    /// # Safety
+    /// Nobody may write them as long as the slice is used.
+    #[inline]
+    pub(crate) unsafe fn as_slice(&self) -> &'a [u8] {
+        match self.bytes() {
+            0 => &[],
+            // SAFETY: the maker of the array vouches for its bytes, and the caller for the rest.
+            bytes => unsafe { std::slice::from_raw_parts(self.data.cast(), bytes) },
+        }
+    }
+
+    /// The same of a result, to write them.
+    ///
+    /// # Safety
+    /// Nobody else may read or write them as long as the slice is used.
+    #[inline]
+    pub(crate) unsafe fn as_slice_mut(&self) -> &'a mut [u8] {
+        match self.bytes() {
+            0 => &mut [],
+            // SAFETY: the maker of the array vouches for its bytes, and the caller for the rest.
+            bytes => unsafe { std::slice::from_raw_parts_mut(self.data.cast(), bytes) },
+        }
+    }
+
     /// Copies the whole array to other memory.
     ///
     /// # Safety

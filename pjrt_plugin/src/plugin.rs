@@ -86,6 +86,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),
         local_topology: config.topology == Topology::Local,
+        shm_collectives: config.shm_collectives,
         check: config.check,
         pretend_nodes: config.pretend_nodes,
         verbose: config.log >= Log::Debug,
@@ -137,6 +138,7 @@ pub fn start_for_tests() -> &'static World {
             part_bytes: config.part_bytes,
             device: None,
             local_topology: false,
+            shm_collectives: true,
             check: false,
             pretend_nodes: None,
             verbose: false,

@@ -330,6 +330,20 @@ time.sleep(10)
     assert re.search(expected, result.stderr), result.stderr
 
 
+def test_a_rank_that_is_killed_among_allreduces_is_missed() -> None:
+    """The others wait in memory that they share with it."""
+    code = """
+X = jnp.ones(100_000)
+if R == 1: threading.Timer(1, os.kill, [os.getpid(), signal.SIGKILL]).start()
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 1 << 28, lambda _, y: nt.allreduce(y, m.MAX), x))
+step(X).block_until_ready()
+"""
+    goes_on = ("--mca", "orte_enable_recovery", "1")
+    result = run("openmpi", code, ranks=3, options=goes_on)
+    assert "rank 0 waits in vain: rank 1 has died" in result.stderr, result.stderr
+    assert "waiting in allreduce of float32" in result.stderr, result.stderr
+
+
 @on_one("mpich")
 def test_what_waits_is_reported_with_what_the_others_do(mpi: str) -> None:
     code = """

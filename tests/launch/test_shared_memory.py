@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from pathlib import Path
 
 import pytest
-from jobs import MPIS, job
+from jobs import MPIS, in_turn, job, twice
 
 FOLDER = Path("/dev/shm")
 
@@ -41,3 +42,47 @@ def test_the_next_start_sweeps_what_a_killed_rank_left(mpi: str) -> None:
     finally:
         for path in filter(None, [young, others]):
             path.unlink()
+
+
+ALLREDUCE = """if True:
+    import resource, sys
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    from mpi_cuda import notoken as nt
+    jax.devices()
+    rank, limit = m.COMM_WORLD.rank, sys.argv[1]
+    x = jnp.arange(1000.0) + rank
+    x.block_until_ready()
+    step = jax.jit(lambda x: nt.allreduce(x, m.SUM)).lower(x).compile()
+    # What Python loads at the first operation is loaded.
+    jax.block_until_ready(nt.allgather(x))
+    if limit == "room" and rank == 0:
+        # Python ignores the signal of this limit.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+    if limit == "files" and rank == 1:
+        many = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, many[1]))
+    for _ in range(3):
+        y = step(x).block_until_ready()
+    if limit == "files" and rank == 1:
+        resource.setrlimit(resource.RLIMIT_NOFILE, many)
+    assert (y == 2 * jnp.arange(1000.0) + 1).all()
+    print("right")
+"""
+BY = re.compile(r"allreduce of float32\[1000\].* done by (.*) in ")
+
+
+@pytest.mark.parametrize(("mpi", "setting"), in_turn("1", "0"))
+def test_what_executes_a_collective_is_logged(mpi: str, setting: str) -> None:
+    result = job(mpi, ALLREDUCE, "", MPI_CUDA_LOG="debug", MPI_CUDA_SHM_COLLECTIVES=setting)
+    assert result.returncode == 0 and twice("right", result), result.stderr
+    found = BY.findall(result.stderr)
+    assert len(found) == 6
+    assert (set(found) == {"shared memory"}) == (setting == "1"), found
+
+
+@pytest.mark.parametrize(("mpi", "limit"), in_turn("room", "files"))
+def test_a_rank_that_has_no_memory_for_collectives_takes_all_to_mpi(mpi: str, limit: str) -> None:
+    result = job(mpi, ALLREDUCE, limit, MPI_CUDA_LOG="debug")
+    assert result.returncode == 0 and twice("right", result), result.stderr
+    found = BY.findall(result.stderr)
+    assert len(found) == 6 and "shared memory" not in found, found

@@ -14,6 +14,7 @@ mod launches;
 mod mpi_calls;
 mod nonblocking;
 mod on_communicator;
+mod on_node;
 pub mod order;
 pub(crate) mod pending;
 mod post;
@@ -39,6 +40,7 @@ pub use crate::engine::compare::{KnownCollectives, Launch};
 use crate::engine::freed_comms::FreedComms;
 use crate::engine::mpi_calls::{MpiCalls, check_dtype};
 use crate::engine::on_communicator::{OnCommunicator, done};
+use crate::engine::on_node::OnNode;
 use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::{Pending, PendingTable, Waiting};
 use crate::engine::recorder::RECORDER;
@@ -210,7 +212,7 @@ impl Engine {
         let result = self.run(ticket, recording.start, op, place);
         recording.end(&result);
         if let Some(start) = start {
-            self.log(ticket, op, start.elapsed(), result.is_ok());
+            self.log(ticket, op, place, start.elapsed(), result.is_ok());
         }
         result.inspect_err(|error| {
             if op.kind.is_collective() {
@@ -233,10 +235,21 @@ impl Engine {
         compared.map_err(|reason| error_of(&op, &comm, reason))
     }
 
-    fn log(&self, ticket: Ticket, op: &Operation<'_>, time: Duration, done: bool) {
+    fn log(
+        &self,
+        ticket: Ticket,
+        op: &Operation<'_>,
+        place: Place<'_>,
+        time: Duration,
+        done: bool,
+    ) {
         let comm = self.communicators.get(op.comm);
+        let is_direct = matches!(place, Place::Direct(..));
+        let by = match &comm {
+            Some(comm) if !is_direct && self.calls.on_node.serves(op, comm) => "shared memory",
+            _ => self.calls.shim.map_or("no MPI", |shim| shim.family.name()),
+        };
         let comm = comm.map_or("an unknown communicator", |comm| comm.name);
-        let by = self.calls.shim.map_or("no MPI", |shim| shim.family.name());
         let end = if done { "done" } else { "failed" };
         log::line(&format!(
             "launch {}: {op} on {comm} {end} by {by} in {:.1} us",
@@ -377,8 +390,13 @@ impl Engine {
         self.pending.clone()
     }
 
-    /// The ranks of this node compare what they do on this board; in a world of `size` ranks.
-    pub(crate) fn compare_on(&mut self, board: Arc<Board>, size: i32) {
+    /// The ranks of this node compare what they do on this board, in a world of `size` ranks. If
+    /// `collectives`, and those are all ranks, they also execute collectives without MPI: who waits
+    /// in MPI moves on what it has for other nodes, and who waits here does not.
+    pub(crate) fn share(&mut self, board: Arc<Board>, size: i32, collectives: bool) {
+        if collectives && board.ranks() == size as usize {
+            self.calls.on_node = OnNode::over(board.clone());
+        }
         let collectives = self.communicators.get(COLLECTIVES);
         self.calls.comparison = Comparison::new(board, size, collectives.map(|comm| comm.handle));
     }

@@ -8,6 +8,7 @@ use crate::buffer::{Buffer, ElementType};
 use crate::engine::compare::{Comparison, refused};
 use crate::engine::idle::MessageWait;
 use crate::engine::nonblocking::{NO_MESSAGES, Nonblocking};
+use crate::engine::on_node::OnNode;
 use crate::engine::order::Ticket;
 use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::recorder::RECORDER;
@@ -28,6 +29,8 @@ pub(super) struct MpiCalls {
     pub(super) nonblocking: Nonblocking,
     pub(super) histories: Histories,
     pub(super) comparison: Comparison,
+    /// What the ranks of a node execute without MPI.
+    pub(super) on_node: OnNode,
     pending: Arc<PendingTable>,
     /// Collectives of more bytes go in parts.
     part_bytes: i64,
@@ -41,6 +44,7 @@ impl MpiCalls {
             nonblocking: Nonblocking::new(shim),
             histories: Histories::default(),
             comparison: Comparison::default(),
+            on_node: OnNode::default(),
             pending,
             part_bytes,
         }
@@ -144,8 +148,19 @@ impl MpiCalls {
         comm: &Communicator,
         shim_op: &ShimOp,
     ) -> Result<ShimReceived, Failure> {
-        if self.shim.is_none() {
+        let Some(shim) = &self.shim else {
             return single_rank::execute(op).map(|()| ShimReceived::default());
+        };
+        if let Some(way) = self.on_node.way(op, comm)
+            && let Some(memory) = self.on_node.memory(shim, op.comm, comm)?
+        {
+            // SAFETY: `shim_op` was prepared, so the result is as long as the operand, and they do
+            // not overlap. They are the host's, as everything here.
+            let (send, recv) = unsafe { (op.send.as_slice(), op.recv.as_slice_mut()) };
+            memory.allreduce(way.combine, way.whole, send, recv);
+            let received = ShimReceived::default();
+            self.histories.add(op, comm.rank, &received);
+            return Ok(received);
         }
         if op.kind.has_neighbors() {
             // MPI writes nothing where there is no neighbour, at the edge of a grid.

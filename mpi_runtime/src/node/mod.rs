@@ -2,11 +2,13 @@
 
 pub(crate) mod bell;
 pub mod board;
+pub(crate) mod combine;
 pub(crate) mod own_file;
 pub(crate) mod patience;
 pub mod process;
 pub mod rendezvous;
 pub mod results;
 pub mod segment;
+pub(crate) mod shm_collective;
 pub mod shm_ring;
 pub mod shm_rings;

@@ -15,6 +15,8 @@ static OVERSUBSCRIBED: AtomicBool = AtomicBool::new(false);
 /// Looks between which nothing happens; those take about 20 us.
 const SPINS: u32 = 1000;
 const SPINS_OVERSUBSCRIBED: u32 = 20;
+/// The same where the other one is seldom late: if it is, it may wait for this core.
+const SPINS_IN_STEP: u32 = 64;
 /// How long a rank looks before it sleeps. Waking up takes tens of microseconds.
 const AWAKE: Duration = Duration::from_millis(1);
 /// The longest sleep, after which the rank looks whether the other one is still there.
@@ -55,6 +57,15 @@ impl Patience {
             },
             since: None,
             examined: None,
+        }
+    }
+
+    /// One for a rank that does the same as this one, at the same time.
+    pub(crate) fn in_step() -> Patience {
+        let patience = Patience::new();
+        Patience {
+            spins: patience.spins.min(SPINS_IN_STEP),
+            ..patience
         }
     }
 

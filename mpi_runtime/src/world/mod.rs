@@ -120,7 +120,7 @@ impl World {
         let link = connect::connect(&ranks, shared.board.as_ref())?;
         let in_sight = shared.board.as_ref().map_or(1, |board| board.ranks());
         if let Some(board) = shared.board.clone() {
-            engine.compare_on(board, joined.size);
+            engine.share(board, joined.size, options.shm_collectives);
         }
         if in_sight != joined.size as usize {
             let by = join::duplicates_to_compare(&shim, &joined)?;

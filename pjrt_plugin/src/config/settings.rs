@@ -79,6 +79,7 @@ pub struct Config {
     pub huge_pages: bool,
     pub share_compiled: bool,
     pub part_bytes: i64,
+    pub shm_collectives: bool,
     pub transfer: Asked,
     /// What mpi4jax's variable said, if that was not clear.
     pub transfer_warning: Option<String>,
@@ -116,6 +117,7 @@ impl Default for Config {
             huge_pages: true,
             share_compiled: true,
             part_bytes: LARGEST_PART,
+            shm_collectives: true,
             transfer: Asked::Auto,
             transfer_warning: None,
             chunk_bytes: 1 << 20,

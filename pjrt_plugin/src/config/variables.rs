@@ -207,6 +207,14 @@ pub const VARIABLES: &[Variable] = &[
         read: |config, text| set(&mut config.part_bytes, number(text, 64..=LARGEST_PART)),
     },
     Variable {
+        name: "MPI_CUDA_SHM_COLLECTIVES",
+        old_name: None,
+        values: "1, 0",
+        meaning: "ranks of one node execute collectives in memory that they share, and not through \
+                  MPI, where that is faster; the same on all ranks",
+        read: |config, text| set(&mut config.shm_collectives, flag(text)),
+    },
+    Variable {
         name: "MPI_CUDA_TRANSFER",
         old_name: None,
         values: "auto, direct, staged",
