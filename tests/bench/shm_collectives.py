@@ -1,8 +1,8 @@
 """Microseconds of an allreduce in a jitted loop, through memory that the ranks of a node share and
 through MPI, by size: the shortest of all loops of ROUNDS jobs with each, in turn.
 
-Usage: python shm_collectives.py [--mpi openmpi|mpich] [--ranks N] [--rounds R] [--dtype float32]
-       [--op SUM] [BYTES...]
+Usage: python shm_collectives.py [--mpi openmpi|mpich] [--ranks N] [--rounds R] [--loops L]
+       [--dtype float32] [--op SUM] [BYTES...]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 SIZES = [8 << (2 * step) for step in range(12) if 8 << (2 * step) <= 1 << 24] + [1 << 24]
 
 
-def measure(sizes: list[int], dtype: str, op: str) -> None:
+def measure(sizes: list[int], dtype: str, op: str, loops: int) -> None:
     """Prints the shortest time of an allreduce of each size, in microseconds."""
     import jax
     import jax.numpy as jnp
@@ -39,7 +39,7 @@ def measure(sizes: list[int], dtype: str, op: str) -> None:
             return lax.fori_loop(0, times, body, x[:1])
 
         best = float("inf")
-        for _ in range(30):
+        for _ in range(loops):
             start = time.perf_counter()
             loop(x).block_until_ready()
             best = min(best, (time.perf_counter() - start) / times)
@@ -51,6 +51,7 @@ def job(arguments: argparse.Namespace, shared: str) -> dict[int, float]:
     """One job, with shared memory or without: the shortest time of each size."""
     command = [f"mpirun.{arguments.mpi}", "-n", str(arguments.ranks), sys.executable, __file__]
     options = ["--job", "--dtype", arguments.dtype, "--op", arguments.op]
+    options += ["--loops", str(arguments.loops)]
     sizes = [str(size) for size in arguments.sizes]
     environment = {**os.environ, "MPI_CUDA_SHM_COLLECTIVES": shared}
     done = subprocess.run(
@@ -66,13 +67,14 @@ def main() -> None:
     parser.add_argument("--mpi", default="openmpi")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loops", type=int, default=30)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--op", default="SUM")
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("sizes", type=int, nargs="*", default=SIZES)
     arguments = parser.parse_args()
     if arguments.job:
-        return measure(arguments.sizes, arguments.dtype, arguments.op)
+        return measure(arguments.sizes, arguments.dtype, arguments.op, arguments.loops)
     best: dict[str, dict[int, float]] = {"0": {}, "1": {}}
     for _ in range(arguments.rounds):
         for shared, found in best.items():

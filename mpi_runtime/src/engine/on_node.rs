@@ -23,7 +23,7 @@ use crate::node::segment::new_number;
 use crate::node::shm_collective::{MOST_RANKS, ShmCollective};
 use crate::operation::Operation;
 
-/// How many communicators have memory of their own; the others use MPI. With 16 ranks one has 9
+/// How many communicators have memory of their own; the others use MPI. With 16 ranks one has 17
 /// MiB.
 const MOST: usize = 16;
 /// Bytes up to which each rank reduces the whole array for itself, by the number of ranks from 2

@@ -12,3 +12,4 @@ pub mod segment;
 pub(crate) mod shm_collective;
 pub mod shm_ring;
 pub mod shm_rings;
+mod streaming;

@@ -29,13 +29,16 @@ use crate::node::bell::Bell;
 use crate::node::combine::Combine;
 use crate::node::patience::Patience;
 use crate::node::segment::{Atomics, Segment, SegmentName};
+use crate::node::streaming;
 
 /// The most ranks that execute a collective so.
 pub(crate) const MOST_RANKS: usize = 16;
 /// Slots of a rank for what it gives, and for what it has reduced; at least 3.
 const SLOTS: usize = 4;
 /// The longest block. What a core has in hand must stay in its second cache.
-pub(crate) const BLOCK: usize = 128 << 10;
+pub(crate) const BLOCK: usize = 256 << 10;
+/// Results of so many bytes do not stay in the second cache.
+const LONG: usize = 4 << 20;
 /// Slices begin at cache lines.
 const LINE: usize = 64;
 const PAGE: usize = 4096;
@@ -203,16 +206,20 @@ impl ShmCollective {
                 length: BLOCK.min(send.len() - start),
             }
         };
+        let is_long = recv.len() >= LONG;
         for step in 0..count + 2 {
             if step < count {
                 self.give_others(block(step), send);
             }
             if (1..=count).contains(&step) {
-                self.reduce_slice(combine, block(step - 1), send, recv);
+                self.reduce_slice(combine, block(step - 1), is_long, send, recv);
             }
             if step >= 2 {
-                self.take_others(block(step - 2), recv);
+                self.take_others(block(step - 2), is_long, recv);
             }
+        }
+        if is_long {
+            streaming::finish();
         }
         *blocks += count as u64;
     }
@@ -244,7 +251,14 @@ impl ShmCollective {
     }
 
     /// Step 2.
-    fn reduce_slice(&self, combine: Combine, block: Block, send: &[u8], recv: &mut [u8]) {
+    fn reduce_slice(
+        &self,
+        combine: Combine,
+        block: Block,
+        is_long: bool,
+        send: &[u8],
+        recv: &mut [u8],
+    ) {
         let (from, to) = slice(block.length, self.size, self.rank);
         let place = block.start + from..block.start + to;
         let mut parts: [&[u8]; MOST_RANKS] = [&[]; MOST_RANKS];
@@ -261,19 +275,30 @@ impl ShmCollective {
         let [_, reduced] = self.slots(self.rank, block.number);
         // SAFETY: this rank's slot, which is free (see the module), and as long as any slice.
         let copy = unsafe { std::slice::from_raw_parts_mut(reduced, to - from) };
-        combine.all(&parts[..self.size], &mut recv[place], Some(copy));
-        self.show(|shown| &shown.reduced, block.number + 1);
+        let (parts, result) = (&parts[..self.size], &mut recv[place]);
+        if is_long {
+            combine.all(parts, copy, None);
+            self.show(|shown| &shown.reduced, block.number + 1);
+            streaming::copy(copy, result);
+        } else {
+            combine.all(parts, result, Some(copy));
+            self.show(|shown| &shown.reduced, block.number + 1);
+        }
     }
 
     /// Step 3.
-    fn take_others(&self, block: Block, recv: &mut [u8]) {
+    fn take_others(&self, block: Block, is_long: bool, recv: &mut [u8]) {
         // Each begins with another one, so that they do not all read the same memory.
         for rank in (1..self.size).map(|step| (self.rank + step) % self.size) {
             let (from, to) = slice(block.length, self.size, rank);
             self.wait(rank, |shown| &shown.reduced, block.number + 1);
             // SAFETY: reduced; this rank is done with it when it gives the next but one.
             let reduced = unsafe { self.reduced(rank, block.number, to - from) };
-            recv[block.start + from..block.start + to].copy_from_slice(reduced);
+            let result = &mut recv[block.start + from..block.start + to];
+            match is_long {
+                true => streaming::copy(reduced, result),
+                false => result.copy_from_slice(reduced),
+            }
         }
     }
 }
@@ -337,7 +362,7 @@ mod tests {
         let combine = Combine::of(Reduction::Sum, Datatype::F32).unwrap();
         for size in [2, 3, 5, MOST_RANKS] {
             let lengths = [
-                1, 3, 200_000, 16, 17, 5, 32_768, 32_769, 1, 2, 100_001, 65_537, 15, 1, 1, 1, 1,
+                1, 3, 400_000, 16, 17, 5, 65_536, 65_537, 1, 2, 1_050_001, 131_073, 15, 1, 1, 1, 1,
             ];
             let memories = memories(size);
             std::thread::scope(|scope| {

@@ -27,8 +27,8 @@ SHARED = (
 )
 OPERATIONS = {"SUM": np.add, "PROD": np.multiply, "MIN": np.minimum, "MAX": np.maximum}
 DTYPES = ["float32", "float64", "int32", "int64", "uint32", "uint64"]
-#: Around what is one block or slice, and what is reduced whole; no length is a power of two.
-LENGTHS = [1, 2, 7, 33, 1023, 1025, 5000, 32_769, 100_003]
+#: What is reduced whole or in slices, in one block or several, and past the caches.
+LENGTHS = [1, 2, 7, 33, 1023, 1025, 5000, 32_769, 100_003, 1_100_003]
 
 pytestmark = pytest.mark.skipif(SIZE == 1, reason="needs other ranks")
 
