@@ -41,6 +41,12 @@ pub(crate) fn open(path: &Path, write: bool) -> io::Result<File> {
     }
 }
 
+/// Whether a file is this user's.
+pub(crate) fn is_ours(about: &Metadata) -> bool {
+    // SAFETY: it has no arguments, and cannot fail.
+    about.uid() == unsafe { libc::geteuid() }
+}
+
 /// Why a file is not trusted.
 fn refusal(about: &Metadata) -> Option<String> {
     // SAFETY: it has no arguments, and cannot fail.

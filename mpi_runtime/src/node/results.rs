@@ -26,6 +26,10 @@ use crate::node::own_file;
 
 /// How a file of a result begins.
 const MAGIC: u64 = u64::from_be_bytes(*b"mpi_cudr");
+const HEAD: usize = 24;
+
+/// Files that a rank keeps open for others that have not asked yet: a process may have a thousand.
+const MOST_FILES: usize = 32;
 
 /// What a rank keeps for others that have not asked yet: its part of the first, and the second at
 /// least.
@@ -49,6 +53,8 @@ pub struct Results {
     /// Number of this rank's last claim.
     last: AtomicU16,
     longest: Duration,
+    /// Ranks whose files this one may not open.
+    unreadable: Mutex<Vec<usize>>,
 }
 
 /// A result of this rank's.
@@ -87,6 +93,7 @@ impl Results {
             own: Mutex::default(),
             last: AtomicU16::new(0),
             longest: LONGEST,
+            unreadable: Mutex::default(),
         })
     }
 
@@ -97,8 +104,8 @@ impl Results {
             return Found::Alone;
         }
         self.let_go(|own, place| {
-            let taken = place.taken.load(Ordering::SeqCst) as usize;
-            own.claim == place.claim.load(Ordering::SeqCst) && taken < self.board.ranks() - 1
+            let taken = place.taken.load(Ordering::SeqCst);
+            own.claim == place.claim.load(Ordering::SeqCst) && !self.is_all(taken)
         });
         let input = joined(input);
         let hash = hash(&input);
@@ -109,7 +116,14 @@ impl Results {
         if let Some((place, claim)) = claims().find(|&(_, claim)| is_of(claim, hash)) {
             return self.of_other(place, claim, &input);
         }
-        for (place, _) in claims().filter(|&(_, claim)| claim == 0) {
+        for (place, claim) in claims() {
+            if is_of(claim, hash) {
+                // Claimed since it was looked at.
+                return self.of_other(place, claim, &input);
+            }
+            if claim != 0 {
+                continue;
+            }
             let claim = self.new_claim(hash);
             let word = &places[place].claim;
             match word.compare_exchange(0, claim, Ordering::SeqCst, Ordering::SeqCst) {
@@ -132,21 +146,49 @@ impl Results {
     /// Another rank's result, once it is there.
     fn of_other(&self, place: usize, claim: u64, input: &[u8]) -> Found<'_> {
         let owner = owner(claim);
-        if owner == self.board.rank() || !self.board.sees(owner) {
+        let is_unreadable = || self.unreadable.lock().contains(&owner);
+        if owner == self.board.rank() || !self.board.sees(owner) || is_unreadable() {
             return Found::Alone;
         }
         let shared = &self.board.results()[place];
-        let bytes = self.wait(shared, claim).then(|| {
-            let read = self.read(shared, owner, input);
-            read.ok().flatten()
-        });
+        let mut read = Ok(None);
+        if self.wait(shared, claim) {
+            read = self.read(shared, owner, input);
+        }
+        let mut is_last = false;
         if shared.claim.load(Ordering::SeqCst) == claim {
-            shared.taken.fetch_add(1, Ordering::SeqCst);
+            let taken = shared.taken.fetch_or(self.own_bit(), Ordering::SeqCst);
+            is_last = self.is_all(taken | self.own_bit());
         }
-        match bytes.flatten() {
-            Some(bytes) => Found::Made(owner, bytes),
-            None => Found::Alone,
+        match read {
+            Ok(Some((bytes, file))) => {
+                if is_last {
+                    // The rank that made it may not look again. Who reads it once more meanwhile
+                    // finds it too short.
+                    let _ = file.set_len(0);
+                }
+                Found::Made(owner, bytes)
+            }
+            Ok(None) => Found::Alone,
+            Err(error) => {
+                if error.kind() == io::ErrorKind::PermissionDenied {
+                    self.unreadable.lock().push(owner);
+                }
+                Found::Alone
+            }
         }
+    }
+
+    /// The bit of this rank in [`SharedResult::taken`]; none of the 65th rank of a node and later.
+    fn own_bit(&self) -> u64 {
+        let rank = self.board.rank();
+        let below = (0..rank).filter(|&other| self.board.sees(other)).count();
+        1u64.checked_shl(below as u32).unwrap_or(0)
+    }
+
+    /// Whether all ranks have taken a result, but the one that made it.
+    fn is_all(&self, taken: u64) -> bool {
+        taken.count_ones() as usize >= self.board.ranks() - 1
     }
 
     /// Waits until a claimed result is there; false if that is given up.
@@ -175,7 +217,7 @@ impl Results {
         shared: &SharedResult,
         owner: usize,
         input: &[u8],
-    ) -> io::Result<Option<Vec<u8>>> {
+    ) -> io::Result<Option<(Vec<u8>, File)>> {
         let descriptor = shared.file.load(Ordering::SeqCst).saturating_sub(1);
         let process = self.board.process_id(owner);
         let mut options = OpenOptions::new();
@@ -184,21 +226,19 @@ impl Results {
         let options = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
         let mut file = options.open(format!("/proc/{process}/fd/{descriptor}"))?;
         let about = file.metadata()?;
-        if !about.is_file() || about.ino() != shared.inode.load(Ordering::SeqCst) {
+        let is_its = about.is_file() && own_file::is_ours(&about);
+        if !is_its || about.ino() != shared.inode.load(Ordering::SeqCst) {
             return Ok(None);
         }
         let mut bytes = Vec::with_capacity(about.len() as usize);
         file.read_to_end(&mut bytes)?;
-        let head = head(input);
-        let is_this = bytes.starts_with(&head) && bytes[head.len()..].starts_with(input);
-        if !is_this {
+        let start = HEAD + input.len();
+        let Some(length) = bytes.len().checked_sub(start) else {
             return Ok(None);
-        }
-        // The last one frees its memory, since the rank that made it may not look again.
-        if shared.taken.load(Ordering::SeqCst) as usize + 2 >= self.board.ranks() {
-            file.set_len(0)?;
-        }
-        Ok(Some(bytes.split_off(head.len() + input.len())))
+        };
+        // Another thread of this rank, which takes it too, may have cut it off meanwhile.
+        let is_whole = bytes[..HEAD] == head(input, length) && bytes[HEAD..start] == *input;
+        Ok(is_whole.then(|| (bytes.split_off(start), file)))
     }
 
     fn new_claim(&self, hash: u32) -> u64 {
@@ -239,7 +279,7 @@ impl Results {
     fn keep(&self, new: Own) {
         let mut own = self.own.lock();
         own.push_back(new);
-        let most = (RESULTS / self.board.ranks()).max(1);
+        let most = (RESULTS / self.board.ranks()).clamp(1, MOST_FILES);
         let bytes = |own: &VecDeque<Own>| own.iter().map(|own| own.bytes).sum::<usize>();
         while own.len() > most || bytes(&own) > self.most_bytes() {
             let Some(oldest) = own.pop_front() else { break };
@@ -254,8 +294,8 @@ impl Claim<'_> {
     /// # Errors
     /// If it is too large, or the kernel has no memory for it; those that wait hear that.
     pub fn publish(self, result: &[u8]) -> io::Result<()> {
-        let head = head(&self.input);
-        let bytes = head.len() + self.input.len() + result.len();
+        let head = head(&self.input, result.len());
+        let bytes = HEAD + self.input.len() + result.len();
         if bytes > self.results.most_bytes() {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
@@ -326,10 +366,10 @@ fn joined(parts: &[&[u8]]) -> Vec<u8> {
         .collect()
 }
 
-/// What stands before the input in the file of a result.
-fn head(input: &[u8]) -> [u8; 16] {
-    let words = [MAGIC, input.len() as u64];
-    let mut bytes = [0; 16];
+/// What stands before the input in the file of a result of so many bytes.
+fn head(input: &[u8], length: usize) -> [u8; HEAD] {
+    let words = [MAGIC, input.len() as u64, length as u64];
+    let mut bytes = [0; HEAD];
     for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
         place.copy_from_slice(&word.to_le_bytes());
     }

@@ -39,6 +39,10 @@ static TAKEN: AtomicU64 = AtomicU64::new(0);
 /// XLA's options, and how many threads it has.
 const SETTINGS: [&str; 2] = ["XLA_FLAGS", "NPROC"];
 
+/// Bytes of the largest program whose executable is shared: whoever loads one keeps what it came
+/// from, and long constants are in all of it.
+const LARGEST: usize = 8 << 20;
+
 /// What a user looks at of a compilation has to come from each rank.
 const DUMP: &[u8] = b"xla_dump";
 
@@ -75,6 +79,9 @@ pub fn executable(
     options: &[u8],
     compile: impl FnOnce() -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
+    if program.code.len() > LARGEST {
+        return compile();
+    }
     match find(Stage::Executable, program, options) {
         Found::Made(rank, bytes) => match client.load(&bytes, &[]) {
             Ok(loaded) => {
@@ -107,7 +114,10 @@ fn find(stage: Stage, program: Program<'_>, options: &[u8]) -> Found<'static> {
         return Found::Alone;
     };
     let settings = SETTINGS.map(|name| env::var_os(name).unwrap_or_default().into_encoded_bytes());
-    let dumps = contains(&settings[0], DUMP) || contains(options, DUMP);
+    // A file's name, where it begins otherwise.
+    let is_file =
+        !settings[0].trim_ascii().is_empty() && !settings[0].trim_ascii().starts_with(b"-");
+    let dumps = is_file || contains(&settings[0], DUMP) || contains(options, DUMP);
     if fork::is_child() || dumps {
         return Found::Alone;
     }

@@ -72,7 +72,7 @@ pub(crate) struct SharedResult {
     pub(crate) file: AtomicU64,
     /// The number of that file.
     pub(crate) inode: AtomicU64,
-    /// How many ranks need it no more.
+    /// The ranks that need it no more, a bit for each.
     pub(crate) taken: AtomicU64,
 }
 

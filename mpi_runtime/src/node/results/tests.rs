@@ -129,12 +129,28 @@ fn what_nobody_asks_for_is_bounded() {
         let own = claim(&first, &number.to_le_bytes());
         own.publish(b"code").unwrap();
     }
-    assert_eq!(used(&second), RESULTS / 2);
-    assert_eq!(first.own.lock().len(), RESULTS / 2);
+    assert_eq!(used(&second), MOST_FILES);
+    assert_eq!(first.own.lock().len(), MOST_FILES);
     assert!(made(&second, &(3 * RESULTS - 1).to_le_bytes()).is_some());
     let large = vec![1; first.most_bytes()];
     assert!(claim(&first, b"large").publish(&large).is_err());
     assert!(matches!(first.find(&[&large]), Found::Alone));
     // The one that was taken has been let go of.
-    assert_eq!(used(&second), RESULTS / 2 - 1);
+    assert_eq!(used(&second), MOST_FILES - 1);
+}
+
+#[test]
+fn what_was_cut_off_meanwhile_is_not_taken() {
+    let [first, second] = ranks();
+    claim(&first, b"program").publish(b"code").unwrap();
+    // As another thread that took it: the last rank frees its memory.
+    assert_eq!(made(&second, b"program"), Some((0, b"code".to_vec())));
+    assert_eq!(made(&second, b"program"), None);
+    let own = claim(&first, b"another");
+    let input = own.input.clone();
+    own.publish(b"code").unwrap();
+    let length = (HEAD + input.len() + 3) as u64;
+    let cut = |own: &Own| own._file.set_len(length).unwrap();
+    first.own.lock().back().map(cut).unwrap();
+    assert_eq!(made(&second, b"another"), None);
 }
