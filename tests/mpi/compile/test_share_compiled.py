@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.experimental.compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +28,18 @@ pytestmark = [
     ),
     pytest.mark.not_on_gpu("each rank compiles for its own"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def without_cache() -> Iterator[None]:
+    """A rank that finds what another one has left in JAX's cache compiles nothing."""
+    cache = jax.experimental.compilation_cache.compilation_cache
+    used = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", used)
+    cache.reset_cache()
 
 
 def taken_by_all(compiles: Callable[[], Any]) -> tuple[Any, int]:
