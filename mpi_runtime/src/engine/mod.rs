@@ -392,7 +392,7 @@ impl Engine {
 
     /// The ranks of this node compare what they do on this board, in a world of `size` ranks. If
     /// `collectives`, and those are all ranks, they also execute collectives without MPI: who waits
-    /// in MPI moves on what it has for other nodes, and who waits here does not.
+    /// in MPI moves on what it has for other nodes, and who waits here does so more seldom.
     pub(crate) fn share(&mut self, board: Arc<Board>, size: i32, collectives: bool) {
         if collectives && board.ranks() == size as usize {
             self.calls.on_node = OnNode::over(board.clone());

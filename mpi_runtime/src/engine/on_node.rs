@@ -2,8 +2,8 @@
 //!
 //! Which those are depends on nothing but what all ranks of the communicator know alike: what the
 //! collective is, how long it is, and whether they have such memory, on which they agree at the
-//! first one. In a world of several nodes there are none: who waits for such memory does not move
-//! messages on, which MPI may still have to send to another node.
+//! first one. In a world of several nodes there are none: who waits for such memory calls MPI more
+//! seldom than MPI itself does, which may still have messages to send to another node.
 
 #![forbid(unsafe_code)]
 
