@@ -60,6 +60,8 @@ impl Engine {
     /// A launch has failed, and is about to be retired: tells the other ranks, if they may wait for
     /// a collective that it has not come to.
     pub fn launch_failed(&self, ticket: Ticket, error: &str) {
+        // It may have arrived, and will not come to what the others wait for.
+        self.withdraw();
         self.calls.comparison.launch_failed(ticket, error);
     }
 

@@ -125,9 +125,7 @@ impl Engine {
     ///
     /// Call with the `ticket` of the launch taken, and only if its inputs are ready.
     pub fn all_have_arrived(&self, ticket: Ticket, program: UniformProgram) -> bool {
-        let (Some(rendezvous), Some(history)) =
-            (&self.rendezvous, self.calls.histories.of(program))
-        else {
+        let Some(rendezvous) = &self.rendezvous else {
             return false;
         };
         // A receive that was started before may take a message that this launch waits for.
@@ -135,7 +133,12 @@ impl Engine {
             return false;
         }
         // A caller that waited for a result is back a little before its launch is retired.
-        rendezvous.meet(|| self.order.is_first(ticket), || history.arrival(program))
+        let calls = &self.calls;
+        let arrival = || {
+            let position = calls.comparison.position(program.comm)?;
+            Some((program.mark(position), calls.balances.after(program)))
+        };
+        rendezvous.meet(|| self.order.is_first(ticket), arrival)
     }
 
     /// A launch that this rank has arrived at will not run, since it could not be dispatched.
@@ -172,10 +175,6 @@ impl Engine {
             _ => self.groups.begin_apart(context, program, channel),
         };
         recording.end(&result);
-        // A launch that fails here may have met one that had begun: then only that one counts.
-        if program.everybody && channel == 0 && result.is_ok() {
-            self.calls.histories.count_collective_launch();
-        }
         result.inspect_err(|error| self.note_unread(&error.to_string(), self.order.thread(ticket)))
     }
 

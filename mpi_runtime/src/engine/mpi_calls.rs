@@ -13,7 +13,7 @@ use crate::engine::order::Ticket;
 use crate::engine::pending::{Pending, PendingTable};
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
-use crate::engine::uniform::Histories;
+use crate::engine::uniform::Balances;
 use crate::engine::{check, exchange_counts, result_canary, single_rank};
 use crate::error::Failure;
 use crate::mpi::communicators::{Communicator, Communicators};
@@ -27,7 +27,7 @@ pub(super) struct MpiCalls {
     pub(super) shim: Option<Shim>,
     /// Messages and collectives whose start and end are separate.
     pub(super) nonblocking: Nonblocking,
-    pub(super) histories: Histories,
+    pub(super) balances: Balances,
     pub(super) comparison: Comparison,
     /// What the ranks of a node execute without MPI.
     pub(super) on_node: OnNode,
@@ -42,7 +42,7 @@ impl MpiCalls {
         MpiCalls {
             shim,
             nonblocking: Nonblocking::new(shim),
-            histories: Histories::default(),
+            balances: Balances::default(),
             comparison: Comparison::default(),
             on_node: OnNode::default(),
             pending,
@@ -114,11 +114,7 @@ impl MpiCalls {
         let comparison = &self.comparison;
         let asked = prepared.as_ref().map(|()| &*shim_op);
         let compared = comparison.operation(ticket, op, comm, asked, members);
-        let prepared = compared.and(prepared);
-        if prepared.is_err() {
-            self.histories.add_failed(op);
-        }
-        prepared
+        compared.and(prepared)
     }
 
     /// Executes what is a whole to MPI, and checks what has come.
@@ -158,9 +154,7 @@ impl MpiCalls {
             // not overlap. They are the host's, as everything here.
             let (send, recv) = unsafe { (op.send.as_slice(), op.recv.as_slice_mut()) };
             memory.allreduce(way.combine, way.whole, send, recv);
-            let received = ShimReceived::default();
-            self.histories.add(op, comm.rank, &received);
-            return Ok(received);
+            return Ok(ShimReceived::default());
         }
         if op.kind.has_neighbors() {
             // MPI writes nothing where there is no neighbour, at the edge of a grid.
@@ -229,7 +223,7 @@ impl MpiCalls {
             Ok(unsafe { shim.execute(shim_op) }?)
         };
         let received = received?;
-        self.histories.add(op, comm.rank, &received);
+        self.balances.add(op, comm.rank, &received);
         Ok(received)
     }
 
@@ -259,7 +253,7 @@ impl MpiCalls {
             // SAFETY: prepared above.
             _ => unsafe { self.nonblocking.start(op, &shim_op, comm.members) }?,
         };
-        self.histories.add(op, comm.rank, &ShimReceived::default());
+        self.balances.add(op, comm.rank, &ShimReceived::default());
         op.recv.write(0, &number.to_ne_bytes());
         Ok(())
     }
@@ -279,7 +273,6 @@ impl MpiCalls {
         let place = self.pending.begun_on(op.comm);
         // SAFETY: as this function demands.
         let number = unsafe { self.nonblocking.start_collective(op, shim_op, comm, place) }?;
-        self.histories.add(op, comm.rank, &ShimReceived::default());
         op.recv.write(0, &number.to_ne_bytes());
         Ok(())
     }
@@ -343,7 +336,7 @@ impl MpiCalls {
             status: op.status,
             ..ended.operation
         };
-        self.histories.add(&receive, comm.rank, &ended.received);
+        self.balances.add(&receive, comm.rank, &ended.received);
         check_received(&receive, &ended.received).map_err(about)
     }
 

@@ -73,7 +73,7 @@ impl Transport for OnCommunicator<'_> {
         let request = unsafe { shim.start_send(&shim_op) };
         let request = request?;
         self.calls
-            .histories
+            .balances
             .add(op, self.comm.rank, &ShimReceived::default());
         Ok(request)
     }
@@ -94,7 +94,7 @@ impl Transport for OnCommunicator<'_> {
         let Some(received) = received? else {
             return Ok(None);
         };
-        self.calls.histories.add(op, self.comm.rank, &received);
+        self.calls.balances.add(op, self.comm.rank, &received);
         Ok(Some(done(received)))
     }
 

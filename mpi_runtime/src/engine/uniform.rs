@@ -1,5 +1,5 @@
-//! Programs that are the same on all ranks, and what this rank has executed so far, by which the
-//! ranks know each other's launches.
+//! Programs that are the same on all ranks, and the messages that this rank has exchanged so far,
+//! by which the ranks know each other's launches.
 
 #![forbid(unsafe_code)]
 
@@ -8,14 +8,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use mpi_shim_abi::{PROC_NULL, ShimReceived};
 
-use crate::mpi::communicators::{COLLECTIVES, DEFAULT, WORLD};
+use crate::mpi::communicators::{DEFAULT, WORLD};
 use crate::operation::Operation;
 
 /// A program that is the same fixed sequence of collectives and exchanges of all ranks, wherever it
 /// runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UniformProgram {
-    /// The communicator of all of them: [`WORLD`], [`DEFAULT`] or [`COLLECTIVES`].
+    /// The communicator of all of them: [`WORLD`], [`DEFAULT`] or
+    /// [`crate::mpi::communicators::COLLECTIVES`].
     pub comm: i64,
     /// The sequence, hashed.
     pub sequence: u64,
@@ -25,8 +26,8 @@ pub struct UniformProgram {
 }
 
 impl UniformProgram {
-    /// Names the launch of this program that comes after `position` collectives; the same number in
-    /// every process. Never 0.
+    /// Names the launch of this program that comes after `position` steps; the same number in every
+    /// process. Never 0.
     pub(super) fn mark(self, position: u64) -> u64 {
         let mut hasher = DefaultHasher::new();
         (self.comm, self.sequence, position).hash(&mut hasher);
@@ -34,82 +35,40 @@ impl UniformProgram {
     }
 }
 
-/// What this rank has executed on the communicators of all ranks.
+/// The messages that this rank has exchanged on the communicators of all ranks: those sent less
+/// those received, as in [`UniformProgram::balance`].
 #[derive(Default)]
-pub(super) struct Histories {
-    world: History,
-    default: History,
-    /// Launches of programs for several devices.
-    collectives: History,
+pub(super) struct Balances {
+    world: AtomicU64,
+    default: AtomicU64,
 }
 
-impl Histories {
+impl Balances {
     /// Adds an operation on the communicator numbered `op.comm`, where `rank` is this process's
     /// rank.
     #[inline]
     pub(super) fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
-        match op.comm {
-            WORLD => self.world.add(op, rank, received),
-            DEFAULT => self.default.add(op, rank, received),
-            _ => {}
-        }
-    }
-
-    /// An operation has failed. Ranks that differ in a collective have all used it up.
-    pub(super) fn add_failed(&self, op: &Operation<'_>) {
-        if op.kind.is_collective() {
-            self.add(op, 0, &ShimReceived::default());
-        }
-    }
-
-    /// A launch with collectives that all ranks run has begun.
-    pub(super) fn count_collective_launch(&self) {
-        self.collectives.position.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// That of the communicator of a program.
-    pub(super) fn of(&self, program: UniformProgram) -> Option<&History> {
-        match program.comm {
-            WORLD => Some(&self.world),
-            DEFAULT => Some(&self.default),
-            COLLECTIVES => Some(&self.collectives),
-            _ => None,
-        }
-    }
-}
-
-/// What this rank has executed on one communicator of all ranks.
-#[derive(Default)]
-pub(super) struct History {
-    /// Number of collectives. Messages do not count: ranks may exchange different numbers of them,
-    /// and the balance tells whether they are done with.
-    position: AtomicU64,
-    /// Messages sent less messages received, as in [`UniformProgram::balance`].
-    balance: AtomicU64,
-}
-
-impl History {
-    /// The mark and the balance by which ranks that arrive at `program` now know each other.
-    pub(super) fn arrival(&self, program: UniformProgram) -> (u64, u64) {
-        let balance = program.balance.map_or(0, |balance| {
-            balance.wrapping_add(self.balance.load(Ordering::Relaxed))
-        });
-        (program.mark(self.position.load(Ordering::Relaxed)), balance)
-    }
-
-    #[inline]
-    fn add(&self, op: &Operation<'_>, rank: i32, received: &ShimReceived) {
-        if op.kind.is_collective() {
-            self.position.fetch_add(1, Ordering::Relaxed);
-        }
+        let balance = match op.comm {
+            WORLD => &self.world,
+            DEFAULT => &self.default,
+            _ => return,
+        };
         if op.kind.sends() && op.dest != PROC_NULL {
-            self.balance
-                .fetch_add(message(rank, op.dest), Ordering::Relaxed);
+            balance.fetch_add(message(rank, op.dest), Ordering::Relaxed);
         }
         if op.kind.is_receive() && received.source >= 0 {
-            self.balance
-                .fetch_sub(message(received.source, rank), Ordering::Relaxed);
+            balance.fetch_sub(message(received.source, rank), Ordering::Relaxed);
         }
+    }
+
+    /// What is left once `program` has run.
+    pub(super) fn after(&self, program: UniformProgram) -> u64 {
+        let so_far = match program.comm {
+            WORLD => self.world.load(Ordering::Relaxed),
+            DEFAULT => self.default.load(Ordering::Relaxed),
+            _ => 0,
+        };
+        program.balance.map_or(0, |own| own.wrapping_add(so_far))
     }
 }
 

@@ -105,15 +105,16 @@ impl Rendezvous {
         self.segment.atomics(index * size_of::<Arrival>())
     }
 
-    /// Says that this rank has arrived at `mark`, which is not 0, once it is `free`; true if
-    /// everybody else has too, soon, and all balances add up to 0.
-    pub fn meet(&self, free: impl Fn() -> bool, arrival: impl Fn() -> (u64, u64)) -> bool {
+    /// Says that this rank has arrived at a mark, which is not 0, with a balance, once it is
+    /// `free`; true if everybody else has too, soon, and all balances add up to 0. `arrival` has
+    /// both, or none if this rank cannot tell where it is.
+    pub fn meet(&self, free: impl Fn() -> bool, arrival: impl Fn() -> Option<(u64, u64)>) -> bool {
         let patient = self.may_look();
-        let met = (free() || patient && soon(&free)) && {
-            let (mark, balance) = arrival();
+        let arrived = (free() || patient && soon(&free)).then(arrival).flatten();
+        let met = arrived.is_some_and(|(mark, balance)| {
             self.slot(self.rank, mark).write(mark, balance);
             patient && self.look(mark)
-        };
+        });
         if met {
             self.failures.store(0, Ordering::Relaxed);
         } else if patient {

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
@@ -127,3 +128,25 @@ def test_an_error_on_the_calling_thread_is_raised_once() -> None:
         else:
             raise AssertionError("no error")
         np.testing.assert_allclose(program(X), X * SIZE)
+
+
+def test_after_an_error_of_one_rank_nobody_waits_for_those_who_have_not_come() -> None:
+    """Ranks still know each other's launches apart; else the first one never sends its message."""
+    program = jax.jit(lambda x: nt.allreduce(x, m.SUM))
+    program(X).block_until_ready()
+    deleted = X + 1
+    if RANK == 0:
+        deleted.delete()
+    with pytest.raises((RuntimeError, ValueError)):
+        nt.allreduce(deleted, m.SUM).block_until_ready()
+    for _ in range(20):
+        for _ in range(30):
+            program(X).block_until_ready()
+        if RANK == 0:
+            result = program(X)
+            for rank in range(1, SIZE):
+                MPI.COMM_WORLD.send("dispatched", rank)
+        else:
+            assert MPI.COMM_WORLD.recv(source=0) == "dispatched"
+            result = program(X)
+        np.testing.assert_array_equal(result, X * SIZE)

@@ -46,6 +46,8 @@ pub(super) struct Channel {
     former: Vec<Peer>,
     /// The records that this rank has written.
     written: u64,
+    /// The rounds that are over for this rank. All ranks take part in all of them.
+    rounds: u64,
     /// Refused operations whose rounds are not over: this rank did not wait for the others.
     owed: VecDeque<Record>,
     /// The user's, who may use it with mpi4py too.
@@ -136,6 +138,7 @@ impl Channel {
             peers,
             former: Vec::new(),
             written: 0,
+            rounds: 0,
             owed: VecDeque::new(),
             shared,
             partial,
@@ -223,6 +226,13 @@ impl Channel {
             lane: self.lane,
             readers: readers.collect(),
         }
+    }
+
+    /// Number of rounds that are over: ranks with the same number have taken the same steps. None
+    /// if this rank has still to end a round, or the channel is not used any more.
+    pub(super) fn position(&self) -> Option<u64> {
+        let open = self.owed.is_empty() && self.closed.is_none() && !self.stopped;
+        open.then_some(self.rounds)
     }
 
     /// Whether it is not used any more: a rank has gone, or ranks have differed.
@@ -326,6 +336,7 @@ impl Channel {
 
     #[inline]
     fn use_up(&mut self, board: &Board, outcome: Outcome) {
+        self.rounds += 1;
         for peer in &mut self.peers {
             let all = matches!(outcome, Outcome::Same | Outcome::Differ);
             let used = all || peer.record(board).is_some_and(|r| outcome.uses_up(&r));
@@ -442,14 +453,38 @@ mod tests {
     use crate::engine::compare::record::Sequence;
     use crate::node::segment::new_number;
 
-    #[test]
-    fn who_frees_a_communicator_leaves_its_records_to_those_that_look_later() {
-        const ID: u64 = 77;
+    /// The boards of two ranks, of which one process has both.
+    fn two_boards() -> [Board; 2] {
         let number = new_number();
         let mut boards = [0, 1].map(|rank| Board::make(number, rank, 2).unwrap());
         boards.iter_mut().for_each(Board::open);
         boards.iter().for_each(Board::unlink);
-        let [first, second] = &boards;
+        boards
+    }
+
+    #[test]
+    fn ranks_are_at_the_same_place_also_after_one_has_refused_a_step() {
+        let boards = two_boards();
+        let [mut first, mut second] = [0, 1].map(|rank: usize| {
+            let lane = boards[rank].take_lane(9, 0).unwrap();
+            Channel::new(&boards[rank], 9, lane, &[0, 1], false)
+        });
+        let record = Record::Launch(Sequence {
+            first: Some(Kind::Barrier),
+            ..Sequence::default()
+        });
+        first.refuse_unlaunched(&boards[0], Kind::Barrier, "a refusal");
+        assert_eq!((first.position(), second.position()), (None, Some(0)));
+        assert!(second.step(&boards[1], record, String::new).is_err());
+        assert_eq!((first.position(), second.position()), (None, Some(1)));
+        first.settle(&boards[0]).unwrap();
+        assert_eq!(first.position(), Some(1));
+    }
+
+    #[test]
+    fn who_frees_a_communicator_leaves_its_records_to_those_that_look_later() {
+        const ID: u64 = 77;
+        let [first, second] = &two_boards();
         let channel = |board: &Board| {
             let lane = board.take_lane(ID, 0).unwrap();
             (lane, Channel::new(board, ID, lane, &[0, 1], true))

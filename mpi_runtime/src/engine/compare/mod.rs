@@ -128,6 +128,17 @@ impl Comparison {
             .is_some_and(|board| board.ranks() == size)
     }
 
+    /// How many steps the ranks of this node have compared on the communicator `comm`, which always
+    /// exists: those with the same number have taken the same ones. None if that is not known now.
+    pub(super) fn position(&self, comm: i64) -> Option<u64> {
+        if self.unlaunched.are_any() {
+            return None;
+        }
+        let within = self.fixed.get(usize::try_from(comm).ok()?)?.as_ref()?;
+        // Whoever holds it is in the middle of a step.
+        within.channel.try_lock()?.position()
+    }
+
     /// Says in words what a sequence of operations is; `code` is the same for those that differ
     /// only in how often their loops run.
     pub(super) fn describe(&self, sequence: u64, code: u64, words: &str) {

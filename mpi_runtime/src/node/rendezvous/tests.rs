@@ -17,7 +17,7 @@ fn three() -> Vec<Rendezvous> {
 }
 
 fn meet(rank: &Rendezvous, mark: u64) -> bool {
-    rank.meet(|| true, || (mark, 0))
+    rank.meet(|| true, || Some((mark, 0)))
 }
 
 #[test]
@@ -26,7 +26,7 @@ fn who_is_not_free_does_not_arrive() {
     for rank in &ranks[1..] {
         rank.slot(rank.rank, 9).write(9, 0);
     }
-    assert!(!ranks[0].meet(|| false, || (9, 0)));
+    assert!(!ranks[0].meet(|| false, || Some((9, 0))));
     assert!(ranks[0].slot(0, 9).read(9).is_none());
     assert_ne!(ranks[0].paused_until.load(Ordering::Relaxed), 0);
 }
