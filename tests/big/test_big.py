@@ -160,3 +160,60 @@ def test_alltoall_of_float32_beyond_two_gigabytes() -> None:
     got = nt.alltoall(make(RANK, SIZE * half, "float32").reshape(SIZE, half))
     for rank in range(SIZE):
         check(got, of(rank, RANK * half), rank * half, half)
+
+
+# Rows of each rank where blocks differ in length: more than an int holds of rank 0, and few of the
+# others.
+ROWS = (COUNT, *(5 + rank for rank in range(1, SIZE)))
+FIRST_ROWS = [sum(ROWS[:rank]) for rank in range(SIZE)]
+
+
+def check_rows(got: jax.Array) -> None:
+    assert got.shape == (sum(ROWS),)
+    for rank, count in enumerate(ROWS):
+        check(got, of(rank), FIRST_ROWS[rank], count)
+
+
+def test_allgatherv() -> None:
+    check_rows(nt.allgatherv(make(RANK, ROWS[RANK]), ROWS))
+
+
+def test_gatherv() -> None:
+    got = nt.gatherv(make(RANK, ROWS[RANK]), ROWS, 1)
+    if RANK == 1:
+        check_rows(got)
+
+
+def test_scatterv() -> None:
+    x = make(1, sum(ROWS)) if RANK == 1 else make(RANK, ROWS[RANK])
+    check(nt.scatterv(x, ROWS, 1), of(1, FIRST_ROWS[RANK]), count=ROWS[RANK])
+
+
+def test_alltoallv_between_ranks() -> None:
+    """Rank 0 sends its long block to rank 1, all others send a few rows to everybody."""
+    sent = [
+        [COUNT if (source, to) == (0, 1) else 3 + to for to in range(SIZE)]
+        for source in range(SIZE)
+    ]
+    check_exchange(sent)
+
+
+def test_alltoallv_with_itself() -> None:
+    """Rank 1 keeps its long block, behind short ones for the ranks before."""
+    check_exchange([[COUNT if s == to == 1 else 7 for to in range(SIZE)] for s in range(SIZE)])
+
+
+def check_exchange(sent: list[list[int]]) -> None:
+    received = [sent[source][RANK] for source in range(SIZE)]
+    got = nt.alltoallv(make(RANK, sum(sent[RANK])), sent[RANK], received)
+    assert got.shape == (sum(received),)
+    for source, count in enumerate(received):
+        check(got, of(source, sum(sent[source][:RANK])), sum(received[:source]), count)
+
+
+def test_allgatherv_of_float32_beyond_two_gigabytes() -> None:
+    """No count is more than an int holds, and bytes are."""
+    counts = (FLOATS, *[9] * (SIZE - 1))
+    got = nt.allgatherv(make(RANK, counts[RANK], "float32"), counts)
+    for rank, count in enumerate(counts):
+        check(got, of(rank), sum(counts[:rank]), count)
