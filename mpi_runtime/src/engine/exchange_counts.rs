@@ -1,6 +1,9 @@
 //! Whether what ranks send in an `alltoallv` is what the others expect. Each rank knows its own
 //! counts alone, and MPI leaves it undefined what becomes of others (MPI 4.0, section 6.8). A sum
 //! over the ranks tells them all, before anything is sent.
+//!
+//! The same for collectives between neighbours, where ranks on several nodes do not compare them
+//! otherwise: MPI leaves a result as it was where a neighbour sends less than it has room for.
 
 use mpi_shim_abi::{Datatype, Kind, Reduction, ShimOp};
 
@@ -38,7 +41,9 @@ pub(super) fn agree(
     add_up(shim, comm, &own, &mut all)?;
     // All ranks have the same sum, and those of the rank that differs are other ones than this.
     if all[2] != row.wrapping_mul(comm.size as u64) {
-        return Err(explain_rows(shim, op, comm)?);
+        let rule = "the rows of all ranks must have the same shape and dtype, also where there are \
+                    none";
+        return Err(explain_passed(shim, op, comm, rule)?);
     }
     match all[0] {
         0 => Ok(all[1] > 0),
@@ -46,9 +51,39 @@ pub(super) fn agree(
     }
 }
 
-/// The error of ranks whose rows differ. Collective.
-fn explain_rows(shim: &Shim, op: &Operation<'_>, comm: &Communicator) -> Result<Failure, MpiError> {
-    let mut own = op.send.to_string().into_bytes();
+/// Whether the blocks for neighbours are the same on all ranks. Collective.
+///
+/// # Errors
+/// The same on all ranks: if one has other blocks than another, or another kind of operation.
+pub(super) fn agree_on_blocks(
+    shim: &Shim,
+    op: &Operation<'_>,
+    comm: &Communicator,
+    shim_op: &ShimOp,
+) -> Result<(), Failure> {
+    let what = block(
+        op.kind as u64,
+        shim_op.datatype as u64,
+        shim_op.count as u64,
+    );
+    let mut all = [0; 3];
+    add_up(shim, comm, &[0, 0, what], &mut all)?;
+    if all[2] == what.wrapping_mul(comm.size as u64) {
+        return Ok(());
+    }
+    let rule = "all ranks must execute the same collective, with the same shape and dtype for each \
+                neighbour";
+    Err(explain_passed(shim, op, comm, rule)?)
+}
+
+/// The error of ranks that pass different arrays, against a rule. Collective.
+fn explain_passed(
+    shim: &Shim,
+    op: &Operation<'_>,
+    comm: &Communicator,
+    rule: &str,
+) -> Result<Failure, MpiError> {
+    let mut own = format!("{} to {}", op.send, op.kind.name()).into_bytes();
     own.resize(WORDS, 0);
     let mut all = vec![0; WORDS * comm.size as usize];
     shim.gather(comm.handle, &own, &mut all)?;
@@ -58,11 +93,7 @@ fn explain_rows(shim: &Shim, op: &Operation<'_>, comm: &Communicator) -> Result<
         format!("rank {rank} passes {}", words.trim_end_matches('\0'))
     });
     let said: Vec<String> = said.take(MOST).collect();
-    Ok(format!(
-        "the rows of all ranks must have the same shape and dtype, also where there are none: {}",
-        said.join(", ")
-    )
-    .into())
+    Ok(format!("{rule}: {}", said.join(", ")).into())
 }
 
 /// What this rank sends, less what it expects, each block hashed: over all ranks nothing is left if

@@ -203,6 +203,9 @@ impl MpiCalls {
             self.wake(op, comm);
         }
         let agreed;
+        if op.kind.has_neighbors() && !self.comparison.sees(comm.members) {
+            exchange_counts::agree_on_blocks(shim, op, comm, shim_op)?;
+        }
         let shim_op = match op.kind {
             Kind::Alltoallv => {
                 agreed = ShimOp {

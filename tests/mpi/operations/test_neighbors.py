@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from mpi_cuda import notoken as nt
 MPI = pytest.importorskip("mpi4py.MPI")
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 WORLD = MPI.COMM_WORLD
+NODES = int(os.environ.get("MPI_CUDA_PRETEND_NODES", "1"))
 NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
 
 
@@ -199,4 +201,29 @@ def test_a_custom_call_with_other_neighbours_is_refused() -> None:
     for other in (number, np.int64(2)):
         with pytest.raises(Exception, match=r"neighbor_allgather .*(?i:topology)"):
             call(other, 1, 1)
+    comm.Free()
+
+
+@pytest.mark.parametrize("name", ["open line", "closed line", "graph"])
+def test_a_block_that_is_too_short_is_an_error_on_every_rank(name: str) -> None:
+    """MPI leaves the end of the result as it was, where it says nothing. Of one element, which no
+    canary would tell, and of another dtype of that size."""
+    comm = TOPOLOGIES[name]()
+    # Of several nodes, those of one: it differs from the others, and not within itself.
+    short = RANK == 0 if NODES == 1 else RANK * NODES // SIZE == 0
+    for other in jnp.ones(5), jnp.ones(6, jnp.int32):
+        x = other if short else jnp.ones(6)
+        blocks = jnp.broadcast_to(x, (len(comm.outedges), *x.shape))
+        for call in (
+            lambda x=x: nt.neighbor_allgather(x, comm=comm),
+            lambda x=x: jax.jit(lambda x: nt.neighbor_allgather(x, comm=comm))(x),
+            lambda blocks=blocks: nt.neighbor_alltoall(blocks, comm=comm),
+        ):
+            with pytest.raises(Exception, match=r"different|same shape and dtype for each neigh"):
+                call().block_until_ready()
+    # Those that are the same go on, and so do others.
+    same = nt.neighbor_allgather(jnp.full(6, 1.0 + RANK), comm=comm)
+    expected = [np.full(6, 1.0 + s if is_there(s) else 0) for s in comm.inedges]
+    np.testing.assert_array_equal(same, np.stack(expected))
+    np.testing.assert_array_equal(nt.allreduce(jnp.ones(2), m.SUM, comm=comm), np.full(2, SIZE))
     comm.Free()

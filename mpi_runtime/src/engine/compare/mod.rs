@@ -139,6 +139,12 @@ impl Comparison {
         within.channel.try_lock()?.position()
     }
 
+    /// Whether these ranks of the world are all on this board.
+    pub(super) fn sees(&self, members: &[i32]) -> bool {
+        let board = self.board.as_ref();
+        board.is_some_and(|board| members.iter().all(|&rank| board.sees(rank as usize)))
+    }
+
     /// Says in words what a sequence of operations is; `code` is the same for those that differ
     /// only in how often their loops run.
     pub(super) fn describe(&self, sequence: u64, code: u64, words: &str) {
