@@ -133,7 +133,8 @@ def _platform() -> str:
 
 
 def _file_of(package: str, name: str) -> Path | None:
-    """A file in a package that is installed, without importing it."""
+    """A file in a package that is installed, without importing it. `_library.py` has the same: the
+    package that is about to be built cannot be imported here."""
     try:
         spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:

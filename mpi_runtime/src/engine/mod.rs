@@ -379,7 +379,7 @@ impl Engine {
 
     /// The messages and collectives that were started and have not ended, whether an operation
     /// waits for them or not.
-    pub(crate) fn messages_in_background(&self) -> impl Fn() -> Vec<Waiting> + Send + 'static {
+    pub(crate) fn started_in_background(&self) -> impl Fn() -> Vec<Waiting> + Send + 'static {
         let nonblocking = self.calls.nonblocking.clone();
         move || nonblocking.in_background()
     }
@@ -425,8 +425,8 @@ impl Engine {
 
     /// Ends all messages and collectives that were started, and says which of them nobody has
     /// waited for. Last, when everything else has ended.
-    pub fn finish_messages(&self) {
-        for lost in self.calls.finish_messages(&self.communicators) {
+    pub fn finish_started(&self) {
+        for lost in self.calls.finish_started(&self.communicators) {
             log::line(&lost);
         }
     }

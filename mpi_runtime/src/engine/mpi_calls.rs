@@ -361,7 +361,7 @@ impl MpiCalls {
 
     /// Ends all messages and collectives that were started, and says what is lost with those that
     /// nobody has waited for. Last, when everything else has ended.
-    pub(super) fn finish_messages(&self, communicators: &Communicators) -> Vec<String> {
+    pub(super) fn finish_started(&self, communicators: &Communicators) -> Vec<String> {
         let unfinished = self.nonblocking.unfinished();
         let _pending: Vec<_> = unfinished
             .iter()

@@ -137,7 +137,7 @@ impl World {
             warn_after: options.warn_after,
             abort_after: options.abort_after,
             progress: engine.progress(),
-            background: Box::new(engine.messages_in_background()),
+            background: Box::new(engine.started_in_background()),
             abort: Box::new(move |code| abort(Some(shim), code)),
         }
         .start();
@@ -265,7 +265,7 @@ impl World {
         }
         let Some(shim) = &self.shim else { return };
         if shim.state() == MpiState::Running {
-            self.engine.finish_messages();
+            self.engine.finish_started();
         }
         if self.owns_mpi && shim.state() == MpiState::Running {
             let finalized = shim.finalize();

@@ -12,34 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nonblocking_calls
 import numpy as np
 import pytest
 from mpi4py import MPI
+from nonblocking_calls import EACH, RANK, ROOT, SIZE, X
 
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
 from mpi_cuda._report import record
 
-RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
-ROOT = SIZE - 1
-X = jnp.arange(6.0).reshape(2, 3) + RANK
-EACH = jnp.arange(2.0 * SIZE).reshape(SIZE, 2) * (RANK + 1)
 ONE_BLOCK = EACH if RANK == ROOT else EACH[0]
 
-# By the name of the blocking one: what it is called with.
-CALLS: dict[str, tuple[Any, ...]] = {
-    "allgather": (X,),
-    "allreduce": (X, m.SUM),
-    "alltoall": (EACH,),
-    "bcast": (X, ROOT),
-    "exscan": (X, m.SUM),
-    "gather": (X, ROOT),
-    "reduce": (X, m.SUM, ROOT),
-    "reduce_scatter": (EACH, m.SUM),
-    "scan": (X, m.PROD),
-    "scatter": (ONE_BLOCK, ROOT),
-}
+# A product has no derivatives, so it is none of theirs.
+CALLS = {**nonblocking_calls.CALLS, "scan": (X, m.PROD)}
 
 
 def test_each_gives_what_the_blocking_one_gives() -> None:

@@ -6,7 +6,7 @@
 
 use mpi_shim_abi::{Kind, ShimOp, ShimReceived, ShimStatus};
 
-use crate::engine::nonblocking::memory::MessageMemory;
+use crate::engine::nonblocking::memory::StartedMemory;
 use crate::engine::nonblocking::table::{Posted, StartedRow, StartedState};
 use crate::engine::nonblocking::{Ended, Nonblocking};
 use crate::engine::{check, single_rank};
@@ -34,7 +34,7 @@ impl Nonblocking {
             shared.clone().start_thread(shim)?;
         }
         let memory = |bytes| shared.table.lock().memory(bytes);
-        let mut operand = MessageMemory::default();
+        let mut operand = StartedMemory::default();
         if kind.reads(is_root) || kind.returns_operand(is_root) {
             operand = memory(op.send.bytes())?;
             // SAFETY: the memory is new, or nobody's any more, and has that room.
@@ -42,7 +42,7 @@ impl Nonblocking {
         }
         let size = op.send.dtype().size();
         let bytes = check::result_elements(op, comm) as usize * size;
-        let mut result = MessageMemory::default();
+        let mut result = StartedMemory::default();
         // In a world without MPI all are copies.
         let is_apart = kind.writes(is_root) && shared.shim.is_some();
         if is_apart {

@@ -4,22 +4,22 @@ use std::ffi::c_void;
 
 use crate::error::Failure;
 
-/// Room for a message, aligned for elements of all types; none by default. It stays where it is
-/// when its owner moves.
+/// Room for what was started, aligned for elements of all types; none by default. It stays where it
+/// is when its owner moves.
 #[derive(Default)]
-pub(super) struct MessageMemory(Vec<u128>);
+pub(super) struct StartedMemory(Vec<u128>);
 
-impl MessageMemory {
+impl StartedMemory {
     /// Its size is a multiple of this.
     pub(super) const UNIT: usize = size_of::<u128>();
 
     /// Room for so many bytes.
-    pub(super) fn allocate(bytes: usize) -> Result<MessageMemory, Failure> {
+    pub(super) fn allocate(bytes: usize) -> Result<StartedMemory, Failure> {
         let mut memory = Vec::new();
         memory
             .try_reserve_exact(bytes.div_ceil(Self::UNIT))
             .map_err(|_| format!("no memory for a message of {bytes} bytes"))?;
-        Ok(MessageMemory(memory))
+        Ok(StartedMemory(memory))
     }
 
     /// Bytes that it has room for.

@@ -26,7 +26,7 @@ use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
 use crate::operation::Operation;
-use memory::MessageMemory;
+use memory::StartedMemory;
 pub(super) use table::NO_MESSAGES;
 use table::{Posted, Shared, StartedRow, StartedState, complete, taker};
 
@@ -44,9 +44,9 @@ pub struct Ended<'a> {
     /// What arrived.
     pub received: ShimReceived,
     status: ShimStatus,
-    memory: MessageMemory,
+    memory: StartedMemory,
     /// What a collective has sent.
-    operand: MessageMemory,
+    operand: StartedMemory,
 }
 
 impl Drop for Ended<'_> {
@@ -104,7 +104,7 @@ impl Nonblocking {
     ) -> Result<u32, Failure> {
         let shared = &self.shared;
         let sends = op.kind.sends();
-        let mut memory = MessageMemory::default();
+        let mut memory = StartedMemory::default();
         let mut posted = *shim_op;
         if sends {
             memory = shared.table.lock().memory(op.send.bytes())?;
@@ -133,7 +133,7 @@ impl Nonblocking {
                 shape: op.send.shape().to_vec(),
                 posted: Posted(posted),
                 memory,
-                operand: MessageMemory::default(),
+                operand: StartedMemory::default(),
                 state,
                 place: 0,
             },
@@ -257,7 +257,7 @@ impl Nonblocking {
     ) -> Result<Option<ShimReceived>, Failure> {
         let (shared, shim) = (&self.shared, self.shared.shim()?);
         let capacity = op.recv_count * element.size() as i64;
-        let mut spill = MessageMemory::default();
+        let mut spill = StartedMemory::default();
         let (mut request, envelope) = {
             let mut table = shared.table.lock();
             shared.progress(&mut table);
@@ -273,7 +273,7 @@ impl Nonblocking {
                 let mut buffer = op.recv;
                 if envelope.bytes > capacity || !op.accepts_code(envelope.code) {
                     // It is taken out of the way.
-                    spill = MessageMemory::allocate(envelope.bytes as usize)?;
+                    spill = StartedMemory::allocate(envelope.bytes as usize)?;
                     buffer = spill.start();
                 }
                 RECORDER.met();

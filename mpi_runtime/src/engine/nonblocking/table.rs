@@ -10,7 +10,7 @@ use mpi_shim_abi::{ANY, ShimOp, ShimReceived, ShimStatus};
 use parking_lot::{Condvar, Mutex};
 
 use crate::engine::idle;
-use crate::engine::nonblocking::memory::MessageMemory;
+use crate::engine::nonblocking::memory::StartedMemory;
 use crate::error::{Failure, MpiError};
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::{Message, Request, Shim};
@@ -41,7 +41,7 @@ pub(super) struct StartedTable {
     has_thread: bool,
     /// Memory of messages that have ended, for the next ones: mapped afresh, a large message would
     /// pay for page faults.
-    spare: Vec<MessageMemory>,
+    spare: Vec<StartedMemory>,
 }
 
 /// A message or a collective.
@@ -54,9 +54,9 @@ pub(super) struct StartedRow {
     pub(super) shape: Vec<i64>,
     pub(super) posted: Posted,
     /// What is sent, or arrives; of a collective its result.
-    pub(super) memory: MessageMemory,
+    pub(super) memory: StartedMemory,
     /// What a collective sends, if it has a result apart from it.
-    pub(super) operand: MessageMemory,
+    pub(super) operand: StartedMemory,
     pub(super) state: StartedState,
     /// Of a collective, its place among those of its communicator, from 1; 0 if it is not known.
     pub(super) place: u64,
@@ -80,19 +80,19 @@ pub(super) enum StartedState {
 
 impl StartedTable {
     /// Memory for so many bytes.
-    pub(super) fn memory(&mut self, bytes: usize) -> Result<MessageMemory, Failure> {
-        let fits = |spare: &MessageMemory| {
-            let needed = bytes.next_multiple_of(MessageMemory::UNIT);
+    pub(super) fn memory(&mut self, bytes: usize) -> Result<StartedMemory, Failure> {
+        let fits = |spare: &StartedMemory| {
+            let needed = bytes.next_multiple_of(StartedMemory::UNIT);
             (needed..=4 * needed).contains(&spare.room())
         };
         match self.spare.iter().position(fits) {
             Some(index) if bytes > 0 => Ok(self.spare.swap_remove(index)),
-            _ => MessageMemory::allocate(bytes),
+            _ => StartedMemory::allocate(bytes),
         }
     }
 
     /// Keeps the memory of a message that has ended.
-    pub(super) fn keep(&mut self, memory: MessageMemory) {
+    pub(super) fn keep(&mut self, memory: StartedMemory) {
         if (1..=LARGEST_SPARE).contains(&memory.room()) {
             if self.spare.len() == SPARES {
                 self.spare.remove(0);
@@ -332,8 +332,8 @@ mod tests {
             members: &[],
             shape: Vec::new(),
             posted: Posted(posted),
-            memory: MessageMemory::default(),
-            operand: MessageMemory::default(),
+            memory: StartedMemory::default(),
+            operand: StartedMemory::default(),
             state,
             place: 0,
         }
@@ -371,8 +371,8 @@ mod tests {
         let done = || StartedState::Done(ShimStatus([0; 64]), ShimReceived::default());
         for (state, is_kept) in [(running(), false), (done(), true)] {
             let mut row = receive(1, 7, 1, 5, state);
-            row.memory = MessageMemory::allocate(64).unwrap();
-            row.operand = MessageMemory::allocate(64).unwrap();
+            row.memory = StartedMemory::allocate(64).unwrap();
+            row.operand = StartedMemory::allocate(64).unwrap();
             shared.fail(&mut row, "it failed".into());
             assert!(row.has_ended());
             for memory in [&row.memory, &row.operand] {

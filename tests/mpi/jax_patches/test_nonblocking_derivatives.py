@@ -9,29 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nonblocking_calls import CALLS, RANK, SIZE, X
 
 import mpi_cuda as m
 from mpi_cuda import notoken as nt
 
 pytestmark = pytest.mark.rule
-RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
-ROOT = SIZE - 1
-X = jnp.arange(6.0).reshape(2, 3) + RANK
-EACH = jnp.arange(2.0 * SIZE).reshape(SIZE, 2) * (RANK + 1)
-
-# By the name of the blocking one: its operand, and what comes behind it.
-CALLS: dict[str, tuple[Any, ...]] = {
-    "allgather": (X,),
-    "allreduce": (X, m.SUM),
-    "alltoall": (EACH,),
-    "bcast": (X, ROOT),
-    "exscan": (X, m.SUM),
-    "gather": (X, ROOT),
-    "reduce": (X, m.SUM, ROOT),
-    "reduce_scatter": (EACH, m.SUM),
-    "scan": (X, m.SUM),
-    "scatter": (EACH if RANK == ROOT else EACH[0], ROOT),
-}
 
 
 def _losses(style: Callable[..., Any]) -> Callable[..., Any]:
