@@ -58,18 +58,15 @@ impl Combine {
     }
 }
 
-/// A number that lies in memory as `N` bytes.
-trait Number<const N: usize>: Copy {
+/// What lies in memory as `N` bytes.
+trait Stored<const N: usize>: Copy {
     fn read(bytes: [u8; N]) -> Self;
     fn bytes(self) -> [u8; N];
-    fn sum(self, other: Self) -> Self;
-    fn product(self, other: Self) -> Self;
-    fn extremum<const LARGER: bool>(self, other: Self) -> Self;
 }
 
-macro_rules! integers {
+macro_rules! stored {
     ($($kind:ty, $size:literal;)+) => {$(
-        impl Number<$size> for $kind {
+        impl Stored<$size> for $kind {
             #[inline(always)]
             fn read(bytes: [u8; $size]) -> Self {
                 Self::from_ne_bytes(bytes)
@@ -78,6 +75,29 @@ macro_rules! integers {
             fn bytes(self) -> [u8; $size] {
                 self.to_ne_bytes()
             }
+        }
+    )+};
+}
+
+stored! {
+    i32, 4;
+    i64, 8;
+    u32, 4;
+    u64, 8;
+    f32, 4;
+    f64, 8;
+}
+
+/// A number that lies in memory as `N` bytes.
+trait Number<const N: usize>: Stored<N> {
+    fn sum(self, other: Self) -> Self;
+    fn product(self, other: Self) -> Self;
+    fn extremum<const LARGER: bool>(self, other: Self) -> Self;
+}
+
+macro_rules! integers {
+    ($($kind:ty, $size:literal;)+) => {$(
+        impl Number<$size> for $kind {
             #[inline(always)]
             fn sum(self, other: Self) -> Self {
                 self.wrapping_add(other)
@@ -104,14 +124,6 @@ integers! {
 macro_rules! reals {
     ($($kind:ty, $signed:ty, $size:literal, $nan:literal;)+) => {$(
         impl Number<$size> for $kind {
-            #[inline(always)]
-            fn read(bytes: [u8; $size]) -> Self {
-                Self::from_ne_bytes(bytes)
-            }
-            #[inline(always)]
-            fn bytes(self) -> [u8; $size] {
-                self.to_ne_bytes()
-            }
             #[inline(always)]
             fn sum(self, other: Self) -> Self {
                 self + other
