@@ -29,11 +29,11 @@ def test_a_waiting_operation_is_named(mpi: str) -> None:
 def test_log_debug_says_what_served_each_operation(mpi: str) -> None:
     code = """if True:
         import jax.numpy as jnp, mpi_cuda as m
-        print(m.allreduce(jnp.ones(3), m.SUM)[0], m.allgather(jnp.ones(3))[0])
+        print(m.allreduce(jnp.ones(3), m.SUM)[0], m.scan(jnp.ones(3), m.SUM)[0])
     """
     result = job(mpi, code, MPI_CUDA_LOG="debug")
     for rank in range(2):
-        for operation, served in (("allreduce", "shared memory"), ("allgather", mpi)):
+        for operation, served in (("allreduce", "shared memory"), ("scan", mpi)):
             said = rf"launch \d+: {operation} of float32\[3\] .*done by {served} in"
             assert re.search(rf"rank {rank}: mpi_cuda: {said}", result.stderr), result.stderr
 

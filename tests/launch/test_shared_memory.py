@@ -54,7 +54,7 @@ ALLREDUCE = """if True:
     x.block_until_ready()
     step = jax.jit(lambda x: nt.allreduce(x, m.SUM)).lower(x).compile()
     # What Python loads at the first operation is loaded.
-    jax.block_until_ready(nt.allgather(x))
+    jax.block_until_ready(nt.scan(x, m.SUM))
     if limit == "room" and rank == 0:
         # Python ignores the signal of this limit.
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
@@ -78,6 +78,42 @@ def test_what_executes_a_collective_is_logged(mpi: str, setting: str) -> None:
     found = BY.findall(result.stderr)
     assert len(found) == 6
     assert (set(found) == {"shared memory"}) == (setting == "1"), found
+
+
+ALL = """if True:
+    import jax.numpy as jnp, mpi_cuda as m
+    from mpi_cuda import notoken as nt
+    rank = m.COMM_WORLD.rank
+    x = jnp.arange(4.0).reshape(2, 2)
+    nt.barrier()
+    for operation in [nt.allgather, nt.alltoall]:
+        operation(x)
+    for operation in [nt.bcast, nt.gather]:
+        operation(x, 0)
+    nt.scatter(x if rank == 0 else x[0], 0)
+    nt.reduce(x, m.SUM, 0)
+    nt.reduce_scatter(x, m.SUM)
+    # MPI's own: another collective, another dtype, and nothing at all.
+    nt.scan(x, m.SUM)
+    nt.reduce(x.astype("int8"), m.SUM, 0)
+    nt.allgather(x[:0]).block_until_ready()
+    print("right")
+"""
+LINE = re.compile(r"launch \d+: (\w+(?: of \w+\[[\d,]*\])?).* done by (.*) in ")
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_what_goes_through_shared_memory(mpi: str) -> None:
+    result = job(mpi, ALL, MPI_CUDA_LOG="debug")
+    assert result.returncode == 0 and twice("right", result), result.stderr
+    by = dict(LINE.findall(result.stderr))
+    x = "of float32[2,2]"
+    moved = {f"allgather {x}", f"alltoall {x}", f"bcast {x}", f"gather {x}", "barrier"}
+    scattered = {name for name in by if name.startswith("scatter of")}
+    reduced = {f"reduce {x}", f"reduce_scatter {x}"}
+    shared = {name for name, found in by.items() if found == "shared memory"}
+    assert shared == moved | scattered | reduced, by
+    assert {f"scan {x}", "reduce of int8[2,2]", "allgather of float32[0,2]"} < set(by), by
 
 
 @pytest.mark.parametrize(("mpi", "limit"), in_turn("room", "files"))

@@ -150,10 +150,24 @@ impl MpiCalls {
         if let Some(way) = self.on_node.way(op, comm)
             && let Some(memory) = self.on_node.memory(shim, op.comm, comm)?
         {
-            // SAFETY: `shim_op` was prepared, so the result is as long as the operand, and they do
-            // not overlap. They are the host's, as everything here.
-            let (send, recv) = unsafe { (op.send.as_slice(), op.recv.as_slice_mut()) };
-            memory.allreduce(way.combine, way.whole, send, recv);
+            let is_root = comm.rank == op.root;
+            // SAFETY: `shim_op` was prepared, so where both are used they do not overlap. They are
+            // the host's, as everything here.
+            let (send, recv) = unsafe {
+                let reads = op.kind.reads(is_root);
+                let send: &[u8] = if reads { op.send.as_slice() } else { &[] };
+                let writes = op.kind.writes(is_root);
+                let recv: &mut [u8] = if writes {
+                    op.recv.as_slice_mut()
+                } else {
+                    &mut []
+                };
+                (send, recv)
+            };
+            memory.execute(&way, send, recv);
+            if op.kind.returns_operand(is_root) {
+                single_rank::copy_through(op);
+            }
             return Ok(ShimReceived::default());
         }
         if op.kind.has_neighbors() {

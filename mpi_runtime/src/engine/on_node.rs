@@ -20,7 +20,7 @@ use crate::mpi::shim::Shim;
 use crate::node::board::Board;
 use crate::node::combine::Combine;
 use crate::node::segment::new_number;
-use crate::node::shm_collective::{MOST_RANKS, ShmCollective};
+use crate::node::shm_collective::{Collective, MOST_RANKS, ShmCollective, Who};
 use crate::operation::Operation;
 
 /// How many communicators have memory of their own; the others use MPI. With 16 ranks one has 17
@@ -29,14 +29,11 @@ const MOST: usize = 16;
 /// Bytes up to which each rank reduces the whole array for itself, by the number of ranks from 2
 /// on; the last is also that of more ranks (docs/measurements.md, "Collectives on one node").
 const WHOLE: [usize; 4] = [64 << 10, 32 << 10, 16 << 10, 4 << 10];
-
-/// What serves a collective that goes through shared memory.
-#[derive(Clone, Copy)]
-pub(super) struct Way {
-    pub(super) combine: Combine,
-    /// Each rank reduces the whole array for itself.
-    pub(super) whole: bool,
-}
+/// Bytes of what one rank gives to one, up to which everything goes through shared memory.
+const SHORT: usize = 2 << 10;
+/// The same from which on a broadcast does so again: MPI must copy it through the kernel, and here
+/// the root puts blocks in while the others take those before.
+const LONG: usize = 1 << 20;
 
 /// The memory of a communicator; none if its ranks have agreed that there is none.
 type Memory = Option<Arc<ShmCollective>>;
@@ -71,27 +68,16 @@ impl OnNode {
         }
     }
 
-    /// How `op`, which was checked, goes through shared memory, if it may.
+    /// What `op`, which was checked, is in shared memory, if it may go through that.
     #[inline]
-    pub(super) fn way(&self, op: &Operation<'_>, comm: &Communicator) -> Option<Way> {
-        if op.kind != Kind::Allreduce {
-            return None;
-        }
+    pub(super) fn way(&self, op: &Operation<'_>, comm: &Communicator) -> Option<Collective> {
         let board = self.board.as_ref()?;
         let size = usize::try_from(comm.size).ok()?;
-        let bytes = op.send.bytes();
-        if bytes == 0 || is_users(op.comm) || !(2..=MOST_RANKS).contains(&size) {
+        if is_users(op.comm) || !(2..=MOST_RANKS).contains(&size) {
             return None;
         }
-        if !are_all_here(board, comm) {
-            return None;
-        }
-        let combine = Combine::of(op.reduction?, op.send.dtype().datatype()?)?;
-        let most = WHOLE[(size - 2).min(WHOLE.len() - 1)];
-        Some(Way {
-            combine,
-            whole: bytes <= most,
-        })
+        let what = collective(op, size)?;
+        are_all_here(board, comm).then_some(what)
     }
 
     /// The memory of `comm`, whose number is `number`; at its first use its ranks make it, or agree
@@ -187,6 +173,52 @@ impl OnNode {
     }
 }
 
+/// What `op` is, if it can go through shared memory and is not slower there.
+#[inline]
+fn collective(op: &Operation<'_>, size: usize) -> Option<Collective> {
+    use Who::{All, AllBut, One};
+    let root = op.root as usize;
+    let (send, recv) = (op.send.bytes(), op.recv.bytes());
+    let (givers, takers, divided, length) = match op.kind {
+        Kind::Allgather => (All, All, false, send),
+        Kind::Allreduce => (All, All, false, send),
+        Kind::Alltoall => (All, All, true, send / size),
+        Kind::Barrier => (All, All, false, 0),
+        Kind::Bcast => (One(root), AllBut(root), false, send),
+        Kind::Gather | Kind::Reduce => (All, One(root), false, send),
+        Kind::ReduceScatter => (All, All, true, recv),
+        Kind::Scatter => (One(root), All, true, recv),
+        _ => return None,
+    };
+    if length == 0 && op.kind != Kind::Barrier || !is_faster(op.kind, length) {
+        return None;
+    }
+    let combine = match op.kind.reduces() {
+        true => Some(Combine::of(op.reduction?, op.send.dtype().datatype()?)?),
+        false => None,
+    };
+    Some(Collective {
+        givers,
+        takers,
+        divided,
+        length,
+        combine,
+        in_slices: combine.is_some() && !divided && length > WHOLE[(size - 2).min(WHOLE.len() - 1)],
+    })
+}
+
+/// Whether a collective is not slower through shared memory, where one rank gives another so many
+/// bytes (docs/measurements.md, "Collectives on one node").
+#[inline]
+fn is_faster(kind: Kind, length: usize) -> bool {
+    match kind {
+        Kind::Bcast => length <= SHORT || length >= LONG,
+        // MPI lets each rank read the others' memory, and copies once.
+        Kind::Alltoall | Kind::Gather | Kind::Scatter => length <= SHORT,
+        _ => true,
+    }
+}
+
 /// Whether this rank sees all members of the communicator; the same on all of them.
 fn are_all_here(board: &Board, comm: &Communicator) -> bool {
     match comm.members {
@@ -236,8 +268,8 @@ mod tests {
         let short = allreduce(ElementType::F32, &[100]);
         let long = allreduce(ElementType::F64, &[1 << 20]);
         let way = |op: &Operation<'_>| on_node.way(op, &WORLD_OF_TWO);
-        assert!(way(&short).is_some_and(|way| way.whole));
-        assert!(way(&long).is_some_and(|way| !way.whole));
+        assert!(way(&short).is_some_and(|way| !way.in_slices));
+        assert!(way(&long).is_some_and(|way| way.in_slices));
         let through_mpi = [
             allreduce(ElementType::F32, &[0]),
             allreduce(ElementType::C64, &[100]),
@@ -257,6 +289,35 @@ mod tests {
         ];
         assert!(through_mpi.iter().all(|op| way(op).is_none()));
         assert!(!on_node.serves(&short, &WORLD_OF_TWO));
+    }
+
+    #[test]
+    fn each_collective_has_the_lengths_at_which_it_is_faster() {
+        let on_node = OnNode::over(board());
+        let way = |kind: Kind, sent: &[i64], received: &[i64]| {
+            let [send, recv] =
+                [sent, received].map(|shape| Buffer::described(ElementType::U8, shape));
+            let op = Operation::new(kind, WORLD, send, recv);
+            on_node.way(&op, &WORLD_OF_TWO)
+        };
+        let length = |kind: Kind, sent: i64, received: i64| {
+            way(kind, &[sent], &[received]).map(|way| way.length)
+        };
+        assert_eq!(length(Kind::Barrier, 0, 0), Some(0));
+        assert_eq!(length(Kind::Allgather, 5, 10), Some(5));
+        assert_eq!(length(Kind::Allgather, 5 << 20, 10 << 20), Some(5 << 20));
+        assert_eq!(length(Kind::Bcast, 7, 7), Some(7));
+        assert_eq!(length(Kind::Bcast, 1 << 16, 1 << 16), None);
+        assert_eq!(length(Kind::Bcast, 1 << 21, 1 << 21), Some(1 << 21));
+        assert_eq!(length(Kind::Alltoall, 12, 12), Some(6));
+        assert_eq!(length(Kind::Alltoall, 1 << 14, 1 << 14), None);
+        // The root's operand, or its result, has a part for each rank.
+        assert_eq!(length(Kind::Scatter, 12, 6), Some(6));
+        assert_eq!(length(Kind::Gather, 6, 12), Some(6));
+        assert_eq!(length(Kind::Scatter, 0, 0), None);
+        // Bytes are moved, and not reduced.
+        assert_eq!(length(Kind::Reduce, 8, 8), None);
+        assert_eq!(length(Kind::Scan, 8, 8), None);
     }
 
     #[test]

@@ -1,80 +1,97 @@
 //! Collectives of ranks of one node, in memory that they share.
 //!
-//! An array goes through the memory in blocks, and each rank has a few slots for them. Short ones
-//! are one block: each rank gives all of it, and reduces those of all ranks for itself. Of longer
-//! ones each rank reduces its slice alone:
+//! Arrays go through the memory in blocks ([`crate::node::lane`]). Which rank gives a block, who
+//! takes it, and whether the parts of all ranks are placed side by side or reduced, is all that
+//! there is to a collective ([`Collective`]). While a rank gives a block, it takes the one before,
+//! so it seldom waits, and what crosses between cores is still in their caches.
+//!
+//! A long reduction of which several ranks are to have the whole result, or which one rank would
+//! have to compute alone, takes a second lane. Each rank reduces a slice of every block:
 //!
 //! 1. It gives what it has of the others' slices of a block.
-//! 2. It reduces its slice of the block before, which the others have given by now.
+//! 2. It reduces its slice of the block before, and gives that in the second lane.
 //! 3. It takes the others' slices of the block before that.
 //!
-//! So a rank seldom waits, and what crosses between cores is still in their caches. Every slice is
-//! reduced in the order of the ranks, and all get the same bits.
-//!
-//! Blocks have numbers, which go on from one collective to the next. Each rank shows how many
-//! blocks it has given, and how many slices it has reduced. A slot is used again without asking,
-//! [`SLOTS`] blocks later. It is free then:
-//!
-//! - What a rank has given for a block was read when the others have reduced that block, which it
-//!   waits for two blocks later. Of a short array it was read when the others give the next block.
-//! - A slice was taken from its slot when the others give the third block behind it, or one of a
-//!   later collective. A rank waits for what they give before it reduces that.
+//! Every element is reduced in the order of the ranks, and all get the same bits.
+
+#![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::Range;
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::node::bell::Bell;
 use crate::node::combine::Combine;
-use crate::node::patience::Patience;
-use crate::node::segment::{Atomics, Segment, SegmentName};
+use crate::node::lane::Lane;
+pub(crate) use crate::node::lane::MOST_RANKS;
+use crate::node::segment::{Segment, SegmentName};
 use crate::node::streaming;
 
-/// The most ranks that execute a collective so.
-pub(crate) const MOST_RANKS: usize = 16;
-/// Slots of a rank for what it gives, and for what it has reduced; at least 3.
-const SLOTS: usize = 4;
 /// The longest block. What a core has in hand must stay in its second cache.
 pub(crate) const BLOCK: usize = 256 << 10;
 /// Results of so many bytes do not stay in the second cache.
 const LONG: usize = 4 << 20;
-/// Slices begin at cache lines.
+/// Parts and slices begin at cache lines.
 const LINE: usize = 64;
-const PAGE: usize = 4096;
 
-/// A counter on cache lines of its own: processors fetch two at once.
-#[repr(C, align(128))]
-struct Counter(AtomicU64);
-
-/// What a rank shows the others.
-#[repr(C, align(128))]
-struct Shown {
-    /// Blocks that it has given.
-    given: Counter,
-    /// Blocks of which it has reduced its slice.
-    reduced: Counter,
-    bell: Bell,
+/// Some of the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    All,
+    One(usize),
+    AllBut(usize),
 }
 
-// SAFETY: it has only atomics.
-unsafe impl Atomics for Shown {}
+impl Who {
+    #[inline]
+    fn has(self, rank: usize) -> bool {
+        match self {
+            Who::All => true,
+            Who::One(one) => rank == one,
+            Who::AllBut(one) => rank != one,
+        }
+    }
+}
+
+/// What a collective does; the same on all ranks.
+#[derive(Clone, Copy)]
+pub(crate) struct Collective {
+    /// The ranks that have an operand.
+    pub(crate) givers: Who,
+    /// The ranks that get a result.
+    pub(crate) takers: Who,
+    /// An operand has a part for each rank, one behind the other; else all get the same.
+    pub(crate) divided: bool,
+    /// Bytes of what one rank gives to one.
+    pub(crate) length: usize,
+    /// How the parts of all ranks become the result; else it has them one behind the other.
+    pub(crate) combine: Option<Combine>,
+    /// Of a reduction that is not divided: each rank reduces a slice.
+    pub(crate) in_slices: bool,
+}
 
 /// The memory of the ranks of one communicator.
 pub(crate) struct ShmCollective {
-    segment: Segment,
     rank: usize,
     size: usize,
-    /// Blocks of the collectives before.
-    blocks: Mutex<u64>,
+    segment: Arc<Segment>,
+    lanes: Mutex<Lanes>,
 }
 
-/// One block of a collective: its number, and where it is in the arrays.
-#[derive(Clone, Copy)]
+/// Those that operands go through, and reduced slices.
+struct Lanes {
+    operands: Lane,
+    reduced: Lane,
+}
+
+/// A block of a collective.
 struct Block {
+    /// In the lane of operands, and in that of reduced slices.
     number: u64,
-    start: usize,
-    length: usize,
+    reduced: u64,
+    /// Where it is in what one rank gives to one.
+    place: Range<usize>,
 }
 
 impl ShmCollective {
@@ -84,7 +101,7 @@ impl ShmCollective {
     /// # Errors
     /// If there is too little.
     pub(crate) fn create(number: u64, size: usize) -> io::Result<ShmCollective> {
-        let bytes = Self::bytes(size);
+        let bytes = bytes(size);
         let segment = Segment::create(name(number), bytes, |left| bytes as u64 <= left / 2)?;
         Ok(Self::over(segment, 0, size))
     }
@@ -94,7 +111,7 @@ impl ShmCollective {
     /// # Errors
     /// If it cannot be found or mapped.
     pub(crate) fn open(number: u64, rank: usize, size: usize) -> io::Result<ShmCollective> {
-        let segment = Segment::open(name(number), |found| found == Self::bytes(size))?;
+        let segment = Segment::open(name(number), |found| found == bytes(size))?;
         Ok(Self::over(segment, rank, size))
     }
 
@@ -104,203 +121,290 @@ impl ShmCollective {
     }
 
     fn over(segment: Segment, rank: usize, size: usize) -> ShmCollective {
+        let segment = Arc::new(segment);
+        let (slices, longest) = (Lane::bytes(BLOCK, size), longest_slice(BLOCK, size));
+        let lanes = Lanes {
+            operands: Lane::over(segment.clone(), 0, BLOCK, rank, size),
+            reduced: Lane::over(segment.clone(), slices, longest, rank, size),
+        };
         ShmCollective {
-            segment,
             rank,
             size,
-            blocks: Mutex::new(0),
+            segment,
+            lanes: Mutex::new(lanes),
         }
     }
 
-    fn header(size: usize) -> usize {
-        (size * size_of::<Shown>()).next_multiple_of(PAGE)
-    }
-
-    /// What all ranks take of the memory.
-    fn bytes(size: usize) -> usize {
-        Self::header(size) + size * SLOTS * (BLOCK + longest_slice(BLOCK, size))
-    }
-
-    fn shown(&self, rank: usize) -> &Shown {
-        assert!(rank < self.size);
-        self.segment.atomics(rank * size_of::<Shown>())
-    }
-
-    /// Where `rank` gives that block, and where it puts its slice of it.
-    fn slots(&self, rank: usize, number: u64) -> [*mut u8; 2] {
-        assert!(rank < self.size);
-        let slot = BLOCK + longest_slice(BLOCK, self.size);
-        let place = rank * SLOTS + number as usize % SLOTS;
-        let start = Self::header(self.size) + place * slot;
-        [start, start + BLOCK].map(|offset| self.segment.address(offset))
-    }
-
-    /// What `rank` has given of that block, from byte `start` on.
-    ///
-    /// # Safety
-    /// It must have given these bytes, and this rank must not have said that it is done with them.
-    unsafe fn given(&self, rank: usize, number: u64, start: usize, length: usize) -> &[u8] {
-        assert!(start + length <= BLOCK);
-        let [given, _] = self.slots(rank, number);
-        // SAFETY: inside the slot. Nobody writes there meanwhile, as the caller says.
-        unsafe { std::slice::from_raw_parts(given.wrapping_add(start), length) }
-    }
-
-    /// The slice of that block that `rank` has reduced.
-    ///
-    /// # Safety
-    /// It must have, and this rank must not have said that it is done with it.
-    unsafe fn reduced(&self, rank: usize, number: u64, length: usize) -> &[u8] {
-        assert!(length <= longest_slice(BLOCK, self.size));
-        let [_, reduced] = self.slots(rank, number);
-        // SAFETY: inside the slot. Nobody writes there meanwhile, as the caller says.
-        unsafe { std::slice::from_raw_parts(reduced, length) }
-    }
-
-    /// Gives `bytes` of that block, from byte `start` on. The slot is free (see the module).
-    fn give(&self, number: u64, start: usize, bytes: &[u8]) {
-        assert!(start + bytes.len() <= BLOCK);
-        let [given, _] = self.slots(self.rank, number);
-        let to = given.wrapping_add(start);
-        // SAFETY: inside this rank's slot, which nobody reads now, and where no array is.
-        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
-    }
-
-    /// Shows that the blocks before `number` are given, or reduced.
-    fn show(&self, what: impl Fn(&Shown) -> &Counter, number: u64) {
-        let own = self.shown(self.rank);
-        what(own).0.store(number, Ordering::SeqCst);
-        own.bell.ring_if_heard();
-    }
-
-    /// Waits until `rank` shows as much. If it has died, the watch ends the job.
-    fn wait(&self, rank: usize, what: impl Fn(&Shown) -> &Counter, number: u64) {
-        let shown = self.shown(rank);
-        let is_there = || what(shown).0.load(Ordering::Acquire) >= number;
-        if is_there() {
-            return;
-        }
-        let mut patience = Patience::in_step();
-        while !is_there() {
-            patience.wait(&shown.bell, is_there);
-        }
-    }
-
-    /// The reduction of the arrays `send` of all ranks, in their order, to `recv`. All ranks call
-    /// this with as many bytes, the same elements and the same way: `whole` if each reduces all of
-    /// a block for itself, which has at most [`BLOCK`] bytes then.
-    pub(crate) fn allreduce(&self, combine: Combine, whole: bool, send: &[u8], recv: &mut [u8]) {
-        assert_eq!(send.len(), recv.len());
-        let mut blocks = self.blocks.lock();
-        if whole {
-            self.reduce_whole(combine, *blocks, send, recv);
-            *blocks += 1;
-            return;
-        }
-        let (first, count) = (*blocks, send.len().div_ceil(BLOCK));
-        let block = |index: usize| {
-            let start = index * BLOCK;
-            Block {
-                number: first + index as u64,
-                start,
-                length: BLOCK.min(send.len() - start),
-            }
+    /// Executes a collective, which all ranks call alike. Who gives nothing has no operand, and who
+    /// takes nothing no result.
+    pub(crate) fn execute(&self, what: &Collective, send: &[u8], recv: &mut [u8]) {
+        let parts = |divided: bool| if divided { self.size } else { 1 };
+        let sent = if what.givers.has(self.rank) {
+            parts(what.divided)
+        } else {
+            0
         };
-        let is_long = recv.len() >= LONG;
-        for step in 0..count + 2 {
-            if step < count {
-                self.give_others(block(step), send);
-            }
-            if (1..=count).contains(&step) {
-                self.reduce_slice(combine, block(step - 1), is_long, send, recv);
-            }
-            if step >= 2 {
-                self.take_others(block(step - 2), is_long, recv);
-            }
+        let side_by_side = what.combine.is_none() && what.givers == Who::All;
+        let taken = if what.takers.has(self.rank) {
+            parts(side_by_side)
+        } else {
+            0
+        };
+        assert_eq!(
+            [send.len(), recv.len()],
+            [sent, taken].map(|parts| parts * what.length)
+        );
+        let call = Call {
+            what,
+            rank: self.rank,
+            size: self.size,
+            is_long: recv.len() >= LONG,
+            block: match what.divided {
+                true => BLOCK / self.size / LINE * LINE,
+                false => BLOCK,
+            },
+        };
+        let mut lanes = self.lanes.lock();
+        match what.combine {
+            Some(combine) if what.in_slices => call.in_slices(&mut lanes, combine, send, recv),
+            _ => call.whole(&mut lanes.operands, send, recv),
         }
-        if is_long {
+        if call.is_long {
             streaming::finish();
         }
-        *blocks += count as u64;
+    }
+}
+
+/// A collective that one rank executes.
+struct Call<'a> {
+    what: &'a Collective,
+    rank: usize,
+    size: usize,
+    /// The result does not stay in the caches.
+    is_long: bool,
+    /// Bytes of what one rank gives to one in a block.
+    block: usize,
+}
+
+impl Call<'_> {
+    /// At least one: to barriers too, everybody comes.
+    fn count(&self) -> usize {
+        self.what.length.div_ceil(self.block).max(1)
     }
 
-    fn reduce_whole(&self, combine: Combine, number: u64, send: &[u8], recv: &mut [u8]) {
-        self.give(number, 0, send);
-        self.show(|shown| &shown.given, number + 1);
+    fn block(&self, first: [u64; 2], index: usize) -> Block {
+        let start = index * self.block;
+        let [number, reduced] = first.map(|first| first + index as u64);
+        Block {
+            number,
+            reduced,
+            place: start..self.what.length.min(start + self.block),
+        }
+    }
+
+    /// All other ranks, from the next one on, so that they do not all read the same memory.
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, size) = (self.rank, self.size);
+        (rank + 1..size).chain(0..rank)
+    }
+
+    /// Where a block is in the operand of a rank, in the part for `taker`.
+    fn sent(&self, taker: usize, block: &Block) -> Range<usize> {
+        let start = if self.what.divided {
+            taker * self.what.length
+        } else {
+            0
+        };
+        start + block.place.start..start + block.place.end
+    }
+
+    /// Where it is in a slot.
+    fn passed(&self, taker: usize, block: &Block) -> Range<usize> {
+        let start = if self.what.divided {
+            taker * self.block
+        } else {
+            0
+        };
+        start..start + block.place.len()
+    }
+
+    /// Where what `giver` gives of it is in the result.
+    fn placed(&self, giver: usize, block: &Block) -> Range<usize> {
+        let start = if self.what.givers == Who::All {
+            giver * self.what.length
+        } else {
+            0
+        };
+        start + block.place.start..start + block.place.end
+    }
+
+    fn copy(&self, from: &[u8], to: &mut [u8]) {
+        match self.is_long {
+            true => streaming::copy(from, to),
+            false => to.copy_from_slice(from),
+        }
+    }
+
+    /// Who takes a block takes all of it.
+    fn whole(&self, lane: &mut Lane, send: &[u8], recv: &mut [u8]) {
+        let count = self.count();
+        let first = [lane.begin(count), 0];
+        for step in 0..count + 1 {
+            if step < count {
+                self.give(lane, &self.block(first, step), send, recv);
+            }
+            if step >= 1 {
+                self.take(lane, &self.block(first, step - 1), send, recv);
+            }
+        }
+    }
+
+    /// Whether this rank gives others something.
+    fn gives(&self) -> bool {
+        self.what.givers.has(self.rank) && self.what.takers != Who::One(self.rank)
+    }
+
+    fn give(&self, lane: &mut Lane, block: &Block, send: &[u8], recv: &mut [u8]) {
+        let takes = self.what.takers.has(self.rank);
+        if self.gives() {
+            let slot = lane.slot(block.number);
+            if self.what.divided {
+                for taker in self.others() {
+                    let from = &send[self.sent(taker, block)];
+                    slot[self.passed(taker, block)].copy_from_slice(from);
+                }
+            } else {
+                slot[self.passed(0, block)].copy_from_slice(&send[self.sent(0, block)]);
+            }
+            lane.give(block.number);
+        }
+        if takes && self.what.combine.is_none() && self.what.givers.has(self.rank) {
+            let own = &send[self.sent(self.rank, block)];
+            self.copy(own, &mut recv[self.placed(self.rank, block)]);
+        }
+    }
+
+    fn take(&self, lane: &mut Lane, block: &Block, send: &[u8], recv: &mut [u8]) {
+        if self.what.takers.has(self.rank) {
+            let passed = self.passed(self.rank, block);
+            if let Some(combine) = self.what.combine {
+                let own = &send[self.sent(self.rank, block)];
+                let parts = self.parts(lane, block, own, passed);
+                combine.all(&parts[..self.size], &mut recv[block.place.clone()], None);
+            } else {
+                for giver in self.others().filter(|&giver| self.what.givers.has(giver)) {
+                    lane.wait_given(giver, block.number);
+                    let given = lane.given(giver, block.number, passed.clone());
+                    self.copy(given, &mut recv[self.placed(giver, block)]);
+                }
+            }
+        }
+        lane.done(block.number);
+        if !self.gives() {
+            lane.show_done();
+        }
+    }
+
+    /// Those bytes of all ranks' parts of a block, in their order.
+    fn parts<'a>(
+        &self,
+        lane: &'a mut Lane,
+        block: &Block,
+        own: &'a [u8],
+        passed: Range<usize>,
+    ) -> [&'a [u8]; MOST_RANKS] {
+        for rank in self.others() {
+            lane.wait_given(rank, block.number);
+        }
+        let lane = &*lane;
         let mut parts: [&[u8]; MOST_RANKS] = [&[]; MOST_RANKS];
         for (rank, part) in parts.iter_mut().enumerate().take(self.size) {
             *part = match rank == self.rank {
-                true => send,
-                false => {
-                    self.wait(rank, |shown| &shown.given, number + 1);
-                    // SAFETY: given; this rank is done with it when it gives the next block.
-                    unsafe { self.given(rank, number, 0, send.len()) }
-                }
+                true => own,
+                false => lane.given(rank, block.number, passed.clone()),
             };
         }
-        combine.all(&parts[..self.size], recv, None);
+        parts
+    }
+
+    /// Each rank reduces its slice of every block.
+    fn in_slices(&self, lanes: &mut Lanes, combine: Combine, send: &[u8], recv: &mut [u8]) {
+        let count = self.count();
+        let first = [lanes.operands.begin(count), lanes.reduced.begin(count)];
+        for step in 0..count + 2 {
+            if step < count {
+                self.give_others(&mut lanes.operands, &self.block(first, step), send);
+            }
+            if (1..=count).contains(&step) {
+                self.reduce_slice(lanes, combine, &self.block(first, step - 1), send, recv);
+            }
+            if step >= 2 {
+                self.take_others(&mut lanes.reduced, &self.block(first, step - 2), recv);
+            }
+        }
     }
 
     /// Step 1.
-    fn give_others(&self, block: Block, send: &[u8]) {
-        let (from, to) = slice(block.length, self.size, self.rank);
-        let own = &send[block.start..block.start + block.length];
-        self.give(block.number, 0, &own[..from]);
-        self.give(block.number, to, &own[to..]);
-        self.show(|shown| &shown.given, block.number + 1);
+    fn give_others(&self, lane: &mut Lane, block: &Block, send: &[u8]) {
+        let own = &send[block.place.clone()];
+        let slice = slice(own.len(), self.size, self.rank);
+        let slot = lane.slot(block.number);
+        slot[..slice.start].copy_from_slice(&own[..slice.start]);
+        slot[slice.end..own.len()].copy_from_slice(&own[slice.end..]);
+        lane.give(block.number);
     }
 
     /// Step 2.
     fn reduce_slice(
         &self,
+        lanes: &mut Lanes,
         combine: Combine,
-        block: Block,
-        is_long: bool,
+        block: &Block,
         send: &[u8],
         recv: &mut [u8],
     ) {
-        let (from, to) = slice(block.length, self.size, self.rank);
-        let place = block.start + from..block.start + to;
-        let mut parts: [&[u8]; MOST_RANKS] = [&[]; MOST_RANKS];
-        for (rank, part) in parts.iter_mut().enumerate().take(self.size) {
-            *part = match rank == self.rank {
-                true => &send[place.clone()],
-                false => {
-                    self.wait(rank, |shown| &shown.given, block.number + 1);
-                    // SAFETY: given; this rank is done with it when it shows its slice.
-                    unsafe { self.given(rank, block.number, from, to - from) }
-                }
-            };
-        }
-        let [_, reduced] = self.slots(self.rank, block.number);
-        // SAFETY: this rank's slot, which is free (see the module), and as long as any slice.
-        let copy = unsafe { std::slice::from_raw_parts_mut(reduced, to - from) };
-        let (parts, result) = (&parts[..self.size], &mut recv[place]);
-        if is_long {
-            combine.all(parts, copy, None);
-            self.show(|shown| &shown.reduced, block.number + 1);
-            streaming::copy(copy, result);
+        let slice = slice(block.place.len(), self.size, self.rank);
+        let place = block.place.start + slice.start..block.place.start + slice.end;
+        let copy = &mut lanes.reduced.slot(block.reduced)[..slice.len()];
+        let parts = self.parts(&mut lanes.operands, block, &send[place.clone()], slice);
+        let parts = &parts[..self.size];
+        let takes = self.what.takers.has(self.rank);
+        if takes && !self.is_long {
+            combine.all(parts, &mut recv[place], Some(copy));
+            lanes.reduced.give(block.reduced);
         } else {
-            combine.all(parts, result, Some(copy));
-            self.show(|shown| &shown.reduced, block.number + 1);
+            combine.all(parts, copy, None);
+            lanes.reduced.give(block.reduced);
+            if takes {
+                let own = lanes
+                    .reduced
+                    .given(self.rank, block.reduced, 0..place.len());
+                self.copy(own, &mut recv[place]);
+            }
         }
+        lanes.operands.done(block.number);
     }
 
     /// Step 3.
-    fn take_others(&self, block: Block, is_long: bool, recv: &mut [u8]) {
-        // Each begins with another one, so that they do not all read the same memory.
-        for rank in (1..self.size).map(|step| (self.rank + step) % self.size) {
-            let (from, to) = slice(block.length, self.size, rank);
-            self.wait(rank, |shown| &shown.reduced, block.number + 1);
-            // SAFETY: reduced; this rank is done with it when it gives the next but one.
-            let reduced = unsafe { self.reduced(rank, block.number, to - from) };
-            let result = &mut recv[block.start + from..block.start + to];
-            match is_long {
-                true => streaming::copy(reduced, result),
-                false => result.copy_from_slice(reduced),
+    fn take_others(&self, lane: &mut Lane, block: &Block, recv: &mut [u8]) {
+        if self.what.takers.has(self.rank) {
+            for rank in self.others() {
+                let slice = slice(block.place.len(), self.size, rank);
+                let place = block.place.start + slice.start..block.place.start + slice.end;
+                lane.wait_given(rank, block.reduced);
+                self.copy(
+                    lane.given(rank, block.reduced, 0..slice.len()),
+                    &mut recv[place],
+                );
             }
         }
+        lane.done(block.reduced);
     }
+}
+
+/// What all ranks take of the memory.
+fn bytes(size: usize) -> usize {
+    Lane::bytes(BLOCK, size) + Lane::bytes(longest_slice(BLOCK, size), size)
 }
 
 /// The longest slice of a block of so many bytes: whole cache lines.
@@ -308,11 +412,11 @@ fn longest_slice(length: usize, size: usize) -> usize {
     length.div_ceil(size).next_multiple_of(LINE)
 }
 
-/// From where to where the slice of `rank` is in a block of so many bytes; maybe empty.
-fn slice(length: usize, size: usize, rank: usize) -> (usize, usize) {
+/// Where the slice of `rank` is in a block of so many bytes; maybe empty.
+fn slice(length: usize, size: usize, rank: usize) -> Range<usize> {
     let longest = longest_slice(length, size);
     let start = (rank * longest).min(length);
-    (start, (start + longest).min(length))
+    start..(start + longest).min(length)
 }
 
 fn name(number: u64) -> SegmentName {
@@ -320,108 +424,4 @@ fn name(number: u64) -> SegmentName {
 }
 
 #[cfg(test)]
-mod tests {
-    use mpi_shim_abi::{Datatype, Reduction};
-
-    use super::*;
-    use crate::node::segment::new_number;
-
-    fn memories(size: usize) -> Vec<ShmCollective> {
-        let number = new_number();
-        let first = ShmCollective::create(number, size).unwrap();
-        let others = (1..size).map(|rank| ShmCollective::open(number, rank, size).unwrap());
-        let all = std::iter::once(first).chain(others).collect::<Vec<_>>();
-        all[0].unlink();
-        all
-    }
-
-    /// What rank `rank` has in the collective of that number.
-    fn operand(rank: usize, number: usize, length: usize) -> Vec<u8> {
-        let value = |i: usize| ((i * 7 + rank * 3 + number) % 1000) as f32 * 0.37;
-        (0..length).flat_map(|i| value(i).to_ne_bytes()).collect()
-    }
-
-    fn sum(size: usize, number: usize, length: usize) -> Vec<u8> {
-        let rows: Vec<_> = (0..size)
-            .map(|rank| operand(rank, number, length))
-            .collect();
-        let number = |row: &Vec<u8>, i: usize| f32::from_ne_bytes(row.as_chunks().0[i]);
-        (0..length)
-            .flat_map(|i| {
-                let first = number(&rows[0], i);
-                let sum = rows[1..]
-                    .iter()
-                    .fold(first, |sum, row| sum + number(row, i));
-                sum.to_ne_bytes()
-            })
-            .collect()
-    }
-
-    #[test]
-    fn all_ranks_get_the_same_bits_in_any_sequence_of_lengths() {
-        let combine = Combine::of(Reduction::Sum, Datatype::F32).unwrap();
-        for size in [2, 3, 5, MOST_RANKS] {
-            let lengths = [
-                1, 3, 400_000, 16, 17, 5, 65_536, 65_537, 1, 2, 1_050_001, 131_073, 15, 1, 1, 1, 1,
-            ];
-            let memories = memories(size);
-            std::thread::scope(|scope| {
-                for (rank, memory) in memories.iter().enumerate() {
-                    scope.spawn(move || {
-                        for (number, &length) in lengths.iter().enumerate() {
-                            let send = operand(rank, number, length);
-                            let mut recv = vec![0; send.len()];
-                            // Both ways, also of short arrays.
-                            let whole = length < 1000 && !number.is_multiple_of(3);
-                            memory.allreduce(combine, whole, &send, &mut recv);
-                            assert!(recv == sum(size, number, length), "{size} {number}");
-                        }
-                    });
-                }
-            });
-        }
-    }
-
-    #[test]
-    fn a_rank_that_is_late_or_ahead_reads_and_writes_what_is_meant() {
-        let combine = Combine::of(Reduction::Max, Datatype::I64).unwrap();
-        let memories = memories(3);
-        std::thread::scope(|scope| {
-            for (rank, memory) in memories.iter().enumerate() {
-                scope.spawn(move || {
-                    for number in 0..200usize {
-                        if (number + rank).is_multiple_of(17) {
-                            std::thread::sleep(std::time::Duration::from_millis(2));
-                        }
-                        let length = if number.is_multiple_of(2) { 3 } else { 40_000 };
-                        let value = |rank: usize| (rank * 1000 + number) as i64;
-                        let send = value(rank).to_ne_bytes().repeat(length);
-                        let mut recv = vec![0; send.len()];
-                        memory.allreduce(combine, length == 3, &send, &mut recv);
-                        assert!(recv == value(2).to_ne_bytes().repeat(length));
-                    }
-                });
-            }
-        });
-    }
-
-    #[test]
-    fn slices_are_the_whole_block() {
-        for size in 2..=MOST_RANKS {
-            for length in [0, 4, 63, 64, 65, 1000, BLOCK - 8, BLOCK] {
-                let slices: Vec<_> = (0..size).map(|rank| slice(length, size, rank)).collect();
-                assert_eq!(slices[0].0, 0);
-                assert_eq!(slices[size - 1].1, length);
-                assert!(slices.windows(2).all(|pair| pair[0].1 == pair[1].0));
-                let longest = longest_slice(BLOCK, size);
-                assert!(slices.iter().all(|(from, to)| to - from <= longest));
-            }
-        }
-    }
-
-    #[test]
-    fn memory_that_is_not_there_is_an_error() {
-        assert!(ShmCollective::open(new_number(), 1, 2).is_err());
-        assert!(ShmCollective::create(new_number(), 1 << 40).is_err());
-    }
-}
+mod tests;
