@@ -6,18 +6,19 @@
 //! comes out: the operands and results of `while` and `conditional` are paired with it, and `call`
 //! has one more operand (`tokens.rs`).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use protobuf::MessageField;
 
 use crate::collective::{Call, Calls};
 use crate::error::Refused;
 use crate::fold::Folds;
-use crate::instructions::{BEGIN, TARGET_PREFIX};
+use crate::instructions::{BEGIN, END, START, TARGET_PREFIX};
 use crate::module::Module;
 use crate::output::Output;
 use crate::proto::hlo::{HloInstructionProto, ShapeProto};
-use crate::shape::{TOKEN, TUPLE, results, shape_of, token, tuple};
+use crate::shape::{TOKEN, TUPLE, number, results, shape_of, token, tuple};
+use crate::started::{Part, Started};
 use crate::tokens::{TokenPath, TokenPaths, has_token};
 
 /// `CustomCallApiVersion::API_VERSION_TYPED_FFI` (xla/service/hlo.proto).
@@ -28,6 +29,7 @@ pub(crate) struct Rewriting<'a> {
     pub(crate) calls: &'a Calls,
     pub(crate) paths: &'a TokenPaths,
     pub(crate) folds: &'a Folds,
+    pub(crate) started: &'a Started,
     /// The number by which the launch names its program.
     pub(crate) program: i64,
 }
@@ -71,17 +73,23 @@ impl Rewriting<'_> {
             None => None,
         };
         let has_pair = matches!(path, Some(TokenPath::Paired | TokenPath::Condition));
+        let mut starts = Starts::of(self.started, id, &before);
         for instruction in before {
-            let is_paired = has_pair && instruction.opcode == "parameter";
-            if is_paired || self.folds.dropped.contains(&(id, instruction.id)) {
-                continue;
-            }
-            if let Some(call) = self.calls.get(&(id, instruction.id)) {
-                self.replace(&mut out, instruction, call, &mut current)?;
+            let (place, is_parameter) = (instruction.id, instruction.opcode == "parameter");
+            if let Some(call) = self.calls.get(&(id, place)) {
+                match current.as_mut().filter(|_| starts.has(place)) {
+                    Some(current) => starts.end(&mut out, &instruction, call, current)?,
+                    None => self.replace(&mut out, instruction, call, &mut current)?,
+                }
+            } else if has_pair && is_parameter || self.folds.dropped.contains(&(id, place)) {
+                // It is there already, or not needed.
             } else if let Some(current) = &mut current {
                 self.follow(&mut out, instruction, current)?;
             } else {
                 out.push(instruction);
+            }
+            if let Some(current) = &mut current {
+                starts.begin(&mut out, place, self.calls, current)?;
             }
         }
         let root = match (path, current) {
@@ -223,6 +231,108 @@ impl Rewriting<'_> {
         *current = out.push_paired(instruction)?;
         Ok(())
     }
+}
+
+/// The all-reduces of a computation that are started in parts.
+#[derive(Default)]
+struct Starts {
+    /// What is started behind an instruction: the all-reduce, and a part of it.
+    behind: HashMap<i64, Vec<(HloInstructionProto, Part)>>,
+    /// By the all-reduce: the parts, with the numbers that their starts give.
+    waited_for: HashMap<i64, Vec<(Part, i64)>>,
+}
+
+impl Starts {
+    fn of(started: &Started, computation: i64, before: &[HloInstructionProto]) -> Starts {
+        let mut starts = Starts::default();
+        for whole in before {
+            for part in started.get(&(computation, whole.id)).into_iter().flatten() {
+                let behind = starts.behind.entry(part.after).or_default();
+                behind.push((whole.clone(), part.clone()));
+                starts.waited_for.entry(whole.id).or_default();
+            }
+        }
+        starts
+    }
+
+    fn has(&self, whole: i64) -> bool {
+        self.waited_for.contains_key(&whole)
+    }
+
+    /// Starts what is started behind an instruction.
+    fn begin(
+        &mut self,
+        out: &mut Output<'_>,
+        behind: i64,
+        calls: &Calls,
+        current: &mut i64,
+    ) -> Result<(), Refused> {
+        for (whole, part) in self.behind.remove(&behind).unwrap_or_default() {
+            let Some(call) = calls.get(&(out.computation, whole.id)) else {
+                continue;
+            };
+            let of = |&index: &usize| whole.operand_ids[index];
+            let mut operands: Vec<i64> = part.operands.iter().map(of).collect();
+            operands.push(*current);
+            let shape = tuple(vec![number(), token()]);
+            let started = out.make(None, "custom-call", shape, &operands, |made| {
+                half(made, START, call, &whole);
+            });
+            let request = out.element(None, None, started, 0)?;
+            *current = out.element(None, None, started, 1)?;
+            let parts = self.waited_for.entry(whole.id).or_default();
+            parts.push((part, request));
+        }
+        Ok(())
+    }
+
+    /// Waits for all parts of an all-reduce in its place.
+    fn end(
+        &mut self,
+        out: &mut Output<'_>,
+        whole: &HloInstructionProto,
+        call: &Call,
+        current: &mut i64,
+    ) -> Result<(), Refused> {
+        let arrays: Vec<ShapeProto> = results(whole).into_iter().cloned().collect();
+        let mut elements = vec![0; arrays.len()];
+        for (part, request) in self.waited_for.remove(&whole.id).unwrap_or_default() {
+            let mut shapes: Vec<ShapeProto> = Vec::new();
+            for &index in &part.operands {
+                shapes.push(arrays[index].clone());
+            }
+            shapes.push(token());
+            let operands = [request, *current];
+            let ended = out.make(None, "custom-call", tuple(shapes), &operands, |made| {
+                half(made, END, call, whole);
+            });
+            for (place, &index) in part.operands.iter().enumerate() {
+                let is_all = whole.shape.element_type != TUPLE;
+                let (id, name) = match is_all {
+                    true => (Some(whole.id), Some(whole.name.clone())),
+                    false => (None, None),
+                };
+                elements[index] = out.element(id, name, ended, place)?;
+            }
+            *current = out.element(None, None, ended, part.operands.len())?;
+        }
+        if whole.shape.element_type == TUPLE {
+            out.make(Some(whole.id), "tuple", tuple(arrays), &elements, |made| {
+                made.name.clone_from(&whole.name);
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Makes an instruction the custom call `target` of a part of `whole`.
+fn half(made: &mut HloInstructionProto, target: &str, call: &Call, whole: &HloInstructionProto) {
+    made.custom_call_target = format!("{TARGET_PREFIX}{target}");
+    made.custom_call_api_version = TYPED_FFI;
+    made.custom_call_has_side_effect = true;
+    made.backend_config = attributes(call).into_bytes();
+    // Where it came from in the source, among others.
+    made.special_fields.clone_from(&whole.special_fields);
 }
 
 /// The attributes of a custom call, as MLIR writes them.

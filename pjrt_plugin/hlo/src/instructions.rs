@@ -13,6 +13,10 @@ pub const TARGET_PREFIX: &str = "mpi_cuda_collective_";
 /// The target of the custom call with which each launch begins, without the prefix.
 pub(crate) const BEGIN: &str = "begin";
 
+/// The targets of the custom calls that start an all-reduce and that wait for it.
+pub(crate) const START: &str = "all_reduce_start";
+pub(crate) const END: &str = "all_reduce_done";
+
 /// All instructions that are known here. Of two rows with an opcode the first one that fits counts.
 #[rustfmt::skip]
 static INSTRUCTIONS: &[Row] = &[
@@ -71,7 +75,7 @@ pub fn targets() -> Vec<&'static str> {
         _ => None,
     };
     let mut all: Vec<_> = INSTRUCTIONS.iter().filter_map(of).collect();
-    all.push(BEGIN);
+    all.extend([BEGIN, START, END]);
     all.sort_unstable();
     all.dedup();
     all

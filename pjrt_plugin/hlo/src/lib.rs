@@ -27,6 +27,7 @@ mod replica_groups;
 mod sequence;
 mod shape;
 mod shape_rule;
+mod started;
 mod synchronous;
 #[cfg(test)]
 mod tests;
@@ -48,6 +49,7 @@ pub use instructions::{TARGET_PREFIX, targets};
 pub use module::Layouts;
 pub use options::Options;
 pub use reduction::REDUCTIONS;
+pub use started::Sizes;
 
 use chain::Rewriting;
 use module::Module;
@@ -59,6 +61,19 @@ use sequence::Sequence;
 /// # Errors
 /// If it is no module, or holds an instruction that cannot be executed.
 pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> {
+    rewrite_started(program, devices, None)
+}
+
+/// The same, with all-reduces of the `started` sizes that are started when their operands are
+/// there, and waited for where they stood.
+///
+/// # Errors
+/// Those of [`rewrite`].
+pub fn rewrite_started(
+    program: &[u8],
+    devices: &Devices,
+    started: Option<Sizes>,
+) -> Result<Rewritten, Refused> {
     let mut module = Module::new(read(program)?)?;
     synchronous::join(&mut module)?;
     let mut calls = collective::recognise_all(&module, devices)?;
@@ -68,10 +83,12 @@ pub fn rewrite(program: &[u8], devices: &Devices) -> Result<Rewritten, Refused> 
     for (&instruction, call) in &mut calls {
         call.place = sequence.places.of(instruction);
     }
+    let started = started.map(|sizes| started::find(&module, &calls, &paths, sizes));
     let rewriting = Rewriting {
         calls: &calls,
         paths: &paths,
         folds: &folds,
+        started: &started.transpose()?.unwrap_or_default(),
         program: sequence.identity,
     };
     rewriting.module(&mut module)?;

@@ -1,9 +1,10 @@
 //! Shapes: element types, bytes, and where elements lie in memory.
 
-use crate::proto::hlo::{HloInstructionProto, ShapeProto};
+use crate::proto::hlo::{HloInstructionProto, LayoutProto, ShapeProto};
 
 /// XLA's element types that rewriting makes or asks for (`PrimitiveType`, xla/xla_data.proto).
 pub(crate) const PRED: i32 = 1;
+pub(crate) const U32: i32 = 8;
 pub(crate) const TUPLE: i32 = 13;
 pub(crate) const TOKEN: i32 = 17;
 
@@ -62,6 +63,15 @@ pub(crate) fn shape_of(instruction: &HloInstructionProto) -> ShapeProto {
 pub(crate) fn token() -> ShapeProto {
     ShapeProto {
         element_type: TOKEN,
+        ..Default::default()
+    }
+}
+
+/// The shape of a number, `u32[]`.
+pub(crate) fn number() -> ShapeProto {
+    ShapeProto {
+        element_type: U32,
+        layout: Some(LayoutProto::default()).into(),
         ..Default::default()
     }
 }

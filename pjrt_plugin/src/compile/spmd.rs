@@ -6,18 +6,20 @@ use std::borrow::Cow;
 use std::ffi::c_int;
 use std::sync::Arc;
 
-use hlo_rewrite::{Devices, Envelope, Options, Refused};
+use hlo_rewrite::{Devices, Envelope, Options, Refused, Sizes};
+use mpi_runtime::World;
 use parking_lot::Mutex;
 
 use crate::clients::{self, Client};
 use crate::compile::contents::Contents;
 use crate::compile::{partitioner, shared};
+use crate::config::Overlap;
 use crate::error::Error;
 use crate::ffi::replica_groups;
 use crate::inner::handles::{ClientHandle, Handle, LoadedHandle, Owned, Program};
 use crate::inner::on_gpu;
 use crate::inner::side_table::SideTable;
-use crate::plugin::world;
+use crate::plugin::{config, world};
 
 /// What the framework is told about an executable for several devices.
 pub struct Spmd {
@@ -254,7 +256,7 @@ pub fn load(
     let known = find_client(client)?;
     let devices = options.devices()?;
     known.devices.check(devices.ids())?;
-    let rewritten = hlo_rewrite::rewrite(&optimized, &devices)?;
+    let rewritten = hlo_rewrite::rewrite_started(&optimized, &devices, started(world))?;
     replica_groups::register(&rewritten, devices.ids(), world)?;
     let contents = Contents::of_rewritten(&rewritten, &devices, world, callbacks);
     let for_device = options.for_device(known.devices.inner_id(), &rewritten.layouts)?;
@@ -268,6 +270,25 @@ pub fn load(
     });
     KNOWN.insert(loaded.get().address(), spmd);
     Ok((loaded, contents))
+}
+
+/// Which all-reduces are started before they are waited for; none if all are whole. The same on all
+/// ranks.
+fn started(world: &World) -> Option<Sizes> {
+    // A GPU's arrays are copied on its stream, in the order of the program.
+    if world.size == 1 || world.transfer.is_some() {
+        return None;
+    }
+    let (smallest, small) = match config().overlap {
+        Overlap::BetweenNodes if world.node_size < world.size => (16 << 10, 256 << 10),
+        Overlap::Never | Overlap::BetweenNodes => return None,
+        Overlap::Always => (0, 256),
+    };
+    Some(Sizes {
+        smallest,
+        small,
+        largest: config().part_bytes.unsigned_abs(),
+    })
 }
 
 /// Has an executable for a partitioned, optimized program of devices of other ranks alone. It never

@@ -11,7 +11,7 @@ use mpi_runtime::transfer::choice::Asked;
 
 use crate::error::Error;
 
-pub use settings::{Config, DeviceKind, Log, Orders, Pretend, Topology};
+pub use settings::{Config, DeviceKind, Log, Orders, Overlap, Pretend, Topology};
 pub use variables::{VARIABLES, Variable};
 
 /// mpi4jax's variable, which `MPI_CUDA_TRANSFER` wins over.

@@ -56,6 +56,15 @@ pub enum Pretend {
     DeviceThatMpiKnows,
 }
 
+/// Which jobs start all-reduces of programs for several devices before they wait for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Overlap {
+    Never,
+    BetweenNodes,
+    Always,
+}
+
 /// Everything a user can set.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -80,6 +89,7 @@ pub struct Config {
     pub share_compiled: bool,
     pub part_bytes: i64,
     pub shm_collectives: bool,
+    pub overlap: Overlap,
     pub transfer: Asked,
     /// What mpi4jax's variable said, if that was not clear.
     pub transfer_warning: Option<String>,
@@ -118,6 +128,7 @@ impl Default for Config {
             share_compiled: true,
             part_bytes: LARGEST_PART,
             shm_collectives: true,
+            overlap: Overlap::Never,
             transfer: Asked::Auto,
             transfer_warning: None,
             chunk_bytes: 1 << 20,

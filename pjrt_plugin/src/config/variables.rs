@@ -9,7 +9,7 @@ use mpi_runtime::engine::recorder::file::Keep;
 use mpi_runtime::mpi::family::Family;
 use mpi_runtime::transfer::choice::Asked;
 
-use super::settings::{Config, DeviceKind, LARGEST_PART, Log, Orders, Pretend, Topology};
+use super::settings::{Config, DeviceKind, LARGEST_PART, Log, Orders, Overlap, Pretend, Topology};
 
 /// A variable of ours: its name, the values it takes, what it does, and how it is read.
 pub struct Variable {
@@ -213,6 +213,27 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "ranks of one node execute collectives in memory that they share, and not through \
                   MPI, where that is faster; the same on all ranks",
         read: |config, text| set(&mut config.shm_collectives, flag(text)),
+    },
+    Variable {
+        name: "MPI_CUDA_OVERLAP",
+        old_name: None,
+        values: "0, nodes, 1",
+        meaning: "start all-reduces of programs for several devices when their operands are there, \
+                  and compute meanwhile; nodes: in jobs of several nodes, if they are large; 1: \
+                  always (tests); the same on all ranks",
+        read: |config, text| {
+            set(
+                &mut config.overlap,
+                one_of(
+                    &[
+                        ("0", Overlap::Never),
+                        ("nodes", Overlap::BetweenNodes),
+                        ("1", Overlap::Always),
+                    ],
+                    text,
+                ),
+            )
+        },
     },
     Variable {
         name: "MPI_CUDA_TRANSFER",

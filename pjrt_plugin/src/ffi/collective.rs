@@ -146,27 +146,45 @@ impl Collective<'_> {
         reduction: Reduction,
         arrays: Range<usize>,
     ) -> Result<(), Error> {
-        let dtype = self.arg(arrays.start)?.dtype();
-        let mut elements = 0;
-        for index in arrays.clone() {
-            elements += self.arg(index)?.elements();
-        }
-        let shape = [elements];
-        let whole = Buffer::described(dtype, &shape);
-        let bytes = elements as usize * dtype.size();
-        let (mut out, mut back) = (self.memory.scratch(bytes)?, self.memory.scratch(bytes)?);
-        let (send, recv) = (out.over(&whole), back.over(&whole));
+        self.packed(arrays.clone(), |send| {
+            self.unpacked(arrays, |recv| self.reduce(group, reduction, send, recv))
+        })
+    }
+
+    /// Calls `use_it` with operands of one type as one array.
+    pub fn packed(
+        &self,
+        arrays: Range<usize>,
+        use_it: impl FnOnce(Buffer<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let arrays: Vec<Buffer<'_>> = arrays.map(|i| self.arg(i)).collect::<Result<_, _>>()?;
+        let shape = [arrays.iter().map(Buffer::elements).sum()];
+        let whole = Buffer::described(arrays[0].dtype(), &shape);
+        let mut memory = self.memory.scratch(whole.bytes())?;
+        let send = memory.over(&whole);
         let mut place = 0;
-        for index in arrays.clone() {
-            let array = self.arg(index)?;
-            self.memory.copy(&array, &send.part(place, &array))?;
+        for array in &arrays {
+            self.memory.copy(array, &send.part(place, array))?;
             place += array.bytes();
         }
-        self.reduce(group, reduction, send, recv)?;
-        place = 0;
-        for index in arrays {
-            let array = self.ret(index)?;
-            self.memory.copy(&recv.part(place, &array), &array)?;
+        use_it(send)
+    }
+
+    /// Has `fill` fill one array, which it cuts into results of one type.
+    pub fn unpacked(
+        &self,
+        arrays: Range<usize>,
+        fill: impl FnOnce(Buffer<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let arrays: Vec<Buffer<'_>> = arrays.map(|i| self.ret(i)).collect::<Result<_, _>>()?;
+        let shape = [arrays.iter().map(Buffer::elements).sum()];
+        let whole = Buffer::described(arrays[0].dtype(), &shape);
+        let mut memory = self.memory.scratch(whole.bytes())?;
+        let recv = memory.over(&whole);
+        fill(recv)?;
+        let mut place = 0;
+        for array in &arrays {
+            self.memory.copy(&recv.part(place, array), array)?;
             place += array.bytes();
         }
         Ok(())

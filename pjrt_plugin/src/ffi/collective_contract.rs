@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use pjrt_sys::XLA_FFI_Buffer;
+use pjrt_sys::{XLA_FFI_Buffer, XLA_FFI_DataType_U32};
 
 use super::attributes::Value;
 use super::contract::{Contract, Values, words};
@@ -30,6 +30,10 @@ pub enum Rule {
     Blocks,
     /// Operand and result have a block for each member.
     Divided,
+    /// Operands of one type; the result is the number of what was started.
+    Started,
+    /// The operand is the number of what was started; its results have one type.
+    Ended,
 }
 
 /// How many blocks of each rank's part lie apart in the whole, of each array; empty if all are 1.
@@ -92,6 +96,12 @@ impl CollectiveContract {
         if self.rule == Rule::Blocks {
             return self.blocks(operands, results, size);
         }
+        if self.rule == Rule::Started {
+            return self.half(operands, "operand", results, "result");
+        }
+        if self.rule == Rule::Ended {
+            return self.half(results, "result", operands, "operand");
+        }
         if operands.len() != results.len() {
             let (operands, results) = (operands.len(), results.len());
             return Err(self
@@ -124,6 +134,42 @@ impl CollectiveContract {
                 || parts.is_some_and(|parts| (whole as usize).is_multiple_of(parts));
             if !fits || !divides {
                 return Err(self.unfit(index, operand, result, size, outer));
+            }
+        }
+        Ok(())
+    }
+
+    /// Arrays of one type on one side, and one number on the other.
+    fn half(
+        &self,
+        arrays: &[&XLA_FFI_Buffer],
+        what: &str,
+        numbers: &[&XLA_FFI_Buffer],
+        other: &str,
+    ) -> Result<(), Error> {
+        let [number] = numbers else {
+            let count = numbers.len();
+            return Err(self
+                .call
+                .bad(format!("it has {count} {other}s, and must have one")));
+        };
+        if number.dtype != XLA_FFI_DataType_U32 || self.call.array(number, 0, other)? != 1 {
+            let number = words(number);
+            return Err(self
+                .call
+                .bad(format!("{other} 0 is {number}, and must be a uint32[]")));
+        }
+        let Some(first) = arrays.first() else {
+            return Err(self.call.bad(format!("it has no {what} beside the token")));
+        };
+        for (index, array) in arrays.iter().enumerate() {
+            self.call.array(array, index, what)?;
+            if array.dtype != first.dtype {
+                return Err(self.call.bad(format!(
+                    "{what} {index} is {}, and {what} 0 {}; all must have one type",
+                    words(array),
+                    words(first)
+                )));
             }
         }
         Ok(())

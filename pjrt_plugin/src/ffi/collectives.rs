@@ -6,8 +6,8 @@ use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Ticket};
 use super::collective::{Collective, operation, run};
 use super::contract::{Field, Values};
 use super::contracts::{
-    ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, ALL_TO_ALL_ARRAY, BEGIN, COLLECTIVE_BROADCAST,
-    COLLECTIVE_PERMUTE, ID, REDUCE_SCATTER,
+    ALL_GATHER, ALL_REDUCE, ALL_REDUCE_DONE, ALL_REDUCE_START, ALL_TO_ALL, ALL_TO_ALL_ARRAY, BEGIN,
+    COLLECTIVE_BROADCAST, COLLECTIVE_PERMUTE, ID, REDUCE_SCATTER,
 };
 use super::frame::{Frame, array};
 use super::handler::{Handler, handler};
@@ -26,6 +26,8 @@ macro_rules! handlers {
 /// Handlers of collectives by their targets.
 pub const HANDLERS: &[(&str, Handler)] = handlers!(
     ALL_REDUCE: all_reduce,
+    ALL_REDUCE_START: all_reduce_start,
+    ALL_REDUCE_DONE: all_reduce_done,
     ALL_GATHER: all_gather,
     REDUCE_SCATTER: reduce_scatter,
     ALL_TO_ALL: all_to_all,
@@ -64,6 +66,31 @@ fn all_reduce(call: &Collective<'_>) -> Result<(), Error> {
         index = end;
     }
     Ok(())
+}
+
+/// Starts an all-reduce, of several arrays as one. The engine copies the operand.
+fn all_reduce_start(call: &Collective<'_>) -> Result<(), Error> {
+    let ((group, _), reduction) = (call.member()?, call.reduction()?);
+    let start = |send: Buffer<'_>| {
+        call.execute(&Operation {
+            reduction: Some(reduction),
+            ..operation(Kind::Iallreduce, group, send, call.ret(0)?)
+        })
+    };
+    match call.operands {
+        1 => start(call.arg(0)?),
+        count => call.packed(0..count, start),
+    }
+}
+
+/// Waits for what was started.
+fn all_reduce_done(call: &Collective<'_>) -> Result<(), Error> {
+    let (group, _) = call.member()?;
+    let wait = |recv: Buffer<'_>| call.execute(&operation(Kind::Wait, group, call.arg(0)?, recv));
+    match call.results {
+        1 => wait(call.ret(0)?),
+        count => call.unpacked(0..count, wait),
+    }
 }
 
 fn all_gather(call: &Collective<'_>) -> Result<(), Error> {

@@ -88,6 +88,16 @@ pub static ALL_REDUCE: CollectiveContract = collective(
     Rule::Same,
     &[OP, PLACE, TABLE],
 );
+pub static ALL_REDUCE_START: CollectiveContract = collective(
+    "mpi_cuda_collective_all_reduce_start",
+    Rule::Started,
+    &[OP, PLACE, TABLE],
+);
+pub static ALL_REDUCE_DONE: CollectiveContract = collective(
+    "mpi_cuda_collective_all_reduce_done",
+    Rule::Ended,
+    &[OP, PLACE, TABLE],
+);
 pub static ALL_GATHER: CollectiveContract = collective(
     "mpi_cuda_collective_all_gather",
     Rule::Gathered,

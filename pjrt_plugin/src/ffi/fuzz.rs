@@ -96,8 +96,10 @@ fn all_targets() -> Vec<Target> {
             .iter()
             .map(|(kind, handler)| of(*handler, &contracts::MPI4JAX[*kind as usize], Some(*kind))),
     );
-    let rules: [&'static CollectiveContract; 7] = [
+    let rules: [&'static CollectiveContract; 9] = [
         &contracts::ALL_REDUCE,
+        &contracts::ALL_REDUCE_START,
+        &contracts::ALL_REDUCE_DONE,
         &contracts::ALL_GATHER,
         &contracts::REDUCE_SCATTER,
         &contracts::ALL_TO_ALL,

@@ -19,9 +19,10 @@ use crate::operation::Operation;
 /// Why there are no messages in a world without MPI.
 pub const NO_MESSAGES: &str = "messages need an MPI, and this process runs without one";
 
-/// Messages whose memory is kept, and bytes of the largest.
-const SPARES: usize = 8;
+/// Messages whose memory is kept, bytes of the largest, and bytes of all.
+const SPARES: usize = 64;
 const LARGEST_SPARE: usize = 64 << 20;
+const ALL_SPARES: usize = 8 * LARGEST_SPARE;
 
 /// What calls and the thread share.
 pub(super) struct Shared {
@@ -94,10 +95,12 @@ impl StartedTable {
     /// Keeps the memory of a message that has ended.
     pub(super) fn keep(&mut self, memory: StartedMemory) {
         if (1..=LARGEST_SPARE).contains(&memory.room()) {
-            if self.spare.len() == SPARES {
+            self.spare.push(memory);
+            let room =
+                |spare: &[StartedMemory]| -> usize { spare.iter().map(StartedMemory::room).sum() };
+            while self.spare.len() > SPARES || room(&self.spare) > ALL_SPARES {
                 self.spare.remove(0);
             }
-            self.spare.push(memory);
         }
     }
 }

@@ -7,6 +7,7 @@ mod generated;
 mod generator;
 mod recorded;
 mod refused;
+mod started;
 
 use protobuf::{Message, MessageField};
 
