@@ -31,8 +31,8 @@ const MOST: usize = 16;
 const WHOLE: [usize; 4] = [64 << 10, 32 << 10, 16 << 10, 4 << 10];
 /// Bytes of what one rank gives to one, up to which everything goes through shared memory.
 const SHORT: usize = 2 << 10;
-/// The same from which on a broadcast does so again: MPI must copy it through the kernel, and here
-/// the root puts blocks in while the others take those before.
+/// The same from which on a broadcast does so again: the root puts blocks in while the others take
+/// those before.
 const LONG: usize = 1 << 20;
 
 /// The memory of a communicator; none if its ranks have agreed that there is none.
@@ -207,13 +207,14 @@ fn collective(op: &Operation<'_>, size: usize) -> Option<Collective> {
     })
 }
 
-/// Whether a collective is not slower through shared memory, where one rank gives another so many
-/// bytes (docs/measurements.md, "Collectives on one node").
+/// Whether a collective goes through shared memory, where one rank gives another so many bytes: it
+/// seemed to be no slower there, on a busy machine (docs/measurements.md, "Collectives on one
+/// node").
 #[inline]
 fn is_faster(kind: Kind, length: usize) -> bool {
     match kind {
         Kind::Bcast => length <= SHORT || length >= LONG,
-        // MPI lets each rank read the others' memory, and copies once.
+        // MPI was faster with longer ones.
         Kind::Alltoall | Kind::Gather | Kind::Scatter => length <= SHORT,
         _ => true,
     }
