@@ -29,12 +29,6 @@ const MOST: usize = 16;
 /// Bytes up to which each rank reduces the whole array for itself, by the number of ranks from 2
 /// on; the last is also that of more ranks (docs/measurements.md, "Collectives on one node").
 const WHOLE: [usize; 4] = [64 << 10, 32 << 10, 16 << 10, 4 << 10];
-/// Bytes of what one rank gives to one, up to which everything goes through shared memory.
-const SHORT: usize = 2 << 10;
-/// The same from which on a broadcast does so again: the root puts blocks in while the others take
-/// those before.
-const LONG: usize = 1 << 20;
-
 /// The memory of a communicator; none if its ranks have agreed that there is none.
 type Memory = Option<Arc<ShmCollective>>;
 
@@ -190,7 +184,7 @@ fn collective(op: &Operation<'_>, size: usize) -> Option<Collective> {
         Kind::Scatter => (One(root), All, true, recv),
         _ => return None,
     };
-    if length == 0 && op.kind != Kind::Barrier || !is_faster(op.kind, length) {
+    if length == 0 && op.kind != Kind::Barrier || !is_faster(op.kind, length, size) {
         return None;
     }
     let combine = match op.kind.reduces() {
@@ -207,15 +201,17 @@ fn collective(op: &Operation<'_>, size: usize) -> Option<Collective> {
     })
 }
 
-/// Whether a collective goes through shared memory, where one rank gives another so many bytes: it
-/// seemed to be no slower there, on a busy machine (docs/measurements.md, "Collectives on one
-/// node").
+/// Whether a collective of `size` ranks is no slower through shared memory, where one rank gives
+/// another `length` bytes. So it was under Open MPI and MPICH both (docs/measurements.md,
+/// "Collectives on one node").
 #[inline]
-fn is_faster(kind: Kind, length: usize) -> bool {
+fn is_faster(kind: Kind, length: usize, size: usize) -> bool {
     match kind {
-        Kind::Bcast => length <= SHORT || length >= LONG,
-        // MPI was faster with longer ones.
-        Kind::Alltoall | Kind::Gather | Kind::Scatter => length <= SHORT,
+        Kind::Allgather => length <= 8 << 10 || size > 2,
+        Kind::Alltoall => length <= 2 << 10,
+        // In MPI the root, or who sends to it, goes further ahead with the shortest ones.
+        Kind::Bcast | Kind::Gather | Kind::Scatter => (256..=2 << 10).contains(&length),
+        Kind::Reduce => length <= 64 << 10,
         _ => true,
     }
 }
@@ -306,15 +302,15 @@ mod tests {
         };
         assert_eq!(length(Kind::Barrier, 0, 0), Some(0));
         assert_eq!(length(Kind::Allgather, 5, 10), Some(5));
-        assert_eq!(length(Kind::Allgather, 5 << 20, 10 << 20), Some(5 << 20));
-        assert_eq!(length(Kind::Bcast, 7, 7), Some(7));
+        assert_eq!(length(Kind::Allgather, 5 << 20, 10 << 20), None);
+        assert_eq!(length(Kind::Bcast, 7, 7), None);
+        assert_eq!(length(Kind::Bcast, 700, 700), Some(700));
         assert_eq!(length(Kind::Bcast, 1 << 16, 1 << 16), None);
-        assert_eq!(length(Kind::Bcast, 1 << 21, 1 << 21), Some(1 << 21));
         assert_eq!(length(Kind::Alltoall, 12, 12), Some(6));
         assert_eq!(length(Kind::Alltoall, 1 << 14, 1 << 14), None);
         // The root's operand, or its result, has a part for each rank.
-        assert_eq!(length(Kind::Scatter, 12, 6), Some(6));
-        assert_eq!(length(Kind::Gather, 6, 12), Some(6));
+        assert_eq!(length(Kind::Scatter, 1200, 600), Some(600));
+        assert_eq!(length(Kind::Gather, 600, 1200), Some(600));
         assert_eq!(length(Kind::Scatter, 0, 0), None);
         // Bytes are moved, and not reduced.
         assert_eq!(length(Kind::Reduce, 8, 8), None);
