@@ -224,9 +224,12 @@ def test_reductions_for_one_rank_and_of_parts(dtype: str, op: str) -> None:
             want = in_order(rows, op) if RANK == SIZE - 1 else rows[RANK]
             wide = [data(rank, length * SIZE, dtype).reshape(SIZE, length) for rank in range(SIZE)]
             part = call("reduce_scatter", jnp.asarray(wide[RANK]), getattr(m, op))
-            for result, expected in [(found, want), (np.asarray(part), in_order(wide, op)[RANK])]:
+            # MPI executes a longer reduce, in an order of its own.
+            is_short = found.nbytes <= 65_536
+            scattered = (np.asarray(part), in_order(wide, op)[RANK], True)
+            for result, expected, in_memory in [(found, want, is_short), scattered]:
                 assert result.dtype == expected.dtype
-                if SHARED or result.dtype.kind != "f":
+                if (SHARED and in_memory) or result.dtype.kind != "f":
                     np.testing.assert_array_equal(result, expected)
                 else:
                     np.testing.assert_allclose(result, expected, 1e-4, 1e-4)
