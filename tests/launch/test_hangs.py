@@ -334,9 +334,7 @@ time.sleep(10)
     ("name", "call", "length"),
     [
         ("allreduce", "nt.allreduce(y, m.MAX)", 30_000),
-        ("allgather", "nt.allgather(y)[1]", 30_000),
         ("bcast", "nt.bcast(y, 0)", 100),
-        ("gather", "y + nt.gather(y, 1).sum()", 100),
     ],
 )
 def test_a_rank_that_is_killed_among_collectives_is_missed(

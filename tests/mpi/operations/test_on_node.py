@@ -215,24 +215,47 @@ def test_nothing_is_moved() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_reductions_for_one_rank_and_of_parts(dtype: str, op: str) -> None:
+def test_reductions_for_one_rank_and_of_parts(dtype: str) -> None:
+    """Every reduction and length in one program."""
     with jax.enable_x64(True), np.errstate(over="ignore"):
-        for length in [1, 1023, 17_001, 131_073]:
-            rows = [data(rank, length, dtype) for rank in range(SIZE)]
-            found = np.asarray(call("reduce", jnp.asarray(rows[RANK]), getattr(m, op)))
-            want = in_order(rows, op) if RANK == SIZE - 1 else rows[RANK]
-            wide = [data(rank, length * SIZE, dtype).reshape(SIZE, length) for rank in range(SIZE)]
-            part = call("reduce_scatter", jnp.asarray(wide[RANK]), getattr(m, op))
+        lengths = [1, 1023, 17_001, 131_073]
+        rows = {n: [data(rank, n, dtype) for rank in range(SIZE)] for n in lengths}
+        wide = {
+            n: [data(rank, n * SIZE, dtype).reshape(SIZE, n) for rank in range(SIZE)]
+            for n in lengths
+        }
+        each = [(op, n) for op in OPERATIONS for n in lengths]
+
+        @jax.jit
+        def all_of_them(
+            mine: dict[int, jax.Array], parts: dict[int, jax.Array]
+        ) -> list[tuple[jax.Array, jax.Array]]:
+            return [
+                (
+                    call("reduce", mine[n], getattr(m, op)),
+                    call("reduce_scatter", parts[n], getattr(m, op)),
+                )
+                for op, n in each
+            ]
+
+        found = all_of_them(
+            {n: jnp.asarray(rows[n][RANK]) for n in lengths},
+            {n: jnp.asarray(wide[n][RANK]) for n in lengths},
+        )
+        for (op, n), (reduced, part) in zip(each, found, strict=True):
+            want = in_order(rows[n], op) if RANK == SIZE - 1 else rows[n][RANK]
             # MPI executes a longer reduce, in an order of its own.
-            is_short = found.nbytes <= 65_536
-            scattered = (np.asarray(part), in_order(wide, op)[RANK], True)
-            for result, expected, in_memory in [(found, want, is_short), scattered]:
-                assert result.dtype == expected.dtype
-                if (SHARED and in_memory) or result.dtype.kind != "f":
-                    np.testing.assert_array_equal(result, expected)
-                else:
-                    np.testing.assert_allclose(result, expected, 1e-4, 1e-4)
+            check_part(reduced, want, in_memory=reduced.nbytes <= 65_536)
+            check_part(part, in_order(wide[n], op)[RANK], in_memory=True)
+
+
+def check_part(result: jax.Array, want: np.ndarray, *, in_memory: bool) -> None:
+    found = np.asarray(result)
+    assert found.dtype == want.dtype
+    if (SHARED and in_memory) or found.dtype.kind != "f":
+        np.testing.assert_array_equal(found, want)
+    else:
+        np.testing.assert_allclose(found, want, 1e-4, 1e-4)
 
 
 def test_a_root_that_runs_ahead_overwrites_nothing() -> None:
