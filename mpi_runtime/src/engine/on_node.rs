@@ -29,6 +29,7 @@ const MOST: usize = 16;
 /// Bytes up to which each rank reduces the whole array for itself, by the number of ranks from 2
 /// on; the last is also that of more ranks (docs/measurements.md, "Collectives on one node").
 const WHOLE: [usize; 4] = [64 << 10, 32 << 10, 16 << 10, 4 << 10];
+
 /// The memory of a communicator; none if its ranks have agreed that there is none.
 type Memory = Option<Arc<ShmCollective>>;
 
@@ -202,8 +203,8 @@ fn collective(op: &Operation<'_>, size: usize) -> Option<Collective> {
 }
 
 /// Whether a collective of `size` ranks is no slower through shared memory, where one rank gives
-/// another `length` bytes. So it was under Open MPI and MPICH both (docs/measurements.md,
-/// "Collectives on one node").
+/// another `length` bytes. So it was under Open MPI and MPICH both, to a few percent
+/// (docs/measurements.md, "Collectives on one node").
 #[inline]
 fn is_faster(kind: Kind, length: usize, size: usize) -> bool {
     match kind {
