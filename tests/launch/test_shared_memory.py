@@ -80,6 +80,29 @@ def test_what_executes_a_collective_is_logged(mpi: str, setting: str) -> None:
     assert (set(found) == {"shared memory"}) == (setting == "1"), found
 
 
+EXCHANGE = """if True:
+    import sys
+    import jax, jax.numpy as jnp, mpi_cuda as m
+    from mpi_cuda import notoken as nt
+    rank, length = m.COMM_WORLD.rank, int(sys.argv[1])
+    x = jnp.arange(length) + rank
+    assert (nt.sendrecv(x, x, 1 - rank, 1 - rank) == jnp.arange(length) + 1 - rank).all()
+    print("right")
+"""
+
+
+@pytest.mark.parametrize(
+    ("mpi", "setting", "length"), in_turn(("1", "4"), ("1", "5000"), ("0", "4"))
+)
+def test_what_sends_a_message_is_logged(mpi: str, setting: str, length: str) -> None:
+    """Which way it goes depends on what is in its way, so the log names both."""
+    result = job(mpi, EXCHANGE, length, MPI_CUDA_LOG="debug", MPI_CUDA_SHM_MESSAGES=setting)
+    assert result.returncode == 0 and twice("right", result), result.stderr
+    found = re.findall(r"sendrecv of .* done by (.*) in ", result.stderr)
+    assert len(found) == 2
+    assert all(("shared memory or" in by) == (setting == "1") for by in found), found
+
+
 ALL = """if True:
     import jax.numpy as jnp, mpi_cuda as m
     from mpi_cuda import notoken as nt

@@ -365,10 +365,10 @@ def test_settings_that_ranks_must_share_are_compared(mpi: str) -> None:
     result = job(mpi, code)
     assert result.returncode != 0
     assert "differs between ranks (64 to 65)" in result.stderr, result.stderr
-    shared = code.replace("PART_BYTES", "SHM_COLLECTIVES").replace("64 + rank", "rank")
-    result = job(mpi, shared)
-    assert result.returncode != 0
-    assert "MPI_CUDA_SHM_COLLECTIVES is " in result.stderr, result.stderr
+    for name in ["SHM_COLLECTIVES", "SHM_MESSAGES"]:
+        result = job(mpi, code.replace("PART_BYTES", name).replace("64 + rank", "rank"))
+        assert result.returncode != 0
+        assert f"MPI_CUDA_{name} is " in result.stderr, result.stderr
     code = code.replace("PART_BYTES", "TOPOLOGY").replace(
         "str(64 + rank)", "['global', 'local'][rank]"
     )

@@ -51,7 +51,7 @@ static API: ShimApi = ShimApi {
     node,
     configure,
     largest_tag,
-    set_tag: messages::set_tag,
+    set_sender: messages::set_sender,
     comm_watch,
     comm_is_kept,
     progress,

@@ -181,20 +181,20 @@ pub(crate) fn rank(rank: i32) -> c_int {
     }
 }
 
-/// See [`mpi_shim_abi::ShimApi::set_tag`].
-pub unsafe extern "C" fn set_tag(status: *mut c_void, tag: c_int) {
+/// See [`mpi_shim_abi::ShimApi::set_sender`].
+pub unsafe extern "C" fn set_sender(status: *mut c_void, source: c_int, tag: c_int) {
     let place = status.cast::<ffi::MPI_Status>();
-    // SAFETY: the engine passes the user's status, which MPI has filled.
+    // SAFETY: the engine passes a status, which MPI has filled or which is all zeros.
     unsafe {
         let mut status = place.read_unaligned();
-        status.MPI_TAG = tag;
+        (status.MPI_SOURCE, status.MPI_TAG) = (source, tag);
         place.write_unaligned(status);
     }
 }
 
 /// See [`mpi_shim_abi::ShimApi::set_received`].
 pub unsafe extern "C" fn set_received(status: *mut c_void, bytes: i64) -> c_int {
-    // SAFETY: the engine passes the user's status, which MPI has filled.
+    // SAFETY: as above.
     unsafe {
         ffi::MPI_Status_set_elements_x(status.cast(), ffi::RSMPI_UINT8_T, bytes as ffi::MPI_Count)
     }

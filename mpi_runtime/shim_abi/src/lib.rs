@@ -20,7 +20,7 @@ pub use kind::Kind;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY_POINT: &str = "mpi_cuda_shim";
 /// Version of this contract; the engine refuses a shim with another.
-pub const ABI_VERSION: u32 = 22;
+pub const ABI_VERSION: u32 = 23;
 /// Type of the function named [`ENTRY_POINT`].
 pub type Entry = unsafe extern "C" fn() -> *const ShimApi;
 
@@ -233,6 +233,12 @@ pub struct ShimReceived {
 #[derive(Clone, Copy, Debug)]
 pub struct ShimStatus(pub [u8; 64]);
 
+impl Default for ShimStatus {
+    fn default() -> ShimStatus {
+        ShimStatus([0; 64])
+    }
+}
+
 /// Called when MPI deletes the communicator registered under `number`. Other than 0: it must be
 /// kept, and [`ShimApi::comm_free`] will be called for it if [`ShimApi::comm_is_kept`]; only for an
 /// MPI that deletes it when an operation ends instead of when the user frees it (MPICH).
@@ -300,8 +306,8 @@ pub struct ShimApi {
     pub configure: unsafe extern "C" fn(yielding: c_int, part_bytes: i64, idle: Idle),
     /// The largest tag of MPI's (`MPI_TAG_UB`), once it runs.
     pub largest_tag: unsafe extern "C" fn() -> c_int,
-    /// Writes a tag to the user's `MPI_Status`, which MPI has filled.
-    pub set_tag: unsafe extern "C" fn(status: *mut c_void, tag: c_int),
+    /// Writes who has sent a message, and with which tag, to an `MPI_Status`.
+    pub set_sender: unsafe extern "C" fn(status: *mut c_void, source: c_int, tag: c_int),
     /// Calls `deleted(number)` when the communicator is freed.
     pub comm_watch: unsafe extern "C" fn(comm: u64, number: i64, deleted: CommDeleted) -> c_int,
     /// Whether MPI has kept the communicator of that number, as [`CommDeleted`] said it must: 1 or
@@ -337,7 +343,8 @@ pub struct ShimApi {
     /// `MPI_Test`; fills `status` when the request is complete.
     pub test:
         unsafe extern "C" fn(request: *mut u64, done: *mut c_int, status: *mut ShimStatus) -> c_int,
-    /// `MPI_Status_set_elements_x` of the user's `MPI_Status`: so many bytes have come.
+    /// `MPI_Status_set_elements_x` of an `MPI_Status`, which MPI has filled or which is all zeros:
+    /// so many bytes have come.
     pub set_received: unsafe extern "C" fn(status: *mut c_void, bytes: i64) -> c_int,
     /// Bytes of an `MPI_Status`.
     pub status_size: usize,

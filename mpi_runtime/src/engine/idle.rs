@@ -82,7 +82,7 @@ fn idle_for(op: *const ShimOp, microseconds: u64) -> Option<String> {
     }
     // SAFETY: the shim passes the operation that it executes.
     let op = unsafe { &*op };
-    sleep(Duration::from_micros(microseconds));
+    sleep(Duration::from_micros(microseconds), || false);
     // The time of the sleep is not known here; about every tenth of a second is enough.
     let looks = if microseconds < LONG { NAP } else { SLEEP };
     if microseconds % EXAMINE >= 2 * looks.as_micros() as u64 {
@@ -118,12 +118,13 @@ struct GoneSince {
 /// Sleeps until a message may be there, of somebody who has waited for so long. It never yields
 /// instead: a thread that wakes up is let in by one that computes, and a thread that yielded waits
 /// for its time slice.
-pub(crate) fn sleep(waited: Duration) {
+/// `is_there` says that there is one already.
+pub(crate) fn sleep(waited: Duration, is_there: impl FnMut() -> bool) {
     let long = waited.as_micros() as u64 >= LONG;
     let time = if long { SLEEP } else { NAP };
     let board = CONTEXT.get().and_then(|context| context.board.as_ref());
     match board {
-        Some(board) => board.messages().sleep(time, || false),
+        Some(board) => board.messages().sleep(time, is_there),
         None => std::thread::sleep(time),
     }
 }
@@ -137,8 +138,8 @@ pub(crate) struct MessageWait {
 }
 
 impl MessageWait {
-    /// Between two looks.
-    pub(crate) fn pause(&mut self) {
+    /// Between two looks; `is_there` says that something may have come since the last one.
+    pub(crate) fn pause(&mut self, is_there: impl FnMut() -> bool) {
         let mut spins = self.looks;
         self.looks = self.looks.saturating_add(1);
         let since = *self.since.get_or_insert_with(Instant::now);
@@ -146,7 +147,7 @@ impl MessageWait {
         if (waited.as_micros() as u64) < AWAKE {
             backoff::pause(&mut spins);
         } else {
-            sleep(waited);
+            sleep(waited, is_there);
         }
     }
 

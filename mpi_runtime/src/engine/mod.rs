@@ -20,6 +20,7 @@ pub(crate) mod pending;
 mod post;
 pub mod recorder;
 mod result_canary;
+pub(crate) mod short_messages;
 mod single_rank;
 mod uniform;
 mod unread;
@@ -45,13 +46,15 @@ use crate::engine::order::{Order, Ticket};
 use crate::engine::pending::{Pending, PendingTable, Waiting};
 use crate::engine::recorder::RECORDER;
 use crate::engine::recorder::clock::Ticks;
+use crate::engine::short_messages::ShortMessages;
 pub use crate::engine::uniform::UniformProgram;
 use crate::engine::unread::UnreadError;
 use crate::error::{Failure, OperationError};
 use crate::log;
-use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators};
+use crate::mpi::communicators::{COLLECTIVES, Communicator, Communicators, DEFAULT, WORLD};
 use crate::mpi::shim::Shim;
 use crate::node::board::Board;
+use crate::node::mailbox::Mailboxes;
 use crate::node::rendezvous::Rendezvous;
 use crate::operation::Operation;
 use crate::transfer::direct::Direct;
@@ -244,9 +247,13 @@ impl Engine {
     ) {
         let comm = self.communicators.get(op.comm);
         let is_direct = matches!(place, Place::Direct(..));
+        let mpi = self.calls.shim.map_or("no MPI", |shim| shim.family.name());
         let by = match &comm {
             Some(comm) if !is_direct && self.calls.on_node.serves(op, comm) => "shared memory",
-            _ => self.calls.shim.map_or("no MPI", |shim| shim.family.name()),
+            Some(comm) if op.kind.is_message() && self.calls.nonblocking.has_short(comm.handle) => {
+                &format!("shared memory or {mpi}")
+            }
+            _ => mpi,
         };
         let comm = comm.map_or("an unknown communicator", |comm| comm.name);
         let end = if done { "done" } else { "failed" };
@@ -398,6 +405,19 @@ impl Engine {
         }
         let collectives = self.communicators.get(COLLECTIVES);
         self.calls.comparison = Comparison::new(board, size, collectives.map(|comm| comm.handle));
+    }
+
+    /// The ranks of a node send each other short messages in memory that they share.
+    pub(crate) fn share_messages(&mut self, mailboxes: Mailboxes, board: Arc<Board>, size: i32) {
+        let handle = |number| {
+            let comm = self.communicators.get(number)?;
+            Some(comm.handle)
+        };
+        if let (Some(world), Some(default)) = (handle(WORLD), handle(DEFAULT)) {
+            let comms = [world, default];
+            let short = ShortMessages::new(mailboxes, board, size as usize, comms);
+            self.calls.nonblocking.share(short);
+        }
     }
 
     /// The ranks of several nodes compare what they do; at each operation if `always`.

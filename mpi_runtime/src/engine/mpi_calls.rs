@@ -213,6 +213,17 @@ impl MpiCalls {
         shim_op: &ShimOp,
     ) -> Result<ShimReceived, Failure> {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
+        if op.kind.is_message()
+            && (self.nonblocking.has_short(shim_op.comm)
+                || receives(op) && by_hand(&self.nonblocking))
+        {
+            self.wake(op, comm);
+            // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
+            // call.
+            let received = unsafe { self.nonblocking.exchange(shim_op) }?;
+            self.balances.add(op, comm.rank, &received);
+            return Ok(received);
+        }
         if op.kind.sends() {
             self.wake(op, comm);
         }
@@ -231,15 +242,8 @@ impl MpiCalls {
             }
             _ => shim_op,
         };
-        let received = if receives(op) && by_hand(&self.nonblocking) {
-            // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
-            // call.
-            unsafe { self.nonblocking.receive_after(shim_op) }
-        } else {
-            // SAFETY: the same.
-            Ok(unsafe { shim.execute(shim_op) }?)
-        };
-        let received = received?;
+        // SAFETY: as this function demands; the arrays outlive this call.
+        let received = unsafe { shim.execute(shim_op) }?;
         self.balances.add(op, comm.rank, &received);
         Ok(received)
     }
@@ -369,7 +373,7 @@ impl MpiCalls {
             .collect();
         let mut waiting = MessageWait::default();
         while !self.nonblocking.running_collectives(handle).is_empty() {
-            waiting.pause();
+            waiting.pause(|| false);
         }
     }
 

@@ -474,12 +474,26 @@ impl Shim {
         self.check(unsafe { (self.api.set_received)(address as *mut c_void, bytes as i64) })
     }
 
-    /// Writes the status of a message with that tag to the user's `MPI_Status` at that address; 0
-    /// is none.
+    /// The status of a message that MPI has not received.
+    pub fn make_status(&self, received: &ShimReceived) -> Result<ShimStatus, MpiError> {
+        let mut status = ShimStatus::default();
+        let place = (&raw mut status).cast();
+        // SAFETY: an `MPI_Status` fits there, which is plain numbers, and may be all zeros.
+        self.check(unsafe { (self.api.set_received)(place, received.bytes) })?;
+        Ok(status)
+    }
+
+    /// Writes the status of a received message to the user's `MPI_Status` at that address; 0 is
+    /// none.
     ///
     /// # Safety
     /// There must be an `MPI_Status`.
-    pub unsafe fn write_status(&self, status: &ShimStatus, tag: i32, address: usize) {
+    pub unsafe fn write_status(
+        &self,
+        status: &ShimStatus,
+        received: &ShimReceived,
+        address: usize,
+    ) {
         if address != 0 {
             // SAFETY: a status is there, as this function demands; the shim says how long it is.
             unsafe {
@@ -488,7 +502,7 @@ impl Shim {
                     address as *mut u8,
                     self.api.status_size.min(status.0.len()),
                 );
-                (self.api.set_tag)(address as *mut c_void, tag);
+                (self.api.set_sender)(address as *mut c_void, received.source, received.tag);
             }
         }
     }

@@ -56,6 +56,7 @@ pub(super) fn agree(
     ranks.same("MPI_CUDA_PART_BYTES", options.part_bytes as u64)?;
     ranks.same("MPI_CUDA_CHECK", options.check.into())?;
     ranks.same("MPI_CUDA_SHM_COLLECTIVES", options.shm_collectives.into())?;
+    ranks.same("MPI_CUDA_SHM_MESSAGES", options.shm_messages.into())?;
     ranks.same("MPI_CUDA_OVERLAP (0, 1 nodes, 2 always)", options.overlap)?;
     ranks.same(
         "MPI_CUDA_TOPOLOGY (0 global, 1 local)",

@@ -120,6 +120,9 @@ impl World {
         let link = connect::connect(&ranks, shared.board.as_ref())?;
         let in_sight = shared.board.as_ref().map_or(1, |board| board.ranks());
         if let Some(board) = shared.board.clone() {
+            if let Some(mailboxes) = shared.mailboxes {
+                engine.share_messages(mailboxes, board.clone(), joined.size);
+            }
             engine.share(board, joined.size, options.shm_collectives);
         }
         if in_sight != joined.size as usize {

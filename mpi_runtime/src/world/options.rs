@@ -28,6 +28,8 @@ pub struct WorldOptions {
     pub local_topology: bool,
     /// `MPI_CUDA_SHM_COLLECTIVES`: ranks of a node execute collectives in memory that they share.
     pub shm_collectives: bool,
+    /// `MPI_CUDA_SHM_MESSAGES`: they send each other short messages in such memory.
+    pub shm_messages: bool,
     /// `MPI_CUDA_OVERLAP`, as a number that the ranks compare.
     pub overlap: u64,
     /// `MPI_CUDA_CHECK`: compare every operation between nodes.

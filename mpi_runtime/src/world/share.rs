@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::engine::idle;
 use crate::error::StartError;
 use crate::node::board::Board;
+use crate::node::mailbox::Mailboxes;
 use crate::node::patience;
 use crate::node::rendezvous::Rendezvous;
 use crate::node::results::Results;
@@ -24,6 +25,8 @@ pub(super) struct SharedMemory {
     pub(super) rendezvous: Option<Rendezvous>,
     /// If the ranks of every node share memory.
     pub(super) board: Option<Arc<Board>>,
+    /// If the ranks of every node send each other short messages without MPI.
+    pub(super) mailboxes: Option<Mailboxes>,
     /// What they make for each other in it.
     pub(super) results: Option<Results>,
 }
@@ -59,9 +62,17 @@ pub(super) fn share_memory(
         1 => None,
         _ => share_board(ranks, agreed)?.map(Arc::new),
     };
+    // Messages of a device's memory have ways of their own.
+    let mailboxes = match &board {
+        Some(board) if options.shm_messages && options.device.is_none() => {
+            share_mailboxes(ranks, agreed, board)?
+        }
+        _ => None,
+    };
     Ok(SharedMemory {
         shm_rings,
         rendezvous,
+        mailboxes,
         results: board.clone().and_then(Results::new),
         board,
     })
@@ -98,6 +109,26 @@ fn share_board(ranks: &AllRanks<'_>, agreed: &Agreed) -> Result<Option<Board>, S
         board.unlink();
     }
     Ok(board.ok().filter(|_| !failed))
+}
+
+/// The mailboxes of this node's ranks, or none if those of some node cannot share them.
+fn share_mailboxes(
+    ranks: &AllRanks<'_>,
+    agreed: &Agreed,
+    board: &Board,
+) -> Result<Option<Mailboxes>, StartError> {
+    let rank = ranks.comm.rank as usize;
+    let own = if rank == 0 { segment::new_number() } else { 0 };
+    let number = agreed.of_node(ranks.most(own)?);
+    let here = (0..ranks.comm.size as usize).filter(|&one| board.sees(one));
+    let mut mailboxes = Mailboxes::make(number, rank, here.collect());
+    ranks.most(0)?;
+    let opened = mailboxes.as_mut().is_ok_and(|one| one.open().is_ok());
+    let failed = ranks.most(u64::from(!opened))? != 0;
+    if let Ok(mailboxes) = &mailboxes {
+        mailboxes.unlink();
+    }
+    Ok(mailboxes.ok().filter(|_| !failed))
 }
 
 /// The rings of this node's ranks; a rank makes one for messages in parts of `chunk` bytes, if any.

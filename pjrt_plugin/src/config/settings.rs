@@ -89,6 +89,7 @@ pub struct Config {
     pub share_compiled: bool,
     pub part_bytes: i64,
     pub shm_collectives: bool,
+    pub shm_messages: bool,
     pub overlap: Overlap,
     pub transfer: Asked,
     /// What mpi4jax's variable said, if that was not clear.
@@ -128,6 +129,7 @@ impl Default for Config {
             share_compiled: true,
             part_bytes: LARGEST_PART,
             shm_collectives: true,
+            shm_messages: true,
             overlap: Overlap::Never,
             transfer: Asked::Auto,
             transfer_warning: None,

@@ -215,6 +215,14 @@ pub const VARIABLES: &[Variable] = &[
         read: |config, text| set(&mut config.shm_collectives, flag(text)),
     },
     Variable {
+        name: "MPI_CUDA_SHM_MESSAGES",
+        old_name: None,
+        values: "1, 0",
+        meaning: "ranks of one node send each other short messages in memory that they share, and \
+                  not through MPI; the same on all ranks",
+        read: |config, text| set(&mut config.shm_messages, flag(text)),
+    },
+    Variable {
         name: "MPI_CUDA_OVERLAP",
         old_name: None,
         values: "0, nodes, 1",

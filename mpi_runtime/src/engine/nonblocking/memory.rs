@@ -39,6 +39,14 @@ impl StartedMemory {
         unsafe { self.0.as_mut_ptr().cast::<u8>().write_bytes(0, bytes) };
     }
 
+    /// Copies bytes to its beginning.
+    pub(super) fn write(&mut self, bytes: &[u8]) {
+        assert!(bytes.len() <= self.room());
+        let first = self.0.as_mut_ptr().cast::<u8>();
+        // SAFETY: inside the allocation, which nothing else borrows.
+        unsafe { first.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
     /// Its first bytes.
     ///
     /// # Safety

@@ -22,6 +22,7 @@ use crate::buffer::Buffer;
 use crate::engine::idle::MessageWait;
 use crate::engine::pending::Waiting;
 use crate::engine::recorder::RECORDER;
+use crate::engine::short_messages::{Came, ShortMessages};
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
@@ -29,6 +30,16 @@ use crate::operation::Operation;
 use memory::StartedMemory;
 pub(super) use table::NO_MESSAGES;
 use table::{Posted, Shared, StartedRow, StartedState, complete, taker};
+
+/// How often a receive looks for a short message before it looks for others.
+const LOOKS: u32 = 16;
+/// What a send has received.
+const NOTHING: ShimReceived = ShimReceived {
+    source: -1,
+    tag: -1,
+    code: 0,
+    bytes: -1,
+};
 
 /// The messages and collectives of this process that were started and not waited for.
 #[derive(Clone)]
@@ -73,13 +84,13 @@ impl Ended<'_> {
         }
         if let Some(shim) = &self.nonblocking.shared.shim {
             // SAFETY: the user's status lives as long as programs that name it.
-            unsafe { shim.write_status(&self.status, self.received.tag, status) };
+            unsafe { shim.write_status(&self.status, &self.received, status) };
         }
     }
 
     fn arrived(&self) -> &[u8] {
         let bytes = usize::try_from(self.received.bytes).unwrap_or(0);
-        // SAFETY: MPI has written these bytes, and `receive_into` made room for as many.
+        // SAFETY: `receive_into` made room for these bytes, and they have been written.
         unsafe { self.memory.bytes(bytes) }
     }
 }
@@ -118,8 +129,10 @@ impl Nonblocking {
         let mut table = shared.table.lock();
         let state = if sends {
             // SAFETY: the row keeps the memory until the request is complete.
-            let request = unsafe { shim.start_send(&posted) };
-            StartedState::Running(request?, nothing)
+            match unsafe { shared.start_send(shim, &posted) }? {
+                Some(request) => StartedState::Running(request, nothing),
+                None => StartedState::Done(ShimStatus::default(), nothing),
+            }
         } else {
             shared.unmatched.fetch_add(1, Ordering::AcqRel);
             StartedState::Unmatched
@@ -191,7 +204,7 @@ impl Nonblocking {
                 continue;
             }
             drop(table);
-            waiting.pause();
+            waiting.pause(|| false);
         }
     }
 
@@ -200,26 +213,42 @@ impl Nonblocking {
         self.shared.unmatched.load(Ordering::Acquire) > 0
     }
 
-    /// Executes a receive or exchange behind the receives started before.
+    /// Messages go through memory that ranks share from now on, where they can.
+    pub(crate) fn share(&self, short: ShortMessages) {
+        // Only the first counts: there is one world.
+        let _ = self.shared.short.set(short);
+    }
+
+    /// Whether the messages of this communicator must all be sent and received here.
+    #[inline]
+    pub fn has_short(&self, comm: u64) -> bool {
+        self.shared.short(comm).is_some()
+    }
+
+    /// Executes a send, a receive, behind the receives started before, or both.
     ///
     /// # Safety
     /// The buffers of `op` must be valid for its counts and types.
-    pub unsafe fn receive_after(&self, op: &ShimOp) -> Result<ShimReceived, Failure> {
+    pub unsafe fn exchange(&self, op: &ShimOp) -> Result<ShimReceived, Failure> {
         let shim = self.shared.shim()?;
-        let exchanges = op.kind.sends();
-        let mut sending = if exchanges && op.dest != PROC_NULL {
+        let sends = op.kind.sends();
+        let mut sending = if sends && op.dest != PROC_NULL {
             // SAFETY: the operand outlives this call, which waits for the request.
-            Some(unsafe { shim.start_send(op) }?)
+            unsafe { self.shared.start_send(shim, op) }?
         } else {
             None
         };
-        let element = if exchanges {
-            op.recv_datatype
-        } else {
-            op.datatype
+        let element = if sends { op.recv_datatype } else { op.datatype };
+        let received = match op.source {
+            _ if !op.kind.receives() => Ok(NOTHING),
+            PROC_NULL => {
+                let dest = PROC_NULL;
+                // SAFETY: as this function demands; it has been sent.
+                unsafe { shim.execute(&ShimOp { dest, ..*op }) }.map_err(Failure::from)
+            }
+            // SAFETY: as this function demands.
+            _ => unsafe { self.receive(op, element) },
         };
-        // SAFETY: as this function demands.
-        let received = unsafe { self.receive(op, element) };
         // Whatever happened: the operand is MPI's until the send is complete.
         if let Some(sending) = &mut sending {
             complete(shim, sending)?;
@@ -235,14 +264,60 @@ impl Nonblocking {
         let mut waiting = MessageWait::default();
         loop {
             // SAFETY: as this function demands.
+            if let Some(received) = unsafe { self.receive_short(op, element) }? {
+                return Ok(received);
+            }
+            // SAFETY: the same.
             if let Some(received) = unsafe { self.try_receive(op, element) }? {
                 return Ok(received);
             }
-            waiting.pause();
+            waiting.pause(|| self.shared.has_news(op));
             if let Some(reason) = waiting.given_up(op) {
                 return Err(reason.into());
             }
         }
+    }
+
+    /// Receives the message that `op` receives, if it is a short one and the next to be received.
+    ///
+    /// # Safety
+    /// As for [`Nonblocking::try_receive`].
+    #[inline]
+    unsafe fn receive_short(
+        &self,
+        op: &ShimOp,
+        element: Datatype,
+    ) -> Result<Option<ShimReceived>, Failure> {
+        let Some((short, comm)) = self.shared.short(op.comm) else {
+            return Ok(None);
+        };
+        if self.are_first() {
+            return Ok(None);
+        }
+        let received = short.take_next(comm, op, LOOKS, |received, data| {
+            // SAFETY: as this function demands.
+            unsafe { write_short(op, element, &received, data) };
+            received
+        });
+        let Some(received) = received else {
+            return Ok(None);
+        };
+        RECORDER.met();
+        self.fill_status(op, &received)?;
+        Ok(Some(received))
+    }
+
+    /// Fills the status of a short message, if the user wants it.
+    #[inline]
+    fn fill_status(&self, op: &ShimOp, received: &ShimReceived) -> Result<(), Failure> {
+        if op.status.is_null() {
+            return Ok(());
+        }
+        let shim = self.shared.shim()?;
+        let status = shim.make_status(received)?;
+        // SAFETY: the user's status lives as long as programs that name it.
+        unsafe { shim.write_status(&status, received, op.status as usize) };
+        Ok(())
     }
 
     /// Receives the message that `op` receives, as elements of `element`, if one is there and
@@ -262,14 +337,24 @@ impl Nonblocking {
             let mut table = shared.table.lock();
             shared.progress(&mut table);
             loop {
-                let Some(message) = shim.take(op)? else {
+                let Some(came) = shared.take(shim, op)? else {
                     return Ok(None);
                 };
-                let envelope = message.envelope;
+                let envelope = *came.envelope();
                 if let Some(index) = taker(&table.rows, op.comm, &envelope) {
-                    shared.receive_into(shim, &mut table, index, message);
+                    shared.receive_into(shim, &mut table, index, came);
                     continue;
                 }
+                let message = match came {
+                    Came::Mpi(message) => message,
+                    Came::Short { data, .. } => {
+                        RECORDER.met();
+                        // SAFETY: as this function demands.
+                        unsafe { write_short(op, element, &envelope, &data) };
+                        self.fill_status(op, &envelope)?;
+                        return Ok(Some(envelope));
+                    }
+                };
                 let mut buffer = op.recv;
                 if envelope.bytes > capacity || !op.accepts_code(envelope.code) {
                     // It is taken out of the way.
@@ -286,7 +371,7 @@ impl Nonblocking {
         let status = complete(shim, &mut request)?;
         drop(spill);
         // SAFETY: the user's status lives as long as programs that name it.
-        unsafe { shim.write_status(&status, envelope.tag, op.status as usize) };
+        unsafe { shim.write_status(&status, &envelope, op.status as usize) };
         Ok(Some(envelope))
     }
 
@@ -367,5 +452,19 @@ impl Nonblocking {
             drop(table);
             pause(&mut spins);
         }
+    }
+}
+
+/// Writes a short message to the result of `op`, which has elements of `element`, if it is of that
+/// type and fits.
+///
+/// # Safety
+/// The result must be valid for its count of `element`s.
+#[inline]
+unsafe fn write_short(op: &ShimOp, element: Datatype, received: &ShimReceived, data: &[u8]) {
+    let capacity = op.recv_count as usize * element.size();
+    if data.len() <= capacity && !data.is_empty() && op.accepts_code(received.code) {
+        // SAFETY: it has room, as this function demands, and is no memory that ranks share.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), op.recv.cast(), data.len()) };
     }
 }

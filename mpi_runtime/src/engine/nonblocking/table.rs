@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use mpi_shim_abi::{ANY, ShimOp, ShimReceived, ShimStatus};
+use mpi_shim_abi::{ANY, PROC_NULL, ShimOp, ShimReceived, ShimStatus};
 use parking_lot::{Condvar, Mutex};
 
 use crate::engine::idle;
 use crate::engine::nonblocking::memory::StartedMemory;
+use crate::engine::short_messages::{Came, ShortMessages};
 use crate::error::{Failure, MpiError};
 use crate::mpi::backoff::pause;
-use crate::mpi::shim::{Message, Request, Shim};
+use crate::mpi::shim::{Request, Shim};
 use crate::operation::Operation;
 
 /// Why there are no messages in a world without MPI.
@@ -28,6 +29,8 @@ const ALL_SPARES: usize = 8 * LARGEST_SPARE;
 pub(super) struct Shared {
     /// None in a world without MPI.
     pub(super) shim: Option<Shim>,
+    /// What goes through memory that ranks share; nothing if that is not set.
+    pub(super) short: OnceLock<ShortMessages>,
     pub(super) table: Mutex<StartedTable>,
     /// Something was started.
     pub(super) started: Condvar,
@@ -134,6 +137,7 @@ impl Shared {
     pub(super) fn new(shim: Option<Shim>) -> Shared {
         Shared {
             shim,
+            short: OnceLock::new(),
             table: Mutex::default(),
             started: Condvar::new(),
             unmatched: AtomicUsize::new(0),
@@ -194,9 +198,62 @@ impl Shared {
             }
             drop(table);
             if !changed {
-                idle::sleep(since.elapsed());
+                idle::sleep(since.elapsed(), || false);
             }
         }
+    }
+
+    /// The short messages, and which of their communicators that is, if it has them.
+    #[inline]
+    pub(super) fn short(&self, comm: u64) -> Option<(&ShortMessages, usize)> {
+        let short = self.short.get()?;
+        Some((short, short.comm(comm)?))
+    }
+
+    /// Whether a message has come that `op` may receive, and that MPI does not know of.
+    pub(super) fn has_news(&self, op: &ShimOp) -> bool {
+        let short = self.short(op.comm);
+        short.is_some_and(|(short, _)| short.has_news(op))
+    }
+
+    /// Takes the message that `op` would receive, if one is there.
+    pub(super) fn take(&self, shim: &Shim, op: &ShimOp) -> Result<Option<Came>, MpiError> {
+        match self.short(op.comm) {
+            Some((short, comm)) => short.take(shim, comm, op),
+            None => Ok(shim.take(op)?.map(Came::Mpi)),
+        }
+    }
+
+    /// Starts to send what `op` sends; none if it has been sent.
+    ///
+    /// # Safety
+    /// As for [`Shim::start_send`].
+    pub(super) unsafe fn start_send(
+        &self,
+        shim: &Shim,
+        op: &ShimOp,
+    ) -> Result<Option<Request>, MpiError> {
+        let short = match op.dest {
+            PROC_NULL => None,
+            _ => self.short(op.comm),
+        };
+        if let Some((short, comm)) = short {
+            let bytes = op.count as usize * op.datatype.size();
+            let data = match bytes {
+                0 => &[],
+                // SAFETY: what is sent stays as it is, as this function demands.
+                _ => unsafe { std::slice::from_raw_parts(op.send.cast(), bytes) },
+            };
+            if short.send(comm, op, data) {
+                return Ok(None);
+            }
+        }
+        // SAFETY: as this function demands.
+        let request = unsafe { shim.start_send(op) };
+        if let (Err(_), Some((short, comm))) = (&request, short) {
+            short.not_sent(comm, op);
+        }
+        request.map(Some)
     }
 
     /// Moves everything on; whether anything changed.
@@ -209,13 +266,13 @@ impl Shared {
             let row = &mut table.rows[index];
             match &mut row.state {
                 StartedState::Unmatched => {
-                    match shim.take(&row.posted.0) {
+                    match self.take(shim, &row.posted.0) {
                         Ok(None) => {}
-                        Ok(Some(message)) => {
+                        Ok(Some(came)) => {
                             let comm = row.posted.0.comm;
                             // At least this row accepts it; an earlier one may, too.
-                            if let Some(first) = taker(&table.rows, comm, &message.envelope) {
-                                self.receive_into(shim, table, first, message);
+                            if let Some(first) = taker(&table.rows, comm, came.envelope()) {
+                                self.receive_into(shim, table, first, came);
                             }
                             changed = true;
                         }
@@ -245,9 +302,9 @@ impl Shared {
         shim: &Shim,
         table: &mut StartedTable,
         index: usize,
-        message: Message,
+        came: Came,
     ) {
-        let envelope = message.envelope;
+        let envelope = *came.envelope();
         let memory = table.memory(envelope.bytes as usize);
         let row = &mut table.rows[index];
         match memory {
@@ -255,12 +312,20 @@ impl Shared {
             Err(reason) => return self.fail(row, reason),
         }
         let (datatype, buffer) = (row.posted.0.datatype, row.memory.start());
-        // SAFETY: the row keeps the memory until the request is complete.
-        let started = unsafe { shim.start_receive(message, datatype, buffer) };
-        match started {
-            Ok(request) => {
+        let state = match came {
+            // SAFETY: the row keeps the memory until the request is complete.
+            Came::Mpi(message) => unsafe { shim.start_receive(message, datatype, buffer) }
+                .map(|request| StartedState::Running(request, envelope)),
+            Came::Short { data, .. } => {
+                row.memory.write(&data);
+                let status = shim.make_status(&envelope);
+                status.map(|status| StartedState::Done(status, envelope))
+            }
+        };
+        match state {
+            Ok(state) => {
                 self.unmatched.fetch_sub(1, Ordering::AcqRel);
-                row.state = StartedState::Running(request, envelope);
+                row.state = state;
             }
             Err(error) => self.fail(row, error.into()),
         }
