@@ -213,11 +213,11 @@ impl MpiCalls {
         shim_op: &ShimOp,
     ) -> Result<ShimReceived, Failure> {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
-        if op.kind.is_message()
-            && (self.nonblocking.has_short(shim_op.comm)
-                || receives(op) && by_hand(&self.nonblocking))
-        {
-            self.wake(op, comm);
+        let short = op.kind.is_message() && self.nonblocking.has_short(shim_op.comm);
+        if short || receives(op) && by_hand(&self.nonblocking) {
+            if !short {
+                self.wake(op, comm);
+            }
             // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
             // call.
             let received = unsafe { self.nonblocking.exchange(shim_op) }?;
