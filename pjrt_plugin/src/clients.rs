@@ -18,20 +18,53 @@ use crate::plugin::{config, world};
 
 /// What we know of a client; the handle the framework has is the inner plugin's.
 pub struct Client {
-    /// The inner client.
+    /// The inner client, of the first of this rank's devices.
     pub handle: ClientHandle,
+    /// Those of its other devices.
+    others: Vec<Owned<ClientHandle>>,
     /// Rank of this process as the framework sees it (0 in the local topology).
     pub rank: i32,
-    /// Number of devices: that of the ranks, or 1 in the local topology.
+    /// Number of ranks, or 1 in the local topology.
     pub size: i32,
     /// The devices of all of them.
     pub devices: Devices,
 }
 
+/// A device of this rank's, with its inner client.
+#[derive(Clone, Copy)]
+pub struct Home {
+    /// The inner client.
+    pub client: ClientHandle,
+    /// The device there.
+    pub device: DeviceHandle,
+}
+
 impl Client {
-    /// This rank's device.
+    /// The first of this rank's devices.
     pub fn device(&self) -> DeviceHandle {
         self.devices.own()[0]
+    }
+
+    /// One of this rank's devices, by its place among them.
+    pub fn home(&self, place: usize) -> Home {
+        Home {
+            client: match place.checked_sub(1) {
+                Some(other) => self.others[other].get(),
+                None => self.handle,
+            },
+            device: self.devices.own()[place],
+        }
+    }
+
+    /// All of them.
+    pub fn homes(&self) -> impl Iterator<Item = Home> {
+        (0..self.devices.own().len()).map(|place| self.home(place))
+    }
+
+    /// That which a device, a description or a memory of this rank's is of.
+    pub fn home_of(&self, address: usize) -> Option<Home> {
+        let device = self.devices.owner(address)?;
+        Some(self.home(self.devices.local(device.into())?))
     }
 }
 
@@ -45,7 +78,12 @@ pub fn add(client: Client) {
 
 /// Removes the client behind `handle`.
 pub fn remove(handle: ClientHandle) {
-    CLIENTS.write().retain(|client| client.handle != handle);
+    let mut clients = CLIENTS.write();
+    let found = clients.iter().position(|client| client.handle == handle);
+    let removed = found.map(|index| clients.remove(index));
+    drop(clients);
+    // Its other inner clients end without a lock.
+    drop(removed);
 }
 
 /// Whether the framework has no client.
@@ -62,7 +100,7 @@ pub fn find(handle: ClientHandle) -> Option<Arc<Client>> {
         .cloned()
 }
 
-/// The client that has a device, a description or a memory, and its owner's rank.
+/// The client that has a device, a description or a memory, and the number of that device.
 pub fn owner(address: usize) -> Option<(Arc<Client>, i32)> {
     let clients = CLIENTS.read();
     clients.iter().find_map(|client| {
@@ -82,11 +120,13 @@ pub fn of_topology(topology: TopologyHandle) -> Option<Arc<Client>> {
 }
 
 /// The client that an executable is loaded on, and its device there.
-pub fn of_executable(loaded: LoadedHandle) -> Result<(Arc<Client>, DeviceHandle), Error> {
-    loaded
-        .device()?
-        .and_then(|device| Some((owner(device.address())?.0, device)))
-        .ok_or_else(|| Error::internal("an executable is loaded on no client"))
+pub fn of_executable(loaded: LoadedHandle) -> Result<(Arc<Client>, Home), Error> {
+    let found = loaded.device()?.and_then(|device| {
+        let (client, _) = owner(device.address())?;
+        let home = client.home_of(device.address())?;
+        Some((client, home))
+    });
+    found.ok_or_else(|| Error::internal("an executable is loaded on no client"))
 }
 
 /// The most devices of a client that has some for other ranks; it starts threads for each, and
@@ -109,10 +149,12 @@ pub fn create_for_all(size: i32) -> Result<Owned<ClientHandle>, Error> {
 }
 
 /// Makes an inner client, and has what is known of it. Its devices are those of all ranks on GPUs,
-/// where the others' cost nothing, and this rank's alone on CPUs.
+/// where the others' cost nothing, and this rank's alone on CPUs: of `local` devices each has an
+/// inner client.
 pub fn create_inner(
     rank: i32,
     size: i32,
+    local: i32,
     options: &[GivenOption<'_>],
 ) -> Result<(Owned<ClientHandle>, Client), Error> {
     let own = match on_gpu() {
@@ -123,13 +165,19 @@ pub fn create_inner(
         }
         false => vec![("cpu_device_count", Value::Int(1))],
     };
-    room::check(1)?;
-    let made = ClientHandle::create(options, &own)?;
+    let make = || {
+        room::check(1)?;
+        ClientHandle::create(options, &own)
+    };
+    let made = make()?;
+    let others = (1..local).map(|_| make()).collect::<Result<Vec<_>, _>>()?;
+    let handles: Vec<_> = [&made].into_iter().chain(&others).map(Owned::get).collect();
     let client = Client {
         handle: made.get(),
         rank,
         size,
-        devices: Devices::of(made.get(), rank, size)?,
+        devices: Devices::of(&handles, rank, size)?,
+        others,
     };
     Ok((made, client))
 }

@@ -1,9 +1,11 @@
-//! The devices of all ranks, as a client shows them to the framework: device `i` is rank `i`'s.
+//! The devices of all ranks, as a client shows them to the framework: device `i` is rank `i`'s, or,
+//! where each rank has `k` of them (`MPI_CUDA_LOCAL_DEVICES`), that of rank `i / k`.
 //!
 //! XLA's plugin for the CPU starts threads for every device of a client. So an inner client there
-//! has this rank's device alone, with the id 0. The devices of other ranks and their descriptions
-//! are addresses of ours with nothing behind them, and every function that takes one answers for
-//! it (`pjrt/device.rs`). XLA's plugin for CUDA shows the devices of all ranks by itself.
+//! has one device of this rank's, with the id 0, and each of several has an inner client of its
+//! own. The devices of other ranks and their descriptions are addresses of ours with nothing behind
+//! them, and every function that takes one answers for it (`pjrt/device.rs`). XLA's plugin for CUDA
+//! shows the devices of all ranks by itself.
 
 #![forbid(unsafe_code)]
 
@@ -17,14 +19,17 @@ use crate::inner::handles::{
 
 /// The devices of a client.
 pub struct Devices {
-    rank: i32,
+    /// The first of this rank's.
+    first: i32,
+    /// How many each rank has.
+    of_rank: i32,
     /// Of every rank.
     devices: Vec<DeviceHandle>,
-    /// Of every rank's device.
+    /// Of every device.
     descriptions: Vec<DescriptionHandle>,
-    /// The memories of this rank's device.
+    /// The memories of this rank's devices.
     memories: Vec<MemoryHandle>,
-    /// Whose a device, a description or a memory of the inner client is.
+    /// The device that a device, a description or a memory of the inner client is or is of.
     owners: HashMap<usize, i32>,
     /// What is shown in place of the inner client's numbers, if it has this rank's device alone.
     shown: Option<Shown>,
@@ -32,24 +37,30 @@ pub struct Devices {
 
 /// What the framework sees where the inner client has one device.
 struct Shown {
-    /// Two words for each rank, whose addresses are its device and its description.
+    /// Two words for each device, whose addresses are the device and its description.
     addresses: Box<[u64]>,
     /// The topology that the inner client says it has.
     topology: Option<TopologyHandle>,
     /// How the inner client calls its one device.
     texts: Texts,
-    /// How each rank's is called; made when it is asked for.
-    of_ranks: Box<[OnceLock<Texts>]>,
+    /// How each is called; made when it is asked for.
+    of_devices: Box<[OnceLock<Texts>]>,
 }
 
 impl Devices {
-    /// The devices of a new inner client, which has those of `size` ranks or this rank's alone.
-    pub fn of(inner: ClientHandle, rank: i32, size: i32) -> Result<Devices, Error> {
-        let devices = inner.devices()?;
-        let is_alone = devices.len() == 1 && size > 1;
-        if !is_alone && devices.len() != size as usize {
+    /// The devices of new inner clients: of one that has those of all ranks, or of those that have
+    /// one of this rank's each, in a world of `size` ranks.
+    pub fn of(inner: &[ClientHandle], rank: i32, size: i32) -> Result<Devices, Error> {
+        let of_rank = inner.len() as i32;
+        let (first, all) = (rank * of_rank, size * of_rank);
+        let mut devices = Vec::new();
+        for client in inner {
+            devices.extend(client.devices()?);
+        }
+        let is_alone = devices.len() == inner.len() && all > 1;
+        if !is_alone && devices.len() != all as usize {
             return Err(Error::internal(format!(
-                "the inner plugin made {} devices instead of {size}",
+                "the inner plugin made {} devices instead of {all}",
                 devices.len()
             )));
         }
@@ -57,29 +68,28 @@ impl Devices {
         let (mut descriptions, mut memories) = (Vec::new(), Vec::new());
         for (number, &device) in (0..).zip(&devices) {
             let description = device.description()?;
-            check_id(description, number)?;
+            check_id(description, if is_alone { 0 } else { number })?;
             descriptions.push(description);
-            let owner = if is_alone { rank } else { number };
+            let owner = if is_alone { first + number } else { number };
             let of_device = device.memories()?;
             owners.insert(device.address(), owner);
             owners.insert(description.address(), owner);
             owners.extend(of_device.iter().map(|memory| (memory.address(), owner)));
-            if owner == rank {
-                memories = of_device;
+            if (first..first + of_rank).contains(&owner) {
+                memories.extend(of_device);
             }
         }
         let mut shown = None;
-        let (mut of_ranks, mut described) = (devices, descriptions);
         if is_alone {
-            let own = (of_ranks[0], described[0]);
-            let others = Shown::of(inner, own.1, size)?;
-            (of_ranks, described) = others.handles(rank, own);
+            let others = Shown::of(inner[0], descriptions[0], all)?;
+            (devices, descriptions) = others.handles(first, &devices, &descriptions);
             shown = Some(others);
         }
         Ok(Devices {
-            rank,
-            devices: of_ranks,
-            descriptions: described,
+            first,
+            of_rank,
+            devices,
+            descriptions,
             memories,
             owners,
             shown,
@@ -91,22 +101,44 @@ impl Devices {
         &self.devices
     }
 
-    /// The description of every rank's device.
+    /// The description of every device.
     pub fn descriptions(&self) -> &[DescriptionHandle] {
         &self.descriptions
     }
 
-    /// This rank's device, as a list.
+    /// This rank's devices.
     pub fn own(&self) -> &[DeviceHandle] {
-        std::slice::from_ref(&self.devices[self.rank as usize])
+        let first = self.first as usize;
+        &self.devices[first..first + self.of_rank as usize]
     }
 
-    /// The memories of this rank's device.
+    /// How many each rank has.
+    pub fn of_rank(&self) -> i32 {
+        self.of_rank
+    }
+
+    /// The number of this rank's first.
+    pub fn first(&self) -> i32 {
+        self.first
+    }
+
+    /// The place of a device among this rank's; none if it is another rank's.
+    pub fn local(&self, device: i64) -> Option<usize> {
+        let place = usize::try_from(device - i64::from(self.first)).ok()?;
+        (place < self.of_rank as usize).then_some(place)
+    }
+
+    /// The rank that has a device.
+    pub fn rank_of(&self, device: i32) -> i32 {
+        device / self.of_rank
+    }
+
+    /// The memories of this rank's devices.
     pub fn memories(&self) -> &[MemoryHandle] {
         &self.memories
     }
 
-    /// The rank whose device, description or memory is there; none if it is not of this client.
+    /// The device that is there, or whose description or memory; none if it is not of this client.
     pub fn owner(&self, address: usize) -> Option<i32> {
         let shown = || self.shown.as_ref()?.owner(address);
         self.owners.get(&address).copied().or_else(shown)
@@ -118,14 +150,14 @@ impl Devices {
         owner.flatten().is_some()
     }
 
-    /// Whether the inner client has this rank's device alone, of several.
+    /// Whether inner clients have this rank's devices alone, of several.
     pub fn is_alone(&self) -> bool {
         self.shown.is_some()
     }
 
-    /// What a rank's device is called, if that is not for the inner plugin to say.
-    pub fn texts(&self, rank: i32) -> Option<&Texts> {
-        self.shown.as_ref().map(|shown| shown.texts(rank))
+    /// What a device is called, if that is not for the inner plugin to say.
+    pub fn texts(&self, device: i32) -> Option<&Texts> {
+        self.shown.as_ref().map(|shown| shown.texts(device))
     }
 
     /// The inner client's topology, if it lacks the devices of other ranks.
@@ -146,11 +178,11 @@ impl Devices {
         }
     }
 
-    /// The number by which the inner client knows this rank's device.
+    /// The number by which an inner client knows this rank's device.
     pub fn inner_id(&self) -> i64 {
         match self.shown {
             Some(_) => 0,
-            None => i64::from(self.rank),
+            None => i64::from(self.first),
         }
     }
 }
@@ -163,26 +195,31 @@ impl Shown {
             // Without a topology of its own there is none to show.
             topology: inner.topology().ok(),
             texts: own.texts()?,
-            of_ranks: (0..size).map(|_| OnceLock::new()).collect(),
+            of_devices: (0..size).map(|_| OnceLock::new()).collect(),
         })
     }
 
-    /// The devices and descriptions of all ranks, of which this one's are the inner plugin's.
+    /// All devices and descriptions, of which those from `first` on are the inner plugin's.
     fn handles(
         &self,
-        rank: i32,
-        own: (DeviceHandle, DescriptionHandle),
+        first: i32,
+        devices: &[DeviceHandle],
+        descriptions: &[DescriptionHandle],
     ) -> (Vec<DeviceHandle>, Vec<DescriptionHandle>) {
-        let of_ranks = (0..).zip(self.addresses.chunks_exact(2));
-        of_ranks
-            .map(|(other, places)| match other == rank {
-                true => own,
-                false => (
+        let own = |device: i32| {
+            let place = usize::try_from(device - first).ok()?;
+            Some((*devices.get(place)?, descriptions[place]))
+        };
+        let all = (0..).zip(self.addresses.chunks_exact(2));
+        all.map(|(device, places)| {
+            own(device).unwrap_or_else(|| {
+                (
                     DeviceHandle::standing_at(&places[0]),
                     DescriptionHandle::standing_at(&places[1]),
-                ),
+                )
             })
-            .unzip()
+        })
+        .unzip()
     }
 
     fn owner(&self, address: usize) -> Option<i32> {
@@ -191,10 +228,10 @@ impl Shown {
         (word < self.addresses.len()).then_some((word / 2) as i32)
     }
 
-    fn texts(&self, rank: i32) -> &Texts {
-        self.of_ranks[rank as usize].get_or_init(|| Texts {
-            debug: numbered(&self.texts.debug, rank),
-            short: numbered(&self.texts.short, rank),
+    fn texts(&self, device: i32) -> &Texts {
+        self.of_devices[device as usize].get_or_init(|| Texts {
+            debug: numbered(&self.texts.debug, device),
+            short: numbered(&self.texts.short, device),
         })
     }
 }

@@ -86,6 +86,7 @@ pub fn start_world(config: &Config) -> Result<&'static World, Error> {
         device: (config.pretend_device != Pretend::Nothing || on_gpu())
             .then(|| device_options(config)),
         local_topology: config.topology == Topology::Local,
+        local_devices: config.local_devices,
         shm_collectives: config.shm_collectives,
         shm_messages: config.shm_messages,
         overlap: config.overlap as u64,
@@ -140,6 +141,7 @@ pub fn start_for_tests() -> &'static World {
             part_bytes: config.part_bytes,
             device: None,
             local_topology: false,
+            local_devices: 1,
             shm_collectives: true,
             shm_messages: true,
             overlap: 0,

@@ -9,7 +9,10 @@ use mpi_shim_abi::Kind;
 use super::Engine;
 use super::compare::{KnownCollectives, Launch};
 use super::order::{LaunchOrder, Ticket};
+use crate::buffer::Buffer;
 use crate::log;
+use crate::mpi::communicators::{COLLECTIVES, Communicator};
+use crate::operation::Operation;
 
 impl Engine {
     /// Takes the ticket of what a host callback launches, if its own program has none: that program
@@ -26,6 +29,26 @@ impl Engine {
     /// Notes what is known of the launch that has taken `ticket`, before it begins.
     pub fn note_launch(&self, ticket: Ticket, launch: Launch) {
         self.calls.comparison.note(ticket, launch);
+    }
+
+    /// Enters that this rank waits for something of its own, in words, until what this returns is
+    /// dropped.
+    pub fn enter_waiting<'a>(&'a self, words: &str) -> impl Sized + use<'a> {
+        let barrier = Operation::new(Kind::Barrier, COLLECTIVES, Buffer::NONE, Buffer::NONE);
+        let comm = Communicator {
+            name: "the devices of this rank",
+            handle: 0,
+            user_handle: u64::MAX,
+            rank: self.rank,
+            size: 1,
+            members: &[],
+            largest_tag: 0,
+            freed: false,
+        };
+        let pending = self.pending.enter_named(&barrier, &comm, words);
+        // What it waits for needs no other rank.
+        pending.calls_user();
+        pending
     }
 
     /// The calling thread launches operations: of several such threads one may help another that

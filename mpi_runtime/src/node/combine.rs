@@ -36,6 +36,12 @@ impl Combine {
         }
     }
 
+    /// The first becomes the reduction of the first and the second, which are as long.
+    pub(crate) fn onto(&self, first: &mut [u8], second: &[u8]) {
+        let _with_denormals = float_state::with_denormals();
+        (self.onto)(first, second);
+    }
+
     /// `result` becomes the reduction of all `parts`, of which there are at least two, in their
     /// order; and so does `copy`. All have the same length.
     pub(crate) fn all(&self, parts: &[&[u8]], result: &mut [u8], mut copy: Option<&mut [u8]>) {

@@ -62,6 +62,7 @@ pub(super) fn agree(
         "MPI_CUDA_TOPOLOGY (0 global, 1 local)",
         options.local_topology.into(),
     )?;
+    ranks.same("MPI_CUDA_LOCAL_DEVICES", options.local_devices as u64)?;
     ranks.same(
         "the memory of arrays (MPI_CUDA_DEVICE: 0 the host's, 1 a GPU's)",
         u64::from(options.device.is_some()),

@@ -26,6 +26,8 @@ pub struct WorldOptions {
     pub part_bytes: i64,
     /// `MPI_CUDA_TOPOLOGY=local`: each rank shows its own device alone.
     pub local_topology: bool,
+    /// `MPI_CUDA_LOCAL_DEVICES`: how many devices each rank has.
+    pub local_devices: i32,
     /// `MPI_CUDA_SHM_COLLECTIVES`: ranks of a node execute collectives in memory that they share.
     pub shm_collectives: bool,
     /// `MPI_CUDA_SHM_MESSAGES`: they send each other short messages in such memory.

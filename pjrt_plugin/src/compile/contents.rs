@@ -54,14 +54,15 @@ impl Contents {
         }
     }
 
-    /// What a rewritten program for several devices calls.
+    /// What a rewritten program for several devices, of so many ranks, calls.
     pub fn of_rewritten(
         rewritten: &Rewritten,
         devices: &Devices,
+        ranks: usize,
         world: &World,
         callbacks: bool,
     ) -> Contents {
-        let everybody = devices.ids().len() == world.size as usize;
+        let everybody = ranks == world.size as usize;
         let short = rewritten.executed <= LONGEST && rewritten.bytes <= LARGEST;
         let begins = rewritten.collectives > 0 && everybody;
         let uniform = begins && rewritten.other_ordered == 0 && short && !callbacks;

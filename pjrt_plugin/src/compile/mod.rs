@@ -24,9 +24,9 @@ use crate::inner::handles::{
     ClientHandle, ExecutableHandle, Handle, LoadedHandle, Owned, Program, TopologyHandle,
 };
 use crate::inner::{on_gpu, serialized, side_table};
-use crate::launch::async_barrier;
 use crate::launch::executables::ProgramComms;
 use crate::launch::executables::{self, ProgramInfo};
+use crate::launch::{async_barrier, local_devices};
 use crate::plugin::config;
 use crate::search::find;
 
@@ -45,42 +45,45 @@ fn name(program: &[u8]) -> String {
     name.map(|&byte| char::from(byte)).collect()
 }
 
-/// Compiles a program for the framework: `inner` has the inner plugin compile it with the options
-/// that it gets.
+/// Compiles a program for the framework: `inner` has the inner plugin compile it for the client and
+/// with the options that it gets.
 pub fn compile(
     client: ClientHandle,
     program: Program<'_>,
     options: &[u8],
-    inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
+    inner: impl FnOnce(ClientHandle, &[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
     let _activity = place::enter(format!("a compilation of {}", name(program.code)));
     let mut contents = Contents::of(program.code);
     let start = Instant::now();
     match spmd::place(client, options) {
-        RunsOn::Here => {
+        RunsOn::Here(home) => {
             let whole = for_one(client, options, |options| {
-                shared::executable(client, program, options, || inner(options))
+                shared::executable(home, program, options, || inner(home, options))
             });
             let whole = whole.map_err(with_remedy)?;
             if !config().recompile {
                 return note(whole, contents);
             }
-            let again = spmd::recompile(client, whole, options)?;
+            let again = spmd::recompile(home, whole, options)?;
             spmd::note_given(again.get().address(), options, options);
             log::line("compiled an optimized program again as it is");
             note(again, contents)
         }
         RunsOn::Elsewhere(_) if contents.operations => Err(elsewhere()),
         RunsOn::Elsewhere(target) if target.is_for_one() => {
-            let loaded = for_one(client, options, inner).map_err(with_remedy)?;
+            let loaded = for_one(client, options, |options| inner(client, options));
+            let loaded = loaded.map_err(with_remedy)?;
             spmd::note_elsewhere(loaded.get());
             Ok(loaded)
         }
         RunsOn::Elsewhere(options) => {
+            let inner = |options: &[u8]| inner(client, options);
             let whole = spmd::partition(client, program, &options, inner).map_err(with_remedy)?;
             spmd::load_elsewhere(client, whole, &options, contents.callbacks)
         }
         RunsOn::Several(options) => {
+            let inner = |options: &[u8]| inner(client, options);
             let whole = spmd::partition(client, program, &options, inner).map_err(with_remedy)?;
             let first = start.elapsed();
             let (own, rewritten) = spmd::load(client, whole, &options, contents.callbacks)?;
@@ -142,13 +145,13 @@ fn elsewhere() -> Error {
 }
 
 /// Loads a serialized program for the framework, with the options given or, if they are empty,
-/// those that it was compiled with: `inner` has the inner plugin load it with the options that it
-/// gets.
+/// those that it was compiled with: `inner` has the inner plugin load it on the client and with the
+/// options that it gets.
 pub fn load(
     client: ClientHandle,
     serialized: &[u8],
     options: &[u8],
-    inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
+    inner: impl FnOnce(ClientHandle, &[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
     let mut contents = Contents::of(serialized);
     if let Some((loaded, rewritten)) = spmd::deserialize(client, serialized, options)? {
@@ -156,9 +159,10 @@ pub fn load(
         return note(loaded, contents);
     }
     let mut used = Vec::new();
+    let given = options;
     let inner = |options: &[u8]| {
         used = options.to_vec();
-        inner(options)
+        inner(spmd::home(client, given), options)
     };
     let mut loaded = match options {
         [] => inner(options).inspect(|loaded| {
@@ -175,14 +179,15 @@ pub fn load(
     Ok(loaded)
 }
 
-/// Loads a program that was compiled without a client: `inner` has the inner plugin load it with
-/// the options that it gets.
+/// Loads a program that was compiled without a client: `inner` has the inner plugin load it on the
+/// client and with the options that it gets.
 pub fn load_compiled(
     client: ClientHandle,
     options: &[u8],
-    inner: impl FnOnce(&[u8]) -> Result<Owned<LoadedHandle>, Error>,
+    inner: impl FnOnce(ClientHandle, &[u8]) -> Result<Owned<LoadedHandle>, Error>,
 ) -> Result<Owned<LoadedHandle>, Error> {
-    let loaded = for_one(client, options, inner)?;
+    let home = spmd::home(client, options);
+    let loaded = for_one(client, options, |options| inner(home, options))?;
     let optimized = loaded.get().executable()?.get().optimized_program()?;
     let contents = Contents::of(&optimized);
     if !options.is_empty() && matches!(spmd::place(client, options), RunsOn::Elsewhere(_)) {
@@ -246,6 +251,11 @@ fn note(loaded: Owned<LoadedHandle>, contents: Contents) -> Result<Owned<LoadedH
         executables::remember(handle, program);
         if cheap {
             async_barrier::prepare(handle);
+            let local = local_devices::program(handle);
+            local
+                .iter()
+                .flat_map(|local| local.others())
+                .for_each(async_barrier::prepare);
         }
     }
     Ok(loaded)

@@ -10,15 +10,17 @@ use hlo_rewrite::{Devices, Envelope, Options, Refused, Sizes};
 use mpi_runtime::World;
 use parking_lot::Mutex;
 
-use crate::clients::{self, Client};
+use crate::clients::{self, Client, Home};
 use crate::compile::contents::Contents;
 use crate::compile::{partitioner, shared};
 use crate::config::Overlap;
 use crate::error::Error;
 use crate::ffi::replica_groups;
+use crate::ffi::targets::has_operations;
 use crate::inner::handles::{ClientHandle, Handle, LoadedHandle, Owned, Program};
-use crate::inner::on_gpu;
 use crate::inner::side_table::SideTable;
+use crate::inner::{on_gpu, serialized};
+use crate::launch::local_devices::{self, LocalDevices};
 use crate::plugin::{config, world};
 
 /// What the framework is told about an executable for several devices.
@@ -31,9 +33,9 @@ pub struct Spmd {
     options: Options,
     /// It calls back into the host.
     callbacks: bool,
-    /// Replica and partition of this rank's device, as `PJRT_LogicalDeviceIds`; none if it is for
-    /// others alone.
-    pub logical: Option<[c_int; 2]>,
+    /// Replica and partition of each of this rank's devices in the program, in its order, as
+    /// `PJRT_LogicalDeviceIds`.
+    pub logical: Vec<[c_int; 2]>,
 }
 
 /// By executable and by loaded executable.
@@ -102,8 +104,8 @@ impl From<Refused> for Error {
 
 /// Where a program is to run.
 pub enum RunsOn {
-    /// On this rank's device alone, as far as we can read.
-    Here,
+    /// On one device of this rank's alone, as far as we can read, which is on that inner client.
+    Here(ClientHandle),
     /// On devices of other ranks alone.
     Elsewhere(Box<Options>),
     /// On several devices, of which one is this rank's.
@@ -114,17 +116,56 @@ pub enum RunsOn {
 pub fn place(client: ClientHandle, serialized: &[u8]) -> RunsOn {
     // What we cannot read is for the inner plugin to refuse.
     let (Ok(options), Some(client)) = (Options::read(serialized), clients::find(client)) else {
-        return RunsOn::Here;
+        return RunsOn::Here(client);
     };
-    match options.devices() {
+    let devices = options.devices();
+    let local = |&device: &i64| client.devices.local(device);
+    match &devices {
         Ok(devices)
-            if !devices.ids().contains(&i64::from(client.rank))
+            if !devices.ids().iter().any(|device| local(device).is_some())
                 && (options.is_assigned() || !options.is_for_one()) =>
         {
             RunsOn::Elsewhere(Box::new(options))
         }
-        _ if options.is_for_one() => RunsOn::Here,
+        Ok(devices) if options.is_for_one() => {
+            let place = devices.ids().first().and_then(local).unwrap_or(0);
+            RunsOn::Here(client.home(place).client)
+        }
+        _ if options.is_for_one() => RunsOn::Here(client.handle),
         _ => RunsOn::Several(Box::new(options)),
+    }
+}
+
+/// The inner client of the device that a program with these serialized options is for: that of the
+/// first of this rank's, if it is not for one device of this rank's alone.
+pub fn home(client: ClientHandle, serialized: &[u8]) -> ClientHandle {
+    match place(client, serialized) {
+        RunsOn::Here(home) => home,
+        _ => client,
+    }
+}
+
+/// Refuses operations of ours in a program that runs on several devices of this rank at once: they
+/// are between ranks.
+fn refuse_operations(client: &Client, devices: &Devices, program: &[u8]) -> Result<(), Error> {
+    let local = devices
+        .ids()
+        .iter()
+        .filter(|&&id| client.devices.local(id).is_some());
+    let count = local.count();
+    if count < 2 {
+        return Ok(());
+    }
+    let ours = |target: &str| has_operations(target.as_bytes()).then_some(0);
+    match hlo_rewrite::attributes(program, "comm", ours)? {
+        found if !found.is_empty() => Err(Error::unimplemented(format!(
+            "a program that runs on {count} devices of rank {} at once has operations of mpi_cuda \
+             or mpi4jax, which are between ranks: use jax.lax.psum, all_gather, ppermute and so on \
+             there, call them in a program for one device of each rank, or leave \
+             MPI_CUDA_LOCAL_DEVICES out",
+            client.rank
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -159,13 +200,13 @@ pub fn assignment(loaded: LoadedHandle) -> Result<Option<Vec<u8>>, Error> {
         return Ok(Some(Options::read(&given)?.devices()?.to_assignment()?));
     }
     let device = loaded.device()?;
-    let Some((client, _)) = device.and_then(|device| clients::owner(device.address())) else {
+    let Some((client, id)) = device.and_then(|device| clients::owner(device.address())) else {
         return Ok(None);
     };
     if !client.devices.is_alone() {
         return Ok(None);
     }
-    let own = Devices::new(1, 1, vec![i64::from(client.rank)])?;
+    let own = Devices::new(1, 1, vec![i64::from(id)])?;
     Ok(Some(own.to_assignment()?))
 }
 
@@ -212,7 +253,7 @@ fn partition_alone(known: &Client, program: Program<'_>, options: &[u8]) -> Resu
     // each device ends with the compilation.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _others_wait = ONE_AT_A_TIME.lock();
-    let all = clients::create_for_all(known.size)?;
+    let all = clients::create_for_all(known.devices.all().len() as i32)?;
     optimized_program(all.get().compile(program, options)?.get())
 }
 
@@ -231,7 +272,7 @@ fn is_for_a_client(error: &Error) -> bool {
 /// Compiles the optimized program of `whole`, which is for this rank's device alone, again as it is
 /// (`MPI_CUDA_RECOMPILE`).
 pub fn recompile(
-    client: ClientHandle,
+    home: ClientHandle,
     whole: Owned<LoadedHandle>,
     options: &[u8],
 ) -> Result<Owned<LoadedHandle>, Error> {
@@ -240,9 +281,10 @@ pub fn recompile(
     let optimized = optimized?;
     let options = Options::read(options)?;
     let layouts = hlo_rewrite::layouts_of(&optimized)?;
-    let own = find_client(client)?.devices.inner_id();
+    // On CPUs, where each inner client has one device of this rank's.
+    let own = clients::find(home).map_or(0, |client| client.devices.inner_id());
     let for_device = options.for_device(own, &layouts)?;
-    compile_module(client, &hlo_rewrite::module_of(&optimized)?, &for_device)
+    compile_module(home, &hlo_rewrite::module_of(&optimized)?, &for_device)
 }
 
 /// Compiles a partitioned, optimized program for this rank's device.
@@ -256,13 +298,31 @@ pub fn load(
     let known = find_client(client)?;
     let devices = options.devices()?;
     known.devices.check(devices.ids())?;
-    let rewritten = hlo_rewrite::rewrite_started(&optimized, &devices, started(world))?;
-    replica_groups::register(&rewritten, devices.ids(), world)?;
-    let contents = Contents::of_rewritten(&rewritten, &devices, world, callbacks);
+    let of_rank = known.devices.of_rank();
+    let started = (of_rank == 1).then(|| started(world)).flatten();
+    refuse_operations(&known, &devices, &optimized)?;
+    let rewritten = hlo_rewrite::rewrite_started(&optimized, &devices, started)?;
+    replica_groups::register(&rewritten, devices.ids(), world, of_rank)?;
+    let ranks = replica_groups::ranks(devices.ids(), of_rank)?;
+    let contents = Contents::of_rewritten(&rewritten, &devices, ranks.len(), world, callbacks);
     let for_device = options.for_device(known.devices.inner_id(), &rewritten.layouts)?;
-    let loaded = compile_module(client, &rewritten.module, &for_device)?;
+    let places: Vec<(i64, Home)> = devices
+        .ids()
+        .iter()
+        .filter_map(|&id| Some((id, known.home(known.devices.local(id)?))))
+        .collect();
+    let (_, first) = *places
+        .first()
+        .ok_or_else(|| Error::internal("a program for no device of this rank"))?;
+    let loaded = compile_module(first.client, &rewritten.module, &for_device)?;
+    if of_rank > 1 {
+        load_others(loaded.get(), &places)?;
+    }
     let spmd = Arc::new(Spmd {
-        logical: devices.logical(i64::from(known.rank)),
+        logical: places
+            .iter()
+            .filter_map(|&(id, _)| devices.logical(id))
+            .collect(),
         devices,
         optimized,
         options: options.clone(),
@@ -270,6 +330,19 @@ pub fn load(
     });
     KNOWN.insert(loaded.get().address(), spmd);
     Ok((loaded, contents))
+}
+
+/// Loads what is loaded on the first of this rank's devices of a program on the others.
+fn load_others(loaded: LoadedHandle, places: &[(i64, Home)]) -> Result<(), Error> {
+    let others = places[1..].iter();
+    let copies = others.map(|(_, home)| serialized::copy(loaded, home.client));
+    let local = LocalDevices::new(
+        places.iter().map(|(id, _)| *id).collect(),
+        places.iter().map(|(_, home)| home.device).collect(),
+        copies.collect::<Result<_, _>>()?,
+    );
+    local_devices::remember(loaded, Arc::new(local));
+    Ok(())
 }
 
 /// Which all-reduces are started before they are waited for; none if all are whole. The same on all
@@ -310,7 +383,7 @@ pub fn load_elsewhere(
     let address = loaded.get().address();
     ELSEWHERE.insert(address, ());
     let spmd = Spmd {
-        logical: None,
+        logical: Vec::new(),
         devices,
         optimized,
         options: options.clone(),
@@ -341,7 +414,7 @@ pub fn deserialize(
             load_elsewhere(client, envelope.optimized, &options, envelope.callbacks)?,
             Contents::default(),
         ),
-        RunsOn::Here => {
+        RunsOn::Here(_) => {
             return Err(Error::invalid(
                 "a program for several devices cannot be loaded for one: give the options that it \
                  was compiled with, or none",

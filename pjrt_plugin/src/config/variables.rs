@@ -69,6 +69,13 @@ pub const VARIABLES: &[Variable] = &[
         },
     },
     Variable {
+        name: "MPI_CUDA_LOCAL_DEVICES",
+        old_name: None,
+        values: "1, devices up to 256",
+        meaning: "how many devices each rank has, on CPUs",
+        read: |config, text| set(&mut config.local_devices, number(text, 1..=256)),
+    },
+    Variable {
         name: "MPI_CUDA_THREAD_ORDER",
         old_name: None,
         values: "each, one",

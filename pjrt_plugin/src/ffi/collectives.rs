@@ -4,6 +4,7 @@ use mpi_runtime::mpi::communicators::COLLECTIVES;
 use mpi_runtime::{Buffer, Kind, Operation, PROC_NULL, Ticket};
 
 use super::collective::{Collective, operation, run};
+use super::collective_contract::CollectiveContract;
 use super::contract::{Field, Values};
 use super::contracts::{
     ALL_GATHER, ALL_REDUCE, ALL_REDUCE_DONE, ALL_REDUCE_START, ALL_TO_ALL, ALL_TO_ALL_ARRAY, BEGIN,
@@ -11,15 +12,18 @@ use super::contracts::{
 };
 use super::frame::{Frame, array};
 use super::handler::{Handler, handler};
+use super::local_devices;
 use crate::error::Error;
 use crate::ffi::memory::Memory;
 use crate::ffi::replica_groups::{self, Part};
+use crate::launch::completion::noted;
+use crate::launch::meeting;
 use crate::launch::ticket::ticket_of;
 use crate::plugin::world;
 
 macro_rules! handlers {
     ($($contract:ident: $body:ident),+) => {
-        &[$(($contract.call.target, handler(|frame| run(&$contract, frame, $body)))),+]
+        &[$(($contract.call.target, handler(|frame| run_on(&$contract, frame, $body)))),+]
     };
 }
 
@@ -39,6 +43,18 @@ pub const HANDLERS: &[(&str, Handler)] = handlers!(
 /// Handlers of what is no collective, by their targets.
 pub const OTHERS: &[(&str, Handler)] = &[(BEGIN.target, handler(begin)), (ID.target, handler(id))];
 
+/// Runs `body` for a collective, if this rank's part of the launch is on one device.
+fn run_on(
+    contract: &CollectiveContract,
+    frame: &Frame<'_>,
+    body: impl FnOnce(&Collective<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    match meeting::find(frame.run_id()) {
+        Some(part) => noted(local_devices::run(contract, frame, &part)),
+        None => run(contract, frame, body),
+    }
+}
+
 /// The first thing that a launch with collectives does, on every rank.
 fn begin(frame: &Frame<'_>) -> Result<(), Error> {
     let world =
@@ -46,6 +62,9 @@ fn begin(frame: &Frame<'_>) -> Result<(), Error> {
     let mut values = Values::default();
     BEGIN.check(frame, &mut values)?;
     let program = replica_groups::program(values.get(Field::Program))?;
+    if let Some(part) = meeting::find(frame.run_id()) {
+        return local_devices::begin(&part, world, values.get(Field::Program), &program);
+    }
     let ticket = ticket_of(frame.run_id()).unwrap_or(Ticket(0));
     world
         .engine
@@ -239,6 +258,10 @@ fn collective_broadcast(call: &Collective<'_>) -> Result<(), Error> {
 fn id(frame: &Frame<'_>) -> Result<(), Error> {
     let mut values = Values::default();
     ID.check(frame, &mut values)?;
+    if let Some(part) = meeting::find(frame.run_id()) {
+        let value = local_devices::id(&part, values.get(Field::Table))?;
+        return Memory::of(frame)?.write(&array(frame.rets[0]), value);
+    }
     let Part::Value(value) = replica_groups::part(values.get(Field::Table))? else {
         return Err(Error::internal("this rank runs no part of the program"));
     };

@@ -13,6 +13,7 @@ mod frame;
 mod fuzz;
 mod handler;
 mod huge_pages;
+mod local_devices;
 pub mod memory;
 mod operations;
 pub mod replica_groups;

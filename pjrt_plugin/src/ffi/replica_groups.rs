@@ -8,6 +8,7 @@ use hlo_rewrite::{DeviceTable, Rewritten};
 use mpi_runtime::{CollectiveSequence, World};
 use parking_lot::RwLock;
 
+use super::local_devices::groups::groups;
 use crate::error::Error;
 
 /// What this rank does in a collective.
@@ -38,6 +39,8 @@ pub enum Part {
 #[derive(Default)]
 struct Known {
     parts: HashMap<i64, Part>,
+    /// What the numbers mean where ranks have several devices.
+    tables: HashMap<i64, Arc<DeviceTable>>,
     /// By identity.
     programs: HashMap<i64, Arc<CollectiveSequence>>,
     /// By the sequence of collectives.
@@ -46,8 +49,27 @@ struct Known {
 
 static KNOWN: LazyLock<RwLock<Known>> = LazyLock::new(RwLock::default);
 
-/// Registers what a rewritten program refers to.
-pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result<(), Error> {
+/// The ranks of these devices, of which each has `of_rank`, in the order in which they come.
+pub fn ranks(devices: &[i64], of_rank: i32) -> Result<Vec<i32>, Error> {
+    let mut ranks = Vec::new();
+    for device in devices {
+        let rank = i32::try_from(device / i64::from(of_rank))
+            .map_err(|_| Error::internal(format!("device {device} is no rank's")))?;
+        // With one device for each they all differ.
+        if of_rank == 1 || !ranks.contains(&rank) {
+            ranks.push(rank);
+        }
+    }
+    Ok(ranks)
+}
+
+/// Registers what a rewritten program refers to, in a world whose ranks have `of_rank` devices.
+pub fn register(
+    rewritten: &Rewritten,
+    devices: &[i64],
+    world: &World,
+    of_rank: i32,
+) -> Result<(), Error> {
     let rank = |device: i64| {
         i32::try_from(device).map_err(|_| Error::internal(format!("device {device} is no rank's")))
     };
@@ -55,7 +77,19 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
         world.engine.describe_sequence(place as u64, 0, words);
     }
     let mut known = KNOWN.write();
-    for (&number, table) in &rewritten.tables {
+    if of_rank > 1 {
+        let own = |device: &i64| device / i64::from(of_rank) == i64::from(world.rank);
+        let local: Vec<i64> = devices.iter().copied().filter(own).collect();
+        for table in rewritten.tables.values() {
+            for group in groups(table, &local, of_rank.into()) {
+                world.engine.know_group(group.comm, group.ranks);
+            }
+        }
+        let tables = rewritten.tables.iter();
+        let tables = tables.map(|(&number, table)| (number, Arc::new(table.clone())));
+        known.tables.extend(tables);
+    }
+    for (&number, table) in rewritten.tables.iter().filter(|_| of_rank == 1) {
         if known.parts.contains_key(&number) {
             continue;
         }
@@ -69,10 +103,7 @@ pub fn register(rewritten: &Rewritten, devices: &[i64], world: &World) -> Result
         }
         known.parts.insert(number, part);
     }
-    let members: Vec<i32> = devices
-        .iter()
-        .map(|&id| rank(id))
-        .collect::<Result<_, _>>()?;
+    let members = ranks(devices, of_rank)?;
     let summary = rewritten.summary.clone();
     let program = || CollectiveSequence::new(rewritten.sequence, summary, members, world.size);
     let sequence = known
@@ -116,6 +147,15 @@ fn part_of(rank: i32, number: i64, table: &DeviceTable) -> Part {
 /// What this rank does in the collective that refers to `number`.
 pub fn part(number: i64) -> Result<Part, Error> {
     KNOWN.read().parts.get(&number).copied().ok_or_else(|| {
+        Error::internal(format!(
+            "a collective refers to {number}, which no program here has"
+        ))
+    })
+}
+
+/// What `number` means where ranks have several devices.
+pub fn table(number: i64) -> Result<Arc<DeviceTable>, Error> {
+    KNOWN.read().tables.get(&number).cloned().ok_or_else(|| {
         Error::internal(format!(
             "a collective refers to {number}, which no program here has"
         ))

@@ -56,6 +56,9 @@ impl EndEvent {
     }
 }
 
+/// The results of a launch, and the event of its end.
+pub type TakenBack = (Vec<Owned<BufferHandle>>, Option<Owned<EventHandle>>);
+
 impl<'a> ExecuteArgs<'a> {
     /// The typed borrow.
     ///
@@ -78,6 +81,58 @@ impl<'a> ExecuteArgs<'a> {
                 device: FromRaw::from_raw(raw.execute_device)?,
                 raw,
             })
+        }
+    }
+
+    /// The launches of its devices, of which each is one of these executables in turn.
+    ///
+    /// # Safety
+    /// The arguments must be what the function asks for, with as many devices as there are
+    /// executables, and each executable must take what its device is given. `rows` must be empty,
+    /// and outlive the launches.
+    pub unsafe fn of_each(
+        given: &'a PJRT_LoadedExecutable_Execute_Args,
+        executables: impl Iterator<Item = LoadedHandle>,
+        rows: &'a mut Vec<PJRT_LoadedExecutable_Execute_Args>,
+    ) -> Result<Vec<ExecuteArgs<'a>>, Error> {
+        for (place, executable) in executables.enumerate() {
+            let mut row = *given;
+            row.executable = executable.raw();
+            row.num_devices = 1;
+            // SAFETY: the lists have a place for each device; there are no arguments' without any.
+            unsafe {
+                if !row.argument_lists.is_null() {
+                    row.argument_lists = row.argument_lists.add(place);
+                }
+                row.output_lists = row.output_lists.add(place);
+                if !row.device_complete_events.is_null() {
+                    row.device_complete_events = row.device_complete_events.add(place);
+                }
+            }
+            rows.push(row);
+        }
+        // SAFETY: each row is a launch on one device.
+        rows.iter_mut()
+            .map(|row| unsafe { ExecuteArgs::new(row) })
+            .collect()
+    }
+
+    /// Takes back the results and the event that the launch has given, which the framework will not
+    /// look at.
+    pub fn take_back(&mut self) -> Result<TakenBack, Error> {
+        let count = self.executable.executable()?.get().num_outputs()?;
+        // SAFETY: the launch has filled in so many results, and an event if one was asked for;
+        // since it is said to have failed, nobody else takes them.
+        unsafe {
+            let results = slice(*self.raw.output_lists, count).iter();
+            let results = results
+                .map(|&result| Owned::new(result))
+                .collect::<Result<_, _>>()?;
+            let event = match self.wants_event() {
+                true => Some(Owned::new(*self.raw.device_complete_events)?),
+                false => None,
+            };
+            Ok((results, event))
         }
     }
 

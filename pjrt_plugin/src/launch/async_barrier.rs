@@ -10,7 +10,7 @@ use mpi_runtime::log;
 use parking_lot::{Condvar, Mutex};
 use pjrt_sys::PJRT_Buffer_Type_F32;
 
-use crate::clients::{self, Client};
+use crate::clients::{self, Client, Home};
 use crate::error::Error;
 use crate::inner::execute_args::OwnLaunch;
 use crate::inner::execute_options::ExecuteOptions;
@@ -78,7 +78,7 @@ pub fn wait_released(run_id: i64) {
 
 /// Queues a held barrier on the device of an executable. Call with the order of launches locked.
 pub fn hold(executable: LoadedHandle) -> Option<Hold> {
-    let queued = clients::of_executable(executable).and_then(|(client, _)| queue(&client));
+    let queued = clients::of_executable(executable).and_then(|(client, home)| queue(&client, home));
     queued
         .map_err(|error| {
             log::line(&format!(
@@ -94,7 +94,7 @@ pub fn hold(executable: LoadedHandle) -> Option<Hold> {
 pub fn prepare(executable: LoadedHandle) {
     if world().is_some_and(|world| world.size > 1) {
         // The launch that needs it tries again if this fails, and says so.
-        let _ = clients::of_executable(executable).and_then(|(client, _)| get(&client));
+        let _ = clients::of_executable(executable).and_then(|(client, home)| get(&client, home));
     }
 }
 
@@ -103,8 +103,8 @@ pub fn destroy(client: ClientHandle) {
     PROGRAMS.lock().retain(|program| program.client != client);
 }
 
-fn queue(client: &Client) -> Result<Hold, Error> {
-    let (executable, operand) = get(client)?;
+fn queue(client: &Client, home: Home) -> Result<Hold, Error> {
+    let (executable, operand) = get(client, home)?;
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
     HELD.lock().get_or_insert_with(HashSet::new).insert(id);
     let held = Hold(id);
@@ -114,15 +114,15 @@ fn queue(client: &Client) -> Result<Hold, Error> {
     Ok(held)
 }
 
-fn get(client: &Client) -> Result<(LoadedHandle, BufferHandle), Error> {
+fn get(client: &Client, home: Home) -> Result<(LoadedHandle, BufferHandle), Error> {
     let mut programs = PROGRAMS.lock();
     let made = programs
         .iter()
-        .position(|program| program.client == client.handle);
+        .position(|program| program.client == home.client);
     let index = match made {
         Some(index) => index,
         None => {
-            programs.push(make(client)?);
+            programs.push(make(client, home)?);
             programs.len() - 1
         }
     };
@@ -130,12 +130,12 @@ fn get(client: &Client) -> Result<(LoadedHandle, BufferHandle), Error> {
     Ok((program.executable.get(), program.operand.get()))
 }
 
-fn make(client: &Client) -> Result<BarrierProgram, Error> {
+fn make(client: &Client, home: Home) -> Result<BarrierProgram, Error> {
     let options = hlo_rewrite::Options::for_one(client.devices.inner_id()).write()?;
-    let handle = client.handle;
+    let handle = home.client;
     Ok(BarrierProgram {
         client: handle,
         executable: handle.compile(PROGRAM, &options)?,
-        operand: handle.copy_from_host(client.device(), &MATRIX)?,
+        operand: handle.copy_from_host(home.device, &MATRIX)?,
     })
 }

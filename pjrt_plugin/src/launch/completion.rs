@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 
-use mpi_runtime::OperationError;
+use mpi_runtime::{OperationError, Ticket};
 use parking_lot::Mutex;
 
 use crate::boundary::quiet;
@@ -19,6 +19,7 @@ use crate::inner::handles::{BufferHandle, ContextHandle, EventHandle, Handle};
 use crate::launch::alias_buffer::End;
 use crate::launch::inflight_limit::InFlightSlot;
 use crate::launch::keep_alive::Kept;
+use crate::launch::meeting::Part;
 use crate::launch::on_caller::WithCallbacks;
 use crate::launch::ticket::TicketGuard;
 use crate::plugin::world;
@@ -33,6 +34,8 @@ pub struct Completion {
     pub callbacks: Option<WithCallbacks>,
     /// Of a launch with operations that is no other's callback's.
     pub ticket: Option<TicketGuard>,
+    /// Of a launch on several devices of this rank, which has the ticket.
+    pub part: Option<Part>,
     #[expect(dead_code, reason = "held for its drop")]
     pub slot: Option<InFlightSlot>,
     /// What the framework waits for, if the launch was deferred.
@@ -42,6 +45,12 @@ pub struct Completion {
 }
 
 impl Completion {
+    /// The ticket of a launch that is no other's callback's.
+    pub fn ticket(&self) -> Option<Ticket> {
+        let of_part = || self.part.as_ref().and_then(Part::ticket);
+        self.ticket.as_ref().map(|guard| guard.0).or_else(of_part)
+    }
+
     /// The inner plugin has refused the launch with this error; what its results are to say. Of one
     /// that was deferred nobody may read them: then the error is raised later.
     pub fn failed(&self, error: Error) -> Error {
@@ -56,7 +65,7 @@ impl Completion {
             size: world.size,
             reason: error.to_string().into(),
         });
-        let ticket = self.ticket.as_ref().map(|guard| guard.0);
+        let ticket = self.ticket();
         let thread = ticket.and_then(|ticket| world.engine.thread(ticket));
         world.engine.note_unread(&error.to_string(), thread);
         Error::from(error)
@@ -68,6 +77,9 @@ impl Completion {
         if let Some(error) = error {
             if let (Some(TicketGuard(ticket)), Some(world)) = (&self.ticket, world()) {
                 world.engine.launch_failed(*ticket, error);
+            }
+            if let Some(part) = &self.part {
+                part.fail(error);
             }
             release_elsewhere(std::mem::take(&mut self.inputs));
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use mpi_runtime::{LaunchOrder, Ticket};
 use pjrt_sys::*;
 
-use crate::clients::{self, Client};
+use crate::clients;
 use crate::error::Error;
 use crate::inner::execute_args::{ExecuteArgs, OwnLaunch};
 use crate::inner::execute_options::ExecuteOptions;
@@ -236,19 +236,20 @@ fn output_spec(executable: LoadedHandle) -> Option<Arc<OutputSpec>> {
 }
 
 fn look_at(loaded: LoadedHandle) -> Result<Option<OutputSpec>, Error> {
-    let (client, device) = clients::of_executable(loaded)?;
-    let memory = device.default_memory()?;
+    let (_, home) = clients::of_executable(loaded)?;
+    let memory = home.device.default_memory()?;
+    let memories = home.device.memories()?;
     let outputs = loaded.executable()?.get().outputs()?;
     let mut shapes = Vec::with_capacity(outputs.len());
     for output in outputs {
-        match shape(output, memory, &client) {
+        match shape(output, memory, &memories) {
             Ok(shape) => shapes.push(shape),
             Err(NotAliased) => return Ok(None),
         }
     }
     Ok(Some(OutputSpec {
-        client: client.handle,
-        device,
+        client: home.client,
+        device: home.device,
         memory,
         outputs: shapes,
     }))
@@ -261,17 +262,13 @@ struct NotAliased;
 fn shape(
     output: Output,
     default: MemoryHandle,
-    client: &Client,
+    memories: &[MemoryHandle],
 ) -> Result<Option<BufferShape>, NotAliased> {
     if output.element_type == PJRT_Buffer_Type_TOKEN {
         return Ok(None);
     }
     let memory = match &output.memory_kind {
-        Some(kind) => client
-            .devices
-            .memories()
-            .iter()
-            .find(|memory| memory.is_kind(kind)),
+        Some(kind) => memories.iter().find(|memory| memory.is_kind(kind)),
         None => Some(&default),
     };
     match memory {

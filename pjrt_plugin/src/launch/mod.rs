@@ -12,8 +12,11 @@ pub mod donation;
 pub mod executables;
 mod inflight_limit;
 pub mod keep_alive;
+pub mod local_devices;
+pub mod meeting;
 mod on_caller;
 mod queue_entrance;
+mod several;
 pub mod spare_client;
 mod task_queue;
 pub mod thread_order;
@@ -28,6 +31,7 @@ use mpi_runtime::node::process::is_main_thread;
 use mpi_runtime::{Ticket, World};
 use pjrt_sys::PJRT_Error_Code_INTERNAL;
 
+use crate::clients;
 use crate::error::Error;
 use crate::inner::execute_args::{EndEvent, ExecuteArgs};
 use crate::inner::handles::{BufferHandle, ClientHandle};
@@ -39,12 +43,14 @@ use deferred::Needs;
 use executables::ProgramInfo;
 use inflight_limit::InFlightSlot;
 use keep_alive::Kept;
+use meeting::Part;
 use on_caller::WithCallbacks;
 use queue_entrance::Ahead;
 use thread_order::ThreadOrder;
 use ticket::{Dispatcher, RunId, TicketGuard};
 
 pub use on_caller::launches_on_callers;
+pub use several::execute as execute_several;
 
 /// Launches a program for the framework.
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
@@ -63,11 +69,11 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
             launch_operations(args, program, world)
         }
         _ if deleted.is_err() => deleted,
-        Some(program) => launch_others(args, program.callbacks),
+        Some(program) => launch_others(args, program.callbacks, None),
         None if dispatch_thread::is_main() && !queue_entrance::may_wait() => args.pass_on(),
         None => match Ahead::new() {
             Some(_ahead) => args.pass_on(),
-            None => launch_others(args, false),
+            None => launch_others(args, false, None),
         },
     }
 }
@@ -78,7 +84,12 @@ pub fn finish_client(client: ClientHandle) {
     if let Some(world) = world() {
         world.engine.wait_idle();
     }
-    async_barrier::destroy(client);
+    for home in clients::find(client)
+        .iter()
+        .flat_map(|client| client.homes())
+    {
+        async_barrier::destroy(home.client);
+    }
 }
 
 /// Launches a program with operations, under a ticket.
@@ -125,6 +136,7 @@ fn launch_operations(
         context,
         callbacks: program.callbacks.then(WithCallbacks::new),
         ticket: own,
+        part: None,
         slot: (world.size > 1).then(|| InFlightSlot::new(&order.limit, launches, true)),
         ends: Vec::new(),
         deferred: false,
@@ -224,8 +236,12 @@ fn world_for_operations() -> Result<&'static World, Error> {
     }
 }
 
-/// Launches a program without operations, which may have callbacks.
-fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Error> {
+/// Launches a program without operations, which may have callbacks, or a part of one.
+fn launch_others(
+    args: &mut ExecuteArgs<'_>,
+    callbacks: bool,
+    part: Option<Part>,
+) -> Result<(), Error> {
     let context = args.context.map(Kept::new);
     let several = world().is_some_and(|world| world.size > 1) && !crate::fork::is_child();
     let order = world().map_or_else(thread_order::first, thread_order::of);
@@ -242,7 +258,8 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
     };
     let deferred = several && deferred::is_needed(&order, args, &needs)?;
     // JAX's own launch ids must not look like a ticket.
-    let launch_id = RunId::of(&order).launch_id();
+    let own_id = part.as_ref().map(Part::launch_id);
+    let launch_id = own_id.unwrap_or_else(|| RunId::of(&order).launch_id());
     let completion = Completion {
         inputs: if deferred || several && queue_entrance::may_wait() {
             keep_inputs(args)
@@ -252,6 +269,7 @@ fn launch_others(args: &mut ExecuteArgs<'_>, callbacks: bool) -> Result<(), Erro
         context,
         callbacks: callbacks.then(WithCallbacks::new),
         ticket: None,
+        part,
         slot: several.then(|| InFlightSlot::new(&order.limit, 1, callbacks)),
         ends: Vec::new(),
         deferred: false,
@@ -298,8 +316,8 @@ fn defer(
     launch_id: i32,
     mut completion: Completion,
 ) -> Result<(), Error> {
-    let watched = completion.ticket.is_some();
-    let ticket = completion.ticket.as_ref().map(|guard| guard.0);
+    let ticket = completion.ticket();
+    let watched = ticket.is_some();
     let is_first = order.is_first();
     let event = deferred::defer(order, args, ticket, move |args, ends| {
         completion.ends = ends;
@@ -325,7 +343,7 @@ fn launch(args: &mut ExecuteArgs<'_>, completion: Completion) -> Result<(), Erro
             return Err(error);
         }
     };
-    if completion.ticket.is_some()
+    if completion.ticket().is_some()
         && let EndEvent::Shared(event) = &event
     {
         completion::watch(*event);

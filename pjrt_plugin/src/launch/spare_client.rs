@@ -47,8 +47,8 @@ static COPIES: SideTable<Vec<(usize, Owned<LoadedHandle>)>> = SideTable::new();
 
 /// Runs a program to its end, with results on the framework's own client.
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
-    let (home, _) = clients::of_executable(args.executable)?;
-    let Busy(spare) = &choose(&home)?;
+    let (client, home) = clients::of_executable(args.executable)?;
+    let Busy(spare) = &choose(&client)?;
     let away = &spare.client;
     let mut in_use = Vec::with_capacity(args.inputs.len());
     let mut views = Vec::with_capacity(args.inputs.len());
@@ -74,9 +74,9 @@ pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
             buffer.wait_ready()?;
             if buffer.is_token() {
                 // It has no memory; for the framework an empty array is one.
-                return home.handle.copy_from_host(home.device(), &NOTHING);
+                return home.client.copy_from_host(home.device, &NOTHING);
             }
-            buffer.view_on(home.handle, home.device(), Some(result))
+            buffer.view_on(home.client, home.device, Some(result))
         })
         .collect();
     args.give_results(&mut shared?)?;
@@ -105,7 +105,7 @@ fn choose(home: &Client) -> Result<Busy, Error> {
              thread: launch from fewer threads, and use numpy in the innermost callback"
         )));
     }
-    let (made, client) = clients::create_inner(home.rank, home.size, &[])?;
+    let (made, client) = clients::create_inner(home.rank, home.size, 1, &[])?;
     let spare = Arc::new(Spare {
         number: spares.len(),
         made,

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use mpi_runtime::Ticket;
 use mpi_runtime::node::process::is_main_thread;
 
+use crate::launch::meeting;
 use crate::launch::thread_order::{self, ThreadOrder};
 use crate::plugin::world;
 
@@ -50,6 +51,9 @@ impl RunId {
 
     /// What a run id of XLA's says.
     fn read(run_id: i64) -> RunId {
+        if let Some((several, _)) = meeting::find(run_id) {
+            return several.run();
+        }
         match ticket_of(run_id) {
             Some(ticket) => RunId::Ticket(ticket),
             None => RunId::By(Dispatcher {
@@ -71,7 +75,10 @@ thread_local! {
 
 /// The ticket that a run id carries.
 pub fn ticket_of(run_id: i64) -> Option<Ticket> {
-    u32::try_from(run_id).ok().filter(|&id| id != 0).map(Ticket)
+    match u32::try_from(run_id) {
+        Ok(id) => (id != 0).then_some(Ticket(id)),
+        Err(_) => meeting::find(run_id).and_then(|(several, _)| several.ticket()),
+    }
 }
 
 /// Retires its ticket when dropped, so that no path forgets it.

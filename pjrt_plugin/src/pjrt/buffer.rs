@@ -9,34 +9,50 @@ use pjrt_sys::*;
 use crate::clients;
 use crate::error::Error;
 use crate::inner::handles::{
-    BufferHandle, EventHandle, FromRaw, Handle, HostArray, Owned, with_references,
+    BufferHandle, ClientHandle, EventHandle, FromRaw, Handle, HostArray, Owned, with_references,
 };
 use crate::inner::{api, on_gpu};
 use crate::launch::{completion, donation, executables, keep_alive};
 use crate::pjrt::entry::entry;
 
-/// Refuses a device or memory of another rank.
-fn check_local<T>(function: &str, target: *const T) -> Result<(), Error> {
-    if target.is_null() {
-        return Ok(());
-    }
-    match clients::owner(target as usize) {
-        Some((client, owner)) if owner != client.rank => Err(Error::invalid(format!(
-            "{function} on rank {}: the target device belongs to rank {owner}, and data cannot be \
+/// Refuses a device or memory of another rank; has the inner client of one that is not that of the
+/// first of this rank's devices.
+fn check_local<T>(function: &str, target: *const T) -> Result<Option<ClientHandle>, Error> {
+    let address = target as usize;
+    let Some((client, owner)) = (!target.is_null())
+        .then(|| clients::owner(address))
+        .flatten()
+    else {
+        return Ok(None);
+    };
+    match client.home_of(address) {
+        Some(home) => Ok((home.client != client.handle).then_some(home.client)),
+        None => Err(Error::invalid(format!(
+            "{function} on rank {}: the target device belongs to rank {}, and data cannot be \
              placed there from here; use jax.local_devices(), or send it with mpi_cuda.send",
-            client.rank
+            client.rank,
+            client.devices.rank_of(owner)
         ))),
-        _ => Ok(()),
     }
 }
 
-/// Entries that check some members of the arguments, then pass the call on.
+/// Entries that check some members of the arguments, then pass the call on, to the inner client of
+/// the device or memory.
 macro_rules! guarded {
     ($($name:ident = $function:ident($Args:ident: $($member:ident),+);)+) => {entry! {$(
         #[doc = concat!("`", stringify!($function), "`")]
         pub fn $name(args: $Args) {
-            $(check_local(stringify!($function), args.$member)?;)+
-            args.pass_on(api().$function)
+            let given = args.client;
+            $(
+                if let Some(other) = check_local(stringify!($function), args.$member)? {
+                    // SAFETY: a live client, of the device or the memory.
+                    unsafe { args.members() }.client = other.raw();
+                }
+            )+
+            let done = args.pass_on(api().$function);
+            // SAFETY: as it was.
+            unsafe { args.members() }.client = given;
+            done
         }
     )+}};
 }
@@ -177,14 +193,15 @@ entry! {
 /// The event that the inner plugin gives for a buffer like `buffer` which is deleted.
 fn event_of_deleted(buffer: BufferHandle) -> Result<Owned<EventHandle>, Error> {
     let device = buffer.device()?;
-    let (client, _) = clients::owner(device.address())
+    let home = clients::owner(device.address())
+        .and_then(|(client, _)| client.home_of(device.address()))
         .ok_or_else(|| Error::internal("a buffer is on a device of no client"))?;
     let nothing = HostArray {
         element_type: PJRT_Buffer_Type_PRED,
         dims: &[0],
         data: &[0],
     };
-    let deleted = client.handle.copy_from_host(device, &nothing)?;
+    let deleted = home.client.copy_from_host(device, &nothing)?;
     deleted.get().delete();
     deleted.get().ready_event()
 }

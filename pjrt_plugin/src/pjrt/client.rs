@@ -10,7 +10,7 @@ use pjrt_sys::*;
 
 use crate::at_exit;
 use crate::clients;
-use crate::config::{Config, DeviceKind, Topology};
+use crate::config::{Config, DeviceKind, Pretend, Topology};
 use crate::error::Error;
 use crate::ffi::{self, memory};
 use crate::inner::call::bytes;
@@ -96,11 +96,41 @@ fn create_client(given: Vec<GivenOption<'_>>) -> Result<Owned<ClientHandle>, Err
         leave_out_those_of_gpus(&mut passed_on, world);
     }
     launch::thread_order::adopt_first(config.thread_order);
-    let (made, client) = clients::create_inner(rank, size, &passed_on)?;
+    refuse_local_devices(&config)?;
+    let (made, client) = clients::create_inner(rank, size, config.local_devices, &passed_on)?;
     ffi::register_all()?;
     clients::add(client);
     at_exit::watch();
     Ok(made)
+}
+
+/// Several devices for each rank are for CPUs, and for a world that shows them.
+fn refuse_local_devices(config: &Config) -> Result<(), Error> {
+    let devices = config.local_devices;
+    let agreed = crate::plugin::config().local_devices;
+    if devices != agreed {
+        return Err(Error::invalid(format!(
+            "the create options say local_devices={devices}, and MPI_CUDA_LOCAL_DEVICES, which the \
+             ranks have agreed on, {agreed}: set the variable in the environment"
+        )));
+    }
+    let reason = match (devices, config.topology) {
+        (1, _) => return Ok(()),
+        _ if on_gpu() => {
+            "ranks with GPUs have one each; start a rank for each GPU, and leave it out"
+        }
+        (_, Topology::Local) => {
+            "with MPI_CUDA_TOPOLOGY=local each rank shows one device of its own; leave one of the \
+             two out"
+        }
+        _ if config.pretend_device != Pretend::Nothing => {
+            "MPI_CUDA_PRETEND_DEVICE has one device on each rank; leave one of the two out"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::unimplemented(format!(
+        "MPI_CUDA_LOCAL_DEVICES={devices}: {reason}"
+    )))
 }
 
 /// Options of XLA's plugins for GPUs alone. Frameworks give them to whatever has "cuda" in its name

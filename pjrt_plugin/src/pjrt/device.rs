@@ -10,11 +10,12 @@ use pjrt_sys::*;
 use crate::clients::{self, Client};
 use crate::error::Error;
 use crate::inner::api;
-use crate::inner::handles::{DescriptionHandle, DeviceHandle, Handle};
+use crate::inner::handles::{DescriptionHandle, DeviceHandle, Handle, LoadedHandle};
 use crate::pjrt::entry::entry;
 use crate::pjrt::topology::unknown;
+use crate::plugin::config;
 
-/// The client of a device, and the device's rank.
+/// The client of a device, and the device's number.
 fn of(device: DeviceHandle) -> Result<(Arc<Client>, i32), Error> {
     clients::owner(device.address()).ok_or_else(|| unknown("device"))
 }
@@ -24,11 +25,32 @@ pub fn refuse_other(function: &str, device: DeviceHandle) -> Result<(), Error> {
     match clients::owner(device.address()) {
         Some((client, owner)) if client.devices.is_shown_only(device.address()) => {
             Err(Error::invalid(format!(
-                "{function} on rank {}: the device belongs to rank {owner}, which alone can use \
-                 it; use jax.local_devices()",
-                client.rank
+                "{function} on rank {}: the device belongs to rank {}, which alone can use it; \
+                 use jax.local_devices()",
+                client.rank,
+                client.devices.rank_of(owner)
             )))
         }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses to run a program, which leaves its device open, on another device of this rank than it
+/// is loaded on.
+pub fn refuse_elsewhere(executable: LoadedHandle, device: DeviceHandle) -> Result<(), Error> {
+    let several =
+        clients::owner(device.address()).filter(|(client, _)| client.devices.of_rank() > 1);
+    let Some((_, number)) = several else {
+        return Ok(());
+    };
+    let (client, home) = clients::of_executable(executable)?;
+    match client.devices.owner(home.device.address()) {
+        Some(loaded) if loaded != number => Err(Error::unimplemented(format!(
+            "a program that was compiled without a device (compile_portable_executable) runs on \
+             device {loaded}, the first of rank {}, and not on device {number}: compile it for \
+             that one",
+            client.rank
+        ))),
         _ => Ok(()),
     }
 }
@@ -51,7 +73,7 @@ pub fn like(device: DeviceHandle) -> DeviceHandle {
 pub fn description_like(description: DescriptionHandle) -> DescriptionHandle {
     match clients::owner(description.address()) {
         Some((client, _)) if client.devices.is_shown_only(description.address()) => {
-            client.devices.descriptions()[client.rank as usize]
+            client.devices.descriptions()[client.devices.first() as usize]
         }
         _ => description,
     }
@@ -71,14 +93,16 @@ entry! {
     pub fn is_addressable(args: PJRT_Device_IsAddressable_Args, device: DeviceHandle) {
         let (client, owner) = of(device)?;
         // SAFETY: an answer for the framework.
-        unsafe { args.members() }.is_addressable = owner == client.rank;
+        unsafe { args.members() }.is_addressable =
+            client.devices.local(owner.into()).is_some();
         Ok(())
     }
 
     /// `PJRT_Device_LocalHardwareId`
-    pub fn local_hardware_id(args: PJRT_Device_LocalHardwareId_Args) {
+    pub fn local_hardware_id(args: PJRT_Device_LocalHardwareId_Args, device: DeviceHandle) {
+        let place = of(device).map_or(0, |(client, owner)| owner % client.devices.of_rank());
         // SAFETY: a number for the framework.
-        unsafe { args.members() }.local_hardware_id = 0;
+        unsafe { args.members() }.local_hardware_id = place;
         Ok(())
     }
 
@@ -117,13 +141,13 @@ entry! {
     }
 
     /// `PJRT_DeviceDescription_ProcessIndex`. Descriptions of topologies that are of no client have
-    /// the same ids, and the id is the rank.
+    /// the same ids, and one of them for each rank, as long as ranks have one device each.
     pub fn process_index(
         args: PJRT_DeviceDescription_ProcessIndex_Args, device_description: DescriptionHandle
     ) {
         let rank = match clients::owner(device_description.address()) {
-            Some((_, owner)) => owner,
-            None => device_description.id()?,
+            Some((client, owner)) => client.devices.rank_of(owner),
+            None => device_description.id()? / config().local_devices,
         };
         // SAFETY: a number for the framework.
         unsafe { args.members() }.process_index = rank;

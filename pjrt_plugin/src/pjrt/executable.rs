@@ -30,9 +30,15 @@ entry! {
                 format: bytes(program.format, program.format_size),
             }
         };
-        let loaded = compile::compile(client, program, options, |options| {
+        let given = args.client;
+        let loaded = compile::compile(client, program, options, |home, options| {
+            // SAFETY: a live client; so below.
+            unsafe { args.members() }.client = home.raw();
             make_with_options!(args, options, api().PJRT_Client_Compile, executable)
-        })?;
+        });
+        // SAFETY: as it was; so below.
+        unsafe { args.members() }.client = given;
+        let loaded = loaded?;
         // SAFETY: the framework gets the executable.
         unsafe { args.members() }.executable = loaded.release().raw();
         Ok(())
@@ -59,11 +65,13 @@ entry! {
     ) {
         // SAFETY: the framework passes valid arguments, with options that outlive the call.
         let given = unsafe { overridden_options(args.raw()) };
-        let loaded = compile::load(client, serialized, given, |options| {
-            // SAFETY: the options live through the call, after which the framework's are there
-            // again; there the function gives the executable. Where there are any, the arguments
-            // are long enough to say so.
+        let given_client = args.client;
+        let loaded = compile::load(client, serialized, given, |home, options| {
+            // SAFETY: the client is live. The options live through the call, after which the
+            // framework's are there again; there the function gives the executable. Where there are
+            // any, the arguments are long enough to say so.
             unsafe {
+                args.members().client = home.raw();
                 if !given.is_empty() {
                     put_options(args.members(), options);
                 }
@@ -73,6 +81,7 @@ entry! {
                 if !given.is_empty() {
                     put_options(args.members(), given);
                 }
+                args.members().client = given_client;
                 loaded
             }
         })?;

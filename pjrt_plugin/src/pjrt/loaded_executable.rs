@@ -1,16 +1,20 @@
 //! Loaded executables: launching them, and what they say of their devices.
 
 use std::ffi::c_void;
+use std::ops::Deref;
+use std::sync::Arc;
 
 use pjrt_sys::*;
 
 use crate::compile::spmd;
+use crate::error::Error;
 use crate::inner::api;
 use crate::inner::execute_args::ExecuteArgs;
 use crate::inner::execute_options::ExecuteOptions;
 use crate::inner::handles::{DeviceHandle, FromRaw, Handle, LoadedHandle, Owned};
 use crate::inner::{serialized, side_table};
-use crate::launch::{self, keep_alive};
+use crate::launch::local_devices::LocalDevices;
+use crate::launch::{self, keep_alive, local_devices};
 use crate::pjrt::device;
 use crate::pjrt::entry::entry;
 
@@ -25,6 +29,9 @@ entry! {
             // SAFETY: the framework passes a live device.
             let device = unsafe { DeviceHandle::from_raw(args.execute_device) }?;
             device::refuse_other("PJRT_LoadedExecutable_Execute", device)?;
+            // SAFETY: as above.
+            let executable = unsafe { LoadedHandle::from_raw(args.executable) }?;
+            device::refuse_elsewhere(executable, device)?;
         }
         let given = args.options;
         // SAFETY: the options are valid for their size, and outlive the copy.
@@ -36,9 +43,15 @@ entry! {
             // SAFETY: the same options, for this call.
             unsafe { args.members() }.options = longer.raw();
         }
-        // SAFETY: the framework passes valid arguments, and each executable here has one device.
-        let launched = unsafe { ExecuteArgs::new(args.members()) }
-            .and_then(|mut launch| launch::execute(&mut launch));
+        // SAFETY: the framework passes a live executable.
+        let executable = unsafe { LoadedHandle::from_raw(args.executable) }?;
+        let launched = match local_devices::program(executable) {
+            Some(local) => execute_on_several(args.deref(), executable, &local),
+            // SAFETY: the framework passes valid arguments, and each other executable here has one
+            // device.
+            None => unsafe { ExecuteArgs::new(args.members()) }
+                .and_then(|mut launch| launch::execute(&mut launch)),
+        };
         // SAFETY: as they were.
         unsafe { args.members() }.options = given;
         launched
@@ -76,6 +89,11 @@ entry! {
         if spmd::is_elsewhere(executable) {
             // SAFETY: a shorter list.
             unsafe { args.members() }.num_addressable_devices = 0;
+        } else if let Some(local) = local_devices::program(executable) {
+            // SAFETY: the list lives as long as the loaded executable.
+            let args = unsafe { args.members() };
+            args.addressable_devices = local.devices.as_ptr().cast();
+            args.num_addressable_devices = local.devices.len();
         }
         Ok(())
     }
@@ -103,6 +121,27 @@ entry! {
         args.serialized_device_assignment_deleter = Some(free_assignment);
         Ok(())
     }
+}
+
+/// Launches a program on each of this rank's devices that it runs on.
+fn execute_on_several(
+    args: &PJRT_LoadedExecutable_Execute_Args,
+    first: LoadedHandle,
+    local: &Arc<LocalDevices>,
+) -> Result<(), Error> {
+    let executables: Vec<LoadedHandle> = local.executables(first).collect();
+    if args.num_devices != executables.len() {
+        return Err(Error::invalid(format!(
+            "PJRT_LoadedExecutable_Execute: {} devices are given, and the program runs on {} of \
+             this rank",
+            args.num_devices,
+            executables.len()
+        )));
+    }
+    let mut rows = Vec::new();
+    // SAFETY: the framework passes valid arguments for so many devices.
+    let parts = unsafe { ExecuteArgs::of_each(args, executables.into_iter(), &mut rows) };
+    launch::execute_several(local, &mut parts?)
 }
 
 unsafe extern "C" fn free_assignment(assignment: *mut PJRT_DeviceAssignmentSerialized) {

@@ -120,13 +120,14 @@ entry! {
             return Ok(());
         }
         let own = spmd::find(executable.address());
-        let Some(logical) = own.as_ref().and_then(|own| own.logical.as_ref()) else {
+        let Some(logical) = own.as_ref().map(|own| &own.logical[..]).filter(|ids| !ids.is_empty())
+        else {
             // SAFETY: as above.
             return args.pass_on(unsafe { newer(LOGICAL_IDS) });
         };
         // SAFETY: the list lives as long as the loaded executable.
         let args = unsafe { args.members() };
-        (args.ids, args.num_ids) = (logical, 1);
+        (args.ids, args.num_ids) = (logical.as_ptr(), logical.len());
         Ok(())
     }
 
@@ -177,11 +178,18 @@ entry! {
             [] => spmd::given(executable.address())?.unwrap_or_default(),
             given => given.to_vec(),
         };
-        let loaded = compile::load_compiled(client, &compiled_with, |options| {
-            // SAFETY: as above.
-            let function = unsafe { newer(CLIENT_LOAD) };
+        let given = args.client;
+        let loaded = compile::load_compiled(client, &compiled_with, |home, options| {
+            // SAFETY: a live client, and as above.
+            let function = unsafe {
+                args.members().client = home.raw();
+                newer(CLIENT_LOAD)
+            };
             make_with_options!(args, options, function, loaded_executable)
-        })?;
+        });
+        // SAFETY: as it was.
+        unsafe { args.members() }.client = given;
+        let loaded = loaded?;
         // SAFETY: the framework gets the executable.
         unsafe { args.members() }.loaded_executable = loaded.release().raw();
         Ok(())

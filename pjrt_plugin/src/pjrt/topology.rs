@@ -1,4 +1,4 @@
-//! The topology is MPI's: device `i` belongs to rank `i`, and each rank addresses its own.
+//! The topology is MPI's: devices belong to ranks in order, and each rank addresses its own.
 
 use std::sync::Arc;
 
@@ -94,18 +94,21 @@ entry! {
         args: PJRT_Client_LookupAddressableDevice_Args, client: ClientHandle
     ) {
         let client = find(client)?;
-        if args.local_hardware_id != 0 {
-            return Err(Error::invalid(format!(
-                "no local device {}: each rank has one, with local id 0",
-                args.local_hardware_id
-            )));
-        }
+        let (own, place) = (client.devices.own(), args.local_hardware_id);
+        let found = usize::try_from(place).ok().and_then(|place| own.get(place));
+        let device = found.ok_or_else(|| {
+            let last = own.len() - 1;
+            Error::invalid(match last {
+                0 => format!("no local device {place}: each rank has one, with local id 0"),
+                _ => format!("no local device {place}: each rank has those from 0 to {last}"),
+            })
+        })?;
         // SAFETY: the device lives as long as its client.
-        unsafe { args.members() }.addressable_device = client.device().raw();
+        unsafe { args.members() }.addressable_device = device.raw();
         Ok(())
     }
 
-    /// `PJRT_Client_DefaultDeviceAssignment`: this rank's device for programs of one device, else
+    /// `PJRT_Client_DefaultDeviceAssignment`: this rank's first for programs of one device, else
     /// the first ones in order, replica by replica, as for programs that are assigned to none.
     pub fn default_device_assignment(
         args: PJRT_Client_DefaultDeviceAssignment_Args, client: ClientHandle
@@ -113,10 +116,10 @@ entry! {
         let client = find(client)?;
         let (replicas, partitions) = (args.num_replicas.max(0), args.num_partitions.max(0));
         let count = i64::from(replicas) * i64::from(partitions);
-        if count > i64::from(client.size) {
+        let devices = client.devices.all().len();
+        if count > devices as i64 {
             return Err(Error::invalid(format!(
-                "{replicas} replicas of {partitions} partitions are more than the {} devices",
-                client.size
+                "{replicas} replicas of {partitions} partitions are more than the {devices} devices"
             )));
         }
         if args.default_assignment_size < count as usize {
@@ -126,7 +129,7 @@ entry! {
             )));
         }
         for place in 0..count as i32 {
-            let device = if count == 1 { client.rank } else { place };
+            let device = if count == 1 { client.devices.first() } else { place };
             // SAFETY: the framework's list is as long as it says.
             unsafe { *args.default_assignment.add(place as usize) = device };
         }
