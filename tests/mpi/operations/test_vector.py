@@ -152,14 +152,20 @@ def test_a_matrix_that_is_transposed_by_blocks() -> None:
     np.testing.assert_array_equal(np.concatenate(columns), matrix[:, first[RANK] : first[RANK + 1]])
 
 
+# NumPy's, since JAX would compile programs for each shape.
+def random(shape: tuple[int, ...], seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
 def derivatives_of(function: Any, x: jax.Array) -> None:
     """Both derivatives against finite differences of the losses of all ranks, added up."""
-    weights = jax.random.normal(jax.random.key(RANK), jax.eval_shape(function, x).shape)
+    weights = random(jax.eval_shape(function, x).shape, RANK)
 
+    @jax.jit
     def loss(x: jax.Array) -> jax.Array:
         return (weights * function(x) ** 2).sum()
 
-    direction = jax.random.normal(jax.random.key(9 + RANK), x.shape)
+    direction = random(x.shape, 9 + RANK)
 
     def total(step: float) -> float:
         return float(nt.allreduce(loss(x + step * direction), m.SUM))
@@ -177,9 +183,9 @@ def derivatives_of(function: Any, x: jax.Array) -> None:
 def test_derivatives_against_finite_differences() -> None:
     counts = COUNTS["some"]
     with jax.enable_x64(True):
-        mine = jax.random.normal(jax.random.key(RANK), (counts[RANK], 2))
-        on_root = jax.random.normal(jax.random.key(7), (sum(counts), 2))
-        sent = jax.random.normal(jax.random.key(RANK), (sum(SEND_COUNTS), 2))
+        mine = random((counts[RANK], 2), RANK)
+        on_root = random((sum(counts), 2), 7)
+        sent = random((sum(SEND_COUNTS), 2), RANK)
         derivatives_of(lambda x: nt.allgatherv(x, counts), mine)
         derivatives_of(lambda x: nt.gatherv(x, counts, SIZE - 1), mine)
         derivatives_of(lambda x: nt.scatterv(x, counts, 0), on_root if RANK == 0 else mine)
