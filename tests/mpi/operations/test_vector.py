@@ -61,14 +61,25 @@ def exchanged(row: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray]
 def test_every_count_and_row(name: str, row: tuple[int, ...]) -> None:
     counts = COUNTS[name]
     mine, all_rows = block(RANK, counts[RANK], row), everyone(counts, row)
-    for root in {0, SIZE - 1}:
-        gathered = nt.gatherv(mine, counts, root)
-        np.testing.assert_array_equal(gathered, all_rows if RANK == root else mine)
-        given = all_rows if RANK == root else np.zeros_like(mine)
-        np.testing.assert_array_equal(nt.scatterv(given, counts, root), mine)
-    np.testing.assert_array_equal(nt.allgatherv(mine, counts), all_rows)
     sent, expected = exchanged(row, "float32")
-    np.testing.assert_array_equal(nt.alltoallv(sent, SEND_COUNTS, RECV_COUNTS), expected)
+    roots = [0, SIZE - 1]
+    on_roots = [all_rows if RANK == root else np.zeros_like(mine) for root in roots]
+
+    def program(mine: Any, on_roots: list[Any], sent: Any) -> Any:
+        gathered = [nt.gatherv(mine, counts, root) for root in roots]
+        given = [nt.scatterv(x, counts, root) for x, root in zip(on_roots, roots, strict=True)]
+        everywhere = nt.allgatherv(mine, counts)
+        return gathered, given, everywhere, nt.alltoallv(sent, SEND_COUNTS, RECV_COUNTS)
+
+    # Outside of a program each operation is a program, to be compiled.
+    program = program if row == ROWS[-1] else jax.jit(program)
+    gathered, given, everywhere, swapped = program(mine, on_roots, sent)
+    for root, got in zip(roots, gathered, strict=True):
+        np.testing.assert_array_equal(got, all_rows if RANK == root else mine)
+    for got in given:
+        np.testing.assert_array_equal(got, mine)
+    np.testing.assert_array_equal(everywhere, all_rows)
+    np.testing.assert_array_equal(swapped, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES + FEW_BITS)
@@ -77,15 +88,23 @@ def test_every_dtype(dtype: str) -> None:
     with jax.enable_x64(True):
         mine, all_rows = block(RANK, counts[RANK], (3,), dtype), everyone(counts, (3,), dtype)
         sent, expected = exchanged((2,), dtype)
-        found = {
-            "allgatherv": (nt.allgatherv(mine, counts), all_rows),
-            "gatherv": (nt.gatherv(mine, counts, 0), all_rows if RANK == 0 else mine),
-            "scatterv": (nt.scatterv(all_rows if RANK == 0 else mine, counts, 0), mine),
-            "alltoallv": (nt.alltoallv(sent, SEND_COUNTS, RECV_COUNTS), expected),
-        }
-    for name, (got, wanted) in found.items():
+        on_root = all_rows if RANK == 0 else mine
+
+        @jax.jit
+        def program(mine: jax.Array, on_root: jax.Array, sent: jax.Array) -> dict[str, jax.Array]:
+            return {
+                "allgatherv": nt.allgatherv(mine, counts),
+                "gatherv": nt.gatherv(mine, counts, 0),
+                "scatterv": nt.scatterv(on_root, counts, 0),
+                "alltoallv": nt.alltoallv(sent, SEND_COUNTS, RECV_COUNTS),
+            }
+
+        found = program(mine, on_root, sent)
+    wanted = dict(allgatherv=all_rows, gatherv=on_root, scatterv=mine, alltoallv=expected)
+    assert wanted.keys() == found.keys()
+    for name, got in found.items():
         assert got.dtype == jnp.dtype(dtype), name
-        np.testing.assert_array_equal(np.asarray(got), wanted, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(got), wanted[name], err_msg=name)
 
 
 def test_with_tokens_in_one_program() -> None:
