@@ -27,9 +27,22 @@ else:
     os.environ["JAX_PLATFORMS"] = "mpi_cuda"
 
 
+def asserting(compare):
+    """What fails where `compare` returns false."""
+
+    def check(*arguments, **options):
+        assert compare(*arguments, **options)
+
+    return check
+
+
 def pytest_sessionstart():
     # pytest loads conftest.py anew, whoever has imported it. It would ask for eight devices.
-    sys.modules["conftest"].setup_done = True
+    conftest = sys.modules["conftest"]
+    conftest.setup_done = True
+    # They say whether it is so, and do not fail.
+    for name in ("assert_allclose", "assert_array_equal"):
+        setattr(conftest, name, asserting(getattr(conftest, name)))
 
 
 def pytest_collection_finish():
