@@ -10,9 +10,9 @@ use mpi_shim_abi::ShimOp;
 
 use crate::link::Link;
 use crate::link::gone::Gone;
-use crate::mpi::backoff;
 use crate::mpi::shim::{Shim, give_up};
 use crate::node::board::Board;
+use crate::node::patience;
 
 /// How long a rank looks for a message before it sleeps between looks, in microseconds.
 const AWAKE: u64 = 1_000;
@@ -129,6 +129,9 @@ pub(crate) fn sleep(waited: Duration, is_there: impl FnMut() -> bool) {
     }
 }
 
+/// Looks of a [`MessageWait`] before the core is given up between them.
+const LOOKS: u32 = 64;
+
 /// A wait for a message that the engine receives itself.
 #[derive(Default)]
 pub(crate) struct MessageWait {
@@ -140,12 +143,17 @@ pub(crate) struct MessageWait {
 impl MessageWait {
     /// Between two looks; `is_there` says that something may have come since the last one.
     pub(crate) fn pause(&mut self, is_there: impl FnMut() -> bool) {
-        let mut spins = self.looks;
-        self.looks = self.looks.saturating_add(1);
+        if self.looks < LOOKS {
+            // A look takes long enough. With fewer cores than ranks, the sender may wait for this
+            // one.
+            let step = if patience::is_oversubscribed() { 16 } else { 1 };
+            self.looks += step;
+            return;
+        }
         let since = *self.since.get_or_insert_with(Instant::now);
         let waited = since.elapsed();
         if (waited.as_micros() as u64) < AWAKE {
-            backoff::pause(&mut spins);
+            std::thread::yield_now();
         } else {
             sleep(waited, is_there);
         }

@@ -153,13 +153,24 @@ impl ShortMessages {
         self.comms.iter().position(|&comm| comm == handle)
     }
 
-    /// Sends what `op` sends on that communicator, which is `data`; else counts that it goes
-    /// through MPI now. Its receiver is awake then.
+    /// Sends what `op` sends on that communicator, which is `data`. If that cannot be done here,
+    /// `through_mpi` is called, which starts to send it, and its result returned.
+    ///
+    /// # Errors
+    /// If that fails.
     #[inline]
-    pub(crate) fn send(&self, comm: usize, op: &ShimOp, data: &[u8]) -> bool {
-        let Some((rank, Some(outgoing))) = self.outgoing_to(op) else {
-            return false;
+    pub(crate) fn send<T>(
+        &self,
+        comm: usize,
+        op: &ShimOp,
+        data: &[u8],
+        through_mpi: impl FnOnce() -> Result<T, MpiError>,
+    ) -> Result<Option<T>, MpiError> {
+        let rank = usize::try_from(op.dest).unwrap_or(usize::MAX);
+        let Some(Some(outgoing)) = self.outgoing.get(rank) else {
+            return through_mpi().map(Some);
         };
+        // Held until MPI has it, so that no thread sends what it says to be behind it before.
         let mut outgoing = outgoing.lock();
         let envelope = Envelope {
             comm,
@@ -168,31 +179,20 @@ impl ShortMessages {
             after: outgoing.through_mpi[comm],
             bytes: data.len(),
         };
-        let sent = outgoing.outbox.push(&envelope, data);
-        if !sent {
-            outgoing.through_mpi[comm] += 1;
-        }
+        let sent = match outgoing.outbox.push(&envelope, data) {
+            true => Ok(None),
+            false => through_mpi().map(|started| {
+                outgoing.through_mpi[comm] += 1;
+                Some(started)
+            }),
+        };
         drop(outgoing);
         self.board.wake(rank);
         sent
     }
 
-    /// What was counted has not gone through MPI, which failed.
-    #[cold]
-    pub(crate) fn not_sent(&self, comm: usize, op: &ShimOp) {
-        if let Some((_, Some(outgoing))) = self.outgoing_to(op) {
-            outgoing.lock().through_mpi[comm] -= 1;
-        }
-    }
-
-    #[inline]
-    fn outgoing_to(&self, op: &ShimOp) -> Option<(usize, Option<&Mutex<Outgoing>>)> {
-        let rank = usize::try_from(op.dest).ok()?;
-        Some((rank, self.outgoing.get(rank)?.as_ref()))
-    }
-
     /// Gives `read` the next message that `op` receives on that communicator, with its data, if it
-    /// is a short one and nothing else could come before it. Looks so many times.
+    /// is a short one and nothing else could come before it. Looks so many times without a pause.
     #[inline]
     pub(crate) fn take_next<T>(
         &self,
@@ -208,7 +208,6 @@ impl ShortMessages {
                 let received = received(source, &envelope);
                 return Some(inbox.take(&envelope, |data| read(received, data)));
             }
-            std::hint::spin_loop();
         }
         None
     }

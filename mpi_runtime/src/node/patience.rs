@@ -38,6 +38,11 @@ pub(crate) fn configure(oversubscribed: bool, progress: fn()) {
     let _ = PROGRESS.set(progress);
 }
 
+/// Whether there are more ranks than cores on some node.
+pub(crate) fn is_oversubscribed() -> bool {
+    OVERSUBSCRIBED.load(Ordering::Relaxed)
+}
+
 /// One wait.
 pub(crate) struct Patience {
     spins: u32,

@@ -26,13 +26,14 @@ use crate::engine::short_messages::{Came, ShortMessages};
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
+use crate::node::mailbox::MOST_BYTES;
 use crate::operation::Operation;
 use memory::StartedMemory;
 pub(super) use table::NO_MESSAGES;
-use table::{Posted, Shared, StartedRow, StartedState, complete, taker};
+use table::{Posted, Shared, StartedRow, StartedState, complete, move_on, taker};
 
-/// How often a receive looks for a short message before it looks for others.
-const LOOKS: u32 = 16;
+/// How often a receive looks for a short message before it looks for others: as long as that takes.
+const LOOKS: u32 = 32;
 /// What a send has received.
 const NOTHING: ShimReceived = ShimReceived {
     source: -1,
@@ -294,7 +295,10 @@ impl Nonblocking {
         if self.are_first() {
             return Ok(None);
         }
-        let received = short.take_next(comm, op, LOOKS, |received, data| {
+        // A longer one is looked for where it comes.
+        let is_short = op.recv_count as usize * element.size() <= MOST_BYTES;
+        let looks = if is_short { LOOKS } else { 1 };
+        let received = short.take_next(comm, op, looks, |received, data| {
             // SAFETY: as this function demands.
             unsafe { write_short(op, element, &received, data) };
             received
@@ -303,6 +307,7 @@ impl Nonblocking {
             return Ok(None);
         };
         RECORDER.met();
+        move_on(self.shared.shim()?);
         self.fill_status(op, &received)?;
         Ok(Some(received))
     }

@@ -1,6 +1,7 @@
 //! The table of messages and collectives that were started, and what moves them on: every call that
 //! looks at them, and a thread.
 
+use std::cell::Cell;
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -244,16 +245,15 @@ impl Shared {
                 // SAFETY: what is sent stays as it is, as this function demands.
                 _ => unsafe { std::slice::from_raw_parts(op.send.cast(), bytes) },
             };
-            if short.send(comm, op, data) {
-                return Ok(None);
+            // SAFETY: as this function demands.
+            let sent = short.send(comm, op, data, || unsafe { shim.start_send(op) });
+            if let Ok(None) = sent {
+                move_on(shim);
             }
+            return sent;
         }
         // SAFETY: as this function demands.
-        let request = unsafe { shim.start_send(op) };
-        if let (Err(_), Some((short, comm))) = (&request, short) {
-            short.not_sent(comm, op);
-        }
-        request.map(Some)
+        unsafe { shim.start_send(op) }.map(Some)
     }
 
     /// Moves everything on; whether anything changed.
@@ -344,6 +344,21 @@ impl Shared {
             StartedState::Done(..) | StartedState::Failed(_) => {}
         }
         row.state = StartedState::Failed(reason);
+    }
+}
+
+/// Has MPI move on now and then, when a message has not needed it: what the program has started by
+/// mpi4py may.
+#[inline]
+pub(super) fn move_on(shim: &Shim) {
+    const EVERY: u32 = 16;
+    thread_local! {
+        static MESSAGES: Cell<u32> = const { Cell::new(0) };
+    }
+    let messages = MESSAGES.get().wrapping_add(1);
+    MESSAGES.set(messages);
+    if messages.is_multiple_of(EVERY) {
+        shim.progress();
     }
 }
 
