@@ -63,7 +63,23 @@ def test_operations_are_between_ranks_from_each_device(mpi: str) -> None:
     thread = threading.Thread(target=lambda: print("PLUS", jax.jit(lambda x: x + 1)(one)))
     thread.start()
     thread.join()
-    error(lambda: on(lambda x: mpi_cuda.allreduce(x, mpi_cuda.SUM)[0])(x))
+    operation = lambda x: mpi_cuda.allreduce(x, mpi_cuda.SUM)[0]
+    error(lambda: on(operation)(x))
+    # Of three devices, of which one rank has but one: both refuse.
+    some = Mesh(np.array(jax.devices()[:3]), ("d",))
+    three = jax.make_array_from_callback(
+        (3, 3), NamedSharding(some, P("d")), lambda index: whole[:3][index])
+    error(lambda: jax.jit(jax.shard_map(
+        operation, mesh=some, in_specs=P("d"), out_specs=P("d"), check_vma=False))(three))
+    # Callbacks of the devices of a rank run in no order.
+    local = Mesh(np.array(jax.local_devices()), ("d",))
+    here = jax.device_put(np.ones((2, 3), np.float32), NamedSharding(local, P("d")))
+    def calls(x):
+        return np.asarray(jax.jit(operation)(jnp.asarray(x)))
+    def called(x):
+        return jax.pure_callback(calls, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+    error(lambda: jax.jit(jax.shard_map(
+        called, mesh=local, in_specs=P("d"), out_specs=P("d"), check_vma=False))(here))
     thread = threading.Thread(target=lambda: error(lambda: total(x)))
     thread.start()
     thread.join()
@@ -73,7 +89,8 @@ def test_operations_are_between_ranks_from_each_device(mpi: str) -> None:
     done = job(mpi, code, MPI_CUDA_LOCAL_DEVICES="2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("PLUS") == 2
-    assert done.stdout.count("has operations of mpi_cuda or mpi4jax, which are between ranks") == 2
+    assert done.stdout.count("has operations of mpi_cuda or mpi4jax, which are between ranks") == 4
+    assert done.stdout.count("devices, whose callbacks run in no order") >= 2
     assert done.stdout.count("MPI_CUDA_THREAD_ORDER=one") == 2
 
 

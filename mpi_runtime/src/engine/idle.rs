@@ -129,7 +129,8 @@ pub(crate) fn sleep(waited: Duration, is_there: impl FnMut() -> bool) {
     }
 }
 
-/// Looks of a [`MessageWait`] before the core is given up between them.
+/// Looks of a [`MessageWait`] before the core is given up between them; with fewer cores than ranks
+/// one counts as 16.
 const LOOKS: u32 = 64;
 
 /// A wait for a message that the engine receives itself.

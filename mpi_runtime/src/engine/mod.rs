@@ -250,9 +250,7 @@ impl Engine {
         let mpi = self.calls.shim.map_or("no MPI", |shim| shim.family.name());
         let by = match &comm {
             Some(comm) if !is_direct && self.calls.on_node.serves(op, comm) => "shared memory",
-            Some(comm) if op.kind.is_message() && self.calls.nonblocking.has_short(comm.handle) => {
-                &format!("shared memory or {mpi}")
-            }
+            Some(comm) if self.calls.may_be_short(op, comm) => &format!("shared memory or {mpi}"),
             _ => mpi,
         };
         let comm = comm.map_or("an unknown communicator", |comm| comm.name);

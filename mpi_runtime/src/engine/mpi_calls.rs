@@ -18,6 +18,7 @@ use crate::engine::{check, exchange_counts, result_canary, single_rank};
 use crate::error::Failure;
 use crate::mpi::communicators::{Communicator, Communicators};
 use crate::mpi::shim::Shim;
+use crate::node::mailbox::MOST_BYTES;
 use crate::operation::{OF_XLA, Operation, wrong_dtype};
 use crate::transfer::transport::Done;
 
@@ -215,7 +216,7 @@ impl MpiCalls {
         let shim = self.shim.as_ref().ok_or(NO_MESSAGES)?;
         let short = op.kind.is_message() && self.nonblocking.has_short(shim_op.comm);
         if short || receives(op) && by_hand(&self.nonblocking) {
-            if !short {
+            if !short && op.kind.sends() {
                 self.wake(op, comm);
             }
             // SAFETY: `check::prepare` took counts and types from the arrays, which outlive this
@@ -248,6 +249,14 @@ impl MpiCalls {
         Ok(received)
     }
 
+    /// Whether a message may go through memory that ranks share: then it depends on what is there.
+    pub(super) fn may_be_short(&self, op: &Operation<'_>, comm: &Communicator) -> bool {
+        let fits = |buffer: &Buffer<'_>| buffer.bytes() <= MOST_BYTES;
+        let sends = op.kind.sends() && op.dest != PROC_NULL && fits(&op.send);
+        let receives = op.kind.receives() && op.source != PROC_NULL;
+        self.nonblocking.has_short(comm.handle) && (sends || receives && fits(&op.recv))
+    }
+
     /// Wakes the receiver of a message, if it sleeps.
     #[inline]
     pub(super) fn wake(&self, op: &Operation<'_>, comm: &Communicator) {
@@ -266,7 +275,7 @@ impl MpiCalls {
         let shim_op = check::prepare(op, comm)?;
         check_request(&op.recv, "result")?;
         let peer = if op.kind.sends() { op.dest } else { op.source };
-        if op.kind.sends() {
+        if op.kind.sends() && !self.nonblocking.has_short(shim_op.comm) {
             self.wake(op, comm);
         }
         let number = match peer {
@@ -462,7 +471,7 @@ const UNKNOWN: Communicator = Communicator {
 const TO_NOBODY: u32 = 0;
 
 /// Whether the engine itself looks for the message of a receive: for those that were started
-/// before, and for a profile, which has when it came.
+/// before, and for a profile, which has when it came. It also looks where there are short ones.
 #[inline]
 fn by_hand(nonblocking: &Nonblocking) -> bool {
     nonblocking.are_first() || RECORDER.is_profiled()

@@ -68,6 +68,8 @@ impl Transport for OnCommunicator<'_> {
     fn start_send(&mut self, op: &Operation<'_>) -> Result<Request, Failure> {
         let shim_op = self.prepare(op)?;
         let shim = self.calls.shim.as_ref().ok_or(NO_MESSAGES)?;
+        // Where there are short messages, all must be counted.
+        debug_assert!(!self.calls.nonblocking.has_short(shim_op.comm));
         self.calls.wake(op, self.comm);
         // SAFETY: staging keeps what is sent in its pool until `is_sent` says that it is.
         let request = unsafe { shim.start_send(&shim_op) };

@@ -43,7 +43,7 @@ struct Outgoing {
 /// From all ranks.
 struct Incoming {
     /// By rank in the world.
-    from: Vec<From>,
+    from: Vec<Sender>,
     /// The ranks of this node.
     here: Vec<usize>,
     /// What came before it was asked for: what is from one rank on one communicator, in the order
@@ -52,7 +52,7 @@ struct Incoming {
 }
 
 #[derive(Default)]
-struct From {
+struct Sender {
     inbox: Option<Inbox>,
     /// How many messages MPI has given, by communicator.
     through_mpi: [u64; COMMS],
@@ -120,7 +120,7 @@ impl ShortMessages {
         comms: [u64; COMMS],
     ) -> ShortMessages {
         let mut outgoing: Vec<_> = (0..size).map(|_| None).collect();
-        let mut from: Vec<_> = (0..size).map(|_| From::default()).collect();
+        let mut from: Vec<_> = (0..size).map(|_| Sender::default()).collect();
         let mut here = Vec::new();
         for boxes in mailboxes.boxes() {
             let Boxes {
@@ -153,7 +153,7 @@ impl ShortMessages {
         self.comms.iter().position(|&comm| comm == handle)
     }
 
-    /// Sends what `op` sends on that communicator, which is `data`. If that cannot be done here,
+    /// Sends `data`, which `op` sends on that communicator. If that cannot be done here,
     /// `through_mpi` is called, which starts to send it, and its result returned.
     ///
     /// # Errors
@@ -236,6 +236,7 @@ impl ShortMessages {
     }
 
     /// Whether a message of the rank that `op` receives from has come since it was last looked for.
+    /// Not if another thread looks now, or has found it: then it is late by one sleep.
     pub(crate) fn has_news(&self, op: &ShimOp) -> bool {
         let Some(incoming) = self.incoming.try_lock() else {
             return false;
@@ -274,7 +275,11 @@ impl Incoming {
     /// The rank whose first message in its mailbox is what is wanted, and the message.
     #[inline]
     fn next(&self, wanted: &Wanted) -> Option<(usize, Envelope)> {
-        if !self.early.is_empty() {
+        let is_before = |early: &Early| {
+            let source = early.came.envelope().source;
+            early.comm == wanted.comm && (wanted.source == ANY || wanted.source == source)
+        };
+        if self.early.iter().any(is_before) {
             return None;
         }
         let first = |rank: usize| {
@@ -299,10 +304,10 @@ impl Incoming {
         mut pull: impl FnMut() -> Result<Option<Message>, MpiError>,
     ) -> Result<Option<Came>, MpiError> {
         match usize::try_from(wanted.source) {
-            Ok(rank) => self.empty(rank),
+            Ok(rank) => self.drain(rank),
             Err(_) => {
                 for place in 0..self.here.len() {
-                    self.empty(self.here[place]);
+                    self.drain(self.here[place]);
                 }
             }
         }
@@ -331,7 +336,7 @@ impl Incoming {
     }
 
     /// Enters all that is in the mailbox of a rank.
-    fn empty(&mut self, rank: usize) {
+    fn drain(&mut self, rank: usize) {
         let Some(inbox) = self.from.get_mut(rank).and_then(|from| from.inbox.as_mut()) else {
             return;
         };
@@ -350,17 +355,8 @@ impl Incoming {
     /// Enters a message that MPI has given, before the short ones that were sent after it.
     fn enter(&mut self, comm: usize, message: Message) {
         let source = message.envelope.source;
-        let Some(rank) = usize::try_from(source)
-            .ok()
-            .filter(|&rank| rank < self.from.len())
-        else {
-            // Of no rank that sends short ones.
-            return self.early.push(Early {
-                comm,
-                came: Came::Mpi(message),
-            });
-        };
-        self.empty(rank);
+        let rank = source as usize;
+        self.drain(rank);
         let before = self.from[rank].through_mpi[comm];
         self.from[rank].through_mpi[comm] += 1;
         let comes_later = |early: &Early| match &early.came {

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::node::segment::{Atomics, Segment, SegmentName};
 
-/// The most ranks of a node that have mailboxes: with 16 they take 18 MiB.
+/// The most ranks of a node that have mailboxes: with 16 they take 17 MiB.
 pub(crate) const MOST_RANKS: usize = 16;
 /// The longest message.
 pub(crate) const MOST_BYTES: usize = 2048;
@@ -24,7 +24,7 @@ const PAGE: usize = 4096;
 /// What a message says of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Envelope {
-    /// Its communicator, by a number below 256.
+    /// Its communicator, by a number of 32 bits.
     pub(crate) comm: usize,
     pub(crate) tag: i32,
     /// Code of its element type.

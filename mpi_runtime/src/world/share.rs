@@ -62,7 +62,7 @@ pub(super) fn share_memory(
         1 => None,
         _ => share_board(ranks, agreed)?.map(Arc::new),
     };
-    // Messages of a device's memory have ways of their own.
+    // Messages of a device's memory have ways of their own, where nobody counts those through MPI.
     let mailboxes = match &board {
         Some(board) if options.shm_messages && options.device.is_none() => {
             share_mailboxes(ranks, agreed, board)?

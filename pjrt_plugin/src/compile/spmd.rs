@@ -145,24 +145,26 @@ pub fn home(client: ClientHandle, serialized: &[u8]) -> ClientHandle {
     }
 }
 
-/// Refuses operations of ours in a program that runs on several devices of this rank at once: they
-/// are between ranks.
+/// Refuses operations of ours in a program that runs on several devices of some rank: they are
+/// between ranks.
 fn refuse_operations(client: &Client, devices: &Devices, program: &[u8]) -> Result<(), Error> {
-    let local = devices
-        .ids()
-        .iter()
-        .filter(|&&id| client.devices.local(id).is_some());
-    let count = local.count();
-    if count < 2 {
+    let rank_of = |&id: &i64| id / i64::from(client.devices.of_rank());
+    let mut ranks: Vec<_> = devices.ids().iter().map(rank_of).collect();
+    ranks.sort_unstable();
+    ranks.dedup();
+    // The same on all ranks, whichever of them has one device there.
+    if ranks.len() == devices.ids().len() {
         return Ok(());
     }
     let ours = |target: &str| has_operations(target.as_bytes()).then_some(0);
     match hlo_rewrite::attributes(program, "comm", ours)? {
         found if !found.is_empty() => Err(Error::unimplemented(format!(
-            "a program that runs on {count} devices of rank {} at once has operations of mpi_cuda \
-             or mpi4jax, which are between ranks: use jax.lax.psum, all_gather, ppermute and so on \
-             there, call them in a program for one device of each rank, or leave \
+            "a program that runs on {} devices of {} ranks has operations of mpi_cuda or mpi4jax, \
+             which are between ranks (this is rank {}): use jax.lax.psum, all_gather, ppermute and \
+             so on there, call them in a program for one device of each rank, or leave \
              MPI_CUDA_LOCAL_DEVICES out",
+            devices.ids().len(),
+            ranks.len(),
             client.rank
         ))),
         _ => Ok(()),

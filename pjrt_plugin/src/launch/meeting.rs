@@ -11,7 +11,6 @@ use mpi_runtime::{Buffer, Ticket};
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
 use crate::error::Error;
-use crate::launch::local_devices::LocalDevices;
 use crate::launch::ticket::{RunId, TicketGuard};
 use crate::plugin::world;
 
@@ -57,7 +56,8 @@ pub struct Several {
     run: RunId,
     /// Retires its own ticket, if it has one, when the last part has ended.
     _guard: Option<TicketGuard>,
-    local: Arc<LocalDevices>,
+    /// The numbers of its devices.
+    ids: Vec<i64>,
     /// The run id of the first part; the others follow.
     first_id: i64,
     state: Mutex<State>,
@@ -96,19 +96,14 @@ pub fn find(run_id: i64) -> Option<(Arc<Several>, usize)> {
 
 impl Several {
     /// A launch on those devices, of which `guard` has the ticket.
-    pub fn new(
-        run: RunId,
-        guard: Option<TicketGuard>,
-        local: Arc<LocalDevices>,
-        parts: usize,
-    ) -> Arc<Several> {
+    pub fn new(run: RunId, guard: Option<TicketGuard>, ids: &[i64], parts: usize) -> Arc<Several> {
         static LAST: AtomicU32 = AtomicU32::new(0);
         let number = LAST.fetch_add(parts as u32, Ordering::Relaxed) % (1 << 30);
         let first_id = i64::from(i32::MIN) + i64::from(number);
         let several = Arc::new(Several {
             run,
             _guard: guard,
-            local,
+            ids: ids.to_vec(),
             first_id,
             state: Mutex::new(State {
                 calls: (0..parts).map(|_| None).collect(),
@@ -152,7 +147,7 @@ impl Several {
 
     /// The devices of this rank that it runs on, in the program's order.
     pub fn devices(&self) -> &[i64] {
-        &self.local.ids
+        &self.ids
     }
 
     /// The part in that place comes to a collective. The last part to come executes it for all, in

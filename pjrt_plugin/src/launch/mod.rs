@@ -56,6 +56,10 @@ pub use several::execute as execute_several;
 pub fn execute(args: &mut ExecuteArgs<'_>) -> Result<(), Error> {
     let deleted = donation::refuse_deleted(args);
     let program = executables::find(args.executable);
+    if let Some(program) = program.filter(|program| program.operations) {
+        several::refuse_operations_of_callbacks()
+            .inspect_err(|error| tell_refused(&program, error))?;
+    }
     if let Some(outer) = ticket::callback_in_background() {
         deleted?;
         return launch_in_background(args, program, outer);

@@ -22,7 +22,7 @@ use crate::launch::on_caller::WithCallbacks;
 use crate::launch::thread_order::{self, ThreadOrder};
 use crate::launch::ticket::{self, RunId, TicketGuard};
 use crate::launch::{self as launches, async_barrier, donation};
-use crate::plugin::world;
+use crate::plugin::{config, world};
 
 /// Launches a program for the framework on devices of this rank: a part on each.
 pub fn execute(local: &Arc<LocalDevices>, parts: &mut [ExecuteArgs<'_>]) -> Result<(), Error> {
@@ -34,10 +34,10 @@ pub fn execute(local: &Arc<LocalDevices>, parts: &mut [ExecuteArgs<'_>]) -> Resu
         .try_for_each(|part| donation::refuse_deleted(part));
     let has_operations = program.is_some_and(|program| program.operations);
     if !has_operations {
-        deleted?;
+        deleted.and_then(|()| refuse_in_callbacks())?;
         let callbacks = program.is_some_and(|program| program.callbacks);
         let order = world().map_or_else(thread_order::first, thread_order::of);
-        let several = Several::new(RunId::of(&order), None, local.clone(), parts.len());
+        let several = Several::new(RunId::of(&order), None, &local.ids, parts.len());
         let mut own = several.parts().into_iter();
         return all_or_none(parts, |args| {
             launches::launch_others(args, callbacks, own.next())
@@ -54,17 +54,40 @@ pub fn execute(local: &Arc<LocalDevices>, parts: &mut [ExecuteArgs<'_>]) -> Resu
     launch(world, local, &program, parts)
 }
 
-/// Where several devices cannot be launched on.
-fn refuse_here() -> Result<(), Error> {
-    if ticket::callback_of().is_some()
+/// Whether the calling thread is in a callback of a program.
+fn is_in_callback() -> bool {
+    ticket::callback_of().is_some()
         || ticket::callback_in_background().is_some()
         || ticket::is_inside_launch()
-    {
-        return Err(Error::unimplemented(
-            "a host callback launches a program with collectives on several devices of this rank: \
-             launch it outside of callbacks, or leave MPI_CUDA_LOCAL_DEVICES out",
-        ));
+}
+
+/// A callback of one device's part would wait for the parts of all.
+fn refuse_in_callbacks() -> Result<(), Error> {
+    match is_in_callback() {
+        false => Ok(()),
+        true => Err(Error::unimplemented(
+            "a host callback launches a program on several devices of this rank: launch it outside \
+             of callbacks, or leave MPI_CUDA_LOCAL_DEVICES out",
+        )),
     }
+}
+
+/// Refuses operations of callbacks where ranks have several devices: the callbacks of those run at
+/// once, and on each rank in an order of its own.
+pub fn refuse_operations_of_callbacks() -> Result<(), Error> {
+    if config().local_devices == 1 || !is_in_callback() {
+        return Ok(());
+    }
+    Err(Error::unimplemented(
+        "a host callback launches operations of mpi_cuda or mpi4jax, and ranks have several \
+         devices, whose callbacks run in no order: call them outside of callbacks, or leave \
+         MPI_CUDA_LOCAL_DEVICES out",
+    ))
+}
+
+/// Where several devices cannot be launched on.
+fn refuse_here() -> Result<(), Error> {
+    refuse_in_callbacks()?;
     let is_first = world().is_none_or(|world| thread_order::of(world).is_first());
     match is_first {
         true => Ok(()),
@@ -98,7 +121,7 @@ fn launch(
     let ticket = world.engine.issue_ticket(place);
     let several = {
         let guard = Some(TicketGuard(ticket));
-        Several::new(RunId::Ticket(ticket), guard, local.clone(), parts.len())
+        Several::new(RunId::Ticket(ticket), guard, &local.ids, parts.len())
     };
     let mut own = several.parts().into_iter();
     if let RunId::By(thread) = RunId::of(&order) {
@@ -129,8 +152,9 @@ fn launch(
     result.inspect_err(|error| {
         several.fail(format!("another part of the launch was refused: {error}"));
         world.engine.withdraw();
-        if !deferred {
-            world.engine.launch_failed(ticket, &error.to_string());
+        // What is not deferred tells it when its part ends.
+        if deferred {
+            launches::tell_refused(program, error);
         }
     })
 }

@@ -25,12 +25,12 @@ entry! {
             // It runs on devices of other ranks alone.
             return Ok(());
         }
+        // SAFETY: the framework passes a live executable.
+        let executable = unsafe { LoadedHandle::from_raw(args.executable) }?;
         if !args.execute_device.is_null() {
             // SAFETY: the framework passes a live device.
             let device = unsafe { DeviceHandle::from_raw(args.execute_device) }?;
             device::refuse_other("PJRT_LoadedExecutable_Execute", device)?;
-            // SAFETY: as above.
-            let executable = unsafe { LoadedHandle::from_raw(args.executable) }?;
             device::refuse_elsewhere(executable, device)?;
         }
         let given = args.options;
@@ -43,8 +43,6 @@ entry! {
             // SAFETY: the same options, for this call.
             unsafe { args.members() }.options = longer.raw();
         }
-        // SAFETY: the framework passes a live executable.
-        let executable = unsafe { LoadedHandle::from_raw(args.executable) }?;
         let launched = match local_devices::program(executable) {
             Some(local) => execute_on_several(args.deref(), executable, &local),
             // SAFETY: the framework passes valid arguments, and each other executable here has one

@@ -6,7 +6,9 @@
 //! which receive gets which message, so that each message's length is known before a byte is
 //! written: in the order in which the receives were started (MPI 4.0, section 3.5), of which the
 //! first that accepts a message gets it; so a blocking receive looks here too while one of these
-//! has no message. A thread moves messages on while the program computes (`table`).
+//! has no message. Where there are short messages ([`crate::engine::short_messages`]), all messages
+//! of their communicators are sent and received here. A thread moves messages on while the program
+//! computes (`table`).
 
 mod collectives;
 mod memory;
@@ -32,7 +34,7 @@ use memory::StartedMemory;
 pub(super) use table::NO_MESSAGES;
 use table::{Posted, Shared, StartedRow, StartedState, complete, move_on, taker};
 
-/// How often a receive looks for a short message before it looks for others: as long as that takes.
+/// How often a receive looks for a short message before it has MPI look: both take about as long.
 const LOOKS: u32 = 32;
 /// What a send has received.
 const NOTHING: ShimReceived = ShimReceived {
@@ -204,8 +206,9 @@ impl Nonblocking {
                 self.shared.fail(row, reason.into());
                 continue;
             }
+            let posted = Posted(row.posted.0);
             drop(table);
-            waiting.pause(|| false);
+            waiting.pause(|| self.shared.has_news(&posted.0));
         }
     }
 

@@ -220,7 +220,13 @@ impl Shared {
     /// Takes the message that `op` would receive, if one is there.
     pub(super) fn take(&self, shim: &Shim, op: &ShimOp) -> Result<Option<Came>, MpiError> {
         match self.short(op.comm) {
-            Some((short, comm)) => short.take(shim, comm, op),
+            Some((short, comm)) => {
+                let came = short.take(shim, comm, op);
+                if let Ok(Some(Came::Short { .. })) = came {
+                    move_on(shim);
+                }
+                came
+            }
             None => Ok(shim.take(op)?.map(Came::Mpi)),
         }
     }
@@ -347,8 +353,8 @@ impl Shared {
     }
 }
 
-/// Has MPI move on now and then, when a message has not needed it: what the program has started by
-/// mpi4py may.
+/// Has MPI move on now and then, when a message of this thread's has not needed it: what the
+/// program has started by mpi4py may need it.
 #[inline]
 pub(super) fn move_on(shim: &Shim) {
     const EVERY: u32 = 16;

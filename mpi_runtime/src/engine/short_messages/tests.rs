@@ -21,7 +21,7 @@ impl Pair {
             outbox: mailboxes.boxes().pop().unwrap().outbox,
             through_mpi: [0; COMMS],
         };
-        let from = own.into_iter().map(|boxes| From {
+        let from = own.into_iter().map(|boxes| Sender {
             inbox: Some(boxes.inbox),
             through_mpi: [0; COMMS],
         });
