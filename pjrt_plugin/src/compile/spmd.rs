@@ -108,7 +108,7 @@ pub enum RunsOn {
     Here(ClientHandle),
     /// On devices of other ranks alone.
     Elsewhere(Box<Options>),
-    /// On several devices, of which one is this rank's.
+    /// On several devices, of which some are this rank's.
     Several(Box<Options>),
 }
 

@@ -44,7 +44,7 @@ pub fn execute(local: &Arc<LocalDevices>, parts: &mut [ExecuteArgs<'_>]) -> Resu
         });
     }
     let Some(program) = program else {
-        return Ok(());
+        return Err(Error::internal("a launch of no program"));
     };
     launches::count_by_main();
     let ready = deleted
@@ -131,7 +131,7 @@ fn launch(
     RECORDER.launch(ticket, program.name, parts[0].call_location());
     let result = all_or_none(parts, |args| {
         let Some(part) = own.next() else {
-            return Ok(());
+            return Err(Error::internal("a launch has more devices than parts"));
         };
         let launch_id = part.launch_id();
         let completion = Completion {

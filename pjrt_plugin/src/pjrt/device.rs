@@ -141,7 +141,7 @@ entry! {
     }
 
     /// `PJRT_DeviceDescription_ProcessIndex`. Descriptions of topologies that are of no client have
-    /// the same ids, and one of them for each rank, as long as ranks have one device each.
+    /// the same ids, as many of them for each rank as ranks have devices.
     pub fn process_index(
         args: PJRT_DeviceDescription_ProcessIndex_Args, device_description: DescriptionHandle
     ) {
