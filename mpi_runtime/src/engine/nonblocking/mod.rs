@@ -206,7 +206,7 @@ impl Nonblocking {
                 self.shared.fail(row, reason.into());
                 continue;
             }
-            // Only who waits for a message takes what lies in the mailbox, and may sleep after that.
+            // Only who waits for a message takes what lies in the mailbox, and can sleep then.
             let is_unmatched = matches!(row.state, StartedState::Unmatched);
             let posted = Posted(row.posted.0);
             drop(table);
