@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use crate::error::MpiError;
 use crate::mpi::shim::{Message, Shim};
 use crate::node::board::Board;
-use crate::node::mailbox::{Boxes, Envelope, Inbox, Mailboxes, Outbox};
+use crate::node::mailbox::{Boxes, Data, Envelope, Inbox, Mailboxes, Outbox};
 
 /// Communicators that have them.
 const COMMS: usize = 2;
@@ -199,7 +199,7 @@ impl ShortMessages {
         comm: usize,
         op: &ShimOp,
         looks: u32,
-        read: impl FnOnce(ShimReceived, &[u8]) -> T,
+        read: impl FnOnce(ShimReceived, Data<'_>) -> T,
     ) -> Option<T> {
         let mut incoming = self.incoming.try_lock()?;
         for _ in 0..looks {
@@ -345,7 +345,7 @@ impl Incoming {
                 comm: envelope.comm.min(COMMS - 1),
                 came: Came::Short {
                     envelope: received(rank, &envelope),
-                    data: inbox.take(&envelope, <[u8]>::to_vec),
+                    data: inbox.take(&envelope, |data| data.concat()),
                     after: envelope.after,
                 },
             });

@@ -2,8 +2,9 @@
 //! one short messages.
 //!
 //! A message has an envelope and data. Short data lie beside the envelope, so that a message is one
-//! cache line; longer ones have a place of their own. The sender never waits: a ring that is full
-//! takes nothing, and the message goes another way ([`Envelope::after`]).
+//! cache line; longer ones have a place of their own, and those that exceed it the places of the
+//! slots behind theirs too. The sender never waits: a ring that has no room takes nothing, and the
+//! message goes another way ([`Envelope::after`]).
 
 use std::io;
 use std::sync::Arc;
@@ -13,10 +14,12 @@ use crate::node::segment::{Atomics, Segment, SegmentName};
 
 /// The most ranks of a node that have mailboxes: with 16 they take 17 MiB.
 pub(crate) const MOST_RANKS: usize = 16;
-/// The longest message.
-pub(crate) const MOST_BYTES: usize = 2048;
-/// Messages that a ring holds.
+/// The longest message: a quarter of a ring.
+pub(crate) const MOST_BYTES: usize = 8 * PLACE;
+/// Messages that a ring holds, if each needs one place.
 const SLOTS: usize = 32;
+/// Bytes of the data of a slot.
+const PLACE: usize = 2048;
 /// Bytes beside an envelope.
 const BESIDE: usize = 32;
 const PAGE: usize = 4096;
@@ -82,13 +85,16 @@ impl Envelope {
 }
 
 /// Bytes of a ring with its data.
-const RING: usize = (size_of::<Ring>() + SLOTS * MOST_BYTES).next_multiple_of(PAGE);
+const RING: usize = (size_of::<Ring>() + SLOTS * PLACE).next_multiple_of(PAGE);
+
+/// The data of a message, in two pieces: they may begin again at the ring's start.
+pub(crate) type Data<'a> = [&'a [u8]; 2];
 
 /// The ring from one rank to another, as either of them uses it.
 struct End {
     segment: Arc<Segment>,
     start: usize,
-    /// Messages that have gone through this end.
+    /// Slots that have gone through this end.
     count: u64,
 }
 
@@ -101,17 +107,27 @@ impl End {
         &self.ring().slots[self.count as usize % SLOTS]
     }
 
-    fn data(&self) -> *mut u8 {
+    /// Where so many bytes of data lie: the first so many at the first address, the others at the
+    /// second one.
+    fn data(&self, bytes: usize) -> (usize, [*mut u8; 2]) {
         let place = self.count as usize % SLOTS;
-        let offset = self.start + size_of::<Ring>() + place * MOST_BYTES;
-        self.segment.address(offset)
+        let first = bytes.min((SLOTS - place) * PLACE);
+        let start = self.start + size_of::<Ring>();
+        let pieces = [start + place * PLACE, start];
+        (first, pieces.map(|offset| self.segment.address(offset)))
     }
+}
+
+/// Slots of a message.
+#[inline]
+fn slots(bytes: usize) -> u64 {
+    bytes.div_ceil(PLACE).max(1) as u64
 }
 
 /// Where a rank puts messages for another one.
 pub(crate) struct Outbox {
     end: End,
-    /// How many the receiver had taken when this rank last looked.
+    /// How many slots the receiver had taken when this rank last looked.
     taken: u64,
 }
 
@@ -123,9 +139,10 @@ impl Outbox {
         if data.len() > MOST_BYTES {
             return false;
         }
-        if end.count - self.taken == SLOTS as u64 {
+        let slots = slots(data.len());
+        if end.count - self.taken + slots > SLOTS as u64 {
             self.taken = end.ring().taken.0.load(Ordering::Acquire);
-            if end.count - self.taken == SLOTS as u64 {
+            if end.count - self.taken + slots > SLOTS as u64 {
                 return false;
             }
         }
@@ -137,10 +154,14 @@ impl Outbox {
                 word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
             }
         } else {
-            // SAFETY: inside the segment, behind the ring, and where no array is. The receiver has
-            // taken what was here, and reads this one after its number is stored.
-            let place = unsafe { std::slice::from_raw_parts_mut(end.data(), data.len()) };
-            place.copy_from_slice(data);
+            let (first, pieces) = end.data(data.len());
+            let parts = data.split_at(first);
+            for (piece, part) in pieces.into_iter().zip(<[&[u8]; 2]>::from(parts)) {
+                // SAFETY: inside the segment, behind the ring, and where no array is. The receiver
+                // has taken what was here, and reads this one after its number is stored.
+                let place = unsafe { std::slice::from_raw_parts_mut(piece, part.len()) };
+                place.copy_from_slice(part);
+            }
         }
         let bytes = data.len();
         let words = Envelope { bytes, ..*envelope }.words();
@@ -149,7 +170,7 @@ impl Outbox {
         }
         // After the rest for the receiver, and before the sender looks whether it sleeps.
         slot.number.store(end.count + 1, Ordering::SeqCst);
-        end.count += 1;
+        end.count += slots;
         true
     }
 }
@@ -173,7 +194,7 @@ impl Inbox {
 
     /// Takes it, with its data.
     #[inline]
-    pub(crate) fn take<T>(&mut self, envelope: &Envelope, read: impl FnOnce(&[u8]) -> T) -> T {
+    pub(crate) fn take<T>(&mut self, envelope: &Envelope, read: impl FnOnce(Data<'_>) -> T) -> T {
         let end = &mut self.end;
         let slot = end.slot();
         assert!(envelope.bytes <= MOST_BYTES);
@@ -182,13 +203,18 @@ impl Inbox {
             for (part, word) in bytes.chunks_exact_mut(8).zip(&slot.beside) {
                 part.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
             }
-            read(&bytes[..envelope.bytes])
+            read([&bytes[..envelope.bytes], &[]])
         } else {
+            let (first, pieces) = end.data(envelope.bytes);
+            let lengths = [first, envelope.bytes - first];
             // SAFETY: inside the segment, behind the ring. Its sender writes there again when it
             // sees that this message was taken, which is shown below.
-            read(unsafe { std::slice::from_raw_parts(end.data(), envelope.bytes) })
+            let piece = |place: usize| unsafe {
+                std::slice::from_raw_parts(pieces[place].cast_const(), lengths[place])
+            };
+            read([piece(0), piece(1)])
         };
-        end.count += 1;
+        end.count += slots(envelope.bytes);
         end.ring().taken.0.store(end.count, Ordering::Release);
         result
     }
@@ -331,7 +357,9 @@ pub(crate) mod tests {
     fn messages_of_all_lengths_arrive_in_order() {
         let [mut sends, mut receives] = two(3, 5);
         assert_eq!((sends.rank, receives.rank), (5, 3));
+        let places = [PLACE - 1, PLACE, PLACE + 1, 3 * PLACE + 5];
         let lengths = [0, 1, 8, 31, 32, 33, 1000, MOST_BYTES - 1, MOST_BYTES];
+        let lengths = [&places[..], &lengths].concat();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for round in 0..200 {
@@ -350,7 +378,7 @@ pub(crate) mod tests {
                     }
                 };
                 assert_eq!(found, envelope);
-                assert_eq!(receives.inbox.take(&found, <[u8]>::to_vec), data);
+                assert_eq!(receives.inbox.take(&found, |data| data.concat()), data);
             }
         });
         assert!(receives.inbox.first().is_none());
@@ -367,8 +395,14 @@ pub(crate) mod tests {
             assert!(outbox.push(&envelope, &data));
         }
         assert!(!outbox.push(&envelope, &data));
-        inbox.take(&envelope, |found| assert_eq!(found, data));
+        inbox.take(&envelope, |found| assert_eq!(found.concat(), data));
         assert!(outbox.push(&envelope, &data) && !outbox.push(&envelope, &data));
+        // A message of two slots needs two.
+        let (longer, long_data) = of_length(PLACE + 1, 2);
+        inbox.take(&envelope, |_| ());
+        assert!(!outbox.push(&longer, &long_data));
+        inbox.take(&envelope, |_| ());
+        assert!(outbox.push(&longer, &long_data));
     }
 
     #[test]

@@ -3,6 +3,7 @@ ones, which go through MPI. Their order is that of one sort alone."""
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import jax
@@ -16,8 +17,8 @@ from mpi_cuda import notoken as nt
 
 RANK, SIZE = m.COMM_WORLD.rank, m.COMM_WORLD.size
 NEXT, PREVIOUS = (RANK + 1) % SIZE, (RANK - 1) % SIZE
-#: Numbers of 4 bytes: beside the envelope, in a place of their own, and through MPI.
-SHORTEST, SHORT, LONGEST, LONG = 2, 9, 512, 513
+#: Numbers of 4 bytes: beside the envelope, in a place of their own, in several, and through MPI.
+SHORTEST, SHORT, SEVERAL, LONGEST, LONG = 2, 9, 700, 4096, 4097
 
 pytestmark = pytest.mark.skipif(SIZE == 1, reason="needs other ranks")
 
@@ -33,8 +34,8 @@ def check(found: list[jax.Array], numbers: list[int], lengths: list[int]) -> Non
 
 @pytest.mark.parametrize("comm", [None, m.COMM_WORLD], ids=["default", "world"])
 def test_more_messages_than_a_mailbox_holds_come_in_their_order(comm: m.Comm | None) -> None:
-    """Those that find it full go through MPI, and so do long ones."""
-    lengths = [LONG if i % 7 == 3 else SHORT if i % 3 else SHORTEST for i in range(90)]
+    """Those that find it full go through MPI."""
+    lengths = [SEVERAL if i % 7 == 3 else SHORT if i % 3 else SHORTEST for i in range(90)]
     numbers = list(range(len(lengths)))
 
     @jax.jit
@@ -52,23 +53,52 @@ def test_more_messages_than_a_mailbox_holds_come_in_their_order(comm: m.Comm | N
         check(receive(), numbers, lengths)
 
 
+def test_long_ones_come_among_short_ones_in_their_order() -> None:
+    kinds = [SHORT, LONG, LONGEST, SHORTEST, LONG, SEVERAL, SHORT]
+    lengths = [kinds[i % 7] for i in range(70)]
+
+    @jax.jit
+    def send() -> None:
+        for number, length in enumerate(lengths):
+            nt.send(message(number, length), NEXT)
+
+    @jax.jit
+    def receive() -> list[jax.Array]:
+        return [nt.recv(message(0, length), PREVIOUS) for length in lengths]
+
+    for _ in range(3):
+        # MPI may have a send of a long one wait for its receive: not all send first.
+        if RANK % 2:
+            check(receive(), list(range(70)), lengths)
+            send()
+        else:
+            send()
+            check(receive(), list(range(70)), lengths)
+
+
 def test_tags_are_received_in_another_order() -> None:
     tags = [3, 1, 2, 1, 3, 2, 1, 1, 2, 3]
-    lengths = [SHORT, LONG, SHORTEST, SHORT, LONG, LONGEST, SHORTEST, LONG, SHORT, SHORT]
+    lengths = [SHORT, LONG, SHORTEST, SEVERAL, LONG, LONGEST, SHORTEST, LONG, SHORT, SHORT]
     order = sorted(range(len(tags)), key=lambda place: -tags[place])
 
     @jax.jit
     def program() -> list[jax.Array]:
-        for number, (tag, length) in enumerate(zip(tags, lengths, strict=True)):
-            nt.send(message(number, length), NEXT, tag=tag)
-        return [nt.recv(message(0, lengths[i]), PREVIOUS, tag=tags[i]) for i in order]
+        # MPI may have a send of a long one wait for its receive.
+        going = [
+            nt.isend(message(number, length), NEXT, tag=tag)
+            for number, (tag, length) in enumerate(zip(tags, lengths, strict=True))
+        ]
+        received = [nt.recv(message(0, lengths[i]), PREVIOUS, tag=tags[i]) for i in order]
+        for one in going:
+            nt.wait(one)
+        return received
 
     for _ in range(3):
         check(program(), order, [lengths[i] for i in order])
 
 
 def test_started_receives_come_first() -> None:
-    lengths = [SHORT, LONG, SHORTEST, SHORT, LONG, SHORT]
+    lengths = [SHORT, LONG, SHORTEST, SEVERAL, LONG, SEVERAL]
 
     @jax.jit
     def program() -> list[jax.Array]:
@@ -86,7 +116,7 @@ def test_started_receives_come_first() -> None:
 
 def test_from_anybody_with_any_tag() -> None:
     """Each sender's messages come in their order, and the status says whose they are."""
-    lengths = [SHORT, LONG, SHORTEST, LONG, SHORT]
+    lengths = [SHORT, LONG, SEVERAL, LONG, SHORT]
     if RANK:
         for number, length in enumerate(lengths):
             nt.send(message(RANK * 100 + number, length), 0, tag=number)
@@ -115,7 +145,7 @@ def test_from_anybody_with_any_tag() -> None:
             next_of[source] += 1
 
 
-@pytest.mark.parametrize("length", [0, SHORTEST, SHORT, LONGEST, LONG])
+@pytest.mark.parametrize("length", [0, SHORTEST, SHORT, SEVERAL, LONGEST, LONG])
 def test_exchanges_with_oneself_nobody_and_all(length: int) -> None:
     x = message(RANK, length)
     np.testing.assert_array_equal(nt.sendrecv(x, x, RANK, RANK), x)
@@ -145,8 +175,8 @@ def test_random_messages() -> None:
     """Every rank knows what all ranks send; each receives in an order of its own, by source and
     tag."""
     random = np.random.default_rng(20)
-    lengths = random.choice([SHORTEST, SHORT, LONGEST, LONG], 60)
-    # Not to oneself: an MPI may want the receive of a long one first.
+    lengths = random.choice([SHORTEST, SHORT, SEVERAL, LONGEST, LONG], 60)
+    # Not to oneself: an MPI may want the receive of a long one to be started first.
     steps = random.integers(1, SIZE, 60)
     pairs = [
         (int(a), int(a + b) % SIZE)
@@ -160,10 +190,36 @@ def test_random_messages() -> None:
 
     @partial(jax.jit, static_argnums=0)
     def program(seed: int) -> list[jax.Array]:
-        for i, (source, dest) in enumerate(pairs):
-            if source == RANK:
-                nt.send(message(i + seed, int(lengths[i])), dest, tag=int(tags[i]))
-        return [nt.recv(message(0, int(lengths[i])), pairs[i][0], tag=int(tags[i])) for i in order]
+        going = [
+            nt.isend(message(i + seed, int(lengths[i])), dest, tag=int(tags[i]))
+            for i, (source, dest) in enumerate(pairs)
+            if source == RANK
+        ]
+        received = [
+            nt.recv(message(0, int(lengths[i])), pairs[i][0], tag=int(tags[i])) for i in order
+        ]
+        for one in going:
+            nt.wait(one)
+        return received
 
     for _ in range(5):
         check(program(0), order, [int(lengths[i]) for i in order])
+
+
+def test_a_wait_for_something_else_sleeps_while_a_message_lies_here() -> None:
+    """A send that is too long to be sent before its receiver takes part."""
+    if RANK > 1:
+        return
+    x = jnp.zeros(1 << 21)
+    if RANK == 0:
+        nt.send(message(1, SHORT), 1)
+        time.sleep(1)
+        nt.recv(x, 1).block_until_ready()
+    else:
+        request = nt.isend(x, 0)
+        time.sleep(0.2)
+        start = time.process_time()
+        # The wait has no result; what comes behind it has.
+        nt.wait(request)
+        check([nt.recv(message(0, SHORT), 0)], [1], [SHORT])
+        assert time.process_time() - start < 0.4

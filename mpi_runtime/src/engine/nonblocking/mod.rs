@@ -28,7 +28,7 @@ use crate::engine::short_messages::{Came, ShortMessages};
 use crate::error::Failure;
 use crate::mpi::backoff::pause;
 use crate::mpi::shim::Shim;
-use crate::node::mailbox::MOST_BYTES;
+use crate::node::mailbox::{Data, MOST_BYTES};
 use crate::operation::Operation;
 use memory::StartedMemory;
 pub(super) use table::NO_MESSAGES;
@@ -360,7 +360,7 @@ impl Nonblocking {
                     Came::Short { data, .. } => {
                         RECORDER.met();
                         // SAFETY: as this function demands.
-                        unsafe { write_short(op, element, &envelope, &data) };
+                        unsafe { write_short(op, element, &envelope, [&data, &[]]) };
                         self.fill_status(op, &envelope)?;
                         return Ok(Some(envelope));
                     }
@@ -471,10 +471,18 @@ impl Nonblocking {
 /// # Safety
 /// The result must be valid for its count of `element`s.
 #[inline]
-unsafe fn write_short(op: &ShimOp, element: Datatype, received: &ShimReceived, data: &[u8]) {
+unsafe fn write_short(op: &ShimOp, element: Datatype, received: &ShimReceived, data: Data<'_>) {
     let capacity = op.recv_count as usize * element.size();
-    if data.len() <= capacity && !data.is_empty() && op.accepts_code(received.code) {
+    let bytes = data[0].len() + data[1].len();
+    if bytes > capacity || !op.accepts_code(received.code) {
+        return;
+    }
+    let mut to: *mut u8 = op.recv.cast();
+    for piece in data.into_iter().filter(|piece| !piece.is_empty()) {
         // SAFETY: it has room, as this function demands, and is no memory that ranks share.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), op.recv.cast(), data.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(piece.as_ptr(), to, piece.len());
+            to = to.add(piece.len());
+        }
     }
 }

@@ -67,7 +67,7 @@ impl Pair {
         let wanted = Wanted { comm, source, tag };
         if let Some((rank, envelope)) = self.incoming.next(&wanted) {
             let inbox = self.incoming.from[rank].inbox.as_mut().unwrap();
-            return Some(inbox.take(&envelope, |data| i64::from(data[0])));
+            return Some(inbox.take(&envelope, |data| i64::from(data[0][0])));
         }
         let queue = &self.queue;
         let pull = || {
