@@ -28,6 +28,7 @@ pub use engine::{Engine, Place, UniformProgram};
 pub use error::{OperationError, StartError};
 pub use mpi::family::Family;
 pub use mpi_shim_abi::{ANY, Kind, PROC_NULL, Reduction};
+pub use node::lent_array::LentArray;
 pub use operation::Operation;
 pub use transfer::direct::Direct;
 pub use transfer::staging::Staging;

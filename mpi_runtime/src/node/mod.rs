@@ -4,6 +4,7 @@ pub(crate) mod bell;
 pub mod board;
 pub(crate) mod combine;
 mod lane;
+pub mod lent_array;
 pub mod local_reduce;
 pub(crate) mod mailbox;
 pub(crate) mod own_file;

@@ -7,48 +7,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use mpi_runtime::{Buffer, Ticket};
+use mpi_runtime::Ticket;
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
 use crate::error::Error;
+use crate::launch::meeting_call::Call;
 use crate::launch::ticket::{RunId, TicketGuard};
 use crate::plugin::world;
 
 /// After so long the report of what waits has a part that waits for others of its rank.
 const SOON: Duration = Duration::from_millis(50);
-
-/// One collective of one part.
-pub struct Call {
-    /// What it is.
-    pub target: &'static str,
-    /// Its attributes: all of them are the same in every part.
-    pub numbers: [i64; 4],
-    /// How many blocks lie apart in each array.
-    pub outer: Vec<usize>,
-    /// Its arrays, which stay valid until the meeting has ended.
-    pub args: Vec<Buffer<'static>>,
-    /// Its results, likewise.
-    pub rets: Vec<Buffer<'static>>,
-}
-
-impl Call {
-    fn is_like(&self, other: &Call) -> bool {
-        let alike = |one: &[Buffer<'_>], other: &[Buffer<'_>]| {
-            let mut pairs = one.iter().zip(other);
-            one.len() == other.len()
-                && pairs.all(|(a, b)| a.dtype() == b.dtype() && a.shape() == b.shape())
-        };
-        (self.target, self.numbers, &self.outer) == (other.target, other.numbers, &other.outer)
-            && alike(&self.args, &other.args)
-            && alike(&self.rets, &other.rets)
-    }
-
-    fn words(&self) -> String {
-        let arrays: Vec<String> = self.args.iter().map(ToString::to_string).collect();
-        let name = self.target.strip_prefix(hlo_rewrite::TARGET_PREFIX);
-        format!("{} of {}", name.unwrap_or(self.target), arrays.join(", "))
-    }
-}
 
 /// A launch on several devices of this rank.
 pub struct Several {
@@ -80,7 +48,23 @@ struct State {
 }
 
 /// Run ids below this are of parts; those of other launches without a ticket are above.
-const HIGHEST: i64 = -(1 << 30);
+const HIGHEST: i64 = -NUMBERS;
+/// Run ids of parts: the lower half of the negative ones of 32 bits.
+const NUMBERS: i64 = 1 << 30;
+
+/// The numbers that have been given to parts.
+static LAST: AtomicU32 = AtomicU32::new(0);
+
+/// So many numbers in a row, of which this is the first; they begin again when they are used up.
+fn numbers(last: &AtomicU32, count: u32) -> u32 {
+    let first = |last: u32| match i64::from(last) + i64::from(count) > NUMBERS {
+        true => 0,
+        false => last,
+    };
+    let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+    let taken = last.fetch_update(set, fetch, |last| Some(first(last) + count));
+    first(taken.unwrap_or_default())
+}
 
 /// The launches in flight, and the places of parts in them, by the run ids of these.
 type Launches = HashMap<i64, (Arc<Several>, usize)>;
@@ -97,9 +81,7 @@ pub fn find(run_id: i64) -> Option<(Arc<Several>, usize)> {
 impl Several {
     /// A launch on those devices, of which `guard` has the ticket.
     pub fn new(run: RunId, guard: Option<TicketGuard>, ids: &[i64], parts: usize) -> Arc<Several> {
-        static LAST: AtomicU32 = AtomicU32::new(0);
-        let number = LAST.fetch_add(parts as u32, Ordering::Relaxed) % (1 << 30);
-        let first_id = i64::from(i32::MIN) + i64::from(number);
+        let first_id = HIGHEST - NUMBERS + i64::from(numbers(&LAST, parts as u32));
         let several = Arc::new(Several {
             run,
             _guard: guard,
@@ -226,12 +208,34 @@ impl Several {
         words: &str,
     ) -> Result<(), Error> {
         let round = state.round;
+        // Its arrays are in the meeting: this returns when nobody uses them, whatever happens.
+        let shown = AssertUnwindSafe(|| self.wait_shown(&mut state, place, words));
+        if panic::catch_unwind(shown).is_err() {
+            let failed = &mut state.failed;
+            failed.get_or_insert_with(|| format!("a bug of mpi_cuda's in XLA's {words}"));
+            self.changed.notify_all();
+        }
+        while state.executing {
+            self.changed.wait(&mut state);
+        }
+        if state.round != round {
+            return state.outcome.clone().map_err(Error::internal);
+        }
+        state.calls[place] = None;
+        state.present -= 1;
+        let reason = state.failed.clone().unwrap_or_default();
+        Err(self.error(words, place, &reason))
+    }
+
+    /// Waits until the meeting has ended or will not, and has the report of what waits say so.
+    fn wait_shown(&self, state: &mut MutexGuard<'_, State>, place: usize, words: &str) {
+        let round = state.round;
         let mut shown = None;
         while state.round == round && (state.failed.is_none() || state.executing) {
-            let timed_out = self.changed.wait_for(&mut state, SOON).timed_out();
+            let timed_out = self.changed.wait_for(state, SOON).timed_out();
             match world().filter(|_| timed_out && !state.executing && state.round == round) {
                 Some(world) => {
-                    let missing = self.missing(&state);
+                    let missing = self.missing(state);
                     shown.get_or_insert_with(|| {
                         world.engine.enter_waiting(&format!(
                             "XLA's {words} on device {} of rank {}, which waits for device(s) \
@@ -244,13 +248,6 @@ impl Several {
                 None => shown = None,
             }
         }
-        if state.round != round {
-            return state.outcome.clone().map_err(Error::internal);
-        }
-        state.calls[place] = None;
-        state.present -= 1;
-        let reason = state.failed.clone().unwrap_or_default();
-        Err(self.error(words, place, &reason))
     }
 
     fn missing(&self, state: &State) -> String {
@@ -324,5 +321,21 @@ impl Drop for Part {
             ));
         }
         several.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_begin_again_where_not_all_are_left() {
+        let last = AtomicU32::new(NUMBERS as u32 - 5);
+        assert_eq!(numbers(&last, 3), NUMBERS as u32 - 5);
+        assert_eq!(numbers(&last, 2), NUMBERS as u32 - 2);
+        assert_eq!(numbers(&last, 1), 0);
+        last.store(NUMBERS as u32 - 1, Ordering::Relaxed);
+        assert_eq!(numbers(&last, 2), 0);
+        assert_eq!(numbers(&last, 2), 2);
     }
 }

@@ -14,6 +14,7 @@ mod inflight_limit;
 pub mod keep_alive;
 pub mod local_devices;
 pub mod meeting;
+pub mod meeting_call;
 mod on_caller;
 mod queue_entrance;
 mod several;

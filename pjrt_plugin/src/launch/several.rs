@@ -29,9 +29,10 @@ pub fn execute(local: &Arc<LocalDevices>, parts: &mut [ExecuteArgs<'_>]) -> Resu
     let program = parts
         .first()
         .and_then(|first| executables::find(first.executable));
-    let deleted = parts
-        .iter()
-        .try_for_each(|part| donation::refuse_deleted(part));
+    let deleted = refuse_transfers(parts).and_then(|()| {
+        let mut parts = parts.iter();
+        parts.try_for_each(|part| donation::refuse_deleted(part))
+    });
     let has_operations = program.is_some_and(|program| program.operations);
     if !has_operations {
         deleted.and_then(|()| refuse_in_callbacks())?;
@@ -52,6 +53,17 @@ pub fn execute(local: &Arc<LocalDevices>, parts: &mut [ExecuteArgs<'_>]) -> Resu
         .and_then(|()| launches::world_for_operations());
     let world = ready.inspect_err(|error| launches::tell_refused(&program, error))?;
     launch(world, local, &program, parts)
+}
+
+/// What the options say of transfers is of one device.
+fn refuse_transfers(parts: &[ExecuteArgs<'_>]) -> Result<(), Error> {
+    match parts.iter().any(ExecuteArgs::has_transfers) {
+        false => Ok(()),
+        true => Err(Error::unimplemented(
+            "a program on several devices of this rank is launched with callbacks for its sends \
+             and receives, or with tasks: leave them out, or MPI_CUDA_LOCAL_DEVICES",
+        )),
+    }
 }
 
 /// Whether the calling thread is in a callback of a program.

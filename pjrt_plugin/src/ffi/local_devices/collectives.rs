@@ -2,19 +2,24 @@
 //! their communicator, in which each rank has a block for each of its devices; ranks with fewer
 //! devices in a group than others have blocks of zeros in place of the missing ones.
 
+#![forbid(unsafe_code)]
+
 use hlo_rewrite::DeviceTable;
 use mpi_runtime::engine::collectives::TAG;
 use mpi_runtime::mpi::communicators::COLLECTIVES;
 use mpi_runtime::node::local_reduce::reduce;
 use mpi_runtime::operation::REDUCTIONS;
-use mpi_runtime::{Buffer, ElementType, Kind, Operation, PROC_NULL, Place, Reduction, World};
+use mpi_runtime::{
+    Buffer, ElementType, Kind, LentArray, Operation, PROC_NULL, Place, Reduction, World,
+};
 
 use super::groups::{Group, groups};
 use super::ticket_of;
 use crate::error::Error;
 use crate::ffi::collective::operation;
 use crate::ffi::contracts;
-use crate::launch::meeting::{Call, Several};
+use crate::launch::meeting::Several;
+use crate::launch::meeting_call::Call;
 use crate::plugin::config;
 
 /// A collective of all parts, which lie in this process and stay there until it has been executed.
@@ -78,25 +83,51 @@ impl Meeting<'_> {
                 let reason = format!("device {device} is in no group of a collective");
                 return Err(Error::internal(reason));
             }
-            self.calls[part].rets.iter().for_each(|ret| self.clear(ret));
+            self.calls[part].rets.iter().for_each(LentArray::clear);
         }
         Ok(())
     }
 
     fn all_reduce(&self, group: &Group) -> Result<(), Error> {
+        let own: Vec<&Call> = group.own().map(|(_, part)| &self.calls[part]).collect();
+        let Some((&first, others)) = own.split_first() else {
+            return Ok(());
+        };
         for index in 0..self.arrays() {
-            let like = self.arg(group, index)?;
-            let mut result = self.reduced(group, index, <[u8]>::to_vec)?;
-            if group.ranks.len() > 1 {
-                let mut sum = vec![0; result.len()];
-                self.between(Kind::Allreduce, group, like.dtype(), &mut result, &mut sum)?;
-                result = sum;
+            let result = first.result(index)?;
+            // Each result has memory for what is on the way to it.
+            let mut reduced = result;
+            match (others.first(), group.ranks.len()) {
+                (None, 1) => result.write(first.operand(index)?.bytes()),
+                (None, _) => self.all_reduce_between(group, first.operand(index)?, result)?,
+                (Some(second), ranks) => {
+                    result.write(first.operand(index)?.bytes());
+                    for other in others {
+                        let operand = other.operand(index)?;
+                        let done = result.reduce(self.reduction()?, operand);
+                        done.map_err(Error::unimplemented)?;
+                    }
+                    if ranks > 1 {
+                        reduced = second.result(index)?;
+                        self.all_reduce_between(group, result, reduced)?;
+                    }
+                }
             }
-            for (_, part) in group.own() {
-                self.put(part, index, &result)?;
+            for call in &own {
+                call.result(index)?.copy(reduced);
             }
         }
         Ok(())
+    }
+
+    fn all_reduce_between(
+        &self,
+        group: &Group,
+        send: &LentArray,
+        recv: &LentArray,
+    ) -> Result<(), Error> {
+        let (send, recv) = (send.buffer(), recv.buffer());
+        self.communicate(&self.of_group(Kind::Allreduce, group, send, recv)?)
     }
 
     fn all_gather(&self, group: &Group) -> Result<(), Error> {
@@ -106,21 +137,24 @@ impl Meeting<'_> {
             let mut own = vec![0; group.most * block];
             for (member, part) in group.own() {
                 let place = member.slot * block;
-                own[place..place + block].copy_from_slice(self.read(part, index)?);
+                own[place..place + block].copy_from_slice(self.calls[part].operand(index)?.bytes());
             }
             let mut all = vec![0; group.ranks.len() * own.len()];
             match group.ranks.len() {
                 1 => all.copy_from_slice(&own),
                 _ => self.between(Kind::Allgather, group, like.dtype(), &mut own, &mut all)?,
             }
-            let mut gathered = Vec::with_capacity(group.members.len() * block);
-            for member in &group.members {
-                let place = (member.rank * group.most + member.slot) * block;
-                gathered.extend_from_slice(&all[place..place + block]);
+            if !group.is_in_order() {
+                let places = group
+                    .members
+                    .iter()
+                    .map(|member| group.place(member) * block);
+                let blocks: Vec<_> = places.map(|place| &all[place..place + block]).collect();
+                all = blocks.concat();
             }
-            let gathered = interleaved(gathered, group.members.len(), self.outer(index));
+            let gathered = interleaved(all, group.members.len(), self.outer(index));
             for (_, part) in group.own() {
-                self.put(part, index, &gathered)?;
+                self.calls[part].result(index)?.write(&gathered);
             }
         }
         Ok(())
@@ -136,7 +170,7 @@ impl Meeting<'_> {
             let block = reduced.len() / size;
             let mut all = vec![0; group.ranks.len() * group.most * block];
             for (member, reduced) in group.members.iter().zip(reduced.chunks(block.max(1))) {
-                let place = (member.rank * group.most + member.slot) * block;
+                let place = group.place(member) * block;
                 all[place..place + block].copy_from_slice(reduced);
             }
             let mut own = vec![0; group.most * block];
@@ -146,7 +180,8 @@ impl Meeting<'_> {
             }
             for (member, part) in group.own() {
                 let place = member.slot * block;
-                self.put(part, index, &own[place..place + block])?;
+                let result = self.calls[part].result(index)?;
+                result.write(&own[place..place + block]);
             }
         }
         Ok(())
@@ -156,16 +191,16 @@ impl Meeting<'_> {
     fn all_to_all(&self, group: &Group) -> Result<(), Error> {
         let mut sent = Vec::new();
         for (_, part) in group.own() {
-            let args = 0..self.calls[part].args.len();
-            let blocks = args.map(|index| self.read(part, index));
-            sent.push(blocks.collect::<Result<Vec<_>, _>>()?.concat());
+            let call = &self.calls[part];
+            let blocks: Vec<_> = call.args.iter().map(LentArray::bytes).collect();
+            sent.push(blocks.concat());
         }
         let received = self.exchange(group, &sent)?;
         for ((_, part), received) in group.own().zip(received) {
             let mut rest = &received[..];
-            for index in 0..self.calls[part].rets.len() {
-                let (own, after) = rest.split_at(self.ret(part, index)?.bytes());
-                self.put(part, index, own)?;
+            for result in &self.calls[part].rets {
+                let (own, after) = rest.split_at(result.buffer().bytes());
+                result.write(own);
                 rest = after;
             }
         }
@@ -176,11 +211,16 @@ impl Meeting<'_> {
         let (size, outer) = (group.members.len(), self.outer(0));
         let mut sent = Vec::new();
         for (_, part) in group.own() {
-            sent.push(interleaved(self.read(part, 0)?.to_vec(), outer, size));
+            sent.push(interleaved(
+                self.calls[part].operand(0)?.bytes().to_vec(),
+                outer,
+                size,
+            ));
         }
         let received = self.exchange(group, &sent)?;
         for ((_, part), received) in group.own().zip(received) {
-            self.put(part, 0, &interleaved(received, size, outer))?;
+            let result = self.calls[part].result(0)?;
+            result.write(&interleaved(received, size, outer));
         }
         Ok(())
     }
@@ -232,7 +272,7 @@ impl Meeting<'_> {
         for index in 0..self.arrays() {
             let like = self.arg(group, index)?;
             let mut value = match group.members[0].part {
-                Some(part) => self.read(part, index)?.to_vec(),
+                Some(part) => self.calls[part].operand(index)?.bytes().to_vec(),
                 None => vec![0; like.bytes()],
             };
             if group.ranks.len() > 1 {
@@ -243,7 +283,7 @@ impl Meeting<'_> {
                 }
             }
             for (_, part) in group.own() {
-                self.put(part, index, &value)?;
+                self.calls[part].result(index)?.write(&value);
             }
         }
         Ok(())
@@ -262,10 +302,10 @@ impl Meeting<'_> {
             for (own, device) in devices.iter().enumerate() {
                 let from = pairs.iter().find(|pair| pair.1 == *device);
                 match from.map(|pair| part(pair.0)) {
-                    None => self.clear(&self.ret(own, index)?),
+                    None => self.calls[own].result(index)?.clear(),
                     Some(Some(from)) => {
-                        let sent = self.read(from, index)?;
-                        self.put(own, index, sent)?;
+                        let operand = self.calls[from].operand(index)?;
+                        self.calls[own].result(index)?.write(operand.bytes());
                     }
                     Some(None) => {}
                 }
@@ -298,17 +338,17 @@ impl Meeting<'_> {
             return Ok(());
         }
         let rank = |device: i64| (device / self.of_rank) as i32;
-        let like = self.calls[0].args[index];
+        let like = self.calls[0].operand(index)?.buffer();
         let mut unused = vec![0; like.bytes()];
         let mut nowhere = vec![0; like.bytes()];
-        let send = sends.map_or_else(
-            || Buffer::over(&mut unused, like.dtype(), like.shape()),
-            |(part, _)| self.calls[part].args[index],
-        );
-        let recv = receives.map_or_else(
-            || Buffer::over(&mut nowhere, like.dtype(), like.shape()),
-            |(part, _)| self.calls[part].rets[index],
-        );
+        let send = match sends {
+            Some((part, _)) => self.calls[part].operand(index)?.buffer(),
+            None => Buffer::over(&mut unused, like.dtype(), like.shape()),
+        };
+        let recv = match receives {
+            Some((part, _)) => self.calls[part].result(index)?.buffer(),
+            None => Buffer::over(&mut nowhere, like.dtype(), like.shape()),
+        };
         self.communicate(&Operation {
             dest: sends.map_or(PROC_NULL, |(_, to)| rank(to)),
             source: receives.map_or(PROC_NULL, |(_, from)| rank(from)),
@@ -326,7 +366,7 @@ impl Meeting<'_> {
         let (reduction, dtype) = (self.reduction()?, self.arg(group, index)?.dtype());
         let mut reduced: Option<Vec<u8>> = None;
         for (_, part) in group.own() {
-            let own = prepare(self.read(part, index)?);
+            let own = prepare(self.calls[part].operand(index)?.bytes());
             match &mut reduced {
                 Some(reduced) => {
                     reduce(reduction, dtype, reduced, &own).map_err(Error::unimplemented)?;
@@ -354,49 +394,10 @@ impl Meeting<'_> {
     }
 
     /// An array that a member of this rank passes: all pass ones that are alike.
-    fn arg(&self, group: &Group, index: usize) -> Result<Buffer<'static>, Error> {
+    fn arg(&self, group: &Group, index: usize) -> Result<Buffer<'_>, Error> {
         let first = group.own().next();
-        let array = first.and_then(|(_, part)| self.calls[part].args.get(index));
-        array
-            .copied()
-            .ok_or_else(|| Error::internal("a collective lacks an operand"))
-    }
-
-    fn read(&self, part: usize, index: usize) -> Result<&[u8], Error> {
-        let array = self.calls[part].args.get(index);
-        let array = array.ok_or_else(|| Error::internal("a collective lacks an operand"))?;
-        match array.bytes() {
-            0 => Ok(&[]),
-            // SAFETY: XLA's buffer holds so many bytes until the meeting has ended, and nobody
-            // writes an operand meanwhile.
-            bytes => Ok(unsafe { std::slice::from_raw_parts(array.data().cast(), bytes) }),
-        }
-    }
-
-    fn ret(&self, part: usize, index: usize) -> Result<Buffer<'static>, Error> {
-        let array = self.calls[part].rets.get(index).copied();
-        array.ok_or_else(|| Error::internal("a collective lacks a result"))
-    }
-
-    /// Writes a result of a part.
-    fn put(&self, part: usize, index: usize, bytes: &[u8]) -> Result<(), Error> {
-        let array = self.ret(part, index)?;
-        assert_eq!(array.bytes(), bytes.len());
-        if !bytes.is_empty() {
-            let to = array.data().cast::<u8>();
-            // SAFETY: XLA's buffer holds so many bytes until the meeting has ended, which alone
-            // writes a result; those given are of ours, or of an operand.
-            unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
-        }
-        Ok(())
-    }
-
-    /// Fills a result with zeros.
-    fn clear(&self, array: &Buffer<'static>) {
-        if array.bytes() > 0 {
-            // SAFETY: as in `put`.
-            unsafe { array.data().cast::<u8>().write_bytes(0, array.bytes()) };
-        }
+        let (_, part) = first.ok_or_else(|| Error::internal("a group without this rank"))?;
+        Ok(self.calls[part].operand(index)?.buffer())
     }
 
     /// Executes a collective of a group's ranks on memory of ours.
@@ -414,8 +415,19 @@ impl Meeting<'_> {
             Buffer::over(send, dtype, &sent),
             Buffer::over(recv, dtype, &received),
         );
+        self.communicate(&self.of_group(kind, group, send, recv)?)
+    }
+
+    /// A collective of a group's ranks.
+    fn of_group<'a>(
+        &self,
+        kind: Kind,
+        group: &Group,
+        send: Buffer<'a>,
+        recv: Buffer<'a>,
+    ) -> Result<Operation<'a>, Error> {
         let reduces = matches!(kind, Kind::Allreduce | Kind::ReduceScatter);
-        self.communicate(&Operation {
+        Ok(Operation {
             reduction: reduces.then(|| self.reduction()).transpose()?,
             ..operation(kind, group.comm, send, recv)
         })

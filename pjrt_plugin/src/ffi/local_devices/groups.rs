@@ -59,6 +59,18 @@ impl Group {
         }
     }
 
+    /// Where the block of a member is among those of all ranks, of which each has room for `most`.
+    pub fn place(&self, member: &Member) -> usize {
+        member.rank * self.most + member.slot
+    }
+
+    /// Whether the blocks of all ranks are those of the members, in their order.
+    pub fn is_in_order(&self) -> bool {
+        let mut places = self.members.iter().map(|member| self.place(member));
+        self.ranks.len() * self.most == self.members.len()
+            && (0..self.members.len()).all(|place| places.next() == Some(place))
+    }
+
     /// Its members of this rank, with the places of their parts.
     pub fn own(&self) -> impl Iterator<Item = (&Member, usize)> {
         let members = self.members.iter();
@@ -112,5 +124,9 @@ mod tests {
         assert_ne!(found[0].comm, found[1].comm);
         assert_eq!(size_of(&table, 5), Some(4));
         assert_eq!(size_of(&table, 8), None);
+        assert!(!found[0].is_in_order() && found[1].is_in_order());
+        let sorted = DeviceTable::Groups(vec![vec![0, 1, 4, 5], vec![2, 6, 7]]);
+        let found = groups(&sorted, &[4, 5, 6, 7], 4);
+        assert!(found[0].is_in_order() && !found[1].is_in_order());
     }
 }

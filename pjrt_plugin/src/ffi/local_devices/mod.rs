@@ -8,14 +8,15 @@ pub mod groups;
 use std::sync::Arc;
 
 use hlo_rewrite::DeviceTable;
-use mpi_runtime::{Buffer, CollectiveSequence, Ticket, World};
+use mpi_runtime::{CollectiveSequence, LentArray, Ticket, World};
 
 use super::collective_contract::{CollectiveContract, Rule};
 use super::contract::{Field, Values};
 use super::frame::{Frame, array};
 use crate::error::Error;
 use crate::ffi::replica_groups;
-use crate::launch::meeting::{Call, Several};
+use crate::launch::meeting::Several;
+use crate::launch::meeting_call::Call;
 use crate::plugin::world;
 
 /// A part of a launch: its launch, and its place there.
@@ -69,19 +70,19 @@ pub fn run(
     let table = replica_groups::table(values.get(Field::Table))?;
     let device = several.devices()[*place];
     contract.arrays(frame, &outer, groups::size_of(&table, device))?;
-    let arrays = |given: &[&pjrt_sys::XLA_FFI_Buffer]| -> Vec<Buffer<'static>> {
+    let lend = |given: &[&pjrt_sys::XLA_FFI_Buffer]| -> Vec<LentArray> {
         let arrays = given[..given.len() - 1].iter();
-        // SAFETY: XLA's buffers and their shapes are valid during the call, which does not return
-        // before the meeting has ended or this part has taken its call back (`Several::meet`).
+        // SAFETY: they are valid during this call, which returns when the meeting is over. XLA
+        // neither writes operands meanwhile nor reads results, whose memory is theirs alone.
         arrays
-            .map(|given| unsafe { lasting(array(given)) })
+            .map(|given| unsafe { LentArray::new(array(given)) })
             .collect()
     };
     let call = Call {
         target: contract.call.target,
         numbers: numbers(&values),
-        args: arrays(frame.args),
-        rets: arrays(frame.rets),
+        args: lend(frame.args),
+        rets: lend(frame.rets),
         outer,
     };
     several.meet(*place, call, |calls| {
@@ -97,13 +98,4 @@ fn ticket_of(several: &Several) -> Result<Ticket, Error> {
 /// The attributes that the parts' calls have in common.
 fn numbers(values: &Values<'_>) -> [i64; 4] {
     [Field::Table, Field::Op, Field::Place, Field::Program].map(|field| values.get(field))
-}
-
-/// An array, whoever it is of.
-///
-/// # Safety
-/// It must be used no longer than it is valid.
-unsafe fn lasting(array: Buffer<'_>) -> Buffer<'static> {
-    // SAFETY: only the lifetime differs.
-    unsafe { std::mem::transmute::<Buffer<'_>, Buffer<'static>>(array) }
 }
