@@ -32,9 +32,17 @@ START = """if True:
 """
 
 
-@pytest.mark.parametrize("part", ["along_one_axis", "along_two_axes", "the_partitioners"])
-@pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize(
+    ("mpi", "devices", "part"),
+    in_turn(
+        (2, "along_one_axis"),
+        (4, "along_one_axis"),
+        (4, "along_two_axes"),
+        (2, "along_two_axes"),
+        (2, "the_partitioners"),
+        (4, "the_partitioners"),
+    ),
+)
 def test_collectives_of_all_devices_have_the_numbers_of_numpy(
     mpi: str, devices: int, part: str
 ) -> None:
